@@ -1,0 +1,31 @@
+"""Fine-tune pre-trained models from recipes, from a laptop to a GPU cluster.
+
+    import orchestrator
+
+    recipe = orchestrator.load_recipe("text-classification/minilm-to-support-intent", ["train.epochs=2"])
+    run = orchestrator.train(recipe)
+    print(run.result["metrics"]["test"])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from orchestrator.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from orchestrator.training.run import Run
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "load_recipe", "train"]
+
+
+def train(
+    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+) -> Run:
+    """Train as the recipe says; see `orchestrator.training.run.train`."""
+    # torch and Ray take seconds to import; reading recipes does not need them.
+    from orchestrator.training.run import train as run_training
+
+    return run_training(recipe, output, fresh, strict, screen)

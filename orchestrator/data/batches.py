@@ -1,0 +1,82 @@
+"""Which examples go into which batch: a pure function of seed and epoch, so that a resumed run sees the same order.
+
+A *global batch* is what one optimizer step learns from. It is dealt to workers and micro batches afterwards, and since
+the loss is the mean over the global batch, the way it is dealt does not change what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+# Examples are sorted by length within shuffled stretches of this many global batches: wide enough to leave little
+# padding, narrow enough that every epoch pairs examples anew.
+BATCHES_SORTED_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The order of the training examples.
+
+    Attributes:
+        lengths: length of each example, in whatever unit padding costs (tokens); shape [num_examples].
+        global_batch_size: examples per optimizer step; the last batch of an epoch may be smaller.
+        group_by_length: put examples of similar length into one batch.
+        seed: seed of the order.
+    """
+
+    lengths: Indices
+    global_batch_size: int
+    group_by_length: bool
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    def epoch(self, epoch: int) -> list[Indices]:
+        """The global batches of one epoch (counted from 0); every example stands in exactly one of them."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        if not self.group_by_length:
+            return self._cut(order)
+        stretch = self.global_batch_size * BATCHES_SORTED_TOGETHER
+        sorted_stretches = [
+            part[np.argsort(self.lengths[part], kind="stable")]
+            for part in np.split(order, range(stretch, len(order), stretch))
+        ]
+        # Each stretch is cut by itself, so that only the very last batch can be short and no batch spans two stretches.
+        batches = [batch for part in sorted_stretches for batch in self._cut(part)]
+        return [batches[position] for position in generator.permutation(len(batches))]
+
+    def _cut(self, order: Indices) -> list[Indices]:
+        return np.split(order, range(self.global_batch_size, len(order), self.global_batch_size))
+
+
+def deal(batch: Indices, lengths: Indices, num_workers: int, micro_batch_size: int) -> list[list[Indices]]:
+    """Deal a global batch: `result[i][rank]` are the examples of worker `rank` in the i-th forward pass.
+
+    Sorted by length first, so that a micro batch holds examples of one length, and dealt like cards, so that the
+    workers of one forward pass wait little for each other. A worker may come away empty in the last pass of a short
+    batch; it still has to take part (see `training.loop`).
+    """
+    order = batch[np.argsort(lengths[batch], kind="stable")]
+    num_passes = -(-len(order) // (num_workers * micro_batch_size))
+    passes = np.array_split(order, num_passes)
+    return [[part[rank::num_workers] for rank in range(num_workers)] for part in passes]
+
+
+def evaluation_batches(lengths: Indices, batch_size: int, num_workers: int, rank: int) -> Iterator[Indices]:
+    """This worker's share of a split, each example once over all workers, longest first (memory fails early, not late).
+
+    Every worker gets the same number of batches, the last ones possibly empty: sharded models need all workers in
+    every forward pass.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    for part in np.split(order, range(batch_size * num_workers, len(order), batch_size * num_workers)):
+        yield part[rank::num_workers]

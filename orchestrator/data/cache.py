@@ -1,0 +1,90 @@
+"""Tables that are costly to build, kept on disk by the hash of what they are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cache_folder() -> Path:
+    """Our folder for what can be built again; it is $ORCHESTRATOR_CACHE where that is set.
+
+    Else it is `transfer-orchestrator` in $XDG_CACHE_HOME or ~/.cache. It is created without access for others.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    named = os.environ.get("ORCHESTRATOR_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named) if named else (Path(base) if base else Path("~/.cache").expanduser()) / "transfer-orchestrator"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def content_key(*parts: object) -> str:
+    """SHA-256 of JSON-able parts: the name under which `cached_table` keeps what is made from them."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_table(key: str, build: Callable[[], pa.Table]) -> pa.Table:
+    """The table kept under `key` (see `content_key`), memory-mapped; built and kept when it is not there or damaged.
+
+    Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
+    cannot be written or is full, the table is built in memory.
+    """
+    try:
+        folder = cache_folder() / "tables"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+        return build()
+    path = folder / f"{key}.arrow"
+    table = _load(path)
+    if table is not None:
+        return table
+    table = build()
+    try:
+        _store(table, path)
+    except OSError:
+        return table
+    stored = _load(path)
+    return table if stored is None else stored
+
+
+def _load(path: Path) -> pa.Table | None:
+    """The mapped table, or None when the file is missing or not what was written."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            contents = source.read_buffer()
+            body = contents.slice(0, max(0, contents.size - _DIGEST_BYTES))
+            digest = bytes(memoryview(contents)[body.size :])
+            if hashlib.sha256(memoryview(body)).digest() != digest:
+                return None
+            return pa.ipc.open_file(pa.BufferReader(body)).read_all()
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _store(table: pa.Table, path: Path) -> None:
+    """Write Arrow's file format and the SHA-256 of it: Arrow itself notices a cut-off file but no flipped byte."""
+    descriptor, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        with partial.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""What can be wrong with single columns and sizes. Each check groups all rows of a kind into one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.data.examples import Examples
+from orchestrator.data.labels import encode_targets, find_label_names, label_texts
+from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
+from orchestrator.data.overlap import check_overlap
+from orchestrator.errors import Problem
+from orchestrator.recipe.origin import Origin
+
+__all__ = ["check_class_labels", "check_overlap", "check_regression_targets", "check_sizes", "check_text"]
+
+
+def check_sizes(splits: Mapping[str, Examples], global_batch_size: int, origin: Origin) -> list[Problem]:
+    """Splits without examples, and fewer training examples than one global batch."""
+    problems = []
+    for split, examples in splits.items():
+        if not len(examples):
+            remedy = "add examples, or check `target.limit` and `target.split`"
+            problems.append(Problem(f"the {split} split has no examples", origin.where("target.data"), remedy))
+    num_train = len(splits["train"])
+    if 0 < num_train < global_batch_size:
+        what = f"there are {num_train} training examples, fewer than one global batch of {global_batch_size}"
+        remedy = f"set train.global_batch_size to {num_train} or less"
+        problems.append(Problem(what, origin.where("train.global_batch_size"), remedy))
+    return problems
+
+
+def check_text(examples: Examples, column: str) -> list[Problem]:
+    """Texts that are null, blank, or hold NUL characters."""
+    values = examples.table.column(column)
+    blank = pc.equal(pc.utf8_trim_whitespace(values), "")
+    nul = pc.match_substring(values, "\0")
+    fill = "remove these rows, or fill in their text"
+    found = [
+        _group(examples, column, values.is_null(), "is missing (null)", fill),
+        _group(examples, column, blank, "is blank", fill),
+        _group(examples, column, nul, "holds NUL characters (\\u0000)", "remove the characters from the text"),
+    ]
+    return [problem for problem in found if problem]
+
+
+def check_class_labels(
+    splits: Mapping[str, Examples], column: str, given: Sequence[str] | None = None
+) -> list[Problem]:
+    """Missing labels, and classes that cannot be learned or scored; for single labels and lists of labels.
+
+    Fatal: missing labels, a single class, classes that only *select* or *test* have, `given` names without a training
+    example. Warnings: classes with one training example, names that the data bring along and never use.
+
+    Raises:
+        DataError: labels are numbers with fractions.
+    """
+    problems = [problem for examples in splits.values() if (problem := _missing_labels(examples, column))]
+    counts = {split: _count_labels(examples, column) for split, examples in splits.items()}
+    train = counts["train"]
+    for split, examples in splits.items():
+        only = [text for text in counts[split] if text not in train]
+        if only:
+            shown = show_names(f"{text} ({counts[split][text]})" for text in only)
+            what = f"{len(only)} of the classes of {split} have no training example: {shown}"
+            remedy = "add training examples of them, or remove them from all splits"
+            problems.append(Problem(what, examples.where(_first_row(examples, column, only[0])), remedy))
+    place = splits["train"].where(0) if len(splits["train"]) else None
+    is_list = pa.types.is_list(splits["train"].table.column(column).type)
+    if train and len(train) < 2 and not is_list:
+        what = f"all training examples have the same label, {show_value(next(iter(train)))}"
+        problems.append(Problem(what, place, "give at least two classes, or map `label` to another column"))
+    elif not train and len(splits["train"]) and not problems:
+        problems.append(Problem("no training example has a label", place, "label the training examples"))
+    single = [text for text, count in train.items() if count < 2]
+    if single:
+        what = f"{len(single)} of {len(train)} classes have one training example: {show_names(sorted(single))}"
+        problems.append(Problem(what, place, "add examples of them, or merge them into other classes", fatal=False))
+    return problems + _unused_names(splits, column, given, set().union(*counts.values()), place)
+
+
+def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
+    """Targets that are null, NaN, infinite, or no numbers."""
+    values = examples.table.column(column)
+    null = values.is_null()
+    bad = pc.and_not(pa.chunked_array([pa.array(np.isnan(encode_targets(examples, column)))]), null)
+    write = "write a number, or remove these rows"
+    found = [
+        _group(examples, column, null, "is missing (null)", write),
+        _group(examples, column, bad, "is not a finite number", write),
+    ]
+    return [problem for problem in found if problem]
+
+
+def _group(examples: Examples, column: str, mask: pa.ChunkedArray, what: str, remedy: str) -> Problem | None:
+    """One problem for all rows where the mask is true, or None when there are none."""
+    rows = np.flatnonzero(pc.fill_null(mask, False).to_numpy())
+    if not len(rows):
+        return None
+    values = examples.table.column(column)
+    shown = [f"{examples.where(int(row))} ({_show(values[int(row)].as_py())})" for row in rows[:NUM_SHOWN]]
+    text = f"{column} {what} in {len(rows)} of {len(examples)} rows: {show_some(shown, len(rows))}"
+    return Problem(text, examples.where(int(rows[0])), remedy)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else show_value(value)
+
+
+def _missing_labels(examples: Examples, column: str) -> Problem | None:
+    values = examples.table.column(column)
+    missing = values.is_null()
+    if pa.types.is_list(values.type):
+        holed = [value is not None and None in value for value in values.to_pylist()]
+        missing = pc.or_(missing, pa.chunked_array([pa.array(holed, pa.bool_())]))
+    remedy = "label these rows or remove them"
+    if len(examples) and pc.all(missing).as_py():
+        remedy = "name a split that has labels (many public test sets withhold theirs)"
+    return _group(examples, column, missing, "is missing (null or blank)", remedy)
+
+
+def _count_labels(examples: Examples, column: str) -> dict[str, int]:
+    """Rows of each label, most frequent first."""
+    values = examples.table.column(column)
+    flat = pc.list_flatten(values) if pa.types.is_list(values.type) else values
+    counted = pc.value_counts(pc.drop_null(flat)) if len(flat) else []
+    if pa.types.is_floating(flat.type):
+        label_texts(examples, column)  # Raises when they are no classes.
+        counts = {str(int(item["values"].as_py())): item["counts"].as_py() for item in counted}
+    else:
+        counts = {str(item["values"].as_py()): item["counts"].as_py() for item in counted}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _first_row(examples: Examples, column: str, text: str) -> int:
+    values = examples.table.column(column).to_pylist()
+    as_lists = (value if isinstance(value, list) else [value] for value in values)
+    return next(
+        row for row, value in enumerate(as_lists) if any(item is not None and _as_text(item) == text for item in value)
+    )
+
+
+def _as_text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _unused_names(
+    splits: Mapping[str, Examples], column: str, given: Sequence[str] | None, used: set[str], place: str | None
+) -> list[Problem]:
+    """Class names that no example has, where the labels are text; positions are checked by their number."""
+    names = find_label_names(splits, column, given)
+    as_positions = not used.intersection(names)
+    unused = [name for number, name in enumerate(names) if (str(number) if as_positions else name) not in used]
+    if not unused or not used:
+        return []
+    what = f"{len(unused)} of {len(names)} named classes have no example: {show_names(unused)}"
+    return [
+        Problem(what, place, "add examples of them, or take them off the list of label names", fatal=given is not None)
+    ]

@@ -1,0 +1,100 @@
+"""One split of the target data, and where each of its rows came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceFile:
+    """What a row number means in one file (or one split on the Hub)."""
+
+    place: str
+    """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
+    num_rows: int
+    lines: Rows | None
+    """Line (from 1) on which each row begins, for formats that have lines."""
+
+    def where(self, row: int) -> str:
+        """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        return f"{self.place} row {row}" if self.lines is None else f"{self.place}:{self.lines[row]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """One split: an Arrow table whose columns carry the task's names, and where each row came from."""
+
+    table: pa.Table
+    """The task's columns are string, int64, float64, or lists of string or int64."""
+    rows: Rows
+    """Shape [len]: original row number of each example, counted through `files` in their order."""
+    files: tuple[SourceFile, ...]
+    label_names: tuple[str, ...] | None = None
+    """Class names that the data bring along, in order of their numbers."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def take(self, indices: Sequence[int] | Rows) -> Examples:
+        """The examples at these positions, in this order."""
+        positions = np.asarray(indices, dtype=np.int64)
+        return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
+
+    def where(self, row: int) -> str:
+        """The place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""
+        original = int(self.rows[row])
+        for file in self.files:
+            if original < file.num_rows:
+                return file.where(original)
+            original -= file.num_rows
+        raise IndexError(f"row {row} lies in none of the files")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over column names, types and values in their order, whatever the file format and the chunking."""
+        digest = hashlib.sha256()
+        for name in sorted(self.table.column_names):
+            column = self.table.column(name)
+            _add(digest, f"{name}\0{column.type}\0{len(column)}\0".encode())
+            _add_values(digest, column)
+        return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, data: bytes | memoryview) -> None:
+    # The length goes first, so that no two different sequences of parts hash alike.
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def _add_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
+    """Hash lengths and contents rather than Arrow's buffers, which depend on offsets and on what lies under nulls."""
+    _add(digest, column.is_valid().combine_chunks().to_numpy(zero_copy_only=False).tobytes())
+    if pa.types.is_list(column.type):
+        _add(digest, _as_bytes(pc.list_value_length(column).cast(pa.int64()), 0))
+        _add_values(digest, pc.list_flatten(column))
+    elif pa.types.is_string(column.type):
+        _add(digest, _as_bytes(pc.binary_length(column).cast(pa.int64()), 0))
+        texts = pc.fill_null(column, "").cast(pa.large_string())
+        array = pa.concat_arrays(texts.chunks) if texts.num_chunks else pa.array([], pa.large_string())
+        offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+        contents = array.buffers()[2]
+        _add(digest, memoryview(contents)[offsets[0] : offsets[-1]] if contents is not None and len(array) else b"")
+    elif pa.types.is_primitive(column.type):
+        _add(digest, _as_bytes(column, 0))
+    else:
+        _add(digest, repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
+
+
+def _as_bytes(column: pa.ChunkedArray, null: int) -> bytes:
+    data: bytes = pc.fill_null(column, null).to_numpy().tobytes()
+    return data

@@ -1,0 +1,119 @@
+"""Data sets from the Hugging Face Hub, through `datasets`. Loading scripts are never run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.data.arrow_files import raw_table
+from orchestrator.data.folders import SPLIT_WORDS
+from orchestrator.data.messages import show_name, show_names
+from orchestrator.data.raw import RawFile
+from orchestrator.errors import DataError, Problem
+
+_REACH_SECONDS = 3.0
+
+
+def open_hub(
+    path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
+) -> dict[str, RawFile]:
+    """The splits of a Hub data set: those `named` (split -> the Hub's name for it), or else all that are found.
+
+    Raises:
+        DataError: no such data set, configuration or split; a gated one; no network and no local copy.
+    """
+    options = {"path": path, "name": name, "revision": revision}
+    loaded: dict[str, Any] = {}
+    if named:
+        for split, hub_split in named.items():
+            loaded[split] = (hub_split, _load(options, hub_split, where))
+    else:
+        every = _load(options, None, where)
+        for split, words in SPLIT_WORDS.items():
+            found = [word for word in words if word in every]
+            if found:
+                loaded[split] = (found[0], every[found[0]])
+        if "train" not in loaded:
+            what = f"the data set {show_name(path)} has no split named train; it has {show_names(every)}"
+            raise DataError(Problem(what, where, f"write `data: {{path: {path}, train: SPLIT, test: SPLIT}}`"))
+    return {split: _raw_split(f"{path} {hub_split}", data) for split, (hub_split, data) in loaded.items()}
+
+
+def _load(options: Mapping[str, str | None], split: str | None, where: str) -> Any:
+    import datasets
+
+    with _offline_unless_reachable() as reachable:
+        try:
+            return datasets.load_dataset(**options, split=split)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise DataError(_explain(error, str(options["path"]), where, reachable)) from error
+
+
+def _explain(error: Exception, path: str, where: str, reachable: bool) -> Problem:
+    lines = str(error).splitlines()
+    detail = show_name(lines[0]) if lines else type(error).__name__
+    if not reachable or isinstance(error, ConnectionError):
+        what = f"the data set {show_name(path)} is not on this machine, and the Hugging Face Hub cannot be reached"
+        remedy = f"connect to the network, or name local files; a path to a local folder is written ./{path}"
+        return Problem(what, where, remedy)
+    text = str(error)
+    if "gated" in text:
+        what = f"the data set {show_name(path)} is gated"
+        remedy = f"ask for access at https://huggingface.co/datasets/{path}, then `hf auth login` or set HF_TOKEN"
+    elif "scripts are no longer supported" in text:
+        what = f"the data set {show_name(path)} is a loading script, which is never run"
+        remedy = "use a copy in Parquet (many have a revision refs/convert/parquet), or local files"
+    elif isinstance(error, FileNotFoundError):
+        what = f"the data set {show_name(path)} is not on the Hugging Face Hub: {detail}"
+        remedy = f"check its name and revision; a private one needs HF_TOKEN, a local folder is written ./{path}"
+    else:
+        what = f"the data set {show_name(path)} cannot be loaded: {detail}"
+        remedy = f"check its configuration (`name`) and splits at https://huggingface.co/datasets/{path}"
+    return Problem(what, where, remedy)
+
+
+@contextmanager
+def _offline_unless_reachable() -> Iterator[bool]:
+    """Look in the local cache only, as HF_HUB_OFFLINE=1 does, when the Hub's host does not answer.
+
+    Its client would retry for half a minute before it said so.
+    """
+    import datasets
+    import huggingface_hub
+
+    if datasets.config.HF_HUB_OFFLINE or _reaches(datasets.config.HF_ENDPOINT):
+        yield not datasets.config.HF_HUB_OFFLINE
+        return
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield False
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def _reaches(endpoint: str) -> bool:
+    import socket
+    from urllib.request import getproxies
+
+    parts = urlsplit(endpoint)
+    proxies = getproxies()
+    if parts.scheme in proxies or "all" in proxies or "ALL_PROXY" in os.environ:
+        return True  # Behind a proxy, the host's own address says nothing.
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=_REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _raw_split(place: str, data: Any) -> RawFile:
+    def fetch(column: str) -> Any:
+        return data.select_columns([column]).with_format("arrow")[:].column(column)
+
+    schema = data.features.arrow_schema
+    return raw_table(place, schema, data.num_rows, fetch)

@@ -1,0 +1,121 @@
+"""The same text in two places: in two splits, or in *train* with two labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.data.examples import Examples
+from orchestrator.data.messages import NUM_SHOWN, show_some, show_value
+from orchestrator.errors import Problem
+
+_Mask = npt.NDArray[np.bool_]
+_PAIRS = (("train", "select"), ("train", "test"), ("select", "test"))
+_NOT_LETTERS = r"[\pP\pS\pN\pZ\s\x{00}-\x{1f}]+"
+
+
+def check_overlap(
+    splits: Mapping[str, Examples], text_columns: Sequence[str], label: str | None = None
+) -> list[Problem]:
+    """Texts that stand in two splits, exactly or nearly (the same but for case, punctuation, digits and spaces).
+
+    Warnings; but fatal when half or more of *select* or *test* stands in *train* word for word. With a `label`, texts
+    that stand in *train* with two labels too.
+    """
+    exact = {split: text_keys(examples, text_columns) for split, examples in splits.items()}
+    near = {split: near_keys(examples, text_columns) for split, examples in splits.items()}
+    problems = []
+    for first, second in _PAIRS:
+        if first in splits and second in splits:
+            same = _members(exact[second], exact[first])
+            share = float(same.mean()) if len(same) else 0.0
+            found = _Found(splits, first, second, text_columns[0])
+            problems += found.report(
+                exact, same, f"({share:.1%}) are also in {first}", first == "train" and share >= 0.5
+            )
+            alike = _members(near[second], near[first]) & ~same
+            how = f"are nearly in {first} (but for case, punctuation, digits and spaces)"
+            problems += found.report(near, alike, how, fatal=False)
+    return problems + (check_conflicting_labels(splits["train"], text_columns, label) if label else [])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Texts of the split `second` that are in `first` as well."""
+
+    splits: Mapping[str, Examples]
+    first: str
+    second: str
+    column: str
+
+    def report(self, keys: Mapping[str, pa.ChunkedArray], mask: _Mask, how: str, fatal: bool) -> list[Problem]:
+        """One problem for the rows of the mask, with up to three of them beside their twins."""
+        rows = np.flatnonzero(mask).tolist()
+        if not rows:
+            return []
+        first, second = self.splits[self.first], self.splits[self.second]
+        shown = []
+        for row in rows[:NUM_SHOWN]:
+            twin = pc.index(keys[self.first], keys[self.second][row]).as_py()
+            shown.append(f"{_text(second, row, self.column)} at {second.where(row)} and {first.where(twin)}")
+        what = f"{len(rows)} of {len(second)} examples of {self.second} {how}: {show_some(shown, len(rows))}"
+        if self.first == "train":
+            remedy = f"remove them from one of the two, or the {self.second} score will be too good"
+        else:
+            remedy = "remove them from one of the two: select picks the checkpoint that test is to judge"
+        return [Problem(what, second.where(rows[0]), remedy, fatal)]
+
+
+def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], label: str) -> list[Problem]:
+    """The same text with two labels; a warning, since no model can learn both."""
+    if pa.types.is_floating(examples.table.column(label).type):
+        return []  # A score of the same text may well differ.
+    keys = text_keys(examples, text_columns).to_pylist()
+    firsts: dict[str, int] = {}
+    clashes: dict[str, int] = {}
+    labels = examples.table.column(label).to_pylist()
+    for row, key in enumerate(keys):
+        if key is None:
+            continue
+        first = firsts.setdefault(key, row)
+        if labels[first] != labels[row]:
+            clashes.setdefault(key, row)
+    if not clashes:
+        return []
+    shown = [
+        f"{_text(examples, row, text_columns[0])} is {show_value(labels[firsts[key]])} at {examples.where(firsts[key])}"
+        f" and {show_value(labels[row])} at {examples.where(row)}"
+        for key, row in list(clashes.items())[:NUM_SHOWN]
+    ]
+    what = f"{len(clashes)} texts stand in train with two labels: {show_some(shown, len(clashes))}"
+    where = examples.where(next(iter(clashes.values())))
+    return [Problem(what, where, "keep the right label of each", fatal=False)]
+
+
+def text_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
+    """What makes two rows the same text: the values of their text columns together; null where all are null."""
+    columns = [examples.table.column(name) for name in text_columns if name in examples.table.column_names]
+    if len(columns) == 1:
+        return columns[0]
+    return pc.binary_join_element_wise(*columns, "\x1e", null_handling="replace", null_replacement="")
+
+
+def near_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
+    """What makes two rows nearly the same text: their lower-case letters, or all of a text without letters."""
+    keys = text_keys(examples, text_columns)
+    letters = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(keys), _NOT_LETTERS, " "))
+    return pc.if_else(pc.equal(letters, ""), keys, letters)
+
+
+def _members(values: pa.ChunkedArray, among: pa.ChunkedArray) -> _Mask:
+    found: _Mask = pc.is_in(values, value_set=among.drop_null().combine_chunks(), skip_nulls=True).to_numpy()
+    return found
+
+
+def _text(examples: Examples, row: int, column: str) -> str:
+    return show_value(examples.table.column(column)[row].as_py())

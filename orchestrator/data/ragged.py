@@ -1,0 +1,38 @@
+"""Lists of uneven length in one flat array, read from Arrow without copies, padded when a batch is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of numbers of uneven length: row i is `values[offsets[i] : offsets[i + 1]]`."""
+
+    values: npt.NDArray[np.generic]
+    offsets: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Ragged:
+        """From an Arrow list column; without a copy when the column is one chunk."""
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        return cls(array.values.to_numpy(zero_copy_only=False), offsets)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def pad(self, rows: npt.NDArray[np.int64], fill: int) -> npt.NDArray[np.int64]:
+        """Rows side by side, filled up on the right; shape [len(rows), longest of them]."""
+        starts, lengths = self.offsets[rows], self.lengths[rows]
+        padded = np.full((len(rows), int(lengths.max(initial=1))), fill, dtype=np.int64)
+        for line, start, length in zip(padded, starts, lengths, strict=True):
+            line[:length] = self.values[start : start + length]
+        return padded

@@ -1,0 +1,81 @@
+"""A data file as read, before its columns are chosen and typed; and the checks that all text formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from orchestrator.data.examples import Rows
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe.paths import show_path
+
+NUM_BAD_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class RawFile:
+    """Only the columns that a task asks for are fetched, so what is odd in the others does not matter."""
+
+    place: str
+    """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
+    names: tuple[str, ...]
+    """Column names, each once."""
+    num_rows: int
+    fetch: Callable[[str], pa.ChunkedArray]
+    """The column of that name, in the file's own type. Raises DataError."""
+    lines: Rows | None = None
+    """Line (from 1) on which each row begins, for formats that have lines."""
+    label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Class names that the file brings along, by column."""
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file without its byte-order mark.
+
+    Raises:
+        DataError: the file is empty, unreadable, not UTF-8, or holds NUL bytes.
+    """
+    place = show_path(path)
+    data = read_bytes(path)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(Problem("the file is UTF-16, not UTF-8", place, "save it as UTF-8"))
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        what = f"the file holds {data.count(0)} NUL bytes, so it is damaged or not text"
+        raise DataError(Problem(what, f"{place}:{_line_of(data, nul)}", "remove them, or write the file anew"))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start_of_line = data.rfind(b"\n", 0, error.start) + 1
+        what = f"the file is not UTF-8: byte {error.start - start_of_line + 1} of this line is {data[error.start]:#04x}"
+        where = f"{place}:{_line_of(data, error.start)}"
+        raise DataError(Problem(what, where, "save the file as UTF-8 (it may be Latin-1 or Windows-1252)")) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file that has some."""
+    place = show_path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(Problem(f"the file cannot be read: {error.strerror}", place, "make it readable")) from error
+    if not data:
+        raise DataError(Problem("the file is empty (0 bytes)", place, "write the file anew"))
+    return data
+
+
+def bad_lines(path: Path, kind: str, faults: list[tuple[int, str]], remedy: str) -> Problem:
+    """One problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has."""
+    shown = "; ".join(f"line {line}: {fault}" for line, fault in faults[:NUM_BAD_SHOWN])
+    more = len(faults) - NUM_BAD_SHOWN
+    count = f"{len(faults)} line{'s' if len(faults) > 1 else ''}"
+    what = f"{count} {kind} ({shown}{f'; and {more} more' if more > 0 else ''})"
+    return Problem(what, f"{show_path(path)}:{faults[0][0]}", remedy)
+
+
+def _line_of(data: bytes, position: int) -> int:
+    return data.count(b"\n", 0, position) + 1

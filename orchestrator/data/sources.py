@@ -1,0 +1,263 @@
+"""Open what `target.data` names: files, a folder of splits, or a Hub id; with the task's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.data.columns import Column, check_mapping, convert_column, describe_type, match_columns, plain_type
+from orchestrator.data.examples import Examples, SourceFile
+from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
+from orchestrator.data.hub import open_hub
+from orchestrator.data.messages import show_name
+from orchestrator.data.raw import RawFile
+from orchestrator.data.readers import missing_path, read_file
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.paths import resolve_path
+from orchestrator.recipe.schema import Data, Recipe
+
+_Open = Callable[[], list[RawFile]]
+
+
+def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples]:
+    """The splits that the recipe's data have: `train`, and `select` and `test` where present.
+
+    Raises:
+        DataError: all that is wrong with the files and their columns, in all splits at once.
+    """
+    mapping = recipe.target.columns
+    problems = check_mapping(columns, mapping, recipe.origin)
+    splits: dict[str, Examples] = {}
+    try:
+        sources = _locate(recipe.target.data, recipe.origin)
+    except DataError as error:
+        raise DataError([*problems, *error.problems]) from error
+    for split, open_source in sources.items():
+        try:
+            splits[split] = _read(open_source(), columns, mapping)
+        except DataError as error:
+            problems.extend(error.problems)
+    problems.extend(_uneven_columns(splits))
+    if problems:
+        raise DataError(problems)
+    return splits
+
+
+def open_files(paths: Sequence[Path], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
+    """One split from local files, in their order.
+
+    Raises:
+        DataError: what is wrong with the files and their columns.
+    """
+    return _read(_read_files(paths), columns, mapping)
+
+
+def open_file(path: Path) -> Examples:
+    """All columns of one file under their own names, but for those that Arrow cannot hold (values of several types).
+
+    Raises:
+        DataError: what is wrong with the file.
+    """
+    raw = read_file(path)
+    columns = {}
+    for name in raw.names:
+        try:
+            values = raw.fetch(name)
+            wanted = plain_type(values.type)
+            columns[name] = values if wanted is None else values.cast(wanted)
+        except (DataError, pa.ArrowInvalid):
+            continue
+    if not raw.num_rows:
+        raise DataError(Problem("the file holds no examples", raw.place, "add examples, or name another file"))
+    return Examples(pa.table(columns), np.arange(raw.num_rows), (SourceFile(raw.place, raw.num_rows, raw.lines),))
+
+
+def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
+    """The task's columns among those of `open_file`, under the task's names.
+
+    Raises:
+        DataError: a column is missing or of the wrong type.
+    """
+    place = given.files[0].place
+    known = {key: value for key, value in mapping.items() if key in {column.name for column in columns}}
+    matched, problems = match_columns(given.table.column_names, columns, known, place)
+    table = {}
+    for column in columns:
+        if column.name in matched:
+            source = matched[column.name]
+            try:
+                table[column.name] = convert_column(given.table.column(source), column, source, place)
+            except DataError as error:
+                problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return Examples(pa.table(table), given.rows, given.files)
+
+
+def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
+    """How to open each split. Splits that `data` names are the only ones taken; else those that are found."""
+    if isinstance(data, str):
+        data = Data(path=data)
+        place = "target.data"
+    else:
+        place = "target.data.path"
+    named = {split: value for split in SPLIT_WORDS if (value := getattr(data, split)) is not None}
+    if data.path is None:
+        return {split: _written_out(split, value, origin) for split, value in named.items()}
+    path = resolve_path(data.path, origin)
+    if named:
+        named = {"train": "train", **named}
+    if path is None:
+        texts = {split: value if isinstance(value, str) else "+".join(value) for split, value in named.items()}
+        raws = open_hub(data.path, data.name, data.revision, texts, origin.where(place))
+        return {split: partial(list, [raw]) for split, raw in raws.items()}
+    if path.is_dir():
+        if not named:
+            found = find_splits(path)
+            return {split: partial(_read_files, files) for split, files in found.items()}
+        return {split: partial(_read_named, path, value, origin, split) for split, value in named.items()}
+    if not path.exists():
+        problem = missing_path(path)
+        raise DataError(Problem(f"{problem.what} ({origin.where(place)})", problem.where, problem.remedy))
+    return {"train": partial(_read_files, [path])}
+
+
+def _written_out(split: str, value: str | list[str], origin: Origin) -> _Open:
+    texts = [value] if isinstance(value, str) else value
+    # Without `path` these are files, also where they do not look like one.
+    paths = [resolve_path(text, origin) or origin.folder / text for text in texts]
+    return partial(_read_files, paths)
+
+
+def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str) -> list[RawFile]:
+    """The splits of a local folder that go by these names."""
+    paths: list[Path] = []
+    for name in [value] if isinstance(value, str) else value:
+        found = find_split(folder, (name.lower(),))
+        if not found:
+            what = f"the folder {show_name(str(folder))} has neither a file {name}.* nor a subfolder {name}"
+            where = origin.where(f"target.data.{split}")
+            raise DataError(Problem(what, where, "name a split that is there, without suffix"))
+        paths.extend(found)
+    return _read_files(paths)
+
+
+def _read_files(paths: Sequence[Path]) -> list[RawFile]:
+    files: list[RawFile] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            for file in folder_files(path) if path.is_dir() else [path]:
+                raw = read_file(file)
+                names = find_label_list(file)
+                files.append(_with_names(raw, names) if names else raw)
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return files
+
+
+def _with_names(raw: RawFile, names: tuple[str, ...]) -> RawFile:
+    """Label names beside the file, for every column that brings none along itself."""
+    label_names = {**dict.fromkeys(raw.names, names), **raw.label_names}
+    return RawFile(raw.place, raw.names, raw.num_rows, raw.fetch, raw.lines, label_names)
+
+
+def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
+    """The task's columns of some files, one after the other."""
+    problems: list[Problem] = []
+    tables: list[dict[str, pa.ChunkedArray]] = []
+    label_names: list[tuple[str, ...] | None] = []
+    used = [raw for raw in raws if raw.num_rows]
+    if not used:
+        raise DataError(Problem("the file holds no examples", raws[0].place, "add examples, or name another file"))
+    for raw in used:
+        matched, missing = match_columns(raw.names, columns, mapping, raw.place)
+        problems.extend(missing)
+        table = {}
+        for column in columns:
+            if column.name in matched:
+                try:
+                    table[column.name], names = _read_column(raw, matched[column.name], column)
+                except DataError as error:
+                    problems.extend(error.problems)
+                    continue
+                if column.kind == "label":
+                    label_names.append(names)
+        tables.append(table)
+    if problems:
+        raise DataError(problems)
+    table = _concatenate([raw.place for raw in used], tables)
+    files = tuple(SourceFile(raw.place, raw.num_rows, raw.lines) for raw in used)
+    texts = all(not pa.types.is_integer(table.column(c.name).type) for c in columns if c.name in table.column_names)
+    return Examples(table, np.arange(table.num_rows), files, _merge_names(label_names, texts, used[0].place))
+
+
+def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
+    """The converted values, and the class names that go with them."""
+    values = raw.fetch(source)
+    names = raw.label_names.get(source)
+    if pa.types.is_dictionary(values.type) and names is None and column.kind == "label":
+        unified = values.unify_dictionaries()
+        if unified.num_chunks and pa.types.is_string(unified.type.value_type):
+            names = tuple(name for name in unified.chunk(0).dictionary.to_pylist() if name is not None)
+    converted = convert_column(values, column, source, raw.place)
+    if names is not None and pa.types.is_integer(converted.type):
+        # The Hub's mark for a label that is withheld.
+        converted = pc.if_else(pc.equal(converted, -1), pa.scalar(None, pa.int64()), converted)
+    return converted, names
+
+
+def _concatenate(places: Sequence[str], tables: Sequence[Mapping[str, pa.ChunkedArray]]) -> pa.Table:
+    """Tables of one split on end; whole numbers and numbers become numbers, other types must agree."""
+    joined: dict[str, pa.ChunkedArray] = {}
+    for name in tables[0]:
+        parts = [table[name] for table in tables if name in table]
+        if len(parts) < len(tables):
+            continue
+        types = {part.type for part in parts if part.null_count < len(part)} or {pa.string()}
+        if types == {pa.int64(), pa.float64()}:
+            types = {pa.float64()}
+        if len(types) > 1:
+            kinds = [f"{describe_type(part.type)} in {place}" for part, place in zip(parts, places, strict=True)]
+            what = f"{name} differs in type between the files of one split: {', '.join(dict.fromkeys(kinds))}"
+            raise DataError(Problem(what, places[0], "write the column in one type"))
+        type_ = types.pop()
+        chunks = [chunk for part in parts for chunk in _cast(part, type_).chunks]
+        joined[name] = pa.chunked_array(chunks, type_)
+    return pa.table(joined).combine_chunks()
+
+
+def _cast(part: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(len(part), type_)]) if part.null_count == len(part) else part.cast(type_)
+
+
+def _merge_names(every: Iterable[tuple[str, ...] | None], texts: bool, place: str) -> tuple[str, ...] | None:
+    """One list of class names for all files; labels written as text may use names from any of the lists."""
+    lists = list(dict.fromkeys(names for names in every if names is not None))
+    if len(lists) > 1 and not texts:
+        what = "the files of one split number their classes differently: their lists of class names differ"
+        raise DataError(Problem(what, place, "write the labels as text, or all files with one list of names"))
+    return tuple(dict.fromkeys(chain.from_iterable(lists))) if lists else None
+
+
+def _uneven_columns(splits: Mapping[str, Examples]) -> list[Problem]:
+    """Optional columns that one split has and another lacks."""
+    problems = []
+    train = splits.get("train")
+    for split, examples in splits.items():
+        if train is None or split == "train":
+            continue
+        for name in sorted(set(train.table.column_names) ^ set(examples.table.column_names)):
+            has, lacks = (train, examples) if name in train.table.column_names else (examples, train)
+            what = f"{name} is a column of {has.files[0].place} but not of {lacks.files[0].place}"
+            problems.append(Problem(what, lacks.files[0].place, "give all splits the same columns"))
+    return problems

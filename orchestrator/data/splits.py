@@ -1,0 +1,165 @@
+"""Cutting the splits that the data lack, and drawing fewer examples. Neither depends on `train.seed`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.overlap import near_keys, text_keys
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe.schema import Limit, Split
+
+
+def cut_missing_splits(
+    splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[str]
+) -> dict[str, Examples]:
+    """All three splits (or *train* and *select*, when `split.test` is 0): those that are missing are cut from *train*.
+
+    Each class gives its share (`stratify` names a column of text or whole numbers). Rows with the same text in the
+    `group_by` columns, but for case, punctuation, digits and spaces, stay on one side. Every class keeps training
+    examples: one that is too rare to be cut stays in *train*. The draw goes by a hash of the seed and the text.
+
+    Raises:
+        DataError: *select* is missing and its share is 0, the shares leave no training data, or there is too little.
+    """
+    train = splits["train"]
+    shares = {name: share for name, share in (("test", split.test), ("select", split.select)) if name not in splits}
+    if shares.get("select") == 0.0:
+        remedy = "name a select split in target.data, or set target.split.select to about 0.1"
+        raise DataError(Problem("select is needed, but the data have none and its share is 0", "target.split", remedy))
+    if sum(shares.values()) >= 1.0:
+        what = f"the shares that are cut from train leave nothing of it: {shares}"
+        raise DataError(Problem(what, "target.split", "lower target.split.select or target.split.test"))
+    shares = {name: share for name, share in shares.items() if share > 0.0}
+    parts = _cut(_strata(train, stratify, group_by, split.seed), list(shares.values()))
+    cut = dict(zip(shares, parts, strict=True))
+    for name, rows in cut.items():
+        if not len(rows):
+            what = f"{len(train)} training examples are too few to cut {name} from them"
+            raise DataError(Problem(what, "target.split", f"add examples (two of each class), or name a {name} split"))
+    taken = np.concatenate([np.zeros(0, dtype=np.int64), *cut.values()])
+    left = np.setdiff1d(np.arange(len(train)), taken)
+    every = {**splits, "train": train.take(left), **{name: train.take(rows) for name, rows in cut.items()}}
+    return {name: every[name] for name in ("train", "select", "test") if name in every}
+
+
+def limit_examples(
+    splits: Mapping[str, Examples], limit: Limit, stratify: str | None, seed: int
+) -> dict[str, Examples]:
+    """At most so many examples of each split, and of each class of *train*; the others are left as they are.
+
+    Draws are stratified and nested: with one seed, the 100 examples are among the 200. Every class has one first, then
+    its share.
+
+    Raises:
+        DataError: `limit.per_class` where there are no classes.
+    """
+    limited = {}
+    for split, examples in splits.items():
+        total: int | None = getattr(limit, split)
+        per_class = limit.per_class if split == "train" else None
+        if total is None and per_class is None:
+            limited[split] = examples
+            continue
+        classes = _classes(examples, stratify)
+        if per_class is not None and classes is None:
+            what = "there are no classes to take so many examples of each"
+            raise DataError(Problem(what, "target.limit.per_class", "set target.limit.train instead"))
+        rows = _nested_order(np.zeros(len(examples), np.int64) if classes is None else classes, per_class, seed)
+        limited[split] = examples.take(np.sort(rows[:total]))
+    return limited
+
+
+def _draw(keys: Iterable[object], seed: int) -> list[bytes]:
+    """A random-looking rank for each key, the same with every version of every library."""
+    return [blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
+
+
+def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
+    """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
+    ranks_by_hash = _draw(range(len(classes)), seed)
+    order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
+    ranks = np.zeros(len(classes), dtype=np.int64)
+    seen: dict[int, int] = {}
+    for row in order.tolist():
+        ranks[row] = seen.get(int(classes[row]), 0)
+        seen[int(classes[row])] = int(ranks[row]) + 1
+    sizes = np.array([seen[int(number)] for number in classes], dtype=np.float64)
+    # Spreads the members of a class evenly over the order.
+    places = (ranks + 0.5) / sizes
+    draw = np.empty(len(classes), dtype=np.int64)
+    draw[order] = np.arange(len(classes))
+    ordered = np.lexsort((draw, places, ranks > 0))
+    return ordered if per_class is None else ordered[ranks[ordered] < per_class]
+
+
+def _classes(examples: Examples, stratify: str | None) -> Rows | None:
+    """A number for each row's class, shape [n]; None where the column holds no single classes."""
+    if stratify is None:
+        return None
+    values = examples.table.column(stratify)
+    if not (pa.types.is_string(values.type) or pa.types.is_integer(values.type)):
+        return None
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    return np.asarray(encoded.indices.to_numpy(), dtype=np.int64)
+
+
+def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], seed: int) -> list[list[list[int]]]:
+    """For each class its groups of rows that must stay together, in the order of the draw."""
+    columns = [name for name in group_by if name in examples.table.column_names]
+    numbers = list(range(len(examples)))
+    exact = text_keys(examples, columns).to_pylist() if columns else numbers
+    near = near_keys(examples, columns).to_pylist() if columns else numbers
+    classes = _classes(examples, stratify)
+    strata: dict[int, list[list[int]]] = {}
+    for rows in _group(numbers, near):
+        strata.setdefault(0 if classes is None else int(classes[rows[0]]), []).append(rows)
+    drawn = []
+    for groups in strata.values():
+        rows = [row for group in groups for row in group]
+        # Where most texts of a class differ in digits alone, they are told apart by them, or little could be cut.
+        units = groups if 2 * len(groups) >= len(rows) else _group(rows, [exact[row] for row in rows])
+        ranks = _draw((exact[unit[0]] for unit in units), seed)
+        drawn.append([unit for _, unit in sorted(zip(ranks, units, strict=True))])
+    return drawn
+
+
+def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
+    """Rows with the same key together; a row without a key is a group of its own."""
+    groups: dict[object, list[int]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        groups.setdefault(("no key", row) if key is None else key, []).append(row)
+    return list(groups.values())
+
+
+def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
+    """The rows of each part, by its share of all rows; the parts are disjoint."""
+    parts: list[Rows] = []
+    next_group = [0] * len(strata)
+    sizes = np.array([sum(map(len, stratum)) for stratum in strata], dtype=np.float64)
+    for share in shares:
+        quotas = _round_quotas(sizes * share)
+        taken: list[int] = []
+        for number, stratum in enumerate(strata):
+            count = 0
+            # The last group of a class is left in train.
+            while count < quotas[number] and next_group[number] < len(stratum) - 1:
+                group = stratum[next_group[number]]
+                taken.extend(group)
+                count += len(group)
+                next_group[number] += 1
+        parts.append(np.sort(np.array(taken, dtype=np.int64)))
+    return parts
+
+
+def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Rows:
+    """Whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
+    quotas = np.floor(exact).astype(np.int64)
+    total = max(1, round(float(exact.sum())))
+    for number in np.argsort(quotas - exact, kind="stable")[: max(0, total - int(quotas.sum()))]:
+        quotas[number] += 1
+    return quotas

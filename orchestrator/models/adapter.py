@@ -1,0 +1,147 @@
+"""Put low-rank adapters into the blocks above the freeze boundary, through peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from orchestrator.errors import ModelError, Problem, nearest
+from orchestrator.models.blocks import Block, Blocks
+from orchestrator.models.freeze import Depth
+from orchestrator.recipe import Adapter
+
+ADAPTER_NAME = "default"
+
+
+def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> Any:
+    """Wrap a model so that only adapters in the layers above the boundary, and the head, are trained.
+
+    The stem and the tail get no adapter. The head is trained whole, on a copy that is saved with the adapter; so is
+    whatever else the source did not have. Adapters are drawn from the caller's random stream.
+
+    Args:
+        depth: what is frozen; no adapter goes below it.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        ModelError: targets that match nothing, or nothing above the boundary; extra head layers.
+    """
+    import peft
+
+    if getattr(model.config, "deep_head", None) is not None:
+        what = "extra head layers do not go with an adapter, because peft could not load the two onto the source model"
+        raise ModelError(
+            Problem(what, "transfer.head.layers", "set transfer.head.layers to [], or transfer.adapter to null")
+        )
+    targets = _find_targets(model, blocks, depth, adapter)
+    saved = _find_saved_modules(model, blocks)
+    config = peft.LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.variant == "rslora",
+        use_dora=adapter.variant == "dora",
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        target_modules=targets,
+        modules_to_save=saved,
+    )
+    wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    _check_trained(wrapped, targets, saved)
+    return wrapped
+
+
+def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
+    """The blocks after `add_adapter`: parameters under their new names, each adapter in the block that it sits in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    in_order = blocks.in_order()
+    owners = {name: block.name for block in in_order for name in block.parameters}
+    for wrapper, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            prefix = f"{wrapper}."
+            owner = next(owners[name] for name in list(owners) if name.startswith(prefix))
+            owners.update({f"{prefix}{name}": owner for name, _ in module.named_parameters()})
+    # The wrapper around the whole model puts a prefix of its own before each name.
+    names = [name for name, _ in model.get_base_model().named_parameters()]
+    prefixed = dict(zip(names, (name for name, _ in model.named_parameters()), strict=True))
+    stem, *layers, tail, head = (
+        replace(block, parameters=tuple(prefixed[name] for name in names if owners[name] == block.name))
+        for block in in_order
+    )
+    return Blocks(stem, tuple(layers), tail, head, blocks.containers)
+
+
+def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> list[str]:
+    """Full names of the linear modules that get an adapter."""
+    new = set(blocks.head.parameters)
+    names = {module: name for name, module in model.named_modules()}
+
+    def linear_names(layers: tuple[Block, ...]) -> list[str]:
+        modules = (module for block in layers for module in block.modules if isinstance(module, nn.Linear | Conv1D))
+        return [names[module] for module in modules if f"{names[module]}.weight" not in new]
+
+    everywhere, above = linear_names(blocks.layers), linear_names(blocks.layers[depth.num_layers :])
+    place = "transfer.adapter.targets"
+    if not above:
+        what = f"no layer with linear modules is left above the freeze boundary ({depth.num_layers} frozen layers)"
+        raise ModelError(Problem(what, "transfer.adapter", "lower transfer.freeze, or set transfer.adapter to null"))
+    if isinstance(adapter.targets, str):
+        return above
+    problems = list(_check_target_names(adapter.targets, everywhere, above, place))
+    if problems:
+        raise ModelError(problems)
+    return [name for name in above if _last_part(name) in adapter.targets]
+
+
+def _check_target_names(targets: list[str], everywhere: list[str], above: list[str], where: str) -> Iterator[Problem]:
+    valid = sorted({_last_part(name) for name in everywhere})
+    trainable = sorted({_last_part(name) for name in above})
+    for target in targets:
+        if target not in valid:
+            close = nearest(target, valid)
+            hint = f"did you mean {close}? " if close else ""
+            yield Problem(f"{target!r} matches no linear module", where, f"{hint}this model has: {', '.join(valid)}")
+        elif target not in trainable:
+            remedy = f"lower transfer.freeze, or use: {', '.join(trainable)}"
+            yield Problem(f"{target!r} matches no linear module above the freeze boundary", where, remedy)
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
+    """Full names of the outermost modules that hold only parameters of the head."""
+    head = set(blocks.head.parameters)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+        if name and own and head.issuperset(own) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    covered = tuple(f"{name}." for name in found)
+    if loose := sorted(name for name in head if not name.startswith(covered)):
+        what = f"the weights lack {loose[0]}, a part of a module whose other parts they have, so no adapter fits it"
+        raise ModelError(Problem(what, "transfer.adapter", "use complete weights, or set transfer.adapter to null"))
+    return found
+
+
+def _check_trained(wrapped: Any, targets: list[str], saved: list[str]) -> None:
+    """Exactly the adapters asked for, and the copies of what is saved whole, are trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = wrapped.get_base_model()
+    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert adapted == set(targets), f"adapters are in {adapted ^ set(targets)}"
+    copies = tuple(f"{name}.modules_to_save.{ADAPTER_NAME}." for name in saved)
+    frozen_parts = {f"{name}.base_layer.{part}" for name in targets for part in ("weight", "bias")}
+    adapters = tuple(f"{name}." for name in targets)
+    for name, parameter in base.named_parameters():
+        expected = name.startswith(copies) or (name.startswith(adapters) and name not in frozen_parts)
+        assert parameter.requires_grad == expected, f"requires_grad of {name} is wrong"

@@ -1,0 +1,183 @@
+"""Load config, tokenizer and weights of a source model: safetensors only, in fp32, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from orchestrator.errors import ModelError, Problem
+from orchestrator.models.deep_head import DeepHead, with_deep_head
+from orchestrator.models.head import find_output_layer
+from orchestrator.models.hub import LOADING_ERRORS, explain
+from orchestrator.models.source import SourceModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and which of its parameters the source did not have."""
+
+    model: Any
+    new_parameters: frozenset[str]
+    """Names (as in `named_parameters`) of the freshly initialised ones; empty for a model from scratch."""
+
+
+def load_config(source: SourceModel, **changes: Any) -> Any:
+    """The source's config with some of its values changed (label names, problem type).
+
+    Raises:
+        ModelError: it cannot be read, or its architecture is not known.
+    """
+    with _plain_errors(source):
+        return transformers.AutoConfig.from_pretrained(source.location, **_hub_arguments(source), **changes)
+
+
+def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
+    """The source's tokenizer, padding on the right, and notes on what was set for it (not fatal).
+
+    Where there is no padding token, the end-of-text token takes its place, or the unknown one; none is added, because
+    the model has no embedding for it. Padding is masked, so the model does not read it.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no token to pad with.
+    """
+    with _plain_errors(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source))
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is not None:
+        return tokenizer, []
+    token = tokenizer.eos_token or tokenizer.unk_token
+    if token is None:
+        remedy = "set `pad_token` in the model's tokenizer_config.json"
+        raise ModelError(Problem(f"the tokenizer of {source.name!r} has no token to pad with", source.where, remedy))
+    tokenizer.pad_token = token
+    note = f"the tokenizer of {source.name!r} has no padding token; {token!r} is used (it is masked)"
+    return tokenizer, [Problem(note, source.where, fatal=False)]
+
+
+def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: bool, seed: int) -> LoadedModel:
+    """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
+
+    What the source lacks, or has in another shape (a head for other labels), is drawn under `seed`; the caller's random
+    streams stay as they are. The output layer of a source that was trained for other labels is drawn anew too, even
+    where its shape would fit.
+
+    Args:
+        config: from `load_config`.
+        from_scratch: draw all weights instead of loading any.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or do not belong to the model's body.
+    """
+    loader = _find_loader(auto_class, config)
+    with _plain_errors(source), seeded(seed):
+        if from_scratch:
+            arguments = {"trust_remote_code": True} if source.trust_remote_code else {}
+            build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
+            return LoadedModel(build(config, dtype=torch.float32, **arguments).eval(), frozenset())
+        model, report = loader.from_pretrained(
+            source.location,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the shapes are checked below, where head and body are told apart
+            output_loading_info=True,
+            **_hub_arguments(source),
+        )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        new = (set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}) & set(names.values())
+        _check_body(model, source, report["mismatched_keys"], new)
+        if load_config(source).id2label != config.id2label:
+            new |= {names[parameter] for parameter in _draw_output_layer(model)}
+    return LoadedModel(model, frozenset(new))
+
+
+def fit_to_tokenizer(model: Any, tokenizer: Any, source: SourceModel) -> None:
+    """Tell the model which token is padding, as models that classify at the last token need to know.
+
+    Raises:
+        ModelError: the tokenizer has tokens that the model has no embedding for.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if len(tokenizer) > embeddings.shape[0]:
+        what = f"the tokenizer of {source.name!r} has {len(tokenizer)} tokens, its model embeds {embeddings.shape[0]}"
+        raise ModelError(Problem(what, source.where, "use the tokenizer that the model was trained with"))
+    # Not before the model is built: an embedding does not learn the token that it was told is padding, and where the
+    # end-of-text token pads, it is to be learned like any other.
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random draws inside follow `seed`; those after it go on as if nothing had been drawn."""
+    # Where CUDA was not started, seeding it would take effect only later, over whatever the caller seeded it with.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def _find_loader(auto_class: str, config: Any) -> Any:
+    """The auto class; or, for a model that was saved with extra head layers, its class with room for them."""
+    loader = getattr(transformers, auto_class)
+    if getattr(config, "deep_head", None) is None or type(config) not in loader._model_mapping:
+        return loader
+    found = loader._model_mapping[type(config)]
+    return with_deep_head(found[0] if isinstance(found, tuple) else found)
+
+
+def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str]) -> None:
+    """The body must come from the source; only a head may be missing, or be of another shape."""
+    if model.base_model is model:
+        return
+    inside = {parameter for parameter in model.base_model.parameters()}
+    body = {name for name, parameter in model.named_parameters() if parameter in inside}
+    remedy = "check that config.json and the weights belong together"
+    if wrong := sorted(entry for entry in mismatched if entry[0] in body):
+        name, stored, expected = wrong[0]
+        shapes = f"{tuple(stored)} in the weights, but {tuple(expected)} by config.json"
+        raise ModelError(Problem(f"{name} of {source.name!r} is {shapes}", source.where, remedy))
+    if body <= new:
+        what = f"the weights of {source.name!r} hold nothing that a {type(model).__name__} can use"
+        raise ModelError(Problem(what, source.where, remedy))
+
+
+def _draw_output_layer(model: Any) -> list[nn.Parameter]:
+    found = find_output_layer(model)[1]
+    output = found.output_layer if isinstance(found, DeepHead) else found
+    # transformers leaves alone what carries this mark of having been loaded.
+    for part in (output, *output.parameters()):
+        vars(part).pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        model._init_weights(output)
+    return list(output.parameters())
+
+
+def _hub_arguments(source: SourceModel) -> dict[str, Any]:
+    # An explicit False: unset, transformers would ask on the terminal.
+    return {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+
+
+@contextmanager
+def _plain_errors(source: SourceModel) -> Iterator[None]:
+    """Errors of transformers in the words of the user; none of its warnings and progress bars."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise ModelError(explain(error, source.name, source.revision, source.where)) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

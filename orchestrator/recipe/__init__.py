@@ -1,0 +1,47 @@
+"""What a user writes: the recipe. Imports neither torch nor ray."""
+
+from orchestrator.recipe.catalog import ShippedRecipe, find_recipe, shipped_recipes
+from orchestrator.recipe.load import dump_recipe, load_recipe, make_paths_absolute, parse_recipe
+from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.paths import resolve_path, show_path
+from orchestrator.recipe.reference import json_schema
+from orchestrator.recipe.schema import (
+    Adapter,
+    Data,
+    EarlyStopping,
+    Head,
+    Limit,
+    Recipe,
+    Scale,
+    Source,
+    Split,
+    Target,
+    Train,
+    Transfer,
+)
+
+__all__ = [
+    "Adapter",
+    "Data",
+    "EarlyStopping",
+    "Head",
+    "Limit",
+    "Origin",
+    "Recipe",
+    "Scale",
+    "ShippedRecipe",
+    "Source",
+    "Split",
+    "Target",
+    "Train",
+    "Transfer",
+    "dump_recipe",
+    "find_recipe",
+    "json_schema",
+    "load_recipe",
+    "make_paths_absolute",
+    "parse_recipe",
+    "resolve_path",
+    "shipped_recipes",
+    "show_path",
+]

@@ -1,0 +1,155 @@
+"""From a recipe's text to a checked `Recipe`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from yaml.nodes import ScalarNode
+
+from orchestrator.errors import Problem, RecipeError
+from orchestrator.recipe.catalog import find_recipe
+from orchestrator.recipe.mistakes import Mistake, find_mistakes, leave_out
+from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.overrides import apply_overrides
+from orchestrator.recipe.paths import path_exists, resolve_path
+from orchestrator.recipe.reading import read_text, read_yaml, resolve_scalar
+from orchestrator.recipe.reference import shape_of
+from orchestrator.recipe.rules import SPLITS, check_rules
+from orchestrator.recipe.schema import Data, Recipe, Section
+from orchestrator.recipe.wording import explain_mistakes
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe's file, or one that ships by its name, with `key=value` overrides put on top.
+
+    A relative path in an override is looked for in the working folder first, then in the recipe's.
+
+    Raises:
+        RecipeError: with every problem of the file, the overrides, the values and the rules between them.
+    """
+    path = find_recipe(path_or_name)
+    return parse_recipe(read_text(path), path, overrides)
+
+
+def parse_recipe(text: str, file: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a YAML text says. Relative paths in it start at the folder of `file`, else at the working folder.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    file = file.absolute() if file else None
+    document = read_yaml(text, file)
+    data, texts, problems = apply_overrides(document.data, overrides)
+    origin = Origin(file, _written_lines(document.lines, texts), texts)
+    return _build(data, origin, [*document.problems, *problems])
+
+
+def check_section(section: type[AnySection], data: dict[str, Any], path: str, origin: Origin) -> AnySection:
+    """A part of the recipe whose schema stands elsewhere, such as a task's options at `target.options`.
+
+    Raises:
+        RecipeError: with every value that does not fit, at its place in the recipe.
+    """
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        shape = shape_of(section)
+        mistakes = find_mistakes(error, data, shape)
+        raise RecipeError(explain_mistakes(mistakes, data, shape, origin, path)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of the recipe with every default written out and local paths absolute, so that a copy runs from anywhere."""
+    data = make_paths_absolute(recipe).model_dump()
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def make_paths_absolute(recipe: Recipe) -> Recipe:
+    """The same recipe with the local paths of model and data written in full."""
+
+    def absolute(_: str, text: str) -> str:
+        path = resolve_path(text, recipe.origin)
+        return text if path is None else str(path)
+
+    return _map_paths(recipe, absolute)
+
+
+def _settle_overridden_paths(recipe: Recipe) -> Recipe:
+    """Write in full the paths from the command line that exist in the working folder, where a shell completes them."""
+
+    def absolute(place: str, text: str) -> str:
+        path = resolve_path(text, Origin()) if any(_is_within(place, key) for key in recipe.origin.overrides) else None
+        return str(path) if path is not None and path_exists(path) else text
+
+    return _map_paths(recipe, absolute)
+
+
+def _map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
+    """The recipe with `change(dotted place, text)` in place of the texts that may name a local model or data."""
+
+    def change_files(split: str, files: str | list[str] | None) -> str | list[str] | None:
+        place = f"target.data.{split}"
+        if files is None or isinstance(files, str):
+            return files and change(place, files)
+        return [change(f"{place}.{index}", file) for index, file in enumerate(files)]
+
+    data = recipe.target.data
+    new: str | Data
+    if isinstance(data, str):
+        new = change("target.data", data)
+    elif data.path is not None:
+        new = data.model_copy(update={"path": change("target.data.path", data.path)})
+    else:
+        new = data.model_copy(update={split: change_files(split, getattr(data, split)) for split in SPLITS})
+    source = recipe.source.model_copy(update={"model": change("source.model", recipe.source.model)})
+    target = recipe.target.model_copy(update={"data": new})
+    return recipe.model_copy(update={"source": source, "target": target})
+
+
+def _written_lines(lines: dict[str, int], overrides: dict[str, str]) -> dict[str, int]:
+    """The lines of what still stands in the file after the overrides."""
+    return {path: line for path, line in lines.items() if not any(_is_within(path, other) for other in overrides)}
+
+
+def _is_within(path: str, other: str) -> bool:
+    return path == other or path.startswith(f"{other}.")
+
+
+def _build(data: dict[str, Any], origin: Origin, problems: list[Problem]) -> Recipe:
+    mistakes: list[Mistake] = []
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        shape = shape_of(Recipe)
+        mistakes = find_mistakes(error, data, shape)
+        problems = [*problems, *explain_mistakes(mistakes, data, shape, origin)]
+        try:
+            # What is left without the mistakes is checked too, so that one report names everything.
+            recipe = Recipe.model_validate(leave_out(mistakes, data, shape))
+        except ValidationError:
+            raise RecipeError(problems) from None
+    recipe._origin = origin
+    problems = [*problems, *check_rules(recipe, [path for mistake in mistakes for path in mistake.touches])]
+    if problems:
+        raise RecipeError(problems)
+    return _settle_overridden_paths(recipe)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either YAML 1.1 or `resolve_scalar` would read as something other than text."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        resolve: Callable[..., Any] = super().resolve
+        tag = resolve(kind, value, implicit)
+        if kind is ScalarNode and implicit[0] and tag == self.DEFAULT_SCALAR_TAG:
+            return resolve_scalar(value)
+        return tag
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -1,0 +1,43 @@
+"""Where the values of a recipe were written: file and line, or the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.recipe.paths import show_path
+
+
+@dataclass
+class Origin:
+    """Places of a recipe's values, for messages; `where` answers for any dotted path, written out or defaulted.
+
+    All origins are equal: where a value was written is no part of what a recipe says.
+    """
+
+    file: Path | None = field(default=None, compare=False)
+    """The recipe's file, absolute; None for a recipe built in Python or read from a text."""
+    lines: dict[str, int] = field(default_factory=dict, compare=False)
+    """Line (from 1) of each dotted path that stands in the file."""
+    overrides: dict[str, str] = field(default_factory=dict, compare=False)
+    """Text of each `key=value` given on the command line, by its dotted path."""
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in the recipe are relative to."""
+        return self.file.parent if self.file else Path.cwd()
+
+    def where(self, path: str) -> str:
+        """`recipes/mine.yaml:12 (train.learning_rate)`, or `train.learning_rate=1 (command line)`.
+
+        A path that was not written takes the line of its nearest written parent.
+        """
+        parts = path.split(".")
+        for length in range(len(parts), 0, -1):
+            prefix = ".".join(parts[:length])
+            if prefix in self.overrides:
+                return f"{self.overrides[prefix]} (command line)"
+            if prefix in self.lines:
+                line = self.lines[prefix]
+                return f"{show_path(self.file)}:{line} ({path})" if self.file else f"line {line} ({path})"
+        return f"{show_path(self.file)} ({path})" if self.file else path

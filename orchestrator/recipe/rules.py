@@ -1,0 +1,273 @@
+"""Rules between fields: what each value allows on its own but the recipe as a whole does not.
+
+Each rule is a function that yields its findings. What needs the data or the model is checked where those are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from orchestrator.errors import Problem, RecipeError
+from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
+from orchestrator.recipe.schema import Data, Recipe
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+SPLITS = ("train", "select", "test")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A broken rule: the paths of the values in it (the first is its place), what is wrong, and the remedy."""
+
+    paths: tuple[str, ...]
+    what: str
+    remedy: str
+
+
+def check_rules(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
+    """The problems between the recipe's values, but for those that involve a path at, above or below `unreliable`."""
+    return [
+        Problem(finding.what, recipe.origin.where(finding.paths[0]), finding.remedy)
+        for rule in _RULES
+        for finding in rule(recipe)
+        if not any(_overlap(path, other) for path in finding.paths for other in unreliable)
+    ]
+
+
+def _overlap(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def _paths_lead_somewhere(recipe: Recipe) -> Iterator[Finding]:
+    for place, text in _path_texts(recipe):
+        try:
+            resolve_path(text, recipe.origin)
+        except RecipeError as error:
+            for problem in error.problems:
+                yield Finding((place,), problem.what, problem.remedy or "")
+        if "://" in text:
+            yield Finding(
+                (place,),
+                f"`{place}` is the address {text!r}; only folders, files and Hub ids are read",
+                "download it and name the local copy",
+            )
+
+
+def _path_texts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "source.model", recipe.source.model
+    yield "scale.storage", recipe.scale.storage
+    data = recipe.target.data
+    if isinstance(data, str):
+        yield "target.data", data
+    elif data.path is not None:
+        yield "target.data.path", data.path
+    else:
+        for split in SPLITS:
+            files = getattr(data, split) or []
+            named = isinstance(files, str)
+            for index, file in enumerate([files] if named else files):
+                yield f"target.data.{split}" if named else f"target.data.{split}.{index}", file
+
+
+def _is_hub_id(text: str, recipe: Recipe) -> bool:
+    try:
+        return resolve_path(text, recipe.origin) is None and not text.startswith(PACKAGE_PREFIX)
+    except RecipeError:
+        return False
+
+
+def _remote_code_is_pinned(recipe: Recipe) -> Iterator[Finding]:
+    source = recipe.source
+    if source.trust_remote_code and not _COMMIT.fullmatch(source.revision or ""):
+        yield Finding(
+            ("source.trust_remote_code", "source.revision"),
+            "`source.trust_remote_code` runs code from the Hub, and `source.revision` does not pin a commit",
+            "set `source.revision` to the full commit hash (40 hexadecimal digits) of code that you have read",
+        )
+
+
+def _only_hub_models_have_revisions(recipe: Recipe) -> Iterator[Finding]:
+    source = recipe.source
+    if source.revision is not None and not source.trust_remote_code and not _is_hub_id(source.model, recipe):
+        yield Finding(
+            ("source.revision", "source.model"),
+            f"`source.revision` is {source.revision!r}, but `{source.model}` is no Hub model, so it has no revisions",
+            "remove `source.revision`",
+        )
+
+
+def _data_has_a_train_split(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.target.data
+    if isinstance(data, Data) and data.path is None and not data.train:
+        yield Finding(
+            ("target.data", "target.data.path", "target.data.train"),
+            "`target.data` names no training data",
+            "give `target.data.train` a file, or `target.data.path` a folder or Hub id",
+        )
+
+
+def _path_and_files_are_not_mixed(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.target.data
+    if not isinstance(data, Data) or data.path is None:
+        return
+    for split in SPLITS:
+        value = getattr(data, split) or []
+        for name in [value] if isinstance(value, str) else value:
+            if name.lower().endswith(DATA_SUFFIXES) or "/" in name:
+                yield Finding(
+                    (f"target.data.{split}", "target.data.path"),
+                    f"`target.data.{split}` is the file {name!r}, but beside `target.data.path` it must name a split",
+                    "name a split of that data, or remove `target.data.path` and write each file's path in full",
+                )
+
+
+def _only_hub_data_have_configurations(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.target.data
+    if not isinstance(data, Data) or (data.path is not None and _is_hub_id(data.path, recipe)):
+        return
+    for key in ("name", "revision"):
+        if getattr(data, key) is not None:
+            yield Finding(
+                (f"target.data.{key}", "target.data.path"),
+                f"`target.data.{key}` is {getattr(data, key)!r}, but the data is no Hub data set",
+                f"remove `target.data.{key}`, or set `target.data.path` to the id of the Hub data set",
+            )
+
+
+def _cut_leaves_training_data(recipe: Recipe) -> Iterator[Finding]:
+    split = recipe.target.split
+    if split.select + split.test >= 1:
+        yield Finding(
+            ("target.split", "target.split.select", "target.split.test"),
+            f"`target.split` gives {split.select:g} to select and {split.test:g} to test, so none is left for train",
+            "lower them until their sum is well below 1",
+        )
+
+
+def _training_has_a_length(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.train.epochs is None and recipe.train.steps is None:
+        yield Finding(
+            ("train.epochs", "train.steps"),
+            "`train.epochs` and `train.steps` are both null, so training has no end",
+            "set one of them",
+        )
+
+
+def _batch_divides(recipe: Recipe) -> Iterator[Finding]:
+    size, workers, micro = recipe.train.global_batch_size, recipe.scale.workers, recipe.train.micro_batch_size
+    unit = workers if micro == "auto" else workers * micro
+    if size % unit == 0:
+        return
+    shares = (
+        f"{workers} workers" if micro == "auto" else f"{workers} workers x {micro} examples (`train.micro_batch_size`)"
+    )
+    sizes = [str(near) for near in (size // unit * unit, size // unit * unit + unit) if near]
+    yield Finding(
+        ("train.global_batch_size", "scale.workers", "train.micro_batch_size"),
+        f"`train.global_batch_size` is {size}, which does not divide into {shares.replace('1 workers', '1 worker')}",
+        f"set `train.global_batch_size` to {' or '.join(sizes)}",
+    )
+
+
+def _frozen_body_has_nothing_to_tune(recipe: Recipe) -> Iterator[Finding]:
+    transfer = recipe.transfer
+    if transfer.freeze != "all":
+        return
+    for key, why in (
+        ("adapter", "the adapter has no block to go into"),
+        ("layer_decay", "no block has a rate to decay"),
+    ):
+        if getattr(transfer, key) is not None:
+            yield Finding(
+                (f"transfer.{key}", "transfer.freeze"),
+                f"`transfer.freeze` is `all`, so {why}",
+                f"remove `transfer.{key}`, or lower `transfer.freeze`",
+            )
+
+
+def _scratch_trains_everything(recipe: Recipe) -> Iterator[Finding]:
+    transfer = recipe.transfer
+    if not transfer.from_scratch:
+        return
+    if transfer.freeze not in (0, "0%"):
+        yield Finding(
+            ("transfer.freeze", "transfer.from_scratch"),
+            f"`transfer.freeze` is {transfer.freeze}, but `transfer.from_scratch` would freeze random weights",
+            "set `transfer.freeze` to 0",
+        )
+    if transfer.adapter is not None:
+        yield Finding(
+            ("transfer.adapter", "transfer.from_scratch"),
+            "`transfer.adapter` adapts pre-trained weights, but `transfer.from_scratch` has none",
+            "remove one of the two",
+        )
+
+
+def _adapter_targets_are_distinct(recipe: Recipe) -> Iterator[Finding]:
+    adapter = recipe.transfer.adapter
+    if adapter is None or isinstance(adapter.targets, str):
+        return
+    if not adapter.targets:
+        yield Finding(
+            ("transfer.adapter.targets",), "`transfer.adapter.targets` is empty", "name modules, or `all-linear`"
+        )
+    for name, count in Counter(adapter.targets).items():
+        if count > 1:
+            yield Finding(
+                ("transfer.adapter.targets",),
+                f"`transfer.adapter.targets` names {name!r} {count} times",
+                "name it once",
+            )
+
+
+def _torch_engine_stays_plain(recipe: Recipe) -> Iterator[Finding]:
+    scale = recipe.scale
+    if scale.engine != "torch":
+        return
+    for key, value, off in (("zero_stage", scale.zero_stage, 0), ("offload", scale.offload, "none")):
+        if value != off:
+            yield Finding(
+                (f"scale.{key}", "scale.engine"),
+                f"`scale.{key}` is `{value}`, which the engine `torch` does not have",
+                f"set `scale.engine` to `auto`, or `scale.{key}` to `{off}`",
+            )
+
+
+def _offload_fits_the_stage(recipe: Recipe) -> Iterator[Finding]:
+    scale = recipe.scale
+    if scale.engine == "torch":
+        return
+    paths = ("scale.offload", "scale.zero_stage", "scale.engine")
+    if scale.offload == "all" and scale.zero_stage != 3:
+        yield Finding(
+            paths,
+            f"`scale.offload` is `all`, which moves the weights too, but `scale.zero_stage` is {scale.zero_stage}",
+            "set `scale.zero_stage` to 3, or `scale.offload` to `optimizer` with `scale.zero_stage` 1 or 2",
+        )
+    elif scale.offload == "optimizer" and scale.zero_stage == 0:
+        yield Finding(
+            paths,
+            "`scale.offload` is `optimizer`, but `scale.zero_stage` is 0, which shards nothing that could be moved",
+            "set `scale.zero_stage` to 1, 2 or 3, or `scale.offload` to `none`",
+        )
+
+
+_RULES = (
+    _paths_lead_somewhere,
+    _remote_code_is_pinned,
+    _only_hub_models_have_revisions,
+    _data_has_a_train_split,
+    _path_and_files_are_not_mixed,
+    _only_hub_data_have_configurations,
+    _cut_leaves_training_data,
+    _training_has_a_length,
+    _batch_divides,
+    _frozen_body_has_nothing_to_tune,
+    _scratch_trains_everything,
+    _adapter_targets_are_distinct,
+    _torch_engine_stays_plain,
+    _offload_fits_the_stage,
+)

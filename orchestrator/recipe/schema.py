@@ -1,0 +1,239 @@
+"""The recipe: what a user may write, and every default.
+
+Defaults stand here and nowhere else. Attribute docstrings become the descriptions in `orchestrator schema`.
+Rules between fields are in `rules.py`; rules that need the data or the model are checked where those are read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from orchestrator.recipe.origin import Origin
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Percent = Annotated[str, Field(pattern=r"^(100|[1-9]?[0-9])%$", title="a percentage such as `50%`")]
+Name = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", title="1 to 63 lower-case letters, digits and dashes, no dash first"),
+]
+Text = Annotated[str, Field(min_length=1)]
+Every = Literal["epoch"] | PositiveInt
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Source(Section):
+    """The pre-trained model that knowledge is taken from."""
+
+    model: Text
+    """Hub id, `./folder` (relative to the recipe), or `package:NAME/PATH` for weights in an installed package."""
+    revision: Text | None = None
+    """Hub revision; a full commit hash is required when `trust_remote_code` is true."""
+    trust_remote_code: bool = False
+    """Run model code from the Hub. Refused without a pinned commit in `revision`."""
+
+
+class Data(Section):
+    """The target data, written out: either a `path` with named splits, or a file (or list of files) for each split."""
+
+    path: Text | None = None
+    """Hub id or folder; `train`, `select` and `test` then name its splits."""
+    name: Text | None = None
+    """Configuration of a Hub data set, such as `sst2` of `nyu-mll/glue`."""
+    revision: Text | None = None
+    """Hub revision of the data set."""
+    train: Text | list[Text] | None = None
+    """File(s) to train on, or the name of the split when `path` is given."""
+    select: Text | list[Text] | None = None
+    """File(s) or split that stops early and picks the best checkpoint; cut from *train* when missing."""
+    test: Text | list[Text] | None = None
+    """File(s) or split that is only ever reported; cut from *train* when missing."""
+
+
+class Split(Section):
+    """How missing splits are cut from *train*: stratified by label, and the same for every `train.seed`."""
+
+    select: Fraction = 0.1
+    """Share of *train* that becomes *select* where the data has none."""
+    test: Fraction = 0.1
+    """Share of *train* that becomes *test* where the data has none; 0 for no test."""
+    seed: int = 0
+    """Seed of the cut. It is not `train.seed`, so that runs with other seeds are scored on the same examples."""
+
+
+class Limit(Section):
+    """Fewer examples, for few-shot runs and data-efficiency curves. Drawn by `target.split.seed`."""
+
+    train: PositiveInt | None = None
+    """At most this many training examples, stratified by label."""
+    per_class: PositiveInt | None = None
+    """At most this many training examples of each label."""
+    select: PositiveInt | None = None
+    """At most this many examples of *select*."""
+    test: PositiveInt | None = None
+    """At most this many examples of *test*."""
+
+
+class Target(Section):
+    """The task the model is tuned for, and its data."""
+
+    task: Text
+    """Name of the task, such as `text-classification`."""
+    data: Text | Data
+    """Hub id, folder of splits, or file (relative to the recipe); or the splits written out."""
+    columns: dict[Text, Text] = Field(default_factory=dict)
+    """The task's column names mapped to the data's: `{text: sentence, label: intent}`."""
+    split: Split = Split()
+    """How missing splits are cut from *train*."""
+    limit: Limit = Limit()
+    """Fewer examples than there are."""
+    options: dict[Text, Any] = Field(default_factory=dict)
+    """The task's own options; `orchestrator schema --task NAME` lists them."""
+
+
+class Head(Section):
+    """The task's new last layers."""
+
+    layers: list[PositiveInt] = Field(default_factory=list)
+    """Widths of extra hidden layers before the output layer, each with GELU and dropout."""
+    dropout: Fraction = 0.1
+    """Dropout before the output layer (and after each extra layer)."""
+    learning_rate_multiplier: Positive = 1.0
+    """The head learns at this multiple of `train.learning_rate`."""
+
+
+class Adapter(Section):
+    """Low-rank weights put into the trainable blocks; everything else in the body stays as it was."""
+
+    type: Literal["lora"]
+    """`lora` (Hu et al. 2021), through peft."""
+    r: PositiveInt = 16
+    """Rank."""
+    alpha: Positive = 32
+    """The adapter's output is scaled by alpha / r (alpha / sqrt(r) for `rslora`)."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[Text] = "all-linear"
+    """`all-linear`, or the last parts of module names, such as `[query, value]`."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r); `dora` (Liu et al. 2024) learns magnitudes too."""
+
+
+class Transfer(Section):
+    """How knowledge moves from the source to the target."""
+
+    from_scratch: bool = False
+    """Random weights in the same architecture: the control that a transfer is held against."""
+    freeze: Literal["stem", "all"] | Annotated[int, Field(ge=0)] | Percent = 0
+    """Freeze depth: `0` nothing, `stem` the embeddings, `k` the stem and k layers, `50%` half of the layers, `all` all
+    but the head."""
+    head: Head = Head()
+    """The task's new last layers."""
+    adapter: Adapter | None = None
+    """Adapter weights in the blocks above the freeze boundary; null tunes the blocks themselves."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Each block learns at this multiple of the rate of the block above it (Howard & Ruder 2018); null for one rate."""
+
+
+class EarlyStopping(Section):
+    """Stop when *select* has not improved for a while."""
+
+    metric: Text | None = None
+    """A metric of the task, which also picks the best checkpoint; null for the task's main one."""
+    patience: PositiveInt = 2
+    """Evaluations without improvement before stopping."""
+
+
+class Train(Section):
+    """How it is trained."""
+
+    epochs: Positive | None = 3
+    """Passes over the training data; null when `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; takes the place of `epochs`."""
+    learning_rate: Positive = 5e-5
+    """Peak rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the rate over the steps, as in `transformers.get_scheduler`."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps over which the rate rises from 0."""
+    weight_decay: NotNegative = 0.01
+    """AdamW's weight decay; biases and norms have none."""
+    global_batch_size: PositiveInt = 32
+    """Examples per optimizer step, over all workers."""
+    micro_batch_size: Literal["auto"] | PositiveInt = "auto"
+    """Examples per forward pass on one worker; `auto` takes a worker's whole share of the global batch, up to 32."""
+    group_by_length: bool = True
+    """Put examples of similar length into a batch (in shuffled order), so that little is spent on padding."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 with fp32 master weights where the hardware has it (GPU, AMX or AVX512-BF16), else fp32."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are clipped to this norm; null for no clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when *select* has not improved for a while; null to train to the end."""
+    evaluate_every: Every = "epoch"
+    """Score *select* every epoch or every so many steps."""
+    log_every: PositiveInt = 10
+    """Steps between train rows in metrics.jsonl."""
+    save_every: Every = "epoch"
+    """Checkpoint every epoch or every so many steps."""
+    keep: PositiveInt = 2
+    """Checkpoints kept besides the best one."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the head, the data order and dropout."""
+
+
+class Scale(Section):
+    """On what it runs."""
+
+    workers: PositiveInt = 1
+    """Ray Train workers; one runs in the calling process."""
+    gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
+    """GPUs of a worker; `auto` takes one where the cluster has them."""
+    cpus_per_worker: Literal["auto"] | PositiveInt = "auto"
+    """Cores of a worker; `auto` shares the machine's cores among the workers."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """`torch` is plain PyTorch or DDP; `auto` takes DeepSpeed when `zero_stage` is above 0."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep the optimizer (`all`: and the weights, with ZeRO-3) in main memory."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Times a run goes on from its last checkpoint after a worker died; -1 without end."""
+    storage: Text = "runs"
+    """Folder in which runs are kept; every worker must see it."""
+
+
+class Recipe(Section):
+    """One source-to-target transfer."""
+
+    name: Name
+    """Name of the run and of its directory: lower-case letters, digits and dashes."""
+    source: Source
+    """The pre-trained model."""
+    target: Target
+    """The task and its data."""
+    transfer: Transfer = Transfer()
+    """What is frozen, adapted and added."""
+    train: Train = Train()
+    """How it is trained."""
+    scale: Scale = Scale()
+    """On what it runs."""
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where each value was written, for messages about it."""
+        return self._origin

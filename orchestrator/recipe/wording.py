@@ -1,0 +1,98 @@
+"""Say what is wrong with a value, where, and what to do, in words that a newcomer can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.errors import Problem, nearest
+from orchestrator.recipe.mistakes import Mistake, Path, dotted, value_at
+from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.reading import resolve_scalar
+from orchestrator.recipe.reference import Node, Shape
+
+_SWITCHES = ("yes", "no", "on", "off", "true", "false")
+_LONGEST_VALUE = 60
+
+
+def explain_mistakes(
+    mistakes: Sequence[Mistake], data: dict[str, Any], shape: Shape, origin: Origin, within: str = ""
+) -> list[Problem]:
+    """A problem for each mistake in `data`, which stands at the dotted path `within` of the recipe."""
+    prefix: Path = tuple(within.split(".")) if within else ()
+    words = {"unknown": _explain_unknown, "missing": _explain_missing, "invalid": _explain_invalid}
+    return [words[mistake.kind](mistake, data, shape, origin, prefix) for mistake in mistakes]
+
+
+def show_value(value: Any) -> str:
+    """A value as one would write it in YAML, shortened to one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _explain_unknown(mistake: Mistake, _: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
+    key, section = str(mistake.path[-1]), mistake.path[:-1]
+    place = dotted((*prefix, *section))
+    of = f"`{place}`" if place else "a recipe"
+    homes = [dotted((*prefix, *path)) for path in shape.sections() if key in shape.keys(path)]
+    guess = f"did you mean `{mistake.meant}`? " if mistake.meant else ""
+    if homes:
+        guess = f"move it to {' or '.join(f'`{home}`' if home else 'the top level' for home in homes)}; "
+    keys = ", ".join(f"`{name}`" for name in shape.keys(section))
+    what = f"unknown key `{key}` in {of}"
+    return Problem(what, _place(origin, (*prefix, *mistake.path)), f"{guess}the keys of {of} are {keys}")
+
+
+def _explain_missing(mistake: Mistake, _: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
+    node, path = shape.find(mistake.path) or {}, (*prefix, *mistake.path)
+    remedy = f"add it, {shape.accepts(node)}: {node.get('description', '').rstrip('.')}"
+    return Problem(f"`{dotted(path)}` is missing", _place(origin, path[:-1] or path), remedy)
+
+
+def _explain_invalid(mistake: Mistake, data: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
+    node, value, path = shape.find(mistake.path) or {}, value_at(data, mistake.path), (*prefix, *mistake.path)
+    what = f"`{dotted(path)}` is {show_value(value)}, must be {shape.accepts(node)}"
+    return Problem(what, _place(origin, path), _remedy(node, shape, value))
+
+
+def _remedy(node: Node, shape: Shape, value: Any) -> str:
+    slip = _explain_slip(shape.options(node), value)
+    if slip:
+        return slip
+    if value is None and any("properties" in option for option in shape.options(node)):
+        return "put keys below it, or remove the line"
+    if "default" in node:
+        return f"change it, or remove the key for the default, {show_value(node['default'])}"
+    return "change it"
+
+
+def _explain_slip(options: Sequence[Node], value: Any) -> str | None:
+    """The remedy where quotes or a single letter make the difference."""
+    types = {option.get("type") for option in options}
+    takes_numbers = bool(types & {"integer", "number"})
+    if isinstance(value, bool | int | float):
+        return "put it in quotes" if "string" in types and not takes_numbers else None
+    if not isinstance(value, str):
+        return None
+    if takes_numbers and not resolve_scalar(value.strip()).endswith(("str", "null")):
+        return "remove the quotes"
+    if "boolean" in types and value.lower() in _SWITCHES:
+        return "write `true` or `false`, without quotes"
+    close = nearest(value, [name for option in options for name in _names(option)])
+    return f"did you mean `{close}`?" if close else None
+
+
+def _names(option: Node) -> list[str]:
+    return [str(name) for name in option.get("enum", [option["const"]] if "const" in option else [])]
+
+
+def _place(origin: Origin, path: Path) -> str:
+    """The place of a path, or of the first override within it when nothing else wrote it."""
+    place = dotted(path)
+    if place not in origin.lines:
+        for key, text in origin.overrides.items():
+            if key.startswith(f"{place}."):
+                return f"{text} (command line)"
+    return origin.where(place)

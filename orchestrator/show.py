@@ -1,0 +1,85 @@
+"""What a person sees in a terminal: problems, tables, results. Text from data is printed without control characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from orchestrator.errors import Problem
+from orchestrator.recipe import Recipe
+
+if TYPE_CHECKING:
+    from orchestrator.doctor import Finding
+    from orchestrator.training.prepare import Prepared
+    from orchestrator.training.run import Run
+
+
+def clean(text: str) -> str:
+    """The text without control characters (terminal escapes among them), line breaks aside."""
+    return "".join(character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def problems(found: Iterable[Problem], out: TextIO) -> None:
+    for problem in found:
+        out.write(f"{'error' if problem.fatal else 'warning'}: {clean(str(problem))}\n")
+
+
+def table(rows: Sequence[Sequence[str]], out: TextIO) -> None:
+    """Rows in columns of equal width; the last column runs free."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        out.write(clean("  ".join([*cells, row[-1]])).rstrip() + "\n")
+
+
+def short_path(path: Path) -> str:
+    """The path relative to here when it lies below, else in full."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def validated(prepared: Prepared, out: TextIO) -> None:
+    recipe = prepared.recipe
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
+    table(
+        [
+            ("recipe", f"{recipe.name} is valid"),
+            ("source", prepared.source.name),
+            ("task", f"{recipe.target.task}, {prepared.task.describe()}"),
+            ("data", counts),
+        ],
+        out,
+    )
+
+
+def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
+    """The table at the end of a training."""
+    result = run.result
+    counts = result["parameters"]
+    frozen = counts["total"] - counts["trained"]
+    shown = result["metrics_shown"]
+    rows = [
+        ("source", recipe.source.model),
+        ("parameters", f"{counts['trained']:,} trained, {frozen:,} frozen"),
+        ("training", f"{result['steps']} steps in {result['seconds']:.1f} s"
+         + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else "")),
+        ("best", f"step {result['best_step']} by {result['metric']} on select"),
+    ]
+    rows += [
+        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss"))) for split, metrics in result["metrics"].items()
+    ]
+    rows += [("model", short_path(run.directory / "model")), ("all the rest", short_path(run.directory))]
+    if run.resumed:
+        rows.insert(0, ("resumed", "went on from what was there; --fresh starts over"))
+    table(rows, out)
+
+
+def evaluated(found: dict[str, Any], out: TextIO) -> None:
+    rows = [("model", found["model"]), ("data", f"{found['data']}, {found['examples']:,} examples")]
+    rows += [(name, f"{value:.4f}") for name, value in found["metrics"].items()]
+    table(rows, out)
+
+
+def findings(found: Sequence[Finding], out: TextIO) -> None:
+    table([(finding.name, finding.value + (f"\n    -> {finding.remedy}" if finding.remedy else "")) for finding in found], out)

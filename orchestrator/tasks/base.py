@@ -1,0 +1,153 @@
+"""What a task is: columns, checks, preprocessing, head, loss, predictions and metrics. It knows nothing of Ray or the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from orchestrator.data.columns import Column
+from orchestrator.data.examples import Examples
+from orchestrator.errors import Problem
+from orchestrator.recipe import Recipe
+from orchestrator.recipe.schema import Section
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class MainMetric:
+    """The metric that picks the best checkpoint."""
+
+    name: str
+    higher_is_better: bool
+
+    def improves(self, new: float, best: float | None) -> bool:
+        """Whether `new` beats `best`; NaN never does."""
+        if new != new:
+            return False
+        return best is None or (new > best if self.higher_is_better else new < best)
+
+
+class Encoded(ABC):
+    """A preprocessed split: what the model is fed, without the words. Cheap to index, cheap to send to workers."""
+
+    lengths: npt.NDArray[np.int64]
+    """What padding costs for each example (tokens); shape [num_examples]."""
+
+    num_targets: npt.NDArray[np.int64]
+    """Targets that the loss of each example is a sum over; shape [num_examples]."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @abstractmethod
+    def batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        """The model's inputs for these rows, padded; with `labels` where the split has them."""
+
+    @abstractmethod
+    def targets(self) -> Arrays:
+        """What predictions are scored against, one row an example."""
+
+
+class Task(ABC):
+    """One kind of target. A file of this package defines one subclass and names it TASK."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Section]]
+    """What `target.options` may hold."""
+    auto_class: ClassVar[str]
+    """The class of `transformers` that makes the model with the task's head."""
+    metrics_shown: Sequence[str]
+    """Metrics for the table that a person sees, the main one first."""
+    main_metric: MainMetric
+
+    @classmethod
+    @abstractmethod
+    def columns(cls, options: Any) -> tuple[Column, ...]:
+        """The columns that the task reads."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, options: Any, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
+        """Everything that is wrong with the data."""
+
+    @classmethod
+    @abstractmethod
+    def stratify_by(cls, options: Any, train: Examples) -> str | None:
+        """The column whose shares missing splits and limits keep; None for none."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, options: Any, splits: Mapping[str, Examples]) -> Task:
+        """The task as these data define it (its labels); raises DataError."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, options: Any, config: Any) -> Task:
+        """The task as a saved model's config defines it."""
+
+    @abstractmethod
+    def metric_directions(self) -> dict[str, bool]:
+        """Every metric that may pick the best checkpoint, and whether higher is better."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is predicted, in a few words: `10 labels`."""
+
+    @abstractmethod
+    def check_inputs(self, examples: Examples) -> list[Problem]:
+        """What is wrong with examples to predict for; they need no labels."""
+
+    @abstractmethod
+    def config_changes(self) -> dict[str, Any]:
+        """What the model's config must say: label names, problem type."""
+
+    @abstractmethod
+    def check_model(self, tokenizer: Any, config: Any, recipe: Recipe) -> list[Problem]:
+        """What in the recipe does not fit this source model."""
+
+    @abstractmethod
+    def encode(self, examples: Examples, tokenizer: Any) -> pa.Table:
+        """The split as the model reads it; a pure function, so that it can be cached by content."""
+
+    @abstractmethod
+    def cache_parts(self, tokenizer: Any) -> list[Any]:
+        """Whatever `encode` depends on besides the examples, as JSON-able values."""
+
+    @abstractmethod
+    def wrap(self, table: pa.Table, tokenizer: Any) -> Encoded:
+        """An encoded table, ready to be batched."""
+
+    @abstractmethod
+    def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
+        """What only shows after preprocessing, such as texts that were cut."""
+
+    @abstractmethod
+    def example_inputs(self) -> dict[str, Any]:
+        """Tiny inputs (tensors) that pass through every block, to find the order of the blocks."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        """The loss summed over the batch's targets, in fp32 (a scalar tensor)."""
+
+    @abstractmethod
+    def predict(self, outputs: Any) -> dict[str, Any]:
+        """What is kept of the model's outputs, one row an example (tensors)."""
+
+    @abstractmethod
+    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+        """The numbers for metrics.jsonl and result.json."""
+
+    @abstractmethod
+    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+        """What is too long for a table: the report of each class, the confusion matrix."""
+
+    @abstractmethod
+    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+        """Predictions in the user's words, as columns."""

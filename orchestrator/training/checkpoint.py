@@ -1,0 +1,205 @@
+"""Checkpoints that are whole or not there.
+
+All workers write into a hidden folder; worker 0 hashes every file into MANIFEST.json, renames the folder to its final
+name, and writes COMMITTED last, each step made durable before the next. Whatever is interrupted leaves either a folder
+that nobody reads or a whole checkpoint. On the way back every file is hashed again; a damaged checkpoint is set aside
+under another name, and the newest whole one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RunFailed
+from orchestrator.training.run_directory import write_atomically
+
+MANIFEST = "MANIFEST.json"
+COMMITTED = "COMMITTED"
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8})")
+_LEFTOVER = re.compile(r"\.step-\d{8}\.partial")
+
+
+class Superseded(Exception):
+    """Another attempt has taken over this run; this one must not write any more."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    folder: Path
+    step: int
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the loop knew at that step: counters, best score, running sums."""
+        state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return state
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of a run.
+
+    Args:
+        folder: where checkpoints are kept; every worker sees it.
+        rank: this worker's rank; worker 0 commits and deletes.
+        agree: waits for all workers, and gives all of them the first trouble that any of them had (None for none).
+        may_commit: asked by worker 0 just before the commit; False when another attempt has taken over the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int = 0,
+        agree: Callable[[str | None], str | None] = lambda trouble: trouble,
+        may_commit: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.agree = agree
+        self.may_commit = may_commit
+
+    def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
+        """Save one checkpoint; every worker calls this, and `write_files` puts its files into the folder it is given.
+
+        Raises:
+            RunFailed: on every worker, when any of them could not write (a full disk), or when another attempt has
+                taken over the run. The checkpoints before it are as they were.
+        """
+        partial = self.folder / f".step-{step:08d}.partial"
+
+        def commit() -> None:
+            write_atomically(partial / STATE, json.dumps(state))
+            self._commit(partial, step)
+
+        self._together(partial, lambda: self._start(partial), only_first=True)
+        self._together(partial, lambda: write_files(partial))
+        self._together(partial, commit, only_first=True)
+
+    def _together(self, partial: Path, action: Callable[[], None], only_first: bool = False) -> None:
+        """Do one part of saving; if it fails on any worker, clean up and fail on all (none is left waiting)."""
+        trouble = None
+        if self.rank == 0 or not only_first:
+            try:
+                action()
+            except OSError as error:
+                trouble = f"could not save a checkpoint to {self.folder}: {error.strerror}"
+            except Superseded as error:
+                trouble = str(error)
+        trouble = self.agree(trouble)
+        if trouble is not None:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise RunFailed(f"{trouble}; the checkpoints before it are whole")
+
+    def _start(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _commit(self, partial: Path, step: int) -> None:
+        final = self.folder / f"step-{step:08d}"
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(partial)): describe_file(path) for path in files}
+        write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+        for path in files:
+            flush_to_disk(path)
+        flush_to_disk(partial)
+        if not self.may_commit():
+            raise Superseded("another attempt has taken over this run")
+        if final.exists():  # The same step of an earlier attempt: not committed, or judged damaged.
+            shutil.rmtree(final)
+        partial.rename(final)
+        flush_to_disk(self.folder)
+        write_atomically(final / COMMITTED, hash_file(final / MANIFEST) + "\n")
+        flush_to_disk(final)
+
+    def committed_steps(self) -> list[int]:
+        """Steps with a COMMITTED mark, oldest first; their files are not looked at."""
+        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+        return sorted(int(path.name[5:]) for path in found if (path / COMMITTED).exists())
+
+    def at(self, step: int) -> Checkpoint:
+        return Checkpoint(self.folder / f"step-{step:08d}", step)
+
+    def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose every file is as it was written, and notes about damaged ones set aside.
+
+        Only worker 0 (or the command, before there are workers) calls this: it renames and removes.
+        """
+        notes = []
+        for leftover in self.folder.glob(".step-*"):
+            if _LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover)
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            if not _NAME.fullmatch(path.name):
+                continue
+            damage = find_damage(path)
+            if damage is None:
+                return self.at(int(path.name[5:])), notes
+            notes.append(f"checkpoint {path.name} is damaged ({damage}); set aside as {set_aside(path).name}")
+        return None, notes
+
+    def prune(self, keep: int, best_step: int | None) -> None:
+        """Delete all but the newest `keep` committed checkpoints and the best one. Worker 0 only.
+
+        COMMITTED goes first, so that an interrupted deletion leaves nothing that looks whole.
+        """
+        for step in self.committed_steps()[:-keep]:
+            if step != best_step:
+                folder = self.at(step).folder
+                (folder / COMMITTED).unlink()
+                shutil.rmtree(folder)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in a few words; None when every file is as its manifest says."""
+    try:
+        if (folder / COMMITTED).read_text(encoding="utf-8").strip() != hash_file(folder / MANIFEST):
+            return "its manifest was changed"
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if hash_file(path) != expected["sha256"]:
+                return f"{name} does not match its hash"
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        return "it was never finished" if missing == COMMITTED else f"{missing} is missing"
+    except (ValueError, KeyError, UnicodeDecodeError):
+        return "its manifest cannot be read"
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"damaged-{number}-{folder.name}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,307 @@
+"""What happens to a loss: backward, summing over workers, clipping, the optimizer's step, saving and loading its state.
+
+Two engines with the same shape, both built by Accelerate: plain PyTorch (DDP over several workers) and DeepSpeed
+(ZeRO 0 to 3, with offload). They know nothing of tasks, epochs or metrics.
+
+Losses come in as *this worker's share of the mean over the global batch*; the engine adds the shares up. Both DDP and
+DeepSpeed average over workers instead, so the share is multiplied by their number on the way in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.recipe import Recipe
+from orchestrator.training.precision import Precision
+
+_ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+
+
+class Engine(ABC):
+    """A model and its optimizer, spread over the workers."""
+
+    model: Any
+    """What to call with a batch."""
+    optimizer: Any
+
+    def __init__(self, module: nn.Module, accelerator: Any) -> None:
+        self.module = module
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.num_workers: int = accelerator.num_processes
+        self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+    @abstractmethod
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of this worker's share of the loss; on the `last` pass of a step, sum over workers."""
+
+    @abstractmethod
+    def step(self, rate_factor: float) -> float:
+        """Clip, take the optimizer's step at `rate_factor` of each group's peak rate, clear the gradients.
+
+        Returns the norm of the whole gradient before clipping.
+        """
+
+    @abstractmethod
+    def write_state(self, folder: Path) -> None:
+        """Write this worker's part of weights and optimizer; all workers call it."""
+
+    @abstractmethod
+    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+        """Read back what `write_state` wrote on the same number of workers."""
+
+    @abstractmethod
+    def trained_weights(self) -> dict[str, Tensor]:
+        """All trained parameters in fp32 on the CPU, whole; all workers call it, each gets them."""
+
+    def agree(self, trouble: str | None) -> str | None:
+        """Wait for all workers; the first trouble that any of them had, on all of them."""
+        if self.num_workers == 1:
+            return trouble
+        troubles: list[str | None] = [None] * self.num_workers
+        dist.all_gather_object(troubles, trouble)
+        return next((found for found in troubles if found is not None), None)
+
+    def sum_over_workers(self, value: Tensor) -> Tensor:
+        if self.num_workers > 1:
+            dist.all_reduce(value)
+        return value
+
+    def from_first_worker(self, value: Any) -> Any:
+        """Worker 0's value, on every worker."""
+        if self.num_workers == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, in the order of ranks, on worker 0; an empty list elsewhere."""
+        if self.num_workers == 1:
+            return [value]
+        values = [None] * self.num_workers if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
+    def _set_rates(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+class TorchEngine(Engine):
+    """PyTorch's own optimizer; DDP where there are several workers."""
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[kwargs])
+        super().__init__(module, accelerator)
+        self.max_grad_norm = recipe.train.max_grad_norm
+        module.to(self.device)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.model = accelerator.prepare_model(module)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if last or self.num_workers == 1:
+            (loss * self.num_workers).backward()
+        else:
+            self.model.require_backward_grad_sync = False
+            (loss * self.num_workers).backward()
+            self.model.require_backward_grad_sync = True
+
+    def step(self, rate_factor: float) -> float:
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), limit)
+        if torch.isfinite(norm):  # A broken gradient must not reach the weights; the loop ends the run.
+            self._set_rates(rate_factor)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def write_state(self, folder: Path) -> None:
+        # Every worker holds the same state, so worker 0's is everybody's.
+        if self.rank == 0:
+            from safetensors.torch import save_file
+
+            save_file({name: value.detach().contiguous() for name, value in self.trained.items()}, folder / "weights.safetensors")
+            save_file(self._named_optimizer_state(), folder / "optimizer.safetensors")
+
+    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+        from safetensors.torch import load_file
+
+        with torch.no_grad():
+            for name, value in load_file(folder / "weights.safetensors", device=str(self.device)).items():
+                self.trained[name].copy_(value)
+        if weights_only:
+            return
+        state = load_file(folder / "optimizer.safetensors")
+        for name, parameter in self.trained.items():
+            entries = {key: value for (key, owner), value in _split_names(state).items() if owner == name}
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(self.device) for key, value in entries.items()
+            }
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", torch.float32) for name, value in self.trained.items()}
+
+    def _named_optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's tensors as `exp_avg:layer.weight`: names outlive the order of parameters."""
+        return {
+            f"{key}:{name}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed through Accelerate: ZeRO stages 0 to 3, offload to main memory."""
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin
+
+        config = deepspeed_config(recipe, precision, micro_batch_size(recipe))
+        plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+        accelerator = Accelerator(mixed_precision="bf16" if config["bf16"]["enabled"] else "no", deepspeed_plugin=plugin)
+        super().__init__(module, accelerator)
+        optimizer = torch.optim.AdamW(groups, fused=recipe.scale.offload == "none")
+        self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
+        self.keeps_gradients = recipe.scale.zero_stage == 0
+        # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
+        self.optimizer = optimizer
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        self.model.backward(loss * self.num_workers, scale_wrt_gas=False)
+
+    def step(self, rate_factor: float) -> float:
+        self._set_rates(rate_factor)
+        gradients = [value.grad for value in self.trained.values() if value.grad is not None]
+        norm = nn.utils.get_total_norm(gradients) if self.keeps_gradients else None
+        self.model.step()
+        return float(self.model.get_global_grad_norm() if norm is None else norm)
+
+    def write_state(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+
+    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+        # The optimizer's files are pickles: only folders whose manifest was checked come here.
+        path, _ = self.model.load_checkpoint(
+            str(folder), tag="deepspeed", load_module_strict=False, load_module_only=weights_only, load_optimizer_states=not weights_only
+        )
+        assert path is not None, f"DeepSpeed found nothing in {folder}"
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.trained.items():
+            # Without ZeRO or bf16 there is no separate fp32 copy: the parameter is it.
+            whole = safe_get_full_fp32_param(parameter)
+            weights[name] = (parameter.detach() if whole is None else whole).to("cpu", torch.float32).clone()
+        return weights
+
+
+def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's configuration as the recipe implies it (its keys are described in DeepSpeed's "Configuration JSON")."""
+    zero: dict[str, Any] = {"stage": recipe.scale.zero_stage}
+    if recipe.scale.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if recipe.scale.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    if recipe.scale.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    workers = recipe.scale.workers
+    accumulation = -(-recipe.train.global_batch_size // (micro_batch * workers))
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * workers,
+        "gradient_clipping": recipe.train.max_grad_norm or 0.0,
+        # ZeRO keeps an fp32 copy of bf16 weights; without ZeRO there would be none, so the weights stay fp32.
+        "bf16": {"enabled": precision == "bf16" and recipe.scale.zero_stage > 0},
+        "torch_autocast": {"enabled": precision == "bf16" and recipe.scale.zero_stage == 0, "dtype": "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # PyTorch's AdamW wherever the optimizer runs: DeepSpeed's own for the CPU has to be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def micro_batch_size(recipe: Recipe) -> int:
+    """Examples per forward pass: as the recipe says, or a worker's whole share of the global batch up to 32."""
+    if recipe.train.micro_batch_size != "auto":
+        return recipe.train.micro_batch_size
+    share = recipe.train.global_batch_size // recipe.scale.workers
+    passes = -(-share // 32)
+    return -(-share // passes)
+
+
+def uses_deepspeed(recipe: Recipe) -> bool:
+    if recipe.scale.engine == "auto":
+        return recipe.scale.zero_stage > 0
+    return recipe.scale.engine == "deepspeed"
+
+
+@contextlib.contextmanager
+def build_engine(
+    module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision
+) -> Iterator[Engine]:
+    """The engine that the recipe asks for; on the way out, Accelerate's process-wide state is put back."""
+    from accelerate.state import AcceleratorState
+
+    before = {name: os.environ.get(name) for name in _ACCELERATE_VARIABLES}
+    engine_class = DeepSpeedEngine if uses_deepspeed(recipe) else TorchEngine
+    with _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
+        try:
+            yield engine_class(module, groups, recipe, precision)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """A process group for DeepSpeed, which wants one even for a single worker in the calling process."""
+    if dist.is_initialized():
+        yield
+        return
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        import deepspeed
+
+        # DeepSpeed's own function: it also forgets the groups that it keeps per process.
+        deepspeed.comm.destroy_process_group()
+        for name in alone:
+            os.environ.pop(name, None)
+
+
+def _split_names(state: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    split = {}
+    for joined, value in state.items():
+        key, _, name = joined.partition(":")
+        split[key, name] = value
+    return split

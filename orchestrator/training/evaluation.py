@@ -1,0 +1,75 @@
+"""Score a split: every example once, however many workers share the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.data.batches import evaluation_batches
+from orchestrator.tasks import Encoded, Task
+from orchestrator.tasks.base import Arrays
+from orchestrator.training.engine import Engine
+
+EVALUATION_BATCH_FACTOR = 2  # Without gradients, twice the examples fit into the same memory.
+
+
+@dataclass
+class Scored:
+    """A split's scores (on every worker) and its predictions in the split's order (on worker 0)."""
+
+    metrics: dict[str, float]
+    predictions: Arrays
+
+
+def to_tensors(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in arrays.items()}
+
+
+@torch.no_grad()
+def predict_rows(
+    model: Any, task: Task, encoded: Encoded, rows: np.ndarray[Any, Any], device: torch.device
+) -> tuple[Arrays, float]:
+    """The task's predictions for these rows, and their summed loss (0 where there are no labels)."""
+    batch = to_tensors(encoded.batch(rows), device)
+    labels = batch.pop("labels", None)
+    outputs = model(**batch)
+    loss = 0.0 if labels is None else float(task.loss(outputs, labels))
+    return {name: values.cpu().numpy() for name, values in task.predict(outputs).items()}, loss
+
+
+def score(engine: Engine, task: Task, encoded: Encoded, micro_batch_size: int) -> Scored:
+    """Score a split over all workers; metrics hold `loss`, the mean over targets, beside the task's own.
+
+    All workers call this, and each takes part in every forward pass, for models that are sharded over them.
+    """
+    engine.model.eval()
+    rows, parts, total = [], [], 0.0
+    batches = evaluation_batches(
+        encoded.lengths, micro_batch_size * EVALUATION_BATCH_FACTOR, engine.num_workers, engine.rank
+    )
+    for mine in batches:
+        asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
+        predictions, loss = predict_rows(engine.model, task, encoded, asked, engine.device)
+        if len(mine):
+            rows.append(mine)
+            parts.append(predictions)
+            total += loss
+    gathered = engine.gather((rows, parts, total))
+    predictions, metrics = {}, {}
+    if engine.rank == 0:
+        predictions = in_order(gathered)
+        num_targets = int(encoded.num_targets.sum())
+        metrics = {"loss": sum(share[2] for share in gathered) / num_targets}
+        metrics.update(task.metrics(predictions, encoded.targets()))
+    return Scored(engine.from_first_worker(metrics), predictions)
+
+
+def in_order(gathered: list[tuple[list[Any], list[Arrays], float]]) -> Arrays:
+    """Predictions of all workers put back into the order of the split."""
+    rows = np.concatenate([part for share in gathered for part in share[0]])
+    order = np.argsort(rows, kind="stable")
+    batches = [batch for share in gathered for batch in share[1]]
+    return {name: np.concatenate([batch[name] for batch in batches])[order] for name in batches[0]}

@@ -1,0 +1,58 @@
+"""What a run leaves for others: a model directory that plain transformers (or peft) loads, and test predictions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from orchestrator import models
+from orchestrator.tasks.base import Arrays
+from orchestrator.training.assemble import Parts, assemble
+from orchestrator.training.engine import uses_deepspeed
+from orchestrator.training.model_card import model_card
+from orchestrator.training.prepare import Prepared
+
+
+def export_model(prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]) -> None:
+    """Write the model directory: safetensors, config, tokenizer, model card. The folder appears whole or not at all.
+
+    Args:
+        weights: every trained parameter in fp32, by its name in `parts.module`.
+        result: the run's result, for the card.
+    """
+    # DeepSpeed holds the weights rounded to bf16, or spread over workers: they are put into a model built anew.
+    module = assemble(prepared).module if uses_deepspeed(prepared.recipe) else parts.module
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    module.save_pretrained(partial)
+    prepared.tokenizer.save_pretrained(partial)
+    if prepared.recipe.transfer.head.layers:
+        models.write_deep_head_code(module, partial)
+    (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_predictions(prepared: Prepared, split: str, predictions: Arrays, path: Path) -> None:
+    """One row an example: where it came from, its columns, the prediction with its scores."""
+    examples = prepared.examples[split]
+    columns: dict[str, Any] = {"source": [examples.where(row) for row in range(len(examples))]}
+    columns.update({name: examples.table[name] for name in examples.table.column_names})
+    columns.update(prepared.task.prediction_rows(predictions))
+    write_table(pa.table(columns), path)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, temporary)
+    temporary.replace(path)

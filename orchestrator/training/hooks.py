@@ -1,0 +1,175 @@
+"""What happens around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
+
+A hook is called after each step, in a fixed order, on every worker; what only worker 0 does (writing) it does inside.
+What has to outlive a kill is in `Memory`, which every checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from orchestrator.recipe import Train
+from orchestrator.tasks import Encoded, Task
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.checkpoint import CheckpointStore
+from orchestrator.training.engine import Engine
+from orchestrator.training.evaluation import score
+from orchestrator.training.loop import Plan, Step
+from orchestrator.training.progress import ProgressFile
+from orchestrator.training.run_directory import RunDirectory
+
+PHASE = "tune"
+
+
+@dataclass
+class Memory:
+    """What the hooks remember from step to step."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Training time up to the last step, over all attempts."""
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    """Losses since the last train row."""
+    best_step: int | None = None
+    best_score: float | None = None
+    last_score: float | None = None
+    evaluations_without_improvement: int = 0
+    improved: bool = False
+    """The last step's evaluation is the best so far, so its weights must be kept."""
+    stop: str | None = None
+    """Why training ends before its last step."""
+
+    def to_state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Hook(Protocol):
+    """Called on every worker after each step."""
+
+    def after_step(self, step: Step, memory: Memory) -> None: ...
+
+
+def is_due(every: str | int, step: Step, total_steps: int) -> bool:
+    """Whether something that happens every epoch (or so many steps) happens after this step; always after the last."""
+    due = step.ends_epoch if every == "epoch" else step.number % int(every) == 0
+    return due or step.number == total_steps
+
+
+class Clock:
+    """Keeps the training time, and tells worker 0's progress."""
+
+    def __init__(self, plan: Plan, metric: str, progress: ProgressFile | None, start_seconds: float) -> None:
+        self.plan = plan
+        self.metric = metric
+        self.progress = progress
+        self.started = time.monotonic() - start_seconds
+        self.first_step: int | None = None
+        self.mark = time.monotonic()
+        self.num_examples = 0
+
+    def after_step(self, step: Step, memory: Memory) -> None:
+        memory.step = step.number
+        memory.seconds = time.monotonic() - self.started
+        if self.first_step is None:  # The first step warms up; the pace is that of the steps after it.
+            self.first_step, self.mark = step.number, time.monotonic()
+            return
+        self.num_examples += step.num_examples
+        if self.progress is not None:
+            elapsed = time.monotonic() - self.mark
+            steps_left = self.plan.total_steps - step.number
+            self.progress.show(
+                phase=PHASE,
+                step=step.number,
+                steps=self.plan.total_steps,
+                loss=step.loss,
+                metric=self.metric,
+                score=memory.last_score,
+                examples_per_second=self.num_examples / elapsed,
+                seconds_left=elapsed / (step.number - self.first_step) * steps_left,
+            )
+
+
+class Recorder:
+    """Writes a train row every `log_every` steps: the mean loss since the last one."""
+
+    def __init__(self, directory: RunDirectory, log_every: int, writes: bool) -> None:
+        self.directory = directory
+        self.log_every = log_every
+        self.writes = writes
+
+    def after_step(self, step: Step, memory: Memory) -> None:
+        memory.loss_sum += step.loss
+        memory.loss_steps += 1
+        if step.number % self.log_every:
+            return
+        if self.writes:
+            self.directory.append_metrics(
+                {
+                    "step": step.number,
+                    "epoch": step.epoch,
+                    "phase": PHASE,
+                    "split": "train",
+                    "loss": memory.loss_sum / memory.loss_steps,
+                    "gradient_norm": step.gradient_norm,
+                    "learning_rate": step.learning_rate,
+                    "seconds": memory.seconds,
+                }
+            )
+        memory.loss_sum, memory.loss_steps = 0.0, 0
+
+
+class Evaluator:
+    """Scores *select* when it is due, remembers the best step, and stops when there has been no improvement for long."""
+
+    def __init__(
+        self, engine: Engine, task: Task, select: Encoded, metric: MainMetric, train: Train, plan: Plan, directory: RunDirectory
+    ) -> None:
+        self.engine = engine
+        self.task = task
+        self.select = select
+        self.metric = metric
+        self.train = train
+        self.plan = plan
+        self.directory = directory
+
+    def after_step(self, step: Step, memory: Memory) -> None:
+        memory.improved = False
+        if not is_due(self.train.evaluate_every, step, self.plan.total_steps):
+            return
+        metrics = score(self.engine, self.task, self.select, self.plan.micro_batch_size).metrics
+        if self.engine.rank == 0:
+            place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
+            self.directory.append_metrics({**place, **metrics, "seconds": memory.seconds})
+        self._judge(metrics[self.metric.name], step, memory)
+
+    def _judge(self, new: float, step: Step, memory: Memory) -> None:
+        memory.last_score = new
+        memory.improved = self.metric.improves(new, memory.best_score)
+        if memory.improved:
+            memory.best_step, memory.best_score, memory.evaluations_without_improvement = step.number, new, 0
+            return
+        memory.evaluations_without_improvement += 1
+        stopping = self.train.early_stopping
+        if stopping and memory.evaluations_without_improvement >= stopping.patience:
+            memory.stop = f"{self.metric.name} on select did not improve for {stopping.patience} evaluations"
+
+
+class Saver:
+    """Saves a checkpoint when it is due, when the weights are the best so far, and when training ends."""
+
+    def __init__(self, engine: Engine, store: CheckpointStore, train: Train, plan: Plan) -> None:
+        self.engine = engine
+        self.store = store
+        self.train = train
+        self.plan = plan
+
+    def after_step(self, step: Step, memory: Memory) -> None:
+        due = is_due(self.train.save_every, step, self.plan.total_steps)
+        if not (due or memory.improved or memory.stop):
+            return
+        self.store.save(step.number, memory.to_state(), self.engine.write_state)
+        if self.engine.rank == 0:
+            self.store.prune(self.train.keep, memory.best_step)

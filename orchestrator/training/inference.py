@@ -1,0 +1,181 @@
+"""Use a trained model: score it on any data, predict, copy it out. One process, fp32, the same answers for any batch size."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from orchestrator import models
+from orchestrator.data import Examples, open_file, open_splits, rename_columns
+from orchestrator.errors import DataError, InputError, Problem
+from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.tasks import Task, find_task
+from orchestrator.tasks.base import Arrays
+from orchestrator.training.evaluation import in_order, predict_rows
+from orchestrator.training.export import write_table
+
+DESCRIPTION = "transfer.json"
+
+
+@dataclass
+class Trained:
+    """A model directory, loaded."""
+
+    folder: Path
+    description: dict[str, Any]
+    """The content of transfer.json: task, options, columns, recipe."""
+    task: Task
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+
+def load_trained(folder: Path) -> Trained:
+    """Load a model directory, or the one in a run directory; raises InputError when it is none of ours."""
+    inner = folder / "model" if (folder / "model").is_dir() else folder
+    try:
+        description = json.loads((inner / DESCRIPTION).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = "give the directory of a finished run (runs/NAME), or its model directory (runs/NAME/model)"
+        raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
+    task_class = find_task(description["task"])
+    options = task_class.Options.model_validate(description["options"])
+    model, tokenizer, config = models.load_exported(inner, task_class.auto_class, description["config"])
+    task = task_class.restore(options, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Trained(inner, description, task, model.to(device).eval(), tokenizer, device)
+
+
+def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> tuple[Arrays, float, Any]:
+    """Predictions in the order of the examples, the mean loss, and the encoded examples."""
+    encoded = trained.task.wrap(trained.task.encode(examples, trained.tokenizer), trained.tokenizer)
+    order = np.argsort(-encoded.lengths, kind="stable")
+    rows, parts, total = [], [], 0.0
+    for mine in np.split(order, range(batch_size, len(order), batch_size)):
+        predictions, loss = predict_rows(trained.model, trained.task, encoded, mine, trained.device)
+        rows.append(mine)
+        parts.append(predictions)
+        total += loss
+    return in_order([(rows, parts, total)]), total / int(encoded.num_targets.sum()), encoded
+
+
+def evaluate(folder: Path, data: str | None, split: str) -> dict[str, Any]:
+    """Score a trained model on a split of its recipe's data, or of other data with the same columns.
+
+    Raises:
+        InputError: no such model, data or split; columns that do not fit.
+    """
+    trained = load_trained(folder)
+    recipe = recipe_of(trained, data)
+    if data is None:
+        from orchestrator.training.prepare import read_examples
+
+        found = read_examples(recipe, type(trained.task), trained.task.options)
+    else:
+        found = open_splits(recipe, trained.task.columns(trained.task.options))
+        if list(found) == ["train"]:  # A single file is just that: there is nothing to choose.
+            split = "train"
+    if split not in found:
+        raise InputError(Problem(f"the data have no split '{split}'", data, f"give --split with one of: {', '.join(found)}"))
+    examples = found[split]
+    predictions, loss, encoded = predict_examples(trained, examples)
+    metrics = {"loss": loss, **trained.task.metrics(predictions, encoded.targets())}
+    details = trained.task.details(predictions, encoded.targets())
+    where = data or f"{split} of {recipe.name}"
+    return {"model": str(trained.folder), "data": where, "examples": len(examples), "metrics": metrics, "details": details}
+
+
+def recipe_of(trained: Trained, data: str | None) -> Recipe:
+    """The recipe that made the model, with other data where they are given."""
+    text = trained.description["recipe"]
+    if data is None:
+        return parse_recipe(text)
+    value = str(Path(data).resolve()) if Path(data).exists() else data
+    return parse_recipe(text, overrides=[f"target.data={json.dumps(value)}", "target.limit={}"])
+
+
+def predict(folder: Path, data: str, output: Path | None, batch_size: int, out: TextIO) -> int:
+    """Predict for every row of a file (or of standard input, JSON lines); returns how many.
+
+    Each row comes back with all its columns, `prediction` and what the task adds (scores).
+
+    Raises:
+        InputError: no such model or file; a wrong row; an output that is neither .jsonl nor .parquet.
+    """
+    if output is not None and output.suffix not in (".jsonl", ".parquet"):
+        raise InputError(Problem(f"cannot write {output.suffix or 'a file without suffix'}", str(output), "name a .jsonl or .parquet file"))
+    if batch_size < 1:
+        raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
+    trained = load_trained(folder)
+    with as_file(data) as path:
+        given = open_file(path)
+    columns = [column for column in trained.task.columns(trained.task.options) if column.kind != "label"]
+    examples = rename_columns(given, columns, trained.description["columns"])
+    problems = trained.task.check_inputs(examples)
+    if problems:
+        raise DataError(problems)
+    predictions, _, _ = predict_examples(trained, examples, batch_size)
+    added = trained.task.prediction_rows(predictions)
+    kept = {name: given.table[name] for name in given.table.column_names if name not in added}
+    write_predicted(pa.table({**kept, **added}), output, out)
+    return len(examples)
+
+
+def write_predicted(table: pa.Table, output: Path | None, out: TextIO) -> None:
+    if output is not None and output.suffix == ".parquet":
+        write_table(table, output)
+        return
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+    if output is None:
+        out.writelines(lines)
+        return
+    temporary = output.with_name(f".{output.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    temporary.replace(output)
+
+
+@contextlib.contextmanager
+def as_file(data: str) -> Iterator[Path]:
+    """The file of that name; `-` is standard input, kept in a file for as long as it is read."""
+    if data != "-":
+        yield Path(data)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "standard-input.jsonl"
+        path.write_bytes(sys.stdin.buffer.read())
+        yield path
+
+
+def export(folder: Path, output: Path, merge: bool) -> None:
+    """Copy a trained model to a folder of its own; with `merge`, an adapter becomes part of the source's weights.
+
+    Raises:
+        InputError: the output exists, or there is no adapter to merge.
+    """
+    if output.exists():
+        raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
+    trained = load_trained(folder)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if not merge:
+        shutil.copytree(trained.folder, partial)
+    else:
+        if not hasattr(trained.model, "merge_and_unload"):
+            raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
+        trained.model.merge_and_unload().save_pretrained(partial)
+        trained.tokenizer.save_pretrained(partial)
+        shutil.copy(trained.folder / "README.md", partial)
+        shutil.copy(trained.folder / DESCRIPTION, partial)
+    partial.rename(output)

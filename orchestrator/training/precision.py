@@ -1,0 +1,35 @@
+"""Which number format the hardware computes fast in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from orchestrator.errors import ModelError, Problem
+from orchestrator.recipe import Recipe
+
+Precision = Literal["fp32", "bf16"]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (a GPU from Ampere on; a processor with AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_precision(recipe: Recipe, device: torch.device) -> Precision:
+    """`auto` resolved for this device; raises ModelError where bf16 is asked for and the hardware lacks it."""
+    wanted = recipe.train.precision
+    if wanted == "fp32" or (wanted == "auto" and not has_bf16(device)):
+        return "fp32"
+    if not has_bf16(device):
+        raise ModelError(
+            Problem(
+                f"precision is bf16, which this {device.type} does not compute in hardware",
+                recipe.origin.where("train.precision"),
+                "set train.precision to auto or fp32",
+            )
+        )
+    return "bf16"

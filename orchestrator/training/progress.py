@@ -1,0 +1,112 @@
+"""How far a run is: kept by worker 0 in a small file, shown by the command as one live line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+_FILE = ".progress.json"
+_SECONDS_BETWEEN_WRITES = 0.2
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+class ProgressFile:
+    """Worker 0's side: the latest state, written at most a few times a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _FILE
+        self.written = 0.0
+
+    def show(self, force: bool = False, **state: Any) -> None:
+        """Keep `state` for whoever watches; without `force`, only when the last write is a moment ago."""
+        now = time.monotonic()
+        if force or now - self.written >= _SECONDS_BETWEEN_WRITES:
+            self.written = now
+            temporary = self.path.with_name(f"{_FILE}.partial")
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+            temporary.replace(self.path)
+
+
+def describe(state: dict[str, Any]) -> str:
+    """One line: phase, step, loss, select metric, examples per second, time left."""
+    parts = [state["phase"]]
+    if "step" in state:
+        parts.append(f"step {state['step']}/{state['steps']}")
+    if state.get("loss") is not None:
+        parts.append(f"loss {state['loss']:.4f}")
+    if state.get("score") is not None:
+        parts.append(f"select {state['metric']} {state['score']:.4f}")
+    if state.get("examples_per_second"):
+        parts.append(f"{state['examples_per_second']:.0f} examples/s")
+    if state.get("seconds_left") is not None:
+        parts.append(f"{format_seconds(state['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """`8 s`, `2 min 5 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class LiveLine:
+    """The command's side: one line that is rewritten in a terminal; now and then a plain line elsewhere."""
+
+    def __init__(self, folder: Path, out: TextIO) -> None:
+        self.path = folder / _FILE
+        self.out = out
+        self.live = out.isatty()
+        self.last_text = ""
+        self.last_phase = ""
+        self.last_printed = 0.0
+
+    def refresh(self) -> None:
+        try:
+            state = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        text = describe(state)
+        now = time.monotonic()
+        new_phase = state["phase"] != self.last_phase
+        if text == self.last_text or not (self.live or new_phase or now - self.last_printed > _SECONDS_BETWEEN_PLAIN_LINES):
+            return
+        self.last_text, self.last_phase, self.last_printed = text, state["phase"], now
+        self.out.write(f"\r\033[K{text}" if self.live else f"{text}\n")
+        self.out.flush()
+
+    def clear(self) -> None:
+        if self.live and self.last_text:
+            self.out.write("\r\033[K")
+            self.out.flush()
+
+
+@contextlib.contextmanager
+def live_line(folder: Path, out: TextIO | None = None) -> Iterator[None]:
+    """Show the progress of the run in `folder` while the body runs."""
+    line = LiveLine(folder, out or sys.stderr)
+    (folder / _FILE).unlink(missing_ok=True)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SECONDS_BETWEEN_WRITES):
+            line.refresh()
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        line.clear()
+        (folder / _FILE).unlink(missing_ok=True)

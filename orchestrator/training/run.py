@@ -1,0 +1,152 @@
+"""One training from the recipe to the result: refuse or resume, prepare, run the workers, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestrator.errors import InputError, OrchestratorError, Problem
+from orchestrator.recipe import Recipe, dump_recipe
+from orchestrator.training.prepare import Prepared, prepare
+from orchestrator.training.progress import live_line
+from orchestrator.training.run_directory import RunDirectory, write_atomically
+from orchestrator.training.worker import output_to, ray_session, run_workers
+
+PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
+# Parts of a recipe that may change between the attempts of one run: they do not change what is learned.
+FREE_TO_CHANGE = {"train": {"keep", "log_every"}, "scale": {"max_failures", "storage", "cpus_per_worker"}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training."""
+
+    directory: Path
+    result: dict[str, Any]
+    """The content of result.json."""
+    warnings: list[Problem]
+    notes: list[str]
+    resumed: bool
+    """Whether it had been finished before, or went on from a checkpoint."""
+
+
+def train(
+    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+) -> Run:
+    """Train as the recipe says; the same call goes on where an earlier one was interrupted.
+
+    Args:
+        output: the run directory; `storage/name` of the recipe when None.
+        fresh: start over; what is in the directory is kept under another name.
+        strict: treat warnings about the data as errors.
+        screen: where to show progress; what libraries print then goes to the directory's logs. None for neither.
+
+    Raises:
+        InputError: recipe, data or source are wrong, or the directory holds another run; nothing was started.
+        ClusterError: the cluster cannot hold the workers.
+        RunFailed: the training itself failed.
+    """
+    directory = RunDirectory((output or Path(recipe.scale.storage) / recipe.name).absolute())
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(contextlib.ExitStack())
+        prepared = prepare(recipe, strict)
+        aside = directory.set_aside() if fresh and directory.root.exists() else None
+        directory.create()
+        stack.enter_context(directory.locked())
+        refuse_another_run(prepared, directory)
+        if directory.result.exists():
+            return finished_run(prepared, directory, resumed=True)
+        if screen is not None:
+            stack.enter_context(live_line(directory.root, screen))
+            stack.enter_context(output_to(directory.logs / "command.log"))
+        cluster.enter_context(ray_session(recipe, directory.logs))
+        attempt = start_record(prepared, directory)
+        if aside is not None:
+            directory.note(f"the earlier run is in {aside}")
+        resumed = any(directory.checkpoints.glob("step-*"))
+        run_and_record(prepared, directory, attempt)
+        return finished_run(prepared, directory, resumed)
+
+
+def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
+    """Run the workers; run.json says how it ended, whatever way it ended."""
+    started = time.time()
+    try:
+        run_workers(prepared, directory, attempt)
+    except OrchestratorError as error:
+        directory.update_record(status="failed", reason=str(error), ended=time.time())
+        raise
+    except KeyboardInterrupt:
+        directory.update_record(status="interrupted", ended=time.time())
+        raise
+    directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
+
+
+def start_record(prepared: Prepared, directory: RunDirectory) -> int:
+    """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
+    write_atomically(directory.recipe, dump_recipe(prepared.recipe))
+    attempt = int(directory.read_record().get("attempt", 0)) + 1
+    directory.update_record(
+        status="running",
+        attempt=attempt,
+        started=time.time(),
+        world_size=prepared.recipe.scale.workers,
+        identity=prepared.identity,
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES_THAT_DECIDE_NUMBERS}},
+        machine=platform.node(),
+        command=sys.argv,
+        notes=[],
+        warnings=[str(warning) for warning in prepared.warnings],
+    )
+    return attempt
+
+
+def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
+    """A run goes on only with the same recipe, data and source; InputError names what changed."""
+    record = directory.read_record()
+    if not record or not directory.recipe.exists():
+        return
+    import yaml
+
+    old = yaml.safe_load(directory.recipe.read_text(encoding="utf-8"))
+    new = yaml.safe_load(dump_recipe(prepared.recipe))
+    remedy = "use --fresh to start over (the old directory is kept under another name), or give another --output"
+    changed = [
+        Problem(f"the run in {directory.root} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}", prepared.recipe.origin.where(path), remedy)
+        for path, was, now in differences(old, new)
+    ]
+    identity = record.get("identity", prepared.identity)
+    changed += [
+        Problem(f"the {'source model' if name == 'source' else f'{name} data'} changed since the run in {directory.root} began", remedy=remedy)
+        for name in {**identity, **prepared.identity}
+        if identity.get(name) != prepared.identity.get(name)
+    ]
+    if changed:
+        raise InputError(changed)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted paths whose values differ and matter, with both values."""
+    found = []
+    for key in {**old, **new}:
+        here = f"{path}.{key}" if path else key
+        if key in FREE_TO_CHANGE.get(path, ()):
+            continue
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, here)
+        elif was != now:
+            found.append((here, was, now))
+    return found
+
+
+def finished_run(prepared: Prepared, directory: RunDirectory, resumed: bool) -> Run:
+    result = json.loads(directory.result.read_text(encoding="utf-8"))
+    return Run(directory.root, result, prepared.warnings, directory.read_record().get("notes", []), resumed)

@@ -1,0 +1,168 @@
+"""One worker's part of a run: resume, train, score, export. It runs the same in one process or in many."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import Problem, RecipeError, nearest
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.assemble import Parts, assemble
+from orchestrator.training.checkpoint import Checkpoint, CheckpointStore
+from orchestrator.training.engine import Engine, build_engine, micro_batch_size
+from orchestrator.training.evaluation import Scored, score
+from orchestrator.training.export import export_model, write_predictions
+from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
+from orchestrator.training.loop import Plan, make_plan, training_steps
+from orchestrator.training.precision import choose_precision
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.progress import ProgressFile
+from orchestrator.training.run_directory import RunDirectory, finite, write_json
+
+
+@dataclass
+class Session:
+    """What the stages of one worker's run share."""
+
+    prepared: Prepared
+    directory: RunDirectory
+    parts: Parts
+    engine: Engine
+    plan: Plan
+    store: CheckpointStore
+    metric: MainMetric
+    progress: ProgressFile | None
+    """Only on worker 0."""
+
+    def tell(self, phase: str) -> None:
+        if self.progress is not None:
+            self.progress.show(force=True, phase=phase)
+
+
+def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_first: bool) -> None:
+    """Train on this worker, from the newest whole checkpoint if there is one, and leave the results in the directory."""
+    recipe = prepared.recipe
+    directory = RunDirectory(root)
+    progress = ProgressFile(root) if is_first else None
+    if progress is not None:
+        progress.show(force=True, phase="loading the model")
+    metric = choose_metric(prepared)
+    parts = assemble(prepared)
+    precision = choose_precision(recipe, device)
+    plan = make_plan(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
+    with build_engine(parts.module, parts.groups, recipe, precision) as engine:
+        store = CheckpointStore(
+            directory.checkpoints, engine.rank, engine.agree, lambda: directory.read_record().get("attempt") == attempt
+        )
+        session = Session(prepared, directory, parts, engine, plan, store, metric, progress)
+        before = score_before(session)
+        memory = resume(session)
+        if engine.rank == 0:
+            directory.update_record(precision=precision, parameters=parts.count_parameters(), total_steps=plan.total_steps)
+        train_to_the_end(session, memory)
+        finish(session, memory, before)
+
+
+def choose_metric(prepared: Prepared) -> MainMetric:
+    """The metric that picks the best checkpoint: the recipe's, or the task's main one."""
+    stopping = prepared.recipe.train.early_stopping
+    main = prepared.task.main_metric
+    if stopping is None or stopping.metric is None or stopping.metric == main.name:
+        return main
+    known = prepared.task.metric_directions()
+    if stopping.metric not in known:
+        close = nearest(stopping.metric, known)
+        raise RecipeError(
+            Problem(
+                f"the task has no metric '{stopping.metric}'",
+                prepared.recipe.origin.where("train.early_stopping.metric"),
+                f"did you mean {close}?" if close else f"use one of: {', '.join(sorted(known))}",
+            )
+        )
+    return MainMetric(stopping.metric, known[stopping.metric])
+
+
+def score_before(session: Session) -> dict[str, Any] | None:
+    """Scores before the first step, where the source's own head is kept; a new head knows nothing yet."""
+    if session.parts.head_is_new:
+        return None
+    session.tell("scoring the source")
+    return {name: score_split(session, name).metrics for name in ("select", "test") if name in session.prepared.tables}
+
+
+def resume(session: Session) -> Memory:
+    """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
+    found: Checkpoint | None = None
+    notes: list[str] = []
+    if session.engine.rank == 0:
+        found, notes = session.store.newest_valid()
+        session.directory.forget_metrics_after(found.step if found else 0)
+        for note in notes:
+            session.directory.note(note)
+    found = session.engine.from_first_worker(found)
+    if found is None:
+        return Memory()
+    session.tell(f"resuming at step {found.step}")
+    session.engine.read_state(found.folder)
+    return Memory(**found.state)
+
+
+def train_to_the_end(session: Session, memory: Memory) -> None:
+    if memory.stop or memory.step >= session.plan.total_steps:
+        return
+    prepared, engine, plan, train = session.prepared, session.engine, session.plan, session.prepared.recipe.train
+    hooks: list[Hook] = [
+        Clock(plan, session.metric.name, session.progress, memory.seconds),
+        Recorder(session.directory, train.log_every, writes=engine.rank == 0),
+        Evaluator(engine, prepared.task, prepared.encoded("select"), session.metric, train, plan, session.directory),
+        Saver(engine, session.store, train, plan),
+    ]
+    steps = training_steps(engine, prepared.task, prepared.encoded("train"), session.parts.frozen, plan, memory.step)
+    for step in steps:
+        for hook in hooks:
+            hook.after_step(step, memory)
+        if memory.stop:
+            break
+
+
+def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> None:
+    """Take the best weights, score every split that is reported, and write model, predictions and result."""
+    prepared, engine, directory = session.prepared, session.engine, session.directory
+    session.tell("scoring the best checkpoint")
+    if memory.best_step is not None and memory.best_step != memory.step:
+        engine.read_state(session.store.at(memory.best_step).folder, weights_only=True)
+    scored = {name: score_split(session, name) for name in ("select", "test") if name in prepared.tables}
+    weights = engine.trained_weights()
+    if engine.rank != 0:
+        return
+    started = time.monotonic()
+    session.tell("writing the model")
+    reported = "test" if "test" in scored else "select"
+    result = {
+        "status": "finished",
+        "metrics": {name: split.metrics for name, split in scored.items()},
+        "before": before,
+        "details": {reported: prepared.task.details(scored[reported].predictions, prepared.encoded(reported).targets())},
+        "steps": memory.step,
+        "stopped_early": memory.stop,
+        "seconds": memory.seconds,
+        "best_step": memory.best_step,
+        "best_checkpoint": f"checkpoints/step-{memory.best_step:08d}" if memory.best_step is not None else None,
+        "metric": session.metric.name,
+        "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
+        "parameters": session.parts.count_parameters(),
+    }
+    export_model(prepared, session.parts, weights, directory.model, result)
+    write_predictions(prepared, reported, scored[reported].predictions, directory.predictions)
+    for name, split in scored.items():
+        if name == "test":
+            directory.append_metrics({"step": memory.step, "split": name, "phase": "best", **split.metrics, "seconds": memory.seconds})
+    result["seconds_exporting"] = time.monotonic() - started
+    write_json(directory.result, finite(result))
+
+
+def score_split(session: Session, name: str) -> Scored:
+    prepared = session.prepared
+    return score(session.engine, prepared.task, prepared.encoded(name), session.plan.micro_batch_size)

@@ -1,0 +1,159 @@
+"""Ray Train: start the workers, restart them when one dies. The only file of this room that knows Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ClusterError, OrchestratorError, Problem, RunFailed
+from orchestrator.recipe import Recipe
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.run_directory import RunDirectory
+
+# Imported by Ray's workers while they wait for work, so that nobody waits for these imports later.
+PRELOADED = ["orchestrator.training.trainer", "accelerate", "ray.train.torch"]
+SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
+
+
+def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
+    """Run the training on its workers; returns when it is finished.
+
+    One worker runs in this process (Ray Train's local mode), several as Ray Train workers. A worker that dies takes its
+    group with it; Ray starts the group again, up to `scale.max_failures` times, and it goes on from its checkpoint.
+
+    Raises:
+        OrchestratorError: what a worker found wrong.
+        RunFailed: workers died more often than allowed.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    recipe = prepared.recipe
+    distributed = recipe.scale.workers > 1
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={
+            # In the object store, each node holds the encoded data once, and its workers read them without a copy.
+            "prepared": ray.put(prepared) if distributed else prepared,
+            "root": str(directory.root),
+            "attempt": attempt,
+        },
+        scaling_config=scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0),
+        torch_config=TorchConfig(timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=str(directory.logs / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.scale.max_failures),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise RunFailed(
+            f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
+            f"    -> the whole story is in {directory.logs}; the same command goes on from the last checkpoint"
+        ) from error
+    if isinstance(outcome, OrchestratorError):
+        raise outcome
+
+
+def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
+    """What every Ray Train worker runs. An error meant for the user is returned, so that Ray does not try it again."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    prepared = config["prepared"]
+    with contextlib.ExitStack() as stack:
+        if isinstance(prepared, ray.ObjectRef):
+            stack.enter_context(output_to(Path(config["root"]) / "logs" / f"worker-{rank}.log"))
+            prepared = ray.get(prepared)
+        from orchestrator.training.trainer import run_worker
+
+        try:
+            run_worker(prepared, Path(config["root"]), config["attempt"], get_device(), is_first=rank == 0)
+        except OrchestratorError as error:
+            return error
+    return None
+
+
+def scaling(recipe: Recipe) -> Any:
+    """How many workers of which size; raises ClusterError when the cluster can never hold them."""
+    import ray
+    from ray.train import ScalingConfig
+
+    have = ray.cluster_resources()
+    workers, scale = recipe.scale.workers, recipe.scale
+    gpus = min(1, int(have.get("GPU", 0)) // workers) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
+    cpus = max(1, int(have.get("CPU", 1)) // workers) if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
+    short = [
+        Problem(
+            f"{workers} workers with {each} {kind} each need {workers * each} {kind}s; the cluster has {int(have.get(kind, 0))}",
+            recipe.origin.where("scale.workers"),
+            f"set scale.workers to {int(have.get(kind, 0)) // each} or less" if have.get(kind, 0) >= each else f"set scale.{kind.lower()}s_per_worker lower",
+        )
+        for kind, each in (("CPU", cpus), ("GPU", gpus))
+        if workers * each > have.get(kind, 0)
+    ]
+    if short:
+        raise ClusterError("\n".join(map(str, short)))
+    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})})
+
+
+@contextlib.contextmanager
+def ray_session(recipe: Recipe, logs: Path) -> Iterator[None]:
+    """A Ray cluster for the run: the one that this process or RAY_ADDRESS names, else a new one on this machine.
+
+    A new one is as large as the workers need (more workers than cores share them), imports what they need while the
+    data are read, and ends with the run.
+    """
+    import ray
+
+    if recipe.scale.workers == 1 or ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        options = {
+            "num_cpus": max(recipe.scale.workers, os.cpu_count() or 1),
+            "include_dashboard": False,
+            "_system_config": {"preload_python_modules": PRELOADED, "enable_worker_prestart": True},
+        }
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send everything this process prints, from Python or below it, to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in enumerate(kept, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: where Ray puts the worker's own words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

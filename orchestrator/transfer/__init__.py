@@ -1,0 +1,1 @@
+"""How knowledge moves from source to target: one file per way."""
