@@ -110,9 +110,9 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    from orchestrator.training.prepare import prepare
+    from orchestrator.training.run import check
 
-    prepared = prepare(recipe, options.strict)
+    prepared = check(recipe, options.strict)
     show.problems(prepared.warnings, sys.stderr)
     found = {"status": "valid", "name": recipe.name, "warnings": [str(warning) for warning in prepared.warnings]}
     found["examples"] = {name: len(split) for name, split in prepared.examples.items()}

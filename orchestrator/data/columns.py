@@ -54,7 +54,8 @@ def match_columns(
     """
     matched: dict[str, str] = {}
     problems = []
-    free = [name for name in found if name not in mapping.values()]
+    taken = {mapping[column.name] for column in columns if column.name in mapping}
+    free = [name for name in found if name not in taken]
     for column in columns:
         if column.name in mapping:
             wanted = [mapping[column.name]] if mapping[column.name] in found else []

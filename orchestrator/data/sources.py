@@ -75,7 +75,7 @@ def open_file(path: Path) -> Examples:
         except (DataError, pa.ArrowInvalid):
             continue
     if not raw.num_rows:
-        raise DataError(Problem("the file holds no examples", raw.place, "add examples, or name another file"))
+        raise DataError(Problem("there are no examples in the data", raw.place, "add examples, or name another file"))
     return Examples(pa.table(columns), np.arange(raw.num_rows), (SourceFile(raw.place, raw.num_rows, raw.lines),))
 
 
@@ -178,7 +178,8 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
     label_names: list[tuple[str, ...] | None] = []
     used = [raw for raw in raws if raw.num_rows]
     if not used:
-        raise DataError(Problem("the file holds no examples", raws[0].place, "add examples, or name another file"))
+        place = raws[0].place if raws else None
+        raise DataError(Problem("there are no examples in the data", place, "add examples, or name another file"))
     for raw in used:
         matched, missing = match_columns(raw.names, columns, mapping, raw.place)
         problems.extend(missing)

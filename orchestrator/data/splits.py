@@ -120,19 +120,19 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
         strata.setdefault(0 if classes is None else int(classes[rows[0]]), []).append(rows)
     drawn = []
     for groups in strata.values():
-        rows = [row for group in groups for row in group]
-        # Where most texts of a class differ in digits alone, they are told apart by them, or little could be cut.
-        units = groups if 2 * len(groups) >= len(rows) else _group(rows, [exact[row] for row in rows])
+        # A quarter of a class that differs in digits alone is a template: told apart by them, or little could be cut.
+        most = sum(map(len, groups)) / 4
+        units = [unit for group in groups for unit in (_group(group, exact) if len(group) > most else [group])]
         ranks = _draw((exact[unit[0]] for unit in units), seed)
         drawn.append([unit for _, unit in sorted(zip(ranks, units, strict=True))])
     return drawn
 
 
 def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
-    """Rows with the same key together; a row without a key is a group of its own."""
+    """Rows with the same key together; a row without a key is a group of its own. `keys` are those of all rows."""
     groups: dict[object, list[int]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        groups.setdefault(("no key", row) if key is None else key, []).append(row)
+    for row in rows:
+        groups.setdefault(("no key", row) if keys[row] is None else keys[row], []).append(row)
     return list(groups.values())
 
 

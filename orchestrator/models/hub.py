@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
+from safetensors import SafetensorError
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
@@ -27,7 +28,13 @@ HUB_TIMEOUT = 5.0  # seconds
 CONNECTION_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)
 )
-LOADING_ERRORS: tuple[type[Exception], ...] = (*CONNECTION_ERRORS, ValueError, RuntimeError, StrictDataclassError)
+LOADING_ERRORS: tuple[type[Exception], ...] = (
+    *CONNECTION_ERRORS,
+    ValueError,
+    RuntimeError,
+    StrictDataclassError,
+    SafetensorError,
+)
 """What transformers raises where a model, config or tokenizer cannot be loaded."""
 
 

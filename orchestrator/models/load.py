@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +118,8 @@ def fit_to_tokenizer(model: Any, tokenizer: Any, source: SourceModel) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Random draws inside follow `seed`; those after it go on as if nothing had been drawn."""
     # Where CUDA was not started, seeding it would take effect only later, over whatever the caller seeded it with.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    is_started: Callable[[], bool] = torch.cuda.is_initialized
+    devices = [torch.cuda.current_device()] if is_started() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:

@@ -40,7 +40,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: there is neither such a file nor such a shipped recipe.
     """
-    path = Path(name).expanduser() if "\0" not in str(name) else Path("recipe")
+    path = _as_path(str(name))
     if path.is_file():
         return path.absolute()
     shipped = shipped_recipes()
@@ -49,6 +49,15 @@ def find_recipe(name: str | Path) -> Path:
     if len(found) == 1:
         return found[0]
     raise RecipeError(_not_found(str(name), path, shipped, found))
+
+
+def _as_path(name: str) -> Path:
+    """The path that a name may be; one that no file has where it cannot be a path at all."""
+    nowhere = Path(_PACKAGE, "no such recipe")
+    try:
+        return Path(name).expanduser() if name and "\0" not in name else nowhere
+    except RuntimeError:  # `~user` of a user without a home.
+        return nowhere
 
 
 def _not_found(name: str, path: Path, shipped: list[ShippedRecipe], found: list[Path]) -> Problem:

@@ -151,5 +151,10 @@ class _Dumper(yaml.SafeDumper):
             return resolve_scalar(value)
         return tag
 
+    def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> Any:
+        represent: Callable[..., Any] = super().represent_scalar
+        # Other styles fold line breaks such as U+0085 away.
+        return represent(tag, value, style if value.isprintable() else '"')
+
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -27,11 +27,18 @@ class Origin:
         """What relative paths in the recipe are relative to."""
         return self.file.parent if self.file else Path.cwd()
 
+    def wrote(self, path: str) -> bool:
+        """Whether the value at a dotted path, or a part of it, was written out."""
+        return path in self.lines or path in self.overrides or self._override_within(path) is not None
+
     def where(self, path: str) -> str:
         """`recipes/mine.yaml:12 (train.learning_rate)`, or `train.learning_rate=1 (command line)`.
 
-        A path that was not written takes the line of its nearest written parent.
+        A path that was not written takes the place of an override within it, else of its nearest written parent.
         """
+        within = self._override_within(path)
+        if within and path not in self.lines:
+            return f"{within} (command line)"
         parts = path.split(".")
         for length in range(len(parts), 0, -1):
             prefix = ".".join(parts[:length])
@@ -41,3 +48,6 @@ class Origin:
                 line = self.lines[prefix]
                 return f"{show_path(self.file)}:{line} ({path})" if self.file else f"line {line} ({path})"
         return f"{show_path(self.file)} ({path})" if self.file else path
+
+    def _override_within(self, path: str) -> str | None:
+        return next((text for key, text in self.overrides.items() if key.startswith(f"{path}.")), None)

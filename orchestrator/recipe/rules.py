@@ -20,7 +20,7 @@ SPLITS = ("train", "select", "test")
 
 @dataclass(frozen=True)
 class Finding:
-    """A broken rule: the paths of the values in it (the first is its place), what is wrong, and the remedy."""
+    """A broken rule: the paths of the values in it (the first one written is its place), what is wrong, the remedy."""
 
     paths: tuple[str, ...]
     what: str
@@ -30,11 +30,16 @@ class Finding:
 def check_rules(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
     """The problems between the recipe's values, but for those that involve a path at, above or below `unreliable`."""
     return [
-        Problem(finding.what, recipe.origin.where(finding.paths[0]), finding.remedy)
+        Problem(finding.what, _place(recipe, finding), finding.remedy)
         for rule in _RULES
         for finding in rule(recipe)
         if not any(_overlap(path, other) for path in finding.paths for other in unreliable)
     ]
+
+
+def _place(recipe: Recipe, finding: Finding) -> str:
+    written = [path for path in finding.paths if recipe.origin.wrote(path)]
+    return recipe.origin.where((written or finding.paths)[0])
 
 
 def _overlap(path: str, other: str) -> bool:

@@ -28,7 +28,9 @@ Every = Literal["epoch"] | PositiveInt
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values do not change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class Source(Section):

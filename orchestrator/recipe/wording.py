@@ -42,19 +42,19 @@ def _explain_unknown(mistake: Mistake, _: Any, shape: Shape, origin: Origin, pre
         guess = f"move it to {' or '.join(f'`{home}`' if home else 'the top level' for home in homes)}; "
     keys = ", ".join(f"`{name}`" for name in shape.keys(section))
     what = f"unknown key `{key}` in {of}"
-    return Problem(what, _place(origin, (*prefix, *mistake.path)), f"{guess}the keys of {of} are {keys}")
+    return Problem(what, origin.where(dotted((*prefix, *mistake.path))), f"{guess}the keys of {of} are {keys}")
 
 
 def _explain_missing(mistake: Mistake, _: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
     node, path = shape.find(mistake.path) or {}, (*prefix, *mistake.path)
     remedy = f"add it, {shape.accepts(node)}: {node.get('description', '').rstrip('.')}"
-    return Problem(f"`{dotted(path)}` is missing", _place(origin, path[:-1] or path), remedy)
+    return Problem(f"`{dotted(path)}` is missing", origin.where(dotted(path[:-1] or path)), remedy)
 
 
 def _explain_invalid(mistake: Mistake, data: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
     node, value, path = shape.find(mistake.path) or {}, value_at(data, mistake.path), (*prefix, *mistake.path)
     what = f"`{dotted(path)}` is {show_value(value)}, must be {shape.accepts(node)}"
-    return Problem(what, _place(origin, path), _remedy(node, shape, value))
+    return Problem(what, origin.where(dotted(path)), _remedy(node, shape, value))
 
 
 def _remedy(node: Node, shape: Shape, value: Any) -> str:
@@ -86,13 +86,3 @@ def _explain_slip(options: Sequence[Node], value: Any) -> str | None:
 
 def _names(option: Node) -> list[str]:
     return [str(name) for name in option.get("enum", [option["const"]] if "const" in option else [])]
-
-
-def _place(origin: Origin, path: Path) -> str:
-    """The place of a path, or of the first override within it when nothing else wrote it."""
-    place = dotted(path)
-    if place not in origin.lines:
-        for key, text in origin.overrides.items():
-            if key.startswith(f"{place}."):
-                return f"{text} (command line)"
-    return origin.where(place)

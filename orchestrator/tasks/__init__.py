@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe import Recipe
-from orchestrator.tasks.base import Task
+from orchestrator.tasks.base import Encoded, Task
 
-__all__ = ["Task", "find_task", "read_options", "task_names"]
+__all__ = ["Encoded", "Task", "find_task", "read_options", "task_names"]
 
 
 def task_names() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +28,9 @@ class Parts:
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
 
     def count_parameters(self) -> dict[str, int]:
-        parameters = list(self.module.parameters())
-        return {
-            "total": sum(value.numel() for value in parameters),
-            "trained": sum(value.numel() for value in parameters if value.requires_grad),
-        }
+        """Numbers of parameters; sharded ones (ZeRO-3) at their full size."""
+        sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in self.module.parameters()]
+        return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
 
 def assemble(prepared: Prepared) -> Parts:
@@ -40,23 +39,41 @@ def assemble(prepared: Prepared) -> Parts:
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
     """
-    recipe, task = prepared.recipe, prepared.task
-    seed = recipe.train.seed
-    config = models.load_config(prepared.source, **task.config_changes())
-    loaded = models.load_model(prepared, config, seed)
+    recipe = prepared.recipe
+    transfer, seed = recipe.transfer, recipe.train.seed
+    config = models.load_config(prepared.source, **prepared.task.config_changes())
+    loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed)
     module = loaded.model
-    blocks = models.find_blocks(module, task.example_inputs(), loaded.new_parameters)
-    frozen = models.freeze_blocks(module, blocks, models.resolve_depth(recipe.transfer.freeze, len(blocks.layers)))
-    if recipe.transfer.adapter is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = models.add_adapter(module, blocks, recipe.transfer.adapter)
+    with models.seeded(seed):
+        new = models.set_head(module, transfer.head, loaded.new_parameters)
+    models.fit_to_tokenizer(module, prepared.tokenizer, prepared.source)
+    blocks = models.find_blocks(module, prepared.task.example_inputs(), new)
+    where = recipe.origin.where("transfer.freeze")
+    depth = models.resolve_depth(transfer.freeze, len(blocks.layers), where)
+    frozen = models.freeze_blocks(module, blocks, depth)
+    if transfer.adapter is not None:
+        with models.seeded(seed):
+            module = models.add_adapter(module, blocks, depth, transfer.adapter)
+        blocks = models.adapted_blocks(module, blocks)
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     groups = parameter_groups(
         dict(module.named_parameters()),
-        rate_multipliers(module, blocks, recipe.transfer),
+        rate_multipliers(blocks, transfer),
         recipe.train.learning_rate,
         recipe.train.weight_decay,
     )
-    return Parts(module, blocks, frozen, groups, bool(loaded.new_parameters & set(blocks.head.parameters)))
+    return Parts(module, blocks, frozen, groups, head_is_new=bool(new) or transfer.from_scratch)
+
+
+def check_structure(prepared: Prepared) -> None:
+    """Refuse what does not fit the model (freeze depth, adapter targets, head) before anything starts, without weights.
+
+    Raises:
+        ModelError: as `assemble`.
+    """
+    scratch = prepared.recipe.transfer.model_copy(update={"from_scratch": True})
+    recipe = prepared.recipe.model_copy(update={"transfer": scratch})
+    # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
+    with torch.device("meta"), contextlib.suppress(RuntimeError):
+        assemble(replace(prepared, recipe=recipe))

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from orchestrator import models
+from orchestrator.recipe import dump_recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.engine import uses_deepspeed
 from orchestrator.training.model_card import model_card
 from orchestrator.training.prepare import Prepared
+from orchestrator.training.run_directory import write_json
+
+DESCRIPTION = "transfer.json"
 
 
 def export_model(prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]) -> None:
@@ -37,10 +41,22 @@ def export_model(prepared: Prepared, parts: Parts, weights: dict[str, Tensor], f
     module.save_pretrained(partial)
     prepared.tokenizer.save_pretrained(partial)
     if prepared.recipe.transfer.head.layers:
-        models.write_deep_head_code(module, partial)
+        models.write_deep_head_code(module, partial, prepared.task.auto_class)
+    write_json(partial / DESCRIPTION, describe_model(prepared))
     (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def describe_model(prepared: Prepared) -> dict[str, Any]:
+    """What `evaluate` and `predict` need besides the weights; transformers does not read it."""
+    recipe = prepared.recipe
+    return {
+        "task": recipe.target.task,
+        "options": recipe.target.options,
+        "config": prepared.task.config_changes(),
+        "recipe": dump_recipe(recipe),
+    }
 
 
 def write_predictions(prepared: Prepared, split: str, predictions: Arrays, path: Path) -> None:

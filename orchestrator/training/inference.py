@@ -19,13 +19,12 @@ import torch
 from orchestrator import models
 from orchestrator.data import Examples, open_file, open_splits, rename_columns
 from orchestrator.errors import DataError, InputError, Problem
+from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks import Task, find_task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import in_order, predict_rows
-from orchestrator.training.export import write_table
-
-DESCRIPTION = "transfer.json"
+from orchestrator.training.export import DESCRIPTION, write_table
 
 
 @dataclass
@@ -51,10 +50,33 @@ def load_trained(folder: Path) -> Trained:
         raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
     task_class = find_task(description["task"])
     options = task_class.Options.model_validate(description["options"])
-    model, tokenizer, config = models.load_exported(inner, task_class.auto_class, description["config"])
-    task = task_class.restore(options, config)
+    model, source = load_weights(inner, description, task_class.auto_class)
+    tokenizer, _ = models.load_tokenizer(models.open_folder(inner, str(inner)))
+    models.fit_to_tokenizer(model, tokenizer, source)
+    task = task_class.restore(options, model.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(inner, description, task, model.to(device).eval(), tokenizer, device)
+
+
+def load_weights(folder: Path, description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
+    """The model of a folder; an adapter is put onto its source, which is found as the recipe says."""
+    if not (folder / "adapter_config.json").exists():
+        source = models.open_folder(folder, str(folder))
+        return models.load_model(source, auto_class, models.load_config(source), from_scratch=False, seed=0).model, source
+    from peft import PeftModel
+
+    source = models.find_source(parse_recipe(description["recipe"]))
+    config = models.load_config(source, **config_changes(description))
+    base = models.load_model(source, auto_class, config, from_scratch=False, seed=0).model
+    return PeftModel.from_pretrained(base, folder), source
+
+
+def config_changes(description: dict[str, Any]) -> dict[str, Any]:
+    """What the task changed in the source's config; JSON made text of the labels' numbers."""
+    changes = dict(description["config"])
+    if "id2label" in changes:
+        changes["id2label"] = {int(index): name for index, name in changes["id2label"].items()}
+    return changes
 
 
 def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> tuple[Arrays, float, Any]:
@@ -121,7 +143,7 @@ def predict(folder: Path, data: str, output: Path | None, batch_size: int, out: 
     with as_file(data) as path:
         given = open_file(path)
     columns = [column for column in trained.task.columns(trained.task.options) if column.kind != "label"]
-    examples = rename_columns(given, columns, trained.description["columns"])
+    examples = rename_columns(given, columns, recipe_of(trained, None).target.columns)
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)

@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
     examples = _collect(problems, lambda: read_examples(recipe, *chosen)) if chosen else None
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)
-        problems += checks.check_sizes(examples, recipe)
+        problems += checks.check_sizes(examples, recipe.train.global_batch_size, recipe.origin)
     if source is None or chosen is None or examples is None:
         raise InputError(problems)
     raise_if_fatal(problems, InputError, strict)

@@ -14,9 +14,11 @@ from typing import Any, TextIO
 
 from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.recipe import Recipe, dump_recipe
+from orchestrator.training.assemble import check_structure
 from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.progress import live_line
 from orchestrator.training.run_directory import RunDirectory, write_atomically
+from orchestrator.training.trainer import choose_metric
 from orchestrator.training.worker import output_to, ray_session, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
@@ -56,7 +58,7 @@ def train(
     directory = RunDirectory((output or Path(recipe.scale.storage) / recipe.name).absolute())
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(contextlib.ExitStack())
-        prepared = prepare(recipe, strict)
+        prepared = check(recipe, strict)
         aside = directory.set_aside() if fresh and directory.root.exists() else None
         directory.create()
         stack.enter_context(directory.locked())
@@ -73,6 +75,14 @@ def train(
         resumed = any(directory.checkpoints.glob("step-*"))
         run_and_record(prepared, directory, attempt)
         return finished_run(prepared, directory, resumed)
+
+
+def check(recipe: Recipe, strict: bool = False) -> Prepared:
+    """Everything that can be refused before anything starts; raises InputError with all of it."""
+    prepared = prepare(recipe, strict)
+    choose_metric(prepared)
+    check_structure(prepared)
+    return prepared
 
 
 def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
@@ -111,8 +121,8 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
 def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     """A run goes on only with the same recipe, data and source; InputError names what changed."""
     record = directory.read_record()
-    if not record or not directory.recipe.exists():
-        return
+    if not record or not directory.recipe.exists() or not (directory.result.exists() or any(directory.checkpoints.glob("step-*"))):
+        return  # Nothing was learned there yet, so nothing can be mixed up.
     import yaml
 
     old = yaml.safe_load(directory.recipe.read_text(encoding="utf-8"))

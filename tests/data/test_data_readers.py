@@ -77,9 +77,10 @@ def test_chunks_and_slices_do_not_change_the_fingerprint(tmp_path: Path) -> None
     whole = open_files([write_as(tmp_path / "a.jsonl", rows)], [TEXT, LABEL], {})
     parts = [write_as(tmp_path / f"{n}.jsonl", rows[n * 7 : n * 7 + 7]) for n in range(3)]
     assert open_files(parts, [TEXT, LABEL], {}).fingerprint == whole.fingerprint
-    assert whole.take(range(5, 9)).fingerprint == open_files(
-        [write_as(tmp_path / "slice.jsonl", rows[5:9])], [TEXT, LABEL], {}
-    ).fingerprint
+    assert (
+        whole.take(range(5, 9)).fingerprint
+        == open_files([write_as(tmp_path / "slice.jsonl", rows[5:9])], [TEXT, LABEL], {}).fingerprint
+    )
 
 
 def test_rows_know_their_line_or_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +154,8 @@ UTF16 = "text,label\nx,1\n".encode("utf-16")
 WRONG: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", b"", "a.jsonl", "0 bytes"),
     ("a.parquet", b"", "a.parquet", "0 bytes"),
-    ("a.csv", b"text,label\n", "a.csv", "no examples"),
-    ("a.jsonl", b"\n\n", "a.jsonl", "no examples"),
+    ("a.csv", b"text,label\n", "a.csv", "no examples in the data"),
+    ("a.jsonl", b"\n\n", "a.jsonl", "no examples in the data"),
     ("a.csv", b"\n\n", "a.csv", "blank lines only"),
     ("a.jsonl", GOOD + b'{"text": "caf\xe9", "label": "a"}\n', "a.jsonl:2", "byte 14 of this line is 0xe9"),
     ("a.csv", UTF16, "a.csv", "UTF-16"),
@@ -184,10 +185,11 @@ WRONG: list[tuple[str, bytes, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "contents", "where", "what"), WRONG, ids=[f"{w[0]}-{w[3][:20]}" for w in WRONG])
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{wrong[0]}-{wrong[3][:20]}" for wrong in WRONG])
 def test_a_wrong_file_is_refused_with_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, contents: bytes, where: str, what: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, bytes, str, str]
 ) -> None:
+    name, contents, where, what = wrong
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(contents)
     started = time.monotonic()

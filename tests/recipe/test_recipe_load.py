@@ -45,77 +45,77 @@ def test_rates_written_as_1e_4_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "where", "what", "remedy"),
+    ("written", "line", "path", "what", "remedy"),
     [
-        ("tain: {epochs: 3}", "mine.yaml:7 (tain)", "unknown key `tain` in a recipe", "did you mean `train`?"),
-        ("train:\n  learning_rat: 1", "mine.yaml:8 (train.learning_rat)", "unknown key `learning_rat` in `train`",
+        ("tain: {epochs: 3}", 7, "tain", "unknown key `tain` in a recipe", "did you mean `train`?"),
+        ("train:\n  learning_rat: 1", 8, "train.learning_rat", "unknown key `learning_rat` in `train`",
          "did you mean `learning_rate`? the keys of `train` are `epochs`"),
-        ("epochs: 3", "mine.yaml:7 (epochs)", "unknown key `epochs`", "move it to `train`;"),
-        ("zzz: 3", "mine.yaml:7 (zzz)", "unknown key `zzz`", "the keys of a recipe are `name`, `source`"),
-        ("train: {epochs: -1}", "mine.yaml:7 (train.epochs)", "`train.epochs` is -1, must be a number above 0, or `null`",
+        ("epochs: 3", 7, "epochs", "unknown key `epochs`", "move it to `train`;"),
+        ("zzz: 3", 7, "zzz", "unknown key `zzz`", "the keys of a recipe are `name`, `source`"),
+        ("train: {epochs: -1}", 7, "train.epochs", "`train.epochs` is -1, must be a number above 0, or `null`",
          "remove the key for the default, 3"),
-        ("train: {learning_rate: 0}", "mine.yaml:7 (train.learning_rate)", "is 0, must be a number above 0", "5e-05"),
-        ("train: {learning_rate: .nan}", "mine.yaml:7 (train.learning_rate)", "is nan, must be a number above 0", "5e-05"),
-        ("train: {learning_rate: .inf}", "mine.yaml:7 (train.learning_rate)", "is inf, must be a number above 0", "5e-05"),
-        ("train: {learning_rate: '1e-4'}", "mine.yaml:7 (train.learning_rate)", "is '1e-4'", "remove the quotes"),
-        ("train: {warmup_ratio: 1}", "mine.yaml:7 (train.warmup_ratio)", "must be a number at least 0 and below 1", "0.1"),
-        ("train: {schedule: linaer}", "mine.yaml:7 (train.schedule)", "must be one of `linear`, `cosine`",
+        ("train: {learning_rate: 0}", 7, "train.learning_rate", "is 0, must be a number above 0", "5e-05"),
+        ("train: {learning_rate: .nan}", 7, "train.learning_rate", "is nan, must be a number above 0", "5e-05"),
+        ("train: {learning_rate: .inf}", 7, "train.learning_rate", "is inf, must be a number above 0", "5e-05"),
+        ("train: {learning_rate: '1e-4'}", 7, "train.learning_rate", "is '1e-4'", "remove the quotes"),
+        ("train: {warmup_ratio: 1}", 7, "train.warmup_ratio", "must be a number at least 0 and below 1", "0.1"),
+        ("train: {schedule: linaer}", 7, "train.schedule", "must be one of `linear`, `cosine`",
          "did you mean `linear`?"),
-        ("train: {gradient_checkpointing: yes}", "mine.yaml:7 (train.gradient_checkpointing)",
+        ("train: {gradient_checkpointing: yes}", 7, "train.gradient_checkpointing",
          "is 'yes', must be `true` or `false`", "without quotes"),
-        ("train: {micro_batch_size: many}", "mine.yaml:7 (train.micro_batch_size)",
+        ("train: {micro_batch_size: many}", 7, "train.micro_batch_size",
          "is 'many', must be `auto`, or a whole number above 0", "'auto'"),
-        ("train: {evaluate_every: 0}", "mine.yaml:7 (train.evaluate_every)", "must be `epoch`, or a whole number above 0",
+        ("train: {evaluate_every: 0}", 7, "train.evaluate_every", "must be `epoch`, or a whole number above 0",
          "'epoch'"),
-        ("train: {seed: 3.5}", "mine.yaml:7 (train.seed)", "must be a whole number at least 0 and below 2,147,483,648", "0"),
-        ("train: {seed: true}", "mine.yaml:7 (train.seed)", "`train.seed` is true", "0"),
-        ("train:", "mine.yaml:7 (train)", "`train` is null, must be a mapping", "put keys below it, or remove the line"),
-        ("train: 3", "mine.yaml:7 (train)", "`train` is 3, must be a mapping", "change it"),
-        ("transfer:\n  freeze: 120%", "mine.yaml:8 (transfer.freeze)",
+        ("train: {seed: 3.5}", 7, "train.seed", "must be a whole number at least 0 and below 2,147,483,648", "0"),
+        ("train: {seed: true}", 7, "train.seed", "`train.seed` is true", "0"),
+        ("train:", 7, "train", "`train` is null, must be a mapping", "put keys below it, or remove the line"),
+        ("train: 3", 7, "train", "`train` is 3, must be a mapping", "change it"),
+        ("transfer:\n  freeze: 120%", 8, "transfer.freeze",
          "must be one of `stem`, `all`, or a whole number at least 0, or a percentage such as `50%`", "default, 0"),
-        ("transfer:\n  freeze: -1", "mine.yaml:8 (transfer.freeze)", "`transfer.freeze` is -1", "default, 0"),
-        ("transfer:\n  freeze: stm", "mine.yaml:8 (transfer.freeze)", "is 'stm'", "did you mean `stem`?"),
-        ("transfer:\n  head:\n    layers:\n      - 64\n      - -1", "mine.yaml:11 (transfer.head.layers.1)",
+        ("transfer:\n  freeze: -1", 8, "transfer.freeze", "`transfer.freeze` is -1", "default, 0"),
+        ("transfer:\n  freeze: stm", 8, "transfer.freeze", "is 'stm'", "did you mean `stem`?"),
+        ("transfer:\n  head:\n    layers:\n      - 64\n      - -1", 11, "transfer.head.layers.1",
          "`transfer.head.layers.1` is -1, must be a whole number above 0", "change it"),
-        ("transfer:\n  adapter:\n    r: 8", "mine.yaml:8 (transfer.adapter)", "`transfer.adapter.type` is missing", "`lora`"),
-        ("transfer:\n  adapter: {type: lora, r: 0}", "mine.yaml:8 (transfer.adapter.r)", "is 0, must be a whole number above 0",
+        ("transfer:\n  adapter:\n    r: 8", 8, "transfer.adapter", "`transfer.adapter.type` is missing", "`lora`"),
+        ("transfer:\n  adapter: {type: lora, r: 0}", 8, "transfer.adapter.r", "is 0, must be a whole number above 0",
          "16"),
-        ("transfer:\n  adapter: {type: lora, targets: [a, 3]}", "mine.yaml:8 (transfer.adapter.targets.1)",
+        ("transfer:\n  adapter: {type: lora, targets: [a, 3]}", 8, "transfer.adapter.targets.1",
          "is 3, must be text", "put it in quotes"),
-        ("transfer:\n  adapter: {type: lora, targets: all}", "mine.yaml:8 (transfer.adapter.targets)",
+        ("transfer:\n  adapter: {type: lora, targets: all}", 8, "transfer.adapter.targets",
          "must be `all-linear`, or a list with text for each item", "'all-linear'"),
-        ("transfer:\n  layer_decay: 1.5", "mine.yaml:8 (transfer.layer_decay)", "must be a number above 0 and at most 1", "null"),
-        ("scale: {zero_stage: 4}", "mine.yaml:7 (scale.zero_stage)", "is 4, must be a whole number at least 0 and at most 3",
+        ("transfer:\n  layer_decay: 1.5", 8, "transfer.layer_decay", "must be a number above 0 and at most 1", "null"),
+        ("scale: {zero_stage: 4}", 7, "scale.zero_stage", "is 4, must be a whole number at least 0 and at most 3",
          "0"),
-        ("scale: {zero_stage: true}", "mine.yaml:7 (scale.zero_stage)", "is true", "0"),
-        ("scale: {workers: 2.0}", "mine.yaml:7 (scale.workers)", "is 2.0, must be a whole number above 0", "1"),
+        ("scale: {zero_stage: true}", 7, "scale.zero_stage", "is true", "0"),
+        ("scale: {workers: 2.0}", 7, "scale.workers", "is 2.0, must be a whole number above 0", "1"),
     ],
 )  # fmt: skip
-def test_each_mistake_is_one_problem_at_its_place(written: str, where: str, what: str, remedy: str) -> None:
+def test_each_mistake_is_one_problem_at_its_place(written: str, line: int, path: str, what: str, remedy: str) -> None:
     (problem,) = problems_of(GOOD + written)
-    assert problem.where == where
+    assert problem.where == f"mine.yaml:{line} ({path})"
     assert what in problem.what
     assert problem.remedy is not None
     assert remedy in problem.remedy
 
 
 @pytest.mark.parametrize(
-    ("target", "where", "what"),
+    ("target", "line", "path", "what"),
     [
-        ("data: 3", "mine.yaml:6 (target.data)", "`target.data` is 3, must be text, or a mapping with some of the keys `path`"),
-        ("data: [a.jsonl]", "mine.yaml:6 (target.data)", "must be text, or a mapping"),
-        ("data: ''", "mine.yaml:6 (target.data)", "is ''"),
-        ("data: {trian: a.jsonl, train: b.jsonl}", "mine.yaml:6 (target.data.trian)", "unknown key `trian` in `target.data`"),
-        ("data:\n    train: 3", "mine.yaml:7 (target.data.train)", "is 3, must be text, or a list with text for each item"),
-        ("data:\n    train:\n      - a.jsonl\n      - 3", "mine.yaml:9 (target.data.train.1)", "is 3, must be text"),
-        ("data: x\n  columns: {text: 0}", "mine.yaml:7 (target.columns.text)", "is 0, must be text"),
-        ("data: x\n  columns: text", "mine.yaml:7 (target.columns)", "is 'text', must be a mapping"),
-        ("data: x\n  limit: {train: 0}", "mine.yaml:7 (target.limit.train)", "is 0, must be a whole number above 0, or `null`"),
+        ("data: 3", 6, "target.data", "`target.data` is 3, must be text, or a mapping with some of the keys `path`"),
+        ("data: [a.jsonl]", 6, "target.data", "must be text, or a mapping"),
+        ("data: ''", 6, "target.data", "is ''"),
+        ("data: {trian: a.jsonl, train: b.jsonl}", 6, "target.data.trian", "unknown key `trian` in `target.data`"),
+        ("data:\n    train: 3", 7, "target.data.train", "is 3, must be text, or a list with text for each item"),
+        ("data:\n    train:\n      - a.jsonl\n      - 3", 9, "target.data.train.1", "is 3, must be text"),
+        ("data: x\n  columns: {text: 0}", 7, "target.columns.text", "is 0, must be text"),
+        ("data: x\n  columns: text", 7, "target.columns", "is 'text', must be a mapping"),
+        ("data: x\n  limit: {train: 0}", 7, "target.limit.train", "is 0, must be a whole number above 0, or `null`"),
     ],
 )  # fmt: skip
-def test_a_union_complains_once_about_the_member_that_was_meant(target: str, where: str, what: str) -> None:
+def test_a_union_complains_once_about_the_member_that_was_meant(target: str, line: int, path: str, what: str) -> None:
     (problem,) = problems_of(GOOD.replace("data: owner/data", target))
-    assert problem.where == where
+    assert problem.where == f"mine.yaml:{line} ({path})"
     assert what in problem.what
 
 
@@ -155,7 +155,9 @@ def test_one_report_names_everything() -> None:
 
 def test_rules_say_nothing_about_values_that_are_wrong_themselves() -> None:
     """The default of a refused or misspelt value must not break a rule in the user's name."""
-    text = GOOD + "train: {global_batch_size: 10, micro_batch_size: 5}\nscale: {workes: 2, offload: all, zero_stage: 9}\n"
+    text = (
+        GOOD + "train: {global_batch_size: 10, micro_batch_size: 5}\nscale: {workes: 2, offload: all, zero_stage: 9}\n"
+    )
     assert [problem.where for problem in problems_of(text)] == [
         "mine.yaml:8 (scale.zero_stage)",
         "mine.yaml:8 (scale.workes)",
@@ -240,7 +242,10 @@ def test_paths_from_the_command_line_start_where_one_stands(tmp_path: Path, monk
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "recipes" / "mine.yaml").write_text(GOOD.replace("owner/data", "both"))
     monkeypatch.chdir(tmp_path / "here")
-    load = lambda *overrides: load_recipe("../recipes/mine.yaml", overrides).target.data  # noqa: E731
+
+    def load(*overrides: str) -> str | Data:
+        return load_recipe("../recipes/mine.yaml", overrides).target.data
+
     assert load() == "both"
     assert load("target.data=corpus") == str(tmp_path / "here" / "corpus")
     assert load("target.data=both") == str(tmp_path / "here" / "both")

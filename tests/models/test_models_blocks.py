@@ -1,0 +1,99 @@
+"""Blocks are found in the order of data, and hold every parameter exactly once."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import CONFIGS, EXAMPLE, build, num_layers
+
+from orchestrator.errors import ModelError
+from orchestrator.models import find_blocks
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_is_in_exactly_one_block(name):
+    model = build(name)
+    blocks = find_blocks(model, EXAMPLE, frozenset())
+    counts = Counter(parameter for block in blocks.in_order() for parameter in block.parameters)
+    assert counts == Counter(parameter for parameter, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_are_found_in_the_order_of_data(name):
+    model = build(name).eval()
+    blocks = find_blocks(model, EXAMPLE, frozenset())
+    assert [block.name for block in blocks.layers] == [f"layer {number + 1}" for number in range(num_layers(name))]
+    called = []
+    for block in blocks.layers:
+        block.modules[0].register_forward_pre_hook(lambda *_, name=block.name: called.append(name))
+    with torch.no_grad():
+        model(**EXAMPLE)
+    assert list(dict.fromkeys(called)) == [block.name for block in blocks.layers]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_embeddings_are_in_the_stem_and_the_classifier_in_the_head(name):
+    model = build(name)
+    blocks = find_blocks(model, EXAMPLE, frozenset())
+    assert model.get_input_embeddings() in blocks.stem.modules
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    outside = {named for named, parameter in model.named_parameters() if id(parameter) not in body}
+    assert set(blocks.head.parameters) == outside
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_module_is_in_one_block_or_around_blocks(name):
+    model = build(name)
+    blocks = find_blocks(model, EXAMPLE, frozenset())
+    counts = Counter(module for block in blocks.in_order() for module in block.modules)
+    counts.update(blocks.containers)
+    assert counts == Counter(module for module in model.modules() if module is not model)
+
+
+def test_bert_is_divided_at_the_familiar_places():
+    blocks = find_blocks(build("bert"), EXAMPLE, frozenset())
+    assert all(name.startswith("bert.embeddings.") for name in blocks.stem.parameters)
+    for index, block in enumerate(blocks.layers):
+        assert all(name.startswith(f"bert.encoder.layer.{index}.") for name in block.parameters)
+    assert blocks.tail.parameters == ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
+    assert blocks.head.parameters == ("classifier.weight", "classifier.bias")
+
+
+def test_an_encoder_comes_before_its_decoder_with_what_runs_between_them():
+    blocks = find_blocks(build("t5"), EXAMPLE, frozenset())
+    assert "transformer.encoder.final_layer_norm.weight" in blocks.layers[1].parameters
+    assert blocks.layers[2].parameters[0].startswith("transformer.decoder.block.0.")
+    assert blocks.tail.parameters == ("transformer.decoder.final_layer_norm.weight",)
+    assert blocks.stem.parameters == ("transformer.shared.weight",)
+
+
+def test_parts_of_a_layer_in_parallel_lists_make_one_layer():
+    blocks = find_blocks(build("xlm"), EXAMPLE, frozenset())
+    parts = {name.split(".")[1] for name in blocks.layers[0].parameters}
+    assert parts == {"attentions", "layer_norm1", "ffns", "layer_norm2"}
+
+
+def test_parameters_that_the_source_lacked_are_in_the_head():
+    new = frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"})
+    model = build("bert")
+    blocks = find_blocks(model, EXAMPLE, new)
+    assert set(blocks.head.parameters) == new
+    assert blocks.tail.parameters == ()
+    assert model.bert.pooler.dense in blocks.head.modules
+
+
+def test_modes_hooks_and_random_streams_are_left_as_they_were():
+    model = build("bart").train()
+    model.model.encoder.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    find_blocks(model, EXAMPLE, frozenset())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ModelError, match="no layers were found in BertForSequenceClassification"):
+        find_blocks(build("bert", num_hidden_layers=0), EXAMPLE, frozenset())
