@@ -49,7 +49,7 @@ def missing_path(path: Path) -> Problem:
     if folder != path.parent:
         what = f"there is no folder {show_path(path.parent)}"
         return Problem(what, show_path(path), "check the path; it is relative to the recipe's folder")
-    found = sorted(entry.name for entry in folder.iterdir())
+    found = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     close = nearest(path.name, found)
     what = f"there is no such file; the folder holds {show_names(found) or 'nothing'}"
     remedy = f"did you mean {close}?" if close else "check the path; it is relative to the recipe's folder"

@@ -89,6 +89,9 @@ def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) ->
 
     everywhere, above = linear_names(blocks.layers), linear_names(blocks.layers[depth.num_layers :])
     place = "transfer.adapter.targets"
+    if not everywhere:
+        what = f"the layers of {type(model).__name__} hold no linear modules, which adapters go into"
+        raise ModelError(Problem(what, "transfer.adapter", "set transfer.adapter to null"))
     if not above:
         what = f"no layer with linear modules is left above the freeze boundary ({depth.num_layers} frozen layers)"
         raise ModelError(Problem(what, "transfer.adapter", "lower transfer.freeze, or set transfer.adapter to null"))

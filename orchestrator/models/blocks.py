@@ -94,7 +94,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
 
 
 def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
-    """When each module of the body is first called."""
+    """When each module of the body is first called; modules that are not called have no entry."""
     calls: Calls = {}
 
     def note_call(module: nn.Module, _: Any) -> None:
@@ -109,7 +109,13 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
         model(**{name: value.to(model.device) for name, value in example_inputs.items()})
-    return calls
+    # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
+    inside = {
+        module: [calls[part] for part in module.modules() if part in calls]
+        for module in model.base_model.modules()
+        if module not in calls
+    }
+    return calls | {module: min(times) for module, times in inside.items() if times}
 
 
 def _find_layers(body: nn.Module, calls: Calls) -> Columns:

@@ -40,7 +40,7 @@ def put_deep_head(model: Any, path: str, widths: list[int], dropout: float) -> D
     """Replace the output layer (an `nn.Linear`) at the dotted `path`, and note in the config how."""
     plain = model.get_submodule(path)
     head = DeepHead(plain.in_features, widths, plain.out_features, dropout, plain.bias is not None)
-    model.set_submodule(path, head.to(plain.weight.device, plain.weight.dtype))
+    model.set_submodule(path, head.to(plain.weight.device, plain.weight.dtype).train(plain.training))
     model.config.deep_head = {"path": path, "layers": list(widths), "dropout": dropout}
     return head
 

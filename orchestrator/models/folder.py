@@ -22,8 +22,9 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 def check_model_folder(folder: Path, where: str) -> list[Problem]:
     """Everything that keeps a folder from being loaded as a model. Only headers of the weights are read."""
-    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        what = f"{show_path(folder)} holds an adapter, not a whole model"
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        # Beside a whole model too: transformers would put the adapter into it.
+        what = f"{show_path(folder)} holds an adapter ({ADAPTER_CONFIG_FILE}), not a plain model"
         return [Problem(what, where, "fold it into its model with `orchestrator export --merge` and name the result")]
     found = [Problem(what, where, remedy) for what, remedy in _check_config(folder / CONFIG_FILE)]
     return found + [Problem(what, where, remedy) for what, remedy in _check_weights(folder)]

@@ -79,7 +79,7 @@ def _replace_output(model: Any, path: str, output: nn.Linear | DeepHead, head: H
     if isinstance(output, DeepHead):
         last = output.output_layer
         plain = nn.Linear(output.in_features, output.out_features, bias=last.bias is not None)
-        model.set_submodule(path, plain.to(last.weight.device, last.weight.dtype))
+        model.set_submodule(path, plain.to(last.weight.device, last.weight.dtype).train(output.training))
         del model.config.deep_head
         # What it is again, and what config.json is to say.
         model.__class__ = getattr(type(model), "plain_class", type(model))

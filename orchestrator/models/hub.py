@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -24,6 +25,7 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
 
 HUB_TIMEOUT = 5.0  # seconds
+LONGEST_MESSAGE = 300  # characters that are shown of another library's message
 # An error of the Hub is an OSError and an error of the HTTP library, whichever that is; a failed connection only one.
 CONNECTION_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)
@@ -44,6 +46,8 @@ class HubModel:
 
     commit: str
     licence: str | None
+    is_reachable: bool
+    """False where only the local cache answered."""
 
 
 def look_up(model: str, revision: str | None, where: str) -> HubModel:
@@ -58,13 +62,14 @@ def look_up(model: str, revision: str | None, where: str) -> HubModel:
         cached = None if _is_refusal(error) else try_to_load_from_cache(model, CONFIG_FILE, revision=revision)
         if isinstance(cached, str):
             # The cache keeps the files of a commit in a folder named after it.
-            return HubModel(Path(cached).parent.name, None)
+            return HubModel(Path(cached).parent.name, None, is_reachable=False)
         raise ModelError(explain(error, model, revision, where)) from error
     if problem := _check_files([file.rfilename for file in info.siblings or ()], model, where):
         raise ModelError(problem)
     assert info.sha is not None, "the Hub names a commit for every model"
     licence = info.card_data.get("license") if info.card_data else None
-    return HubModel(info.sha, ", ".join(map(str, licence)) if isinstance(licence, list) else licence)
+    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
+    return HubModel(info.sha, licence, is_reachable=True)
 
 
 def explain(error: BaseException, model: str, revision: str | None, where: str) -> Problem:
@@ -92,11 +97,9 @@ def explain(error: BaseException, model: str, revision: str | None, where: str) 
         for kind, (what, remedy) in meanings.items():
             if isinstance(cause, kind):
                 return Problem(what, where, remedy)
-    if isinstance(error, CONNECTION_ERRORS) and not isinstance(error, OSError):
+    if isinstance(error, CONNECTION_ERRORS) and (not isinstance(error, OSError) or isinstance(error, ConnectionError)):
         return Problem(unreachable[0], where, unreachable[1])
-    return Problem(
-        f"the model {model!r} cannot be loaded: {_first_line(error)}", where, "use another model or revision"
-    )
+    return Problem(f"the model {model!r} cannot be loaded: {_text(error)}", where, "use another model or revision")
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -104,9 +107,9 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _check_files(names: Sequence[str], model: str, where: str) -> Problem | None:
-    if ADAPTER_CONFIG_FILE in names and CONFIG_FILE not in names:
+    if ADAPTER_CONFIG_FILE in names:
         remedy = "merge it into its model with peft's `merge_and_unload` and name the folder that it is saved to"
-        return Problem(f"{model!r} holds an adapter, not a whole model", where, remedy)
+        return Problem(f"{model!r} holds an adapter ({ADAPTER_CONFIG_FILE}), not a plain model", where, remedy)
     if names and not any(name.endswith(".safetensors") for name in names):
         remedy = "look for a revision that has them (often refs/pr/1), or convert a copy with `save_pretrained`"
         return Problem(
@@ -122,6 +125,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _text(error: BaseException) -> str:
+    return shorten(str(error), LONGEST_MESSAGE) or type(error).__name__

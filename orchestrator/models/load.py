@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import ModelError, Problem
@@ -17,6 +20,8 @@ from orchestrator.models.deep_head import DeepHead, with_deep_head
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.hub import LOADING_ERRORS, explain
 from orchestrator.models.source import SourceModel
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ def load_config(source: SourceModel, **changes: Any) -> Any:
         ModelError: it cannot be read, or its architecture is not known.
     """
     with _plain_errors(source):
+        values, _ = transformers.PreTrainedConfig.get_config_dict(source.location, **_files(source))
+        needs_code = "AutoConfig" in (values.get("auto_map") or {}) and values["model_type"] not in CONFIG_MAPPING
+        if needs_code and not source.trust_remote_code:
+            what = f"{source.name!r} needs code of its own, which is not run unless the recipe says so"
+            remedy = "read that code; then set source.trust_remote_code to true and source.revision to its commit hash"
+            raise ModelError(Problem(what, source.where, remedy))
         return transformers.AutoConfig.from_pretrained(source.location, **_hub_arguments(source), **changes)
 
 
@@ -49,6 +60,11 @@ def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
     """
     with _plain_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source))
+    # Without its files some tokenizers are built empty, and every word is unknown to them.
+    names = tokenizer.vocab_files_names.values()
+    if names and not any(_has_file(source, name) for name in (TOKENIZER_FILE, *names)):
+        remedy = f"copy {TOKENIZER_FILE} from where the model is from"
+        raise ModelError(Problem(f"{source.name!r} has no tokenizer ({', '.join(names)})", source.where, remedy))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is not None:
         return tokenizer, []
@@ -75,12 +91,10 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
     Raises:
         ModelError: the weights cannot be loaded, or do not belong to the model's body.
     """
-    loader = _find_loader(auto_class, config)
+    loader = _find_loader(auto_class, config, source)
     with _plain_errors(source), seeded(seed):
         if from_scratch:
-            arguments = {"trust_remote_code": True} if source.trust_remote_code else {}
-            build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
-            return LoadedModel(build(config, dtype=torch.float32, **arguments).eval(), frozenset())
+            return LoadedModel(_build(loader, config, source).eval(), frozenset())
         model, report = loader.from_pretrained(
             source.location,
             config=config,
@@ -88,6 +102,7 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # the shapes are checked below, where head and body are told apart
             output_loading_info=True,
+            adapter_kwargs={"local_files_only": source.is_offline},
             **_hub_arguments(source),
         )
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -127,10 +142,21 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _find_loader(auto_class: str, config: Any) -> Any:
+def _build(loader: Any, config: Any, source: SourceModel) -> Any:
+    if issubclass(loader, transformers.PreTrainedModel):
+        return loader._from_config(config, dtype=torch.float32)
+    return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+
+
+def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
     """The auto class; or, for a model that was saved with extra head layers, its class with room for them."""
     loader = getattr(transformers, auto_class)
-    if getattr(config, "deep_head", None) is None or type(config) not in loader._model_mapping:
+    if type(config) not in loader._model_mapping:
+        if auto_class in (getattr(config, "auto_map", None) or {}) and source.trust_remote_code:
+            return loader
+        what = f"{source.name!r} is of the type {config.model_type!r}, for which transformers has no {auto_class}"
+        raise ModelError(Problem(what, source.where, "use a source model of another type"))
+    if getattr(config, "deep_head", None) is None:
         return loader
     found = loader._model_mapping[type(config)]
     return with_deep_head(found[0] if isinstance(found, tuple) else found)
@@ -163,9 +189,19 @@ def _draw_output_layer(model: Any) -> list[nn.Parameter]:
     return list(output.parameters())
 
 
+def _has_file(source: SourceModel, name: str) -> bool:
+    if source.is_local:
+        return (Path(source.location) / name).is_file()
+    return isinstance(try_to_load_from_cache(source.location, name, revision=source.revision), str)
+
+
 def _hub_arguments(source: SourceModel) -> dict[str, Any]:
     # An explicit False: unset, transformers would ask on the terminal.
-    return {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    return {**_files(source), "trust_remote_code": source.trust_remote_code}
+
+
+def _files(source: SourceModel) -> dict[str, Any]:
+    return {"revision": source.revision, "local_files_only": source.is_offline}
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class SourceModel:
     """From the model's card or, failing that, its package; None where neither says."""
     where: str = field(compare=False)
     """Place of `source.model` in the recipe, for messages."""
+    is_offline: bool = field(default=False, compare=False)
+    """The Hub did not answer: only the local cache is asked from now on, because each try would take half a minute."""
 
 
 def find_source(recipe: Recipe) -> SourceModel:
@@ -55,7 +57,7 @@ def find_source(recipe: Recipe) -> SourceModel:
     if local is not None:
         return open_folder(local, where, text, trust)
     found = look_up(text, recipe.source.revision, where)
-    return SourceModel(text, text, found.commit, False, trust, found.licence, where)
+    return SourceModel(text, text, found.commit, False, trust, found.licence, where, not found.is_reachable)
 
 
 def open_folder(

@@ -95,10 +95,9 @@ class TextClassification(Task):
         problem_type = find_problem_type(options, splits["train"])
         if problem_type == "regression":
             found += [item for split in splits.values() for item in checks.check_regression_targets(split, "label")]
-        if problem_type == "single_label_classification":
+        else:
             found += checks.check_class_labels(splits, "label", options.label_names)
-            found += overlap.check_conflicting_labels(splits["train"], texts, "label")
-        return found + overlap.check_overlap(splits, texts)
+        return found + overlap.check_overlap(splits, texts, "label")
 
     @classmethod
     def stratify_by(cls, options: Options, train: Examples) -> str | None:

@@ -39,6 +39,7 @@ class Engine(ABC):
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.num_workers: int = accelerator.num_processes
+        assert self.num_workers == (dist.get_world_size() if dist.is_initialized() else 1), "Accelerate missed workers"
         self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
     @abstractmethod
@@ -106,7 +107,11 @@ class TorchEngine(Engine):
         from accelerate.utils import DistributedDataParallelKwargs
 
         kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-        accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[kwargs])
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[kwargs],
+        )
         super().__init__(module, accelerator)
         self.max_grad_norm = recipe.train.max_grad_norm
         module.to(self.device)
@@ -170,14 +175,23 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         config = deepspeed_config(recipe, precision, micro_batch_size(recipe))
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        accelerator = Accelerator(mixed_precision="bf16" if config["bf16"]["enabled"] else "no", deepspeed_plugin=plugin)
+        # Accelerate has DeepSpeed without a GPU see its process group only when the backend is named.
+        backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config["bf16"]["enabled"] else "no",
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[backend],
+        )
         super().__init__(module, accelerator)
         optimizer = torch.optim.AdamW(groups, fused=recipe.scale.offload == "none")
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        # Accelerate told transformers of ZeRO-3; a model loaded later (for the export) is not to be sharded while loading.
+        unset_hf_deepspeed_config()
         # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.

@@ -72,6 +72,12 @@ def test_a_changed_value_a_changed_order_and_a_null_change_the_fingerprint(tmp_p
     assert examples.take([1, 0, 2]).take([1, 0, 2]).fingerprint == examples.fingerprint
 
 
+def test_text_that_moves_from_one_row_to_the_next_changes_the_fingerprint(tmp_path: Path) -> None:
+    pairs = [("ab", "c"), ("a", "bc"), ("", "abc")]
+    paths = [write_as(tmp_path / f"{n}.jsonl", [{"text": text} for text in pair]) for n, pair in enumerate(pairs)]
+    assert len({open_files([path], [TEXT], {}).fingerprint for path in paths}) == 3
+
+
 def test_chunks_and_slices_do_not_change_the_fingerprint(tmp_path: Path) -> None:
     rows = [{"text": str(n), "label": [str(m) for m in range(n % 3)]} for n in range(20)]
     whole = open_files([write_as(tmp_path / "a.jsonl", rows)], [TEXT, LABEL], {})
@@ -117,7 +123,8 @@ def test_a_tsv_with_loose_quotes_is_read_with_quotes_as_characters(tmp_path: Pat
 
 
 def test_a_csv_field_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    before = 131_072
+    csv.field_size_limit(before)
     (tmp_path / "a.csv").write_text(f"text,label\n{'x' * 200_000},1\n")
     assert len(open_files([tmp_path / "a.csv"], [TEXT], {}).table["text"][0].as_py()) == 200_000
     assert csv.field_size_limit() == before

@@ -82,6 +82,15 @@ def test_parameters_that_the_source_lacked_are_in_the_head():
     assert model.bert.pooler.dense in blocks.head.modules
 
 
+def test_a_shared_parameter_belongs_to_the_earliest_of_its_blocks():
+    model = build("bert")
+    layers = model.bert.encoder.layer
+    layers[2].output.dense.weight = layers[0].output.dense.weight
+    blocks = find_blocks(model, EXAMPLE, frozenset())
+    assert "bert.encoder.layer.0.output.dense.weight" in blocks.layers[0].parameters
+    assert len(blocks.layers[2].parameters) == 15
+
+
 def test_modes_hooks_and_random_streams_are_left_as_they_were():
     model = build("bart").train()
     model.model.encoder.layers[0].eval()
@@ -97,3 +106,9 @@ def test_modes_hooks_and_random_streams_are_left_as_they_were():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ModelError, match="no layers were found in BertForSequenceClassification"):
         find_blocks(build("bert", num_hidden_layers=0), EXAMPLE, frozenset())
+
+
+def test_layers_whose_calls_no_hook_sees_are_found_by_what_is_inside():
+    blocks = find_blocks(build("squeezebert"), EXAMPLE, frozenset())
+    assert [len(block.parameters) for block in blocks.layers] == [16, 16, 16]
+    assert blocks.tail.parameters == ("transformer.pooler.dense.weight", "transformer.pooler.dense.bias")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from tiny_models import build
 
 from orchestrator.errors import ModelError
@@ -51,7 +57,9 @@ def test_a_folder_is_found_relative_to_the_recipe(saved):
     assert (source.location, source.is_local, source.revision, source.licence) == (str(saved), True, None, "mit")
 
 
-@pytest.mark.parametrize("card", ["no front matter", "---\nlicense: [\n---\n", "---\nlicense: mit\n", "---\n- a\n---\n", ""])
+@pytest.mark.parametrize(
+    "card", ["no front matter", "---\nlicense: [\n---\n", "---\nlicense: mit\n", "---\n- a\n---\n", ""]
+)
 def test_a_card_that_names_no_licence_is_no_obstacle(saved, card):
     (saved / "README.md").write_text(card)
     assert find_source(recipe_for("./bert", saved.parent)).licence is None
@@ -125,12 +133,13 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(sharded):
     assert "outside the model's folder" in refusal("./sharded", sharded.parent)
 
 
-def test_an_adapter_alone_is_refused_with_the_way_to_merge_it(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    message = refusal("./adapter", tmp_path)
-    assert "holds an adapter" in message
-    assert "export --merge" in message
+def test_an_adapter_is_refused_with_the_way_to_merge_it(saved):
+    (saved / "adapter_config.json").write_text("{}")
+    beside_a_model = refusal("./bert", saved.parent)
+    (saved / "config.json").unlink()
+    for message in (beside_a_model, refusal("./bert", saved.parent)):
+        assert "holds an adapter" in message
+        assert "export --merge" in message
 
 
 @pytest.fixture
@@ -214,14 +223,16 @@ def test_a_hub_model_that_cannot_be_loaded_is_refused_before_it_is_downloaded(tm
     assert complaint in refusal("owner/tiny", tmp_path)
 
 
-def test_without_a_network_a_model_comes_from_the_cache_or_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [HfHubHTTPError.__bases__[0]("no route"), OfflineModeIsEnabled("offline")])
+def test_without_a_network_a_model_comes_from_the_cache_or_is_refused(tmp_path, monkeypatch, error):
     def fail(*_, **__):
-        raise ConnectionError("no route")
+        raise error
 
     answer_with(monkeypatch, fail)
     cached = tmp_path / "snapshots" / ("d" * 40) / "config.json"
     monkeypatch.setattr("orchestrator.models.hub.try_to_load_from_cache", lambda *_, **__: str(cached))
-    assert find_source(recipe_for("owner/tiny", tmp_path)).revision == "d" * 40
+    source = find_source(recipe_for("owner/tiny", tmp_path))
+    assert (source.revision, source.is_offline) == ("d" * 40, True)
     monkeypatch.setattr("orchestrator.models.hub.try_to_load_from_cache", lambda *_, **__: None)
     assert "the Hub cannot be reached" in refusal("owner/tiny", tmp_path)
 

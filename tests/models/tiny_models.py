@@ -88,12 +88,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Its layers are called without hooks, and are not linear.
+SQUEEZEBERT = {"squeezebert": ("SqueezeBertConfig", {**ENCODER, "embedding_size": 16})}
 NUM_LAYERS = {"albert": 1, "t5": 4, "bart": 4}  # the others have 3
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny sequence classifier with random weights."""
-    config_name, values = CONFIGS[name]
+    config_name, values = {**CONFIGS, **SQUEEZEBERT}[name]
     config = getattr(transformers, config_name)(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
