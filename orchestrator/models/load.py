@@ -41,7 +41,7 @@ def load_config(source: SourceModel, **changes: Any) -> Any:
     """
     with _plain_errors(source):
         values, _ = transformers.PreTrainedConfig.get_config_dict(source.location, **_files(source))
-        needs_code = "AutoConfig" in (values.get("auto_map") or {}) and values["model_type"] not in CONFIG_MAPPING
+        needs_code = "AutoConfig" in (values.get("auto_map") or {}) and values.get("model_type") not in CONFIG_MAPPING
         if needs_code and not source.trust_remote_code:
             what = f"{source.name!r} needs code of its own, which is not run unless the recipe says so"
             remedy = "read that code; then set source.trust_remote_code to true and source.revision to its commit hash"

@@ -67,6 +67,12 @@ def test_an_encoder_comes_before_its_decoder_with_what_runs_between_them():
     assert blocks.stem.parameters == ("transformer.shared.weight",)
 
 
+def test_embeddings_of_a_decoder_are_in_the_stem_though_they_are_called_late():
+    blocks = find_blocks(build("bart"), EXAMPLE, frozenset())
+    assert "model.decoder.embed_positions.weight" in blocks.stem.parameters
+    assert "model.decoder.layernorm_embedding.weight" in blocks.layers[1].parameters
+
+
 def test_parts_of_a_layer_in_parallel_lists_make_one_layer():
     blocks = find_blocks(build("xlm"), EXAMPLE, frozenset())
     parts = {name.split(".")[1] for name in blocks.layers[0].parameters}

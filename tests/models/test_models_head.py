@@ -168,7 +168,7 @@ def test_a_source_with_extra_layers_keeps_them_for_other_labels_and_gives_them_u
     assert loaded.new_parameters == {"classifier.output_layer.weight", "classifier.output_layer.bias"}
     new = set_head(loaded.model, Head(layers=[]), loaded.new_parameters)
     assert new == {"classifier.weight", "classifier.bias"}
-    assert not loaded.model.training
+    assert not any(module.training for module in loaded.model.modules())
     assert type(loaded.model) is transformers.BertForSequenceClassification
     loaded.model.save_pretrained(tmp_path / "plain")
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()

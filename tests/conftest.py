@@ -1,0 +1,151 @@
+"""What many tests share: tiny models with real tokenizers, a toy problem that they can learn, recipes, a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# Before torch is imported: the tests share few cores, and more threads than cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Every label has words of its own, so that the problem is learnable; the rest of each sentence is the same for all.
+CLASS_WORDS = {
+    "animal": ("cat", "dog", "horse", "bird", "fish", "cow", "sheep", "goat"),
+    "fruit": ("apple", "pear", "plum", "cherry", "lemon", "grape", "peach", "melon"),
+    "vehicle": ("car", "truck", "train", "boat", "plane", "bicycle", "tram", "bus"),
+}
+OPENINGS = ("i saw a", "there is the", "look at this", "she likes her", "we had one", "he found a")
+ENDINGS = ("today", "in the garden", "near the old house", "yesterday morning", "again")
+SIZES = {"train": 60, "select": 30, "test": 30}
+
+
+def make_sentences() -> list[tuple[str, str]]:
+    """Different (sentence, label) pairs, the labels in turn, openings and endings spread over them."""
+    pairs = []
+    for number in range(sum(SIZES.values()) // len(CLASS_WORDS)):
+        for label, words in CLASS_WORDS.items():
+            opening = OPENINGS[number % len(OPENINGS)]
+            ending = ENDINGS[number // len(words) % len(ENDINGS)]
+            pairs.append((f"{opening} {words[number % len(words)]} {ending}", label))
+    return pairs
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests neither read nor fill the cache of whoever runs them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORCHESTRATOR_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train (60), select (30) and test (30) of a toy problem: sentences (`text`) of 3 classes (`label`)."""
+    folder = tmp_path_factory.mktemp("small-data")
+    pairs = iter(make_sentences())
+    for split, size in SIZES.items():
+        rows = [dict(zip(("text", "label"), next(pairs), strict=True)) for _ in range(size)]
+        write_lines(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT of 2 layers, 32 wide, random weights, and a WordPiece tokenizer of the toy problem's words."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    letters = [f"{prefix}{letter}" for prefix in ("", "##") for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = dict.fromkeys(word for sentence, _ in make_sentences() for word in sentence.split() if len(word) > 1)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *words, *".,!?'-"]
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    BertTokenizerFast({token: index for index, token in enumerate(tokens)}, model_max_length=64).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a GPT-2 of 2 layers, 32 wide, random weights, and a tokenizer of bytes without a padding token."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    GPT2TokenizerFast(vocabulary, [], model_max_length=64).save_pretrained(folder)
+    end = vocabulary["<|endoftext|>"]
+    config = GPT2Config(
+        vocab_size=len(tokens), n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=end, eos_token_id=end
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_bert: Path, small_data: Path) -> Callable[..., Path]:
+    """Write a recipe of the toy problem into the test's folder; sections given are put over it, key by key.
+
+    `write_recipe(train={"epochs": 1}, transfer={"freeze": 1})`
+    """
+
+    def write(file: str = "recipe.yaml", **sections: Any) -> Path:
+        return write_toy_recipe(tmp_path / file, tiny_bert, small_data, **sections)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of 4 (nominal) cores for all tests that need one."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        yield
+        ray.shutdown()
+
+
+def write_toy_recipe(path: Path, model: Path, data: Path, **sections: Any) -> Path:
+    """A recipe that learns the toy problem in a second or two; keys of `sections` are put over it."""
+    recipe: dict[str, Any] = {
+        "name": "toy",
+        "source": {"model": str(model)},
+        "target": {"task": "text-classification", "data": str(data), "options": {"max_length": 32}},
+        "train": {"epochs": 2, "learning_rate": 1.0e-3, "global_batch_size": 8, "precision": "fp32"},
+        "scale": {"storage": str(path.parent / "runs")},
+    }
+    for name, section in sections.items():
+        both = isinstance(recipe.get(name), dict) and isinstance(section, dict)
+        recipe[name] = {**recipe[name], **section} if both else section
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
