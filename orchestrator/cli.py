@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,54 +18,92 @@ from orchestrator import __version__, show
 from orchestrator.errors import InputError, OrchestratorError, Problem, nearest
 
 INTERRUPTED = 130
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+EXAMPLE = "a first run: orchestrator train text-classification/minilm-to-support-intent"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with our words and the nearest name for a mistyped command."""
+    """argparse, with our words."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(Problem(message, remedy=f"see: {self.prog} --help"))
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="orchestrator", description="Fine-tune pre-trained models from recipes.")
+def build_parser() -> tuple[Parser, list[str]]:
+    """The parser of all commands, and their names."""
+    parser = Parser(prog="orchestrator", description="Fine-tune pre-trained models from recipes.", epilog=EXAMPLE)
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    strict = argparse.ArgumentParser(add_help=False)
+    strict = Parser(add_help=False)
     strict.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
+    recipe, model = build_parents()
 
-    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: argparse.ArgumentParser) -> Any:
-        added = verbs.add_parser(name, help=text, description=text, parents=[common, *parents])
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: Parser) -> Any:
+        added = verbs.add_parser(name, help=text, description=text, parents=[common, *parents], allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 
-    recipe = argparse.ArgumentParser(add_help=False)
-    recipe.add_argument("recipe", help="a recipe's file, or the name of one that ships (`orchestrator recipes`)")
-    recipe.add_argument("overrides", nargs="*", metavar="key=value", help="override a value: train.learning_rate=1e-4")
     verb("validate", run_validate, "Check a recipe, its data and its source model; start nothing.", recipe, strict)
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
-    train.add_argument("--output", type=Path, help="run directory (default: scale.storage/name)")
+    train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", type=Path, help="a run directory, or the model directory in it")
     evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split or a file.", model)
-    evaluate.add_argument("data", nargs="?", help="file, folder or Hub id (default: the data of the run's recipe)")
+    add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
     evaluate.add_argument("--split", default="test", help="train, select or test (default: test)")
     predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", model)
-    predict.add_argument("data", nargs="?", default="-", help="file; - or nothing reads JSON lines from standard input")
-    predict.add_argument("--output", type=Path, help="a .jsonl or .parquet file (default: JSON lines on standard output)")
-    predict.add_argument("--batch-size", type=int, default=32, help="texts per forward pass; predictions do not depend on it")
+    add_data(predict, "-", "file; - or nothing reads JSON lines from standard input")
+    predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per pass; results are the same")
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
-    schema.add_argument("--task", help="print the schema of this task's options instead")
+    schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
     verb("doctor", run_doctor, "Tell what this machine has, and what is missing with the command that installs it.")
-    return parser
+    return parser, list(verbs.choices)
+
+
+def build_parents() -> tuple[Parser, Parser]:
+    """The arguments of the commands that take a recipe, and of those that take a trained model."""
+    recipe = Parser(add_help=False)
+    recipe.add_argument("recipe", help="a recipe's file, or the name of one that ships (`orchestrator recipes`)")
+    text = "override a value: train.learning_rate=1e-4"
+    recipe.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
+    model = Parser(add_help=False)
+    model.add_argument("model", type=Path, help="a run directory, or the model directory in it")
+    return recipe, model
+
+
+def add_data(verb: argparse.ArgumentParser, default: str | None, text: str) -> None:
+    verb.add_argument("data", nargs="?", default=default, help=text)
+    columns = "columns of the data, where they have other names: target.columns.text=sentence"
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=columns)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, read; raises InputError with the nearest command when the first word is none."""
+    parser, verbs = build_parser()
+    first = arguments[0] if arguments else None
+    if first is None or not (first.startswith("-") or first in verbs):
+        close = nearest(first, verbs) if first else None
+        remedy = f"did you mean {close}?" if close else f"use one of: {', '.join(verbs)}; see: orchestrator --help"
+        raise InputError(Problem(f"there is no command '{first}'" if first else "no command is given", remedy=remedy))
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one stretch; overrides may also stand after an option.
+    if "overrides" in options:
+        options.overrides += [argument for argument in rest if not argument.startswith("-")]
+        rest = [argument for argument in rest if argument.startswith("-")]
+    if rest:
+        remedy = f"see: orchestrator {options.verb} --help"
+        raise InputError(Problem(f"{options.verb} does not know {' '.join(rest)}", remedy=remedy))
+    if "data" in options and _OVERRIDE.match(options.data or "") and not Path(options.data).exists():
+        options.overrides.insert(0, options.data)
+        options.data = "-" if options.verb == "predict" else None
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,40 +111,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, as_json = "--debug" in given, "--json" in given
     try:
-        options = build_parser().parse_args(correct_verb(given))
-        found = options.run(options)
-        if as_json:
-            print(json.dumps(found, ensure_ascii=False))
+        run_command(given, debug, as_json)
+        sys.stdout.flush()
         return 0
     except OrchestratorError as error:
         if debug:
             traceback.print_exc()
-        report_error(error, as_json)
-        return error.exit_code
+        problems = list(error.problems) if isinstance(error, InputError) else [Problem(str(error))]
+        return report(problems, error.exit_code, as_json)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        remedy = "the same command goes on from the last checkpoint" if given[0] == "train" else None
+        return report([Problem("interrupted", remedy=remedy)], INTERRUPTED, as_json)
     except BrokenPipeError:  # Whoever read our output has gone, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # A full disk, a folder that may not be written: nothing that a traceback explains.
+        if debug:
+            traceback.print_exc()
+        remedy = "check the path, its permissions and the free space; --debug shows the traceback"
+        return report([Problem(error.strerror or str(error), error.filename, remedy)], 1, as_json)
 
 
-def correct_verb(arguments: list[str]) -> list[str]:
-    """The arguments as they are; raises InputError with the nearest command when the first word is none."""
-    verbs = ["validate", "train", "evaluate", "predict", "export", "recipes", "schema", "doctor"]
-    if not arguments or arguments[0].startswith("-") or arguments[0] in verbs:
-        return arguments
-    close = nearest(arguments[0], verbs)
-    remedy = f"did you mean {close}?" if close else f"use one of: {', '.join(verbs)}"
-    raise InputError(Problem(f"there is no command '{arguments[0]}'", remedy=remedy))
-
-
-def report_error(error: OrchestratorError, as_json: bool) -> None:
-    problems = list(error.problems) if isinstance(error, InputError) else [Problem(str(error))]
+def run_command(given: list[str], debug: bool, as_json: bool) -> None:
+    options = parse(given)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        if not debug:  # Warnings of libraries are for those who program with them.
+            warnings.simplefilter("ignore")
+        if as_json:  # Whatever else is printed, by a library too, is no part of the object.
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        found = options.run(options)
     if as_json:
-        rows = [{"what": item.what, "where": item.where, "remedy": item.remedy, "fatal": item.fatal} for item in problems]
-        print(json.dumps({"status": "error", "exit_code": error.exit_code, "problems": rows}, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def report(problems: list[Problem], exit_code: int, as_json: bool) -> int:
+    """Tell what went wrong; returns the exit code."""
+    if as_json:
+        rows = [
+            {"what": item.what, "where": item.where, "remedy": item.remedy, "fatal": item.fatal} for item in problems
+        ]
+        status = "interrupted" if exit_code == INTERRUPTED else "error"
+        print(json.dumps({"status": status, "exit_code": exit_code, "problems": rows}, ensure_ascii=False))
     show.problems(problems, sys.stderr)
+    return exit_code
 
 
 def run_validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,11 +164,14 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
 
     prepared = check(recipe, options.strict)
     show.problems(prepared.warnings, sys.stderr)
-    found = {"status": "valid", "name": recipe.name, "warnings": [str(warning) for warning in prepared.warnings]}
-    found["examples"] = {name: len(split) for name, split in prepared.examples.items()}
     if not options.json:
         show.validated(prepared, sys.stdout)
-    return found
+    return {
+        "status": "valid",
+        "name": recipe.name,
+        "warnings": [str(warning) for warning in prepared.warnings],
+        "examples": {name: len(split) for name, split in prepared.examples.items()},
+    }
 
 
 def run_train(options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +192,7 @@ def run_train(options: argparse.Namespace) -> dict[str, Any]:
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.training.inference import evaluate
 
-    found = evaluate(options.model, options.data, options.split)
+    found = evaluate(options.model, options.data, options.split, overrides=options.overrides)
     if not options.json:
         show.evaluated(found, sys.stdout)
     return found
@@ -151,7 +204,11 @@ def run_predict(options: argparse.Namespace) -> dict[str, Any]:
     output = options.output
     if output is None and options.json:
         raise InputError(Problem("--json prints one object, predictions are many", remedy="give --output FILE.jsonl"))
-    count = predict(options.model, options.data, output, options.batch_size, sys.stdout)
+    if options.data == "-" and sys.stdin.isatty():
+        print("reading JSON lines from the terminal; end with Ctrl-D", file=sys.stderr)
+    count = predict(options.model, options.data, output, options.batch_size, sys.stdout, overrides=options.overrides)
+    if output is not None and not options.json:
+        print(f"{count:,} predictions are in {output}")
     return {"status": "predicted", "rows": count, "output": str(output)}
 
 
@@ -174,13 +231,13 @@ def run_recipes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_schema(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.recipe.reference import json_schema, section_schema
+
     if options.task:
         from orchestrator.tasks import find_task
 
-        found = find_task(options.task).Options.model_json_schema()
+        found = section_schema(find_task(options.task).Options, f"Options of {options.task}")
     else:
-        from orchestrator.recipe.reference import json_schema
-
         found = json_schema()
     if not options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import psutil
+
+from orchestrator import __version__
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "accelerate", "peft", "datasets")
 EXTRAS = {
@@ -44,10 +47,10 @@ def installed(package: str) -> str | None:
 
 
 def examine_packages() -> list[Finding]:
-    found = [
-        Finding(name, has) if (has := installed(name)) else Finding(name, "missing", f'pip install "transfer-orchestrator" (or: pip install {name})')
-        for name in PACKAGES
-    ]
+    found = [Finding("orchestrator", __version__), Finding("Python", platform.python_version())]
+    for name in PACKAGES:
+        has = installed(name)
+        found.append(Finding(name, has or "missing", None if has else f"pip install {name}"))
     for extra, package in EXTRAS.items():
         has = installed(package)
         value = f"{package} {has}" if has else f"{package} is not installed (optional)"
@@ -70,7 +73,11 @@ def examine_hardware() -> list[Finding]:
 
     fast = has_bf16(torch.device("cpu"))
     amx = torch.cpu._is_amx_tile_supported()
-    found.append(Finding("processor", f"bf16 in hardware{' (AMX)' if amx else ''}" if fast else "no bf16 in hardware; trains in fp32"))
+    found.append(
+        Finding(
+            "processor", f"bf16 in hardware{' (AMX)' if amx else ''}" if fast else "no bf16 in hardware; trains in fp32"
+        )
+    )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(Finding(f"GPU {index}", f"{properties.name}, {properties.total_memory / gib:.0f} GiB"))
@@ -84,12 +91,20 @@ def examine_compiler() -> list[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++")
     value = compiler or "none; DeepSpeed's compiled operators are not available (no recipe here needs them)"
     ninja = "found" if shutil.which("ninja") or find_spec("ninja") else "not found"
-    return [Finding("DeepSpeed's compiler", f"{value}, ninja {ninja}", None if compiler else "apt-get install g++ (or your system's compiler)")]
+    return [
+        Finding(
+            "DeepSpeed's compiler",
+            f"{value}, ninja {ninja}",
+            None if compiler else "apt-get install g++ (or your system's compiler)",
+        )
+    ]
 
 
 def examine_ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
-    return Finding("Ray cluster", address or "none named (RAY_ADDRESS is not set); one is started on this machine when needed")
+    return Finding(
+        "Ray cluster", address or "none named (RAY_ADDRESS is not set); one is started on this machine when needed"
+    )
 
 
 def examine_disk() -> Finding:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def clean(text: str) -> str:
     """The text without control characters (terminal escapes among them), line breaks aside."""
-    return "".join(character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
 
 
 def problems(found: Iterable[Problem], out: TextIO) -> None:
@@ -62,12 +64,16 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
     rows = [
         ("source", recipe.source.model),
         ("parameters", f"{counts['trained']:,} trained, {frozen:,} frozen"),
-        ("training", f"{result['steps']} steps in {result['seconds']:.1f} s"
-         + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else "")),
+        (
+            "training",
+            f"{result['steps']} steps in {result['seconds']:.1f} s"
+            + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else ""),
+        ),
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
     ]
     rows += [
-        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss"))) for split, metrics in result["metrics"].items()
+        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss")))
+        for split, metrics in result["metrics"].items()
     ]
     rows += [("model", short_path(run.directory / "model")), ("all the rest", short_path(run.directory))]
     if run.resumed:
@@ -82,4 +88,7 @@ def evaluated(found: dict[str, Any], out: TextIO) -> None:
 
 
 def findings(found: Sequence[Finding], out: TextIO) -> None:
-    table([(finding.name, finding.value + (f"\n    -> {finding.remedy}" if finding.remedy else "")) for finding in found], out)
+    table(
+        [(finding.name, finding.value + (f"\n    -> {finding.remedy}" if finding.remedy else "")) for finding in found],
+        out,
+    )

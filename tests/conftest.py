@@ -1,4 +1,4 @@
-"""What many tests share: tiny models with real tokenizers, a toy problem that they can learn, recipes, a Ray cluster."""
+"""What many tests share: tiny models with real tokenizers, a toy problem that they learn, recipes, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train (60), select (30) and test (30) of a toy problem: sentences (`text`) of 3 classes (`label`)."""
+    """A folder with train (60), select (30) and test (30) of a toy problem: sentences (`text`), 3 classes (`label`)."""
     folder = tmp_path_factory.mktemp("small-data")
     pairs = iter(make_sentences())
     for split, size in SIZES.items():
@@ -58,7 +58,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a BERT of 2 layers, 32 wide, random weights, and a WordPiece tokenizer of the toy problem's words."""
+    """A folder with a BERT of 2 layers, 32 wide, random weights, and a WordPiece tokenizer of the toy's words."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 

@@ -72,7 +72,8 @@ def _missing(wanted: str, column: Column, found: Sequence[str], place: str) -> P
     close = nearest(wanted, found)
     what = f"there is no column {show_name(wanted)}; the columns are {show_names(found)}"
     target = show_name(close) if close else "THE_DATA_COLUMN"
-    return Problem(what, place, f"map it in the recipe: `target.columns: {{{column.name}: {target}}}`")
+    remedy = f"map it in the recipe, `target.columns: {{{column.name}: {target}}}`, or on the command line"
+    return Problem(what, place, f"{remedy}: `target.columns.{column.name}={target}`")
 
 
 def convert_column(values: pa.ChunkedArray, column: Column, source: str, place: str) -> pa.ChunkedArray:

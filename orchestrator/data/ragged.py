@@ -19,9 +19,12 @@ class Ragged:
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Ragged:
         """From an Arrow list column; without a copy when the column is one chunk."""
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+        # `combine_chunks` would copy also where there is nothing to combine.
+        array = (
+            column.chunk(0)
+            if column.num_chunks == 1
+            else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+        )
         offsets = array.offsets.to_numpy().astype(np.int64)
         return cls(array.values.to_numpy(zero_copy_only=False), offsets)
 

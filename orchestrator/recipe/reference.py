@@ -22,8 +22,13 @@ class _Generator(GenerateJsonSchema):
 
 def json_schema() -> Node:
     """JSON Schema (draft 2020-12) of a recipe, with a description of every key. Editors use it for YAML too."""
-    schema = Recipe.model_json_schema(schema_generator=_Generator)
-    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Recipe of transfer-orchestrator"}
+    return section_schema(Recipe, "Recipe of transfer-orchestrator")
+
+
+def section_schema(section: type[Section], title: str) -> Node:
+    """The same of one part of a recipe, such as a task's options."""
+    schema = section.model_json_schema(schema_generator=_Generator)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": title}
 
 
 @cache

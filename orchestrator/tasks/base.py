@@ -1,7 +1,8 @@
-"""What a task is: columns, checks, preprocessing, head, loss, predictions and metrics. It knows nothing of Ray or the loop."""
+"""What a task is: columns, checks, preprocessing, head, loss, predictions, metrics. It knows no Ray and no loop."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class MainMetric:
 
     def improves(self, new: float, best: float | None) -> bool:
         """Whether `new` beats `best`; NaN never does."""
-        if new != new:
+        if math.isnan(new):
             return False
         return best is None or (new > best if self.higher_is_better else new < best)
 
@@ -63,6 +64,10 @@ class Task(ABC):
     """What `target.options` may hold."""
     auto_class: ClassVar[str]
     """The class of `transformers` that makes the model with the task's head."""
+    options: Any
+    """What `target.options` holds, as an instance of `Options`."""
+    label_names: tuple[str, ...]
+    """Names of what the model's outputs stand for, in their order."""
     metrics_shown: Sequence[str]
     """Metrics for the table that a person sees, the main one first."""
     main_metric: MainMetric

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from orchestrator.data import checks, labels, overlap
-from orchestrator.data.columns import Column
+from orchestrator.data.columns import Column, describe_type
 from orchestrator.data.examples import Examples
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import Problem
@@ -25,7 +25,7 @@ CALIBRATION_BINS = 15
 LONGEST_LENGTH_TOLD = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 
 
-class Options(Section):
+class TextOptions(Section):
     """Options of `text-classification`."""
 
     max_length: Annotated[int, Field(gt=0)] = 128
@@ -65,7 +65,7 @@ class TextClassification(Task):
     """A label (or labels, or a number) for each text, through `AutoModelForSequenceClassification`."""
 
     name = "text-classification"
-    Options = Options
+    Options = TextOptions
     auto_class = "AutoModelForSequenceClassification"
     shown_by_type: ClassVar[dict[str, tuple[str, ...]]] = {
         "single_label_classification": ("accuracy", "f1_macro"),
@@ -73,7 +73,7 @@ class TextClassification(Task):
         "regression": ("pearson", "spearman"),
     }
 
-    def __init__(self, options: Options, problem_type: ProblemType, label_names: tuple[str, ...]) -> None:
+    def __init__(self, options: TextOptions, problem_type: ProblemType, label_names: tuple[str, ...]) -> None:
         self.options = options
         self.problem_type = problem_type
         self.label_names = label_names
@@ -81,7 +81,7 @@ class TextClassification(Task):
         self.main_metric = MainMetric(self.metrics_shown[0], higher_is_better=True)
 
     @classmethod
-    def columns(cls, options: Options) -> tuple[Column, ...]:
+    def columns(cls, options: TextOptions) -> tuple[Column, ...]:
         return (
             Column("text", "text", aliases=("sentence", "sentence1", "content", "premise", "question1")),
             Column("text_pair", "text", required=False, aliases=("sentence2", "hypothesis", "question2")),
@@ -89,10 +89,13 @@ class TextClassification(Task):
         )
 
     @classmethod
-    def check(cls, options: Options, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
+    def check(cls, options: TextOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
         texts = [name for name in ("text", "text_pair") if name in splits["train"].table.column_names]
         found = [problem for split in splits.values() for name in texts for problem in checks.check_text(split, name)]
         problem_type = find_problem_type(options, splits["train"])
+        wrong = [problem for split in splits.values() for problem in check_label_kind(problem_type, split)]
+        if wrong:
+            return found + wrong
         if problem_type == "regression":
             found += [item for split in splits.values() for item in checks.check_regression_targets(split, "label")]
         else:
@@ -100,11 +103,11 @@ class TextClassification(Task):
         return found + overlap.check_overlap(splits, texts, "label")
 
     @classmethod
-    def stratify_by(cls, options: Options, train: Examples) -> str | None:
+    def stratify_by(cls, options: TextOptions, train: Examples) -> str | None:
         return "label" if find_problem_type(options, train) == "single_label_classification" else None
 
     @classmethod
-    def prepare(cls, options: Options, splits: Mapping[str, Examples]) -> TextClassification:
+    def prepare(cls, options: TextOptions, splits: Mapping[str, Examples]) -> TextClassification:
         problem_type = find_problem_type(options, splits["train"])
         if problem_type == "regression":
             return cls(options, problem_type, ("score",))
@@ -112,7 +115,7 @@ class TextClassification(Task):
         return cls(options, problem_type, names)
 
     @classmethod
-    def restore(cls, options: Options, config: Any) -> TextClassification:
+    def restore(cls, options: TextOptions, config: Any) -> TextClassification:
         names = tuple(config.id2label[index] for index in range(config.num_labels))
         return cls(options, config.problem_type or "single_label_classification", names)
 
@@ -122,7 +125,11 @@ class TextClassification(Task):
             "multi_label_classification": ("accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples"),
             "regression": ("pearson", "spearman", "r2"),
         }[self.problem_type]
-        errors = {"single_label_classification": ("ece",), "multi_label_classification": ("hamming_loss",), "regression": ("mse", "mae")}
+        errors = {
+            "single_label_classification": ("ece",),
+            "multi_label_classification": ("hamming_loss",),
+            "regression": ("mse", "mae"),
+        }
         return {**dict.fromkeys(names, True), **dict.fromkeys(("loss", *errors[self.problem_type]), False)}
 
     def describe(self) -> str:
@@ -134,7 +141,12 @@ class TextClassification(Task):
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
         texts = [name for name in ("text", "text_pair") if name in examples.table.column_names]
-        return [problem for name in texts for problem in checks.check_text(examples, name)]
+        found = [problem for name in texts for problem in checks.check_text(examples, name)]
+        if "label" in examples.table.column_names:
+            found += check_label_kind(self.problem_type, examples)
+            if self.problem_type == "regression":
+                found += checks.check_regression_targets(examples, "label")
+        return found
 
     def config_changes(self) -> dict[str, Any]:
         return {
@@ -164,7 +176,12 @@ class TextClassification(Task):
         texts = examples.table["text"].to_pylist()
         pairs = examples.table["text_pair"].to_pylist() if "text_pair" in examples.table.column_names else None
         encoded = tokenizer(
-            texts, pairs, truncation=True, max_length=self.options.max_length, padding=False, return_attention_mask=False
+            texts,
+            pairs,
+            truncation=True,
+            max_length=self.options.max_length,
+            padding=False,
+            return_attention_mask=False,
         )
         columns = {name: pa.array(rows, pa.list_(pa.int32())) for name, rows in encoded.items()}
         if "label" in examples.table.column_names:
@@ -262,13 +279,16 @@ class TextClassification(Task):
         else:
             scores = softmax(logits)
             names = [self.label_names[index] for index in logits.argmax(-1)]
-        return {"prediction": names, "scores": [dict(zip(self.label_names, map(float, row), strict=True)) for row in scores]}
+        return {
+            "prediction": names,
+            "scores": [dict(zip(self.label_names, map(float, row), strict=True)) for row in scores],
+        }
 
 
 TASK = TextClassification
 
 
-def find_problem_type(options: Options, train: Examples) -> ProblemType:
+def find_problem_type(options: TextOptions, train: Examples) -> ProblemType:
     """What kind of labels these are: lists of labels, numbers with fractions, or one label."""
     if options.problem_type != "auto":
         return options.problem_type
@@ -276,6 +296,18 @@ def find_problem_type(options: Options, train: Examples) -> ProblemType:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return "multi_label_classification"
     return "regression" if pa.types.is_floating(kind) else "single_label_classification"
+
+
+def check_label_kind(problem_type: ProblemType, examples: Examples) -> list[Problem]:
+    """Lists of labels where one is needed for each text, or the other way round."""
+    values = examples.table["label"]
+    wants_lists = problem_type == "multi_label_classification"
+    if pa.types.is_list(values.type) == wants_lists or values.null_count == len(values):
+        return []
+    what = f"label holds {describe_type(values.type)}, but {problem_type} needs "
+    what += "a list of labels for each text" if wants_lists else "one label for each text"
+    remedy = "write the labels so, map `label` to another column, or remove target.options.problem_type"
+    return [Problem(what, examples.where(0), remedy)]
 
 
 def tokenizer_state(tokenizer: Any) -> str:
@@ -315,7 +347,11 @@ def multi_label_metrics(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.
         f"f1_{average}": float(f1_score(truth, predicted, average=average, zero_division=0))
         for average in ("micro", "macro", "weighted", "samples")
     }
-    return {"accuracy": float(accuracy_score(truth, predicted)), **scores, "hamming_loss": float(hamming_loss(truth, predicted))}
+    return {
+        "accuracy": float(accuracy_score(truth, predicted)),
+        **scores,
+        "hamming_loss": float(hamming_loss(truth, predicted)),
+    }
 
 
 def regression_metrics(predicted: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, float]:
@@ -335,6 +371,8 @@ def regression_metrics(predicted: npt.NDArray[Any], truth: npt.NDArray[Any]) -> 
 
 def expected_calibration_error(confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_]) -> float:
     """Mean gap between confidence and accuracy over 15 equal bins, weighted by their examples (Guo et al. 2017)."""
+    if not np.isfinite(confidence).all():
+        return float("nan")
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     counts = np.bincount(bins, minlength=CALIBRATION_BINS)
     gaps = np.bincount(bins, confidence, CALIBRATION_BINS) - np.bincount(bins, correct, CALIBRATION_BINS)

@@ -1,14 +1,13 @@
-"""Use a trained model: score it on any data, predict, copy it out. One process, fp32, the same answers for any batch size."""
+"""Use a trained model: score it, predict, copy it out. One process, fp32, the same answers for any batch size."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +17,7 @@ import torch
 
 from orchestrator import models
 from orchestrator.data import Examples, open_file, open_splits, rename_columns
+from orchestrator.data.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
@@ -25,6 +25,7 @@ from orchestrator.tasks import Task, find_task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import in_order, predict_rows
 from orchestrator.training.export import DESCRIPTION, write_table
+from orchestrator.training.model_card import card_of_merged
 
 
 @dataclass
@@ -45,13 +46,15 @@ def load_trained(folder: Path) -> Trained:
     inner = folder / "model" if (folder / "model").is_dir() else folder
     try:
         description = json.loads((inner / DESCRIPTION).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         remedy = "give the directory of a finished run (runs/NAME), or its model directory (runs/NAME/model)"
         raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
     task_class = find_task(description["task"])
     options = task_class.Options.model_validate(description["options"])
     model, source = load_weights(inner, description, task_class.auto_class)
-    tokenizer, _ = models.load_tokenizer(models.open_folder(inner, str(inner)))
+    # The tokenizer was saved beside the weights, also beside those of an adapter.
+    here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
+    tokenizer, _ = models.load_tokenizer(here)
     models.fit_to_tokenizer(model, tokenizer, source)
     task = task_class.restore(options, model.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +65,9 @@ def load_weights(folder: Path, description: dict[str, Any], auto_class: str) -> 
     """The model of a folder; an adapter is put onto its source, which is found as the recipe says."""
     if not (folder / "adapter_config.json").exists():
         source = models.open_folder(folder, str(folder))
-        return models.load_model(source, auto_class, models.load_config(source), from_scratch=False, seed=0).model, source
+        return models.load_model(
+            source, auto_class, models.load_config(source), from_scratch=False, seed=0
+        ).model, source
     from peft import PeftModel
 
     source = models.find_source(parse_recipe(description["recipe"]))
@@ -92,14 +97,17 @@ def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64)
     return in_order([(rows, parts, total)]), total / int(encoded.num_targets.sum()), encoded
 
 
-def evaluate(folder: Path, data: str | None, split: str) -> dict[str, Any]:
-    """Score a trained model on a split of its recipe's data, or of other data with the same columns.
+def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Score a trained model on a split of its recipe's data, or of other data.
+
+    Args:
+        overrides: `target.columns.NAME=COLUMN` where the data call their columns otherwise.
 
     Raises:
         InputError: no such model, data or split; columns that do not fit.
     """
     trained = load_trained(folder)
-    recipe = recipe_of(trained, data)
+    recipe = recipe_of(trained, data, overrides)
     if data is None:
         from orchestrator.training.prepare import read_examples
 
@@ -109,25 +117,46 @@ def evaluate(folder: Path, data: str | None, split: str) -> dict[str, Any]:
         if list(found) == ["train"]:  # A single file is just that: there is nothing to choose.
             split = "train"
     if split not in found:
-        raise InputError(Problem(f"the data have no split '{split}'", data, f"give --split with one of: {', '.join(found)}"))
+        raise InputError(
+            Problem(f"the data have no split '{split}'", data, f"give --split with one of: {', '.join(found)}")
+        )
     examples = found[split]
+    problems = trained.task.check_inputs(examples)
+    if problems:
+        raise DataError(problems)
     predictions, loss, encoded = predict_examples(trained, examples)
     metrics = {"loss": loss, **trained.task.metrics(predictions, encoded.targets())}
     details = trained.task.details(predictions, encoded.targets())
     where = data or f"{split} of {recipe.name}"
-    return {"model": str(trained.folder), "data": where, "examples": len(examples), "metrics": metrics, "details": details}
+    return {
+        "model": str(trained.folder),
+        "data": where,
+        "examples": len(examples),
+        "metrics": metrics,
+        "details": details,
+    }
 
 
-def recipe_of(trained: Trained, data: str | None) -> Recipe:
-    """The recipe that made the model, with other data where they are given."""
-    text = trained.description["recipe"]
-    if data is None:
-        return parse_recipe(text)
-    value = str(Path(data).resolve()) if Path(data).exists() else data
-    return parse_recipe(text, overrides=[f"target.data={json.dumps(value)}", "target.limit={}"])
+def recipe_of(trained: Trained, data: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that made the model, with other data or other names of their columns where they are given."""
+    wrong = [text for text in overrides if not text.startswith("target.columns")]
+    if wrong:
+        remedy = "a trained model is as it is; give target.columns.NAME=COLUMN, or remove it"
+        raise InputError(Problem(f"{text} changes nothing here", "command line", remedy) for text in wrong)
+    given = list(overrides)
+    if data is not None:
+        value = str(Path(data).resolve()) if data_is_local(data) else data
+        given += [f"target.data={json.dumps(value)}", "target.limit={}"]
+    return parse_recipe(trained.description["recipe"], overrides=given)
 
 
-def predict(folder: Path, data: str, output: Path | None, batch_size: int, out: TextIO) -> int:
+def data_is_local(data: str) -> bool:
+    return Path(data).exists() or Path(data).suffix in READERS
+
+
+def predict(
+    folder: Path, data: str, output: Path | None, batch_size: int, out: TextIO, *, overrides: Sequence[str] = ()
+) -> int:
     """Predict for every row of a file (or of standard input, JSON lines); returns how many.
 
     Each row comes back with all its columns, `prediction` and what the task adds (scores).
@@ -135,15 +164,14 @@ def predict(folder: Path, data: str, output: Path | None, batch_size: int, out: 
     Raises:
         InputError: no such model or file; a wrong row; an output that is neither .jsonl nor .parquet.
     """
-    if output is not None and output.suffix not in (".jsonl", ".parquet"):
-        raise InputError(Problem(f"cannot write {output.suffix or 'a file without suffix'}", str(output), "name a .jsonl or .parquet file"))
+    if output is not None:
+        check_output(output)
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
     trained = load_trained(folder)
-    with as_file(data) as path:
-        given = open_file(path)
+    given = read_rows(data)
     columns = [column for column in trained.task.columns(trained.task.options) if column.kind != "label"]
-    examples = rename_columns(given, columns, recipe_of(trained, None).target.columns)
+    examples = rename_columns(given, columns, recipe_of(trained, None, overrides).target.columns)
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)
@@ -168,16 +196,31 @@ def write_predicted(table: pa.Table, output: Path | None, out: TextIO) -> None:
     temporary.replace(output)
 
 
-@contextlib.contextmanager
-def as_file(data: str) -> Iterator[Path]:
-    """The file of that name; `-` is standard input, kept in a file for as long as it is read."""
-    if data != "-":
-        yield Path(data)
-        return
+def check_output(output: Path) -> None:
+    """Refuse a file that could not be written when the work is done."""
+    if output.suffix not in (".jsonl", ".parquet"):
+        kind = f"a {output.suffix} file" if output.suffix else "a file without suffix"
+        raise InputError(Problem(f"cannot write {kind}", str(output), "name a .jsonl or .parquet file"))
+    if not output.parent.is_dir():
+        raise InputError(Problem(f"there is no folder {output.parent}", str(output), f"mkdir -p {output.parent}"))
+
+
+def read_rows(data: str) -> Examples:
+    """All columns of a file; JSON lines from standard input (`-`), a pipe or another stream."""
+    path = Path(data)
+    if data != "-" and not path.is_fifo() and not path.is_char_device():
+        return open_file(path)
+    name = "standard input" if data == "-" else data
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "standard-input.jsonl"
-        path.write_bytes(sys.stdin.buffer.read())
-        yield path
+        kept = Path(folder) / "stream.jsonl"
+        kept.write_bytes(sys.stdin.buffer.read() if data == "-" else path.read_bytes())
+        try:
+            given = open_file(kept)
+        except DataError as error:
+            raise DataError(
+                replace(item, where=str(item.where).replace(str(kept), name)) for item in error.problems
+            ) from None
+    return replace(given, files=tuple(replace(file, place=name) for file in given.files))
 
 
 def export(folder: Path, output: Path, merge: bool) -> None:
@@ -198,6 +241,8 @@ def export(folder: Path, output: Path, merge: bool) -> None:
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
         trained.model.merge_and_unload().save_pretrained(partial)
         trained.tokenizer.save_pretrained(partial)
-        shutil.copy(trained.folder / "README.md", partial)
+        card = (trained.folder / "README.md").read_text(encoding="utf-8")
+        auto_class, changes = trained.task.auto_class, trained.task.config_changes()
+        (partial / "README.md").write_text(card_of_merged(card, auto_class, changes), encoding="utf-8")
         shutil.copy(trained.folder / DESCRIPTION, partial)
     partial.rename(output)

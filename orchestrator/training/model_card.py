@@ -10,14 +10,15 @@ import yaml
 from orchestrator.recipe import dump_recipe
 from orchestrator.training.prepare import Prepared
 
-_LOADING = {
-    "full": "from transformers import {auto_class}, AutoTokenizer\n\n"
-    'model = {auto_class}.from_pretrained("path/to/this/folder"{remote})\n'
-    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-    "adapter": "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
-    'model = AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels={num_labels})\n'
-    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-}
+_FULL = """from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("path/to/this/folder"{remote})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+_ADAPTER = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels={num_labels})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
 
 
 def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
@@ -29,6 +30,7 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
         "base_model": source.name,
         **({"license": source.licence} if source.licence else {}),
     }
+    best = f"weights of step {result['best_step']}"
     licence = source.licence or "not stated by the source; check it before you share this model"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -44,7 +46,7 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
                 f"| target | {recipe.target.task}: {describe_labels(prepared)} |",
                 f"| data | {describe_data(prepared)} |",
                 f"| trained | {result['parameters']['trained']:,} of {result['parameters']['total']:,} parameters |",
-                f"| training | {result['steps']} steps, {result['seconds']:.0f} s; weights of step {result['best_step']} |",
+                f"| training | {result['steps']} steps in {result['seconds']:.0f} s; {best} |",
             ]
         ),
         "## Results\n\n" + results_table(result["metrics"]),
@@ -55,19 +57,23 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
 
 
 def loading_code(prepared: Prepared) -> str:
-    recipe = prepared.recipe
-    form = _LOADING["adapter" if recipe.transfer.adapter else "full"]
-    return form.format(
-        auto_class=prepared.task.auto_class,
-        remote=", trust_remote_code=True" if recipe.transfer.head.layers else "",
-        num_labels=prepared.task.config_changes().get("num_labels"),
-    )
+    transfer = prepared.recipe.transfer
+    if transfer.adapter:
+        return _ADAPTER.format(num_labels=prepared.task.config_changes().get("num_labels"))
+    remote = ", trust_remote_code=True" if transfer.head.layers else ""
+    return _FULL.format(auto_class=prepared.task.auto_class, remote=remote)
+
+
+def card_of_merged(card: str, auto_class: str, config_changes: dict[str, Any]) -> str:
+    """The card of an adapter, for the model that it was folded into."""
+    as_adapter = _ADAPTER.format(num_labels=config_changes.get("num_labels"))
+    card = card.replace("library_name: peft", "library_name: transformers", 1)
+    return card.replace(as_adapter, _FULL.format(auto_class=auto_class, remote=""))
 
 
 def describe_labels(prepared: Prepared) -> str:
-    names = [json.dumps(str(name), ensure_ascii=False)[1:-1].replace("|", "\\|") for name in prepared.task.label_names]
-    shown = ", ".join(names[:12])
-    return f"{len(names)} labels: {shown}{', ...' if len(names) > 12 else ''}"
+    """The task's own words, fit for a table: label names come from data."""
+    return json.dumps(prepared.task.describe(), ensure_ascii=False)[1:-1].replace("|", "\\|")
 
 
 def describe_data(prepared: Prepared) -> str:
@@ -80,5 +86,7 @@ def describe_data(prepared: Prepared) -> str:
 def results_table(metrics: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(metrics.values())))
     lines = ["| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {split} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for split, row in metrics.items()]
+    lines += [
+        f"| {split} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for split, row in metrics.items()
+    ]
     return "\n".join(lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -23,12 +22,26 @@ ENCODING_VERSION = 1  # Part of the cache's key: raise it when `encode` changes 
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, found and read: the source model's files and the examples. Nothing is loaded yet."""
+
+    recipe: Recipe
+    source: SourceModel
+    task: type[Task]
+    options: Any
+    """The task's options."""
+    examples: dict[str, Examples]
+    warnings: list[Problem]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A recipe with its source found and its data encoded. It can be sent to workers."""
 
     recipe: Recipe
     source: SourceModel
     task: Task
+    tokenizer: Any
     examples: dict[str, Examples]
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
@@ -36,19 +49,15 @@ class Prepared:
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        return models.load_tokenizer(self.source)[0]
-
     def encoded(self, split: str) -> Encoded:
         return self.task.wrap(self.tables[split], self.tokenizer)
 
 
-def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
-    """Find the source, read and check the data, encode it (or take it from the cache).
+def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
+    """Find the source, read and check the data.
 
     Raises:
-        InputError: everything that is wrong with recipe, source and data, in one report.
+        InputError: everything that is wrong with them, in one report.
     """
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
@@ -59,18 +68,32 @@ def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
         problems += checks.check_sizes(examples, recipe.train.global_batch_size, recipe.origin)
     if source is None or chosen is None or examples is None:
         raise InputError(problems)
+    return Inputs(recipe, source, *chosen, examples, raise_if_fatal(problems, InputError, strict))
+
+
+def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
+    """Encode the examples (or take them from the cache) with the source's tokenizer.
+
+    Raises:
+        InputError: what does not fit the source model.
+    """
+    recipe, source = inputs.recipe, inputs.source
+    task = inputs.task.prepare(inputs.options, inputs.examples)
+    tokenizer, problems = models.load_tokenizer(source)
+    problems = [*problems, *task.check_model(tokenizer, models.load_config(source), recipe)]
     raise_if_fatal(problems, InputError, strict)
-    task = chosen[0].prepare(chosen[1], examples)
-    tokenizer, notes = models.load_tokenizer(source)
-    config = models.load_config(source)
-    problems += notes + task.check_model(tokenizer, config, recipe)
-    raise_if_fatal(problems, InputError, strict)
-    tables = {name: encode(task, split, tokenizer) for name, split in examples.items()}
+    tables = {name: encode(task, split, tokenizer) for name, split in inputs.examples.items()}
     for name, table in tables.items():
         problems += task.check_encoded(name, task.wrap(table, tokenizer), recipe)
     raise_if_fatal(problems, InputError, strict)
-    identity = {"source": models.fingerprint(source), **{name: split.fingerprint for name, split in examples.items()}}
-    return Prepared(recipe, source, task, examples, tables, identity, problems)
+    splits = {name: split.fingerprint for name, split in inputs.examples.items()}
+    identity = {"source": models.fingerprint(source), **splits}
+    return Prepared(recipe, source, task, tokenizer, inputs.examples, tables, identity, inputs.warnings + problems)
+
+
+def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
+    """Read and encode what the recipe names; raises InputError."""
+    return encode_inputs(read_inputs(recipe, strict), strict)
 
 
 def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, Examples]:

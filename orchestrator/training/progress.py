@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 import threading
 import time
@@ -78,7 +80,9 @@ class LiveLine:
         text = describe(state)
         now = time.monotonic()
         new_phase = state["phase"] != self.last_phase
-        if text == self.last_text or not (self.live or new_phase or now - self.last_printed > _SECONDS_BETWEEN_PLAIN_LINES):
+        if text == self.last_text or not (
+            self.live or new_phase or now - self.last_printed > _SECONDS_BETWEEN_PLAIN_LINES
+        ):
             return
         self.last_text, self.last_phase, self.last_printed = text, state["phase"], now
         self.out.write(f"\r\033[K{text}" if self.live else f"{text}\n")
@@ -91,22 +95,35 @@ class LiveLine:
 
 
 @contextlib.contextmanager
+def own_stream(out: TextIO) -> Iterator[TextIO]:
+    """The same screen through a descriptor of our own: while a run goes on, the process's own output goes to a file."""
+    try:
+        descriptor = os.dup(out.fileno())
+    except io.UnsupportedOperation:  # A stream in memory stays what it is.
+        yield out
+        return
+    with os.fdopen(descriptor, "w", encoding="utf-8") as screen:
+        yield screen
+
+
+@contextlib.contextmanager
 def live_line(folder: Path, out: TextIO | None = None) -> Iterator[None]:
     """Show the progress of the run in `folder` while the body runs."""
-    line = LiveLine(folder, out or sys.stderr)
     (folder / _FILE).unlink(missing_ok=True)
     done = threading.Event()
+    with own_stream(out or sys.stderr) as screen:
+        line = LiveLine(folder, screen)
+        thread = threading.Thread(target=watch, args=(line, done), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            line.clear()
+            (folder / _FILE).unlink(missing_ok=True)
 
-    def watch() -> None:
-        while not done.wait(_SECONDS_BETWEEN_WRITES):
-            line.refresh()
 
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        line.clear()
-        (folder / _FILE).unlink(missing_ok=True)
+def watch(line: LiveLine, done: threading.Event) -> None:
+    while not done.wait(_SECONDS_BETWEEN_WRITES):
+        line.refresh()

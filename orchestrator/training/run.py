@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.training.assemble import check_structure
-from orchestrator.training.prepare import Prepared, prepare
+from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.trainer import choose_metric
@@ -57,8 +57,10 @@ def train(
     """
     directory = RunDirectory((output or Path(recipe.scale.storage) / recipe.name).absolute())
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(contextlib.ExitStack())
-        prepared = check(recipe, strict)
+        inputs = read_inputs(recipe, strict)
+        # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
+        wait_for_cluster = stack.enter_context(ray_session(recipe))
+        prepared = check_model(encode_inputs(inputs, strict))
         aside = directory.set_aside() if fresh and directory.root.exists() else None
         directory.create()
         stack.enter_context(directory.locked())
@@ -68,7 +70,7 @@ def train(
         if screen is not None:
             stack.enter_context(live_line(directory.root, screen))
             stack.enter_context(output_to(directory.logs / "command.log"))
-        cluster.enter_context(ray_session(recipe, directory.logs))
+        wait_for_cluster()
         attempt = start_record(prepared, directory)
         if aside is not None:
             directory.note(f"the earlier run is in {aside}")
@@ -79,7 +81,11 @@ def train(
 
 def check(recipe: Recipe, strict: bool = False) -> Prepared:
     """Everything that can be refused before anything starts; raises InputError with all of it."""
-    prepared = prepare(recipe, strict)
+    return check_model(prepare(recipe, strict))
+
+
+def check_model(prepared: Prepared) -> Prepared:
+    """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
     choose_metric(prepared)
     check_structure(prepared)
     return prepared

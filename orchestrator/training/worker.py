@@ -6,17 +6,17 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe
+from orchestrator.training import import_ahead
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import RunDirectory
 
-# Imported by Ray's workers while they wait for work, so that nobody waits for these imports later.
-PRELOADED = ["orchestrator.training.trainer", "accelerate", "ray.train.torch"]
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
 
 
@@ -49,6 +49,7 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
             name=f"attempt-{attempt}",
             storage_path=str(directory.logs / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=recipe.scale.max_failures),
+            worker_runtime_env=worker_environment(),
         ),
     )
     try:
@@ -107,31 +108,45 @@ def scaling(recipe: Recipe) -> Any:
 
 
 @contextlib.contextmanager
-def ray_session(recipe: Recipe, logs: Path) -> Iterator[None]:
-    """A Ray cluster for the run: the one that this process or RAY_ADDRESS names, else a new one on this machine.
+def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
+    """The Ray cluster for the run: the one that this process or RAY_ADDRESS names, else a new one on this machine.
 
-    A new one is as large as the workers need (more workers than cores share them), imports what they need while the
-    data are read, and ends with the run.
+    It starts in the background; call what is yielded to wait for it. A new one ends with the run. One worker needs none.
     """
     import ray
 
     if recipe.scale.workers == 1 or ray.is_initialized():
-        yield
+        yield lambda: None
         return
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start-ray") as pool:
+        starting = pool.submit(start_ray, recipe.scale.workers)
+        try:
+            yield starting.result
+        finally:
+            wait([starting])
+            ray.shutdown()
+
+
+def start_ray(num_workers: int) -> None:
+    import ray
+
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        options = {
-            "num_cpus": max(recipe.scale.workers, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "_system_config": {"preload_python_modules": PRELOADED, "enable_worker_prestart": True},
-        }
+        # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        options = {"num_cpus": max(num_workers, os.cpu_count() or 1), "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def worker_environment() -> dict[str, Any]:
+    """The runtime environment of Ray Train's workers: how their threads wait, and what they import beforehand.
+
+    Ray's hook for new processes is set by the variable that it uses itself, because Ray lets only whole jobs set it.
+    """
+    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+    hook = f"{import_ahead.__name__}.{import_ahead.start.__name__}"
+    return {"env_vars": {"GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"], WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook}}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,23 @@
+"""Import what training needs while a Ray Train worker is still being set up. Light itself: Ray calls it first of all."""
+
+import importlib
+import threading
+
+MODULES = (
+    # Nothing of Ray's own: the worker is importing that at the same time, and looks at it half done.
+    "torch.nn.parallel",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "accelerate",
+    "orchestrator.training.trainer",
+)
+
+
+def start() -> None:
+    """Begin the imports in the background; whoever needs one of the modules waits for it as for any import."""
+    threading.Thread(target=_import_all, name="import-ahead", daemon=True).start()
+
+
+def _import_all() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
