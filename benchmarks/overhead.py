@@ -147,6 +147,7 @@ def trainer_speed(recipe: Recipe, prepared: Any, stretch: Stretch, batches: list
     """transformers' Trainer: over ready batches, or (None) from tokenised examples with its own order and padding."""
     import torch
     import transformers
+    from accelerate.state import AcceleratorState
 
     from orchestrator.models import load_tokenizer
 
@@ -177,6 +178,8 @@ def trainer_speed(recipe: Recipe, prepared: Any, stretch: Stretch, batches: list
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    # The Trainer leaves its precision behind for the whole process; the next contender's may be another.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return stretch.num_examples / (watch.times[stretch.last] - watch.times[stretch.first])
 
 

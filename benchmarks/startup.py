@@ -1,8 +1,8 @@
 """Seconds from a command to the end of its first optimizer step: `orchestrator train` and a plain Ray Train script.
 
 Each is a process of its own that takes one step and ends; the parent polls for the file that follows the step: the
-first train row of metrics.jsonl, or the file that the plain script writes. Ours starts with an empty cache each time, so
-that both tokenise the data.
+first train row of metrics.jsonl, or the file that the plain script writes. Ours starts with an empty cache each time,
+so that both tokenise the data.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Fine-tune pre-trained models from recipes, from a laptop to a GPU cluster.
 
-    import orchestrator
+import orchestrator
 
-    recipe = orchestrator.load_recipe("text-classification/minilm-to-support-intent", ["train.epochs=2"])
-    run = orchestrator.train(recipe)
-    print(run.result["metrics"]["test"])
+recipe = orchestrator.load_recipe("text-classification/minilm-to-support-intent", ["train.epochs=2"])
+run = orchestrator.train(recipe)
+print(run.result["metrics"]["test"])
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class CheckpointStore:
 
         Only worker 0 (or the command, before there are workers) calls this: it renames and removes.
         """
-        notes = []
+        notes: list[str] = []
         for leftover in self.folder.glob(".step-*"):
             if _LEFTOVER.fullmatch(leftover.name):
                 shutil.rmtree(leftover)

@@ -120,11 +120,10 @@ class TorchEngine(Engine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if last or self.num_workers == 1:
-            (loss * self.num_workers).backward()
+            torch.autograd.backward(loss * self.num_workers)
         else:
-            self.model.require_backward_grad_sync = False
-            (loss * self.num_workers).backward()
-            self.model.require_backward_grad_sync = True
+            with self.model.no_sync():
+                torch.autograd.backward(loss * self.num_workers)
 
     def step(self, rate_factor: float) -> float:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
@@ -140,7 +139,10 @@ class TorchEngine(Engine):
         if self.rank == 0:
             from safetensors.torch import save_file
 
-            save_file({name: value.detach().contiguous() for name, value in self.trained.items()}, folder / "weights.safetensors")
+            save_file(
+                {name: value.detach().contiguous() for name, value in self.trained.items()},
+                folder / "weights.safetensors",
+            )
             save_file(self._named_optimizer_state(), folder / "optimizer.safetensors")
 
     def read_state(self, folder: Path, weights_only: bool = False) -> None:
@@ -190,7 +192,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(module, accelerator)
         optimizer = torch.optim.AdamW(groups, fused=recipe.scale.offload == "none")
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
-        # Accelerate told transformers of ZeRO-3; a model loaded later (for the export) is not to be sharded while loading.
+        # Accelerate told transformers of ZeRO-3; a model loaded later, for the export, is not to be sharded.
         unset_hf_deepspeed_config()
         # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
@@ -214,7 +216,11 @@ class DeepSpeedEngine(Engine):
     def read_state(self, folder: Path, weights_only: bool = False) -> None:
         # The optimizer's files are pickles: only folders whose manifest was checked come here.
         path, _ = self.model.load_checkpoint(
-            str(folder), tag="deepspeed", load_module_strict=False, load_module_only=weights_only, load_optimizer_states=not weights_only
+            str(folder),
+            tag="deepspeed",
+            load_module_strict=False,
+            load_module_only=weights_only,
+            load_optimizer_states=not weights_only,
         )
         assert path is not None, f"DeepSpeed found nothing in {folder}"
 
@@ -230,7 +236,7 @@ class DeepSpeedEngine(Engine):
 
 
 def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's configuration as the recipe implies it (its keys are described in DeepSpeed's "Configuration JSON")."""
+    """DeepSpeed's configuration as the recipe implies it; its documentation describes the keys ("Configuration JSON")."""
     zero: dict[str, Any] = {"stage": recipe.scale.zero_stage}
     if recipe.scale.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -301,7 +307,7 @@ def _process_group() -> Iterator[None]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(alone)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -23,7 +23,9 @@ from orchestrator.training.run_directory import write_json
 DESCRIPTION = "transfer.json"
 
 
-def export_model(prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]) -> None:
+def export_model(
+    prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]
+) -> None:
     """Write the model directory: safetensors, config, tokenizer, model card. The folder appears whole or not at all.
 
     Args:

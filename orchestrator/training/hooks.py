@@ -122,10 +122,17 @@ class Recorder:
 
 
 class Evaluator:
-    """Scores *select* when it is due, remembers the best step, and stops when there has been no improvement for long."""
+    """Scores *select* when it is due, remembers the best step, stops when there has been no improvement for long."""
 
     def __init__(
-        self, engine: Engine, task: Task, select: Encoded, metric: MainMetric, train: Train, plan: Plan, directory: RunDirectory
+        self,
+        engine: Engine,
+        task: Task,
+        select: Encoded,
+        metric: MainMetric,
+        train: Train,
+        plan: Plan,
+        directory: RunDirectory,
     ) -> None:
         self.engine = engine
         self.task = task

@@ -1,4 +1,4 @@
-"""Import what training needs while a Ray Train worker is still being set up. Light itself: Ray calls it first of all."""
+"""Import what training needs while a Ray Train worker is still being set up. Itself light: Ray calls it first."""
 
 import importlib
 import threading

@@ -115,7 +115,10 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
         started=time.time(),
         world_size=prepared.recipe.scale.workers,
         identity=prepared.identity,
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES_THAT_DECIDE_NUMBERS}},
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES_THAT_DECIDE_NUMBERS},
+        },
         machine=platform.node(),
         command=sys.argv,
         notes=[],
@@ -127,7 +130,11 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
 def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     """A run goes on only with the same recipe, data and source; InputError names what changed."""
     record = directory.read_record()
-    if not record or not directory.recipe.exists() or not (directory.result.exists() or any(directory.checkpoints.glob("step-*"))):
+    if (
+        not record
+        or not directory.recipe.exists()
+        or not (directory.result.exists() or any(directory.checkpoints.glob("step-*")))
+    ):
         return  # Nothing was learned there yet, so nothing can be mixed up.
     import yaml
 
@@ -135,15 +142,18 @@ def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     new = yaml.safe_load(dump_recipe(prepared.recipe))
     remedy = "use --fresh to start over (the old directory is kept under another name), or give another --output"
     changed = [
-        Problem(f"the run in {directory.root} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}", prepared.recipe.origin.where(path), remedy)
+        Problem(
+            f"the run in {directory.root} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}",
+            prepared.recipe.origin.where(path),
+            remedy,
+        )
         for path, was, now in differences(old, new)
     ]
     identity = record.get("identity", prepared.identity)
-    changed += [
-        Problem(f"the {'source model' if name == 'source' else f'{name} data'} changed since the run in {directory.root} began", remedy=remedy)
-        for name in {**identity, **prepared.identity}
-        if identity.get(name) != prepared.identity.get(name)
-    ]
+    for name in sorted({*identity, *prepared.identity}):
+        if identity.get(name) != prepared.identity.get(name):
+            what = "source model" if name == "source" else f"{name} data"
+            changed.append(Problem(f"the {what} changed since the run in {directory.root} began", remedy=remedy))
     if changed:
         raise InputError(changed)
 

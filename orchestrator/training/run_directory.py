@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,7 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunDirectory:
@@ -69,7 +68,9 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 remedy = "wait for it, stop it, or give another --output"
-                raise InputError(Problem("another command is running in this directory", str(self.root), remedy)) from None
+                raise InputError(
+                    Problem("another command is running in this directory", str(self.root), remedy)
+                ) from None
             yield
 
     def set_aside(self) -> Path:

@@ -42,7 +42,7 @@ class Session:
 
 
 def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_first: bool) -> None:
-    """Train on this worker, from the newest whole checkpoint if there is one, and leave the results in the directory."""
+    """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory."""
     recipe = prepared.recipe
     directory = RunDirectory(root)
     progress = ProgressFile(root) if is_first else None
@@ -60,7 +60,9 @@ def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_fir
         before = score_before(session)
         memory = resume(session)
         if engine.rank == 0:
-            directory.update_record(precision=precision, parameters=parts.count_parameters(), total_steps=plan.total_steps)
+            directory.update_record(
+                precision=precision, parameters=parts.count_parameters(), total_steps=plan.total_steps
+            )
         train_to_the_end(session, memory)
         finish(session, memory, before)
 
@@ -133,18 +135,19 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
     session.tell("scoring the best checkpoint")
     if memory.best_step is not None and memory.best_step != memory.step:
         engine.read_state(session.store.at(memory.best_step).folder, weights_only=True)
-    scored = {name: score_split(session, name) for name in ("select", "test") if name in prepared.tables}
+    reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
+    scored = {name: score_split(session, name) for name in reported}
     weights = engine.trained_weights()
     if engine.rank != 0:
         return
     started = time.monotonic()
     session.tell("writing the model")
-    reported = "test" if "test" in scored else "select"
+    main = reported[-1]
     result = {
         "status": "finished",
         "metrics": {name: split.metrics for name, split in scored.items()},
         "before": before,
-        "details": {reported: prepared.task.details(scored[reported].predictions, prepared.encoded(reported).targets())},
+        "details": {main: prepared.task.details(scored[main].predictions, prepared.encoded(main).targets())},
         "steps": memory.step,
         "stopped_early": memory.stop,
         "seconds": memory.seconds,
@@ -155,10 +158,16 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
         "parameters": session.parts.count_parameters(),
     }
     export_model(prepared, session.parts, weights, directory.model, result)
-    write_predictions(prepared, reported, scored[reported].predictions, directory.predictions)
-    for name, split in scored.items():
-        if name == "test":
-            directory.append_metrics({"step": memory.step, "split": name, "phase": "best", **split.metrics, "seconds": memory.seconds})
+    write_predictions(prepared, main, scored[main].predictions, directory.predictions)
+    if "test" in scored:
+        row = {
+            "step": memory.step,
+            "split": "test",
+            "phase": "best",
+            **scored["test"].metrics,
+            "seconds": memory.seconds,
+        }
+        directory.append_metrics(row)
     result["seconds_exporting"] = time.monotonic() - started
     write_json(directory.result, finite(result))
 

@@ -93,25 +93,32 @@ def scaling(recipe: Recipe) -> Any:
     workers, scale = recipe.scale.workers, recipe.scale
     gpus = min(1, int(have.get("GPU", 0)) // workers) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
     cpus = max(1, int(have.get("CPU", 1)) // workers) if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
+    wanted = {"CPU": cpus, "GPU": gpus}
     short = [
-        Problem(
-            f"{workers} workers with {each} {kind} each need {workers * each} {kind}s; the cluster has {int(have.get(kind, 0))}",
-            recipe.origin.where("scale.workers"),
-            f"set scale.workers to {int(have.get(kind, 0)) // each} or less" if have.get(kind, 0) >= each else f"set scale.{kind.lower()}s_per_worker lower",
-        )
-        for kind, each in (("CPU", cpus), ("GPU", gpus))
+        too_few(recipe, kind, each, int(have.get(kind, 0)))
+        for kind, each in wanted.items()
         if workers * each > have.get(kind, 0)
     ]
     if short:
         raise ClusterError("\n".join(map(str, short)))
-    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})})
+    resources = {kind: each for kind, each in wanted.items() if each}
+    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources)
+
+
+def too_few(recipe: Recipe, kind: str, each: int, have: int) -> Problem:
+    """What the cluster lacks of one kind of resource, for workers that want `each` of it."""
+    workers = recipe.scale.workers
+    fewer = f"set scale.workers to {have // each} or less" if have >= each else f"set scale.{kind.lower()}s_per_worker"
+    what = f"{workers} workers with {each} {kind} each need {workers * each} {kind}s, the cluster has {have}"
+    return Problem(what, recipe.origin.where("scale.workers"), f"{fewer}, or give the cluster more {kind}s")
 
 
 @contextlib.contextmanager
 def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
     """The Ray cluster for the run: the one that this process or RAY_ADDRESS names, else a new one on this machine.
 
-    It starts in the background; call what is yielded to wait for it. A new one ends with the run. One worker needs none.
+    It starts in the background; call what is yielded to wait for it. A new one ends with the run. A single worker
+    needs none.
     """
     import ray
 

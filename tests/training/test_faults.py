@@ -49,10 +49,10 @@ def wait_for_step(directory: Path, step: int, seconds: float = 120.0) -> None:
 
 def find_worker(directory: Path, rank: int) -> psutil.Process:
     """The process of a worker: the one whose output goes to that worker's log."""
-    log = str(directory / "logs" / f"worker-{rank}.log")
+    log = directory / "logs" / f"worker-{rank}.log"
     for process in psutil.process_iter():
         try:
-            if any(os.readlink(f"/proc/{process.pid}/fd/{number}") == log for number in (1, 2)):
+            if any(Path(f"/proc/{process.pid}/fd/{number}").readlink() == log for number in (1, 2)):
                 return process
         except (OSError, psutil.Error):
             continue

@@ -1,0 +1,200 @@
+"""A run from recipe to result on one worker: records, resuming, starting over, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from orchestrator import load_recipe, train
+from orchestrator.errors import InputError, RunFailed
+from orchestrator.training.run_directory import RunDirectory
+
+WriteRecipe = Callable[..., Path]
+
+
+def rows(directory: Path, split: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["split"] == split]
+
+
+def weights_of(directory: Path) -> dict[str, Any]:
+    return dict(load_file(directory / "model" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_data: Path) -> Path:
+    from conftest import write_toy_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    training = {"epochs": 40, "learning_rate": 2.0e-3, "log_every": 1}
+    recipe = write_toy_recipe(folder / "recipe.yaml", tiny_bert, small_data, transfer={"freeze": 1}, train=training)
+    return train(load_recipe(recipe), folder / "run").directory
+
+
+def test_a_finished_run_holds_what_the_design_says(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "result.json",
+        "predictions.parquet",
+        "checkpoints",
+        "model",
+        "logs",
+    }
+    assert oct(finished.stat().st_mode & 0o077) == "0o0"
+    record = json.loads((finished / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["parameters"]["trained"] < record["parameters"]["total"]
+
+
+def test_it_learns_the_toy_problem(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["metrics"]["test"]["accuracy"] > 0.9
+    assert result["metrics"]["test"] == pytest.approx(
+        {key: value for key, value in rows(finished, "test")[-1].items() if key in result["metrics"]["test"]}
+    )
+
+
+def test_frozen_blocks_are_bit_identical_after_training(finished: Path, tiny_bert: Path) -> None:
+    before, after = load_file(tiny_bert / "model.safetensors"), weights_of(finished)
+    frozen = [name for name in after if name.startswith(("bert.embeddings.", "bert.encoder.layer.0."))]
+    assert len(frozen) == 5 + 16
+    assert all((before[name] == after[name]).all() for name in frozen)
+    assert any((before[name] != after[name]).any() for name in after if name.startswith("bert.encoder.layer.1."))
+
+
+def test_the_recipe_as_run_runs_again_with_the_same_losses(finished: Path, tmp_path: Path) -> None:
+    again = train(load_recipe(finished / "recipe.yaml"), tmp_path / "again").directory
+    losses = [row["loss"] for row in rows(finished, "train")]
+    assert losses
+    assert [row["loss"] for row in rows(again, "train")] == losses
+    assert all((value == weights_of(again)[name]).all() for name, value in weights_of(finished).items())
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    before = (finished / "result.json").stat().st_mtime_ns
+    run = train(load_recipe(finished / "recipe.yaml"), finished)
+    assert run.resumed
+    assert (finished / "result.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_directory_is_refused_with_what_changed(finished: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml", ["train.learning_rate=0.5", "train.seed=3", "train.keep=5"])
+    with pytest.raises(InputError) as refused:
+        train(recipe, finished)
+    text = str(refused.value)
+    assert "has train.learning_rate: 0.002, now it is 0.5" in text, text
+    assert "train.seed" in text
+    assert "--fresh" in text
+    assert "train.keep" not in text
+
+
+def test_changed_data_are_refused(write_recipe: WriteRecipe, small_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "select", "test"):
+        (data / f"{split}.jsonl").write_text((small_data / f"{split}.jsonl").read_text())
+    recipe = load_recipe(write_recipe(target={"data": str(data)}), ["train.epochs=1"])
+    train(recipe, tmp_path / "run")
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(InputError, match="train data changed"):
+        train(recipe, tmp_path / "run")
+
+
+def test_fresh_keeps_the_old_run_under_another_name(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(), ["train.steps=2"])
+    train(recipe, tmp_path / "run")
+    run = train(load_recipe(write_recipe(), ["train.steps=3"]), tmp_path / "run", fresh=True)
+    assert run.result["steps"] == 3
+    assert json.loads((tmp_path / "run.old-1" / "result.json").read_text())["steps"] == 2
+    assert any("run.old-1" in note for note in run.notes)
+
+
+def test_a_failed_first_attempt_does_not_block_a_corrected_recipe(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    bad = load_recipe(write_recipe(), ["train.learning_rate=1e+30", "train.max_grad_norm=null", "train.epochs=3"])
+    with pytest.raises(RunFailed, match=r"at step \d+, so training was stopped"):
+        train(bad, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "learning_rate" in record["reason"]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_two_commands_do_not_run_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    with directory.locked(), pytest.raises(InputError, match="another command is running"):
+        train(load_recipe(write_recipe()), tmp_path / "run")
+
+
+def test_early_stopping_stops_and_keeps_the_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    overrides = ["train.epochs=30", "train.learning_rate=1e-7", "train.early_stopping={metric: f1_macro, patience: 2}"]
+    result = train(load_recipe(write_recipe(), overrides), tmp_path / "run").result
+    assert result["metric"] == "f1_macro"
+    assert "did not improve for 2 evaluations" in result["stopped_early"]
+    assert result["steps"] < 30 * 8
+    scores = {row["step"]: row["f1_macro"] for row in rows(tmp_path / "run", "select")}
+    assert result["best_step"] == max(scores, key=lambda step: (scores[step], -step))
+    assert result["metrics"]["select"]["f1_macro"] == pytest.approx(scores[result["best_step"]])
+    assert (tmp_path / "run" / result["best_checkpoint"] / "COMMITTED").exists()
+
+
+def test_only_so_many_checkpoints_are_kept_besides_the_best(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    overrides = ["train.steps=12", "train.save_every=2", "train.evaluate_every=3", "train.keep=2"]
+    result = train(load_recipe(write_recipe(), overrides), tmp_path / "run").result
+    kept = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {10, 12, result["best_step"]} | ({9} if result["best_step"] == 12 else set()) or kept >= {12}
+    assert len(kept) <= 3
+    assert result["best_step"] in kept
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    overrides = ["train.steps=12", "train.save_every=4", "train.evaluate_every=12", "train.log_every=1", "train.keep=3"]
+    recipe = load_recipe(write_recipe(), overrides)
+    whole = train(recipe, tmp_path / "whole").directory
+    torn = train(recipe, tmp_path / "torn").directory
+    (torn / "result.json").unlink()
+    newest = torn / "checkpoints" / "step-00000012" / "weights.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run = train(recipe, torn)
+    assert any("step-00000012 is damaged (weights.safetensors does not match its hash)" in note for note in run.notes)
+    assert [row["loss"] for row in rows(torn, "train")] == [row["loss"] for row in rows(whole, "train")]
+    assert all((value == weights_of(torn)[name]).all() for name, value in weights_of(whole).items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["transfer.freeze=all"],
+        ["transfer.freeze=50%", "transfer.layer_decay=0.8", "transfer.head.learning_rate_multiplier=3"],
+        ["transfer.from_scratch=true"],
+        ["transfer.adapter={type: lora, r: 4}", "transfer.freeze=1"],
+        ["transfer.head.layers=[16]"],
+        ["train.gradient_checkpointing=true"],
+        ["train.precision=fp32", "train.micro_batch_size=4", "train.schedule=cosine"],
+        ["target.limit={per_class: 8}", "train.epochs=1"],
+        ["scale.zero_stage=2", "scale.offload=optimizer"],
+        ["scale.zero_stage=3", "scale.offload=all"],
+        ["scale.engine=deepspeed", "transfer.adapter={type: lora, r: 4}"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_train_ends_with_a_model(write_recipe: WriteRecipe, tmp_path: Path, overrides: list[str]) -> None:
+    run = train(load_recipe(write_recipe(), ["train.steps=4", *overrides]), tmp_path / "run")
+    assert run.result["status"] == "finished"
+    assert (run.directory / "model" / "README.md").read_text().startswith("---\n")
+    assert yaml.safe_load((run.directory / "recipe.yaml").read_text())["name"] == "toy"
+    assert 0.0 <= run.result["metrics"]["test"]["accuracy"] <= 1.0
