@@ -8,8 +8,8 @@ on those same tensors. Ours is a whole `orchestrator.train` with its hooks, coll
 between two train rows of its metrics.jsonl.
 
 Padding (the same): on BANKING77, whose messages are of uneven length, ours with `train.group_by_length` against the
-Trainer as it comes, with shuffled batches padded to their longest message. 1024 messages; the first epoch warms up, the
-second is timed, so both see the same messages.
+Trainer as it comes, with shuffled batches padded to their longest message. As many steps are timed as the messages make
+batches, so that long and short batches both count as often as they occur.
 
 Start (`--startup` runs this instead): seconds from the command to the end of the first optimizer step on one and on two
 workers, `orchestrator train` against the script that Ray's documentation leads to (`plain_ray_train.py`).
@@ -48,7 +48,7 @@ from orchestrator.recipe import Recipe
 
 BARE_TARGET, TRAINER_TARGET, PADDING_TARGET, STARTUP_TARGET = 0.97, 1.0, 1.5, 2.0
 NUM_WARMUP_STEPS = 5
-NUM_PADDED_EXAMPLES = 1024
+NUM_PADDED_BATCHES = 25
 BATCH_SIZE = 32
 SETTINGS = [
     "transfer.freeze=0",
@@ -247,12 +247,12 @@ def ready_batch(encoded: Any, rows: Any) -> dict[str, Any]:
 def measure_padding(precision: str, folder: Path, num_repeats: int) -> list[Ratio]:
     from orchestrator.training.prepare import prepare
 
-    steps = NUM_PADDED_EXAMPLES // BATCH_SIZE
-    stretch = Stretch(steps, 2 * steps, NUM_PADDED_EXAMPLES)
+    num_examples = NUM_PADDED_BATCHES * BATCH_SIZE
+    stretch = Stretch(NUM_WARMUP_STEPS, NUM_WARMUP_STEPS + NUM_PADDED_BATCHES, num_examples)
     overrides = [
         f"target.data={{train: {folder / 'train.jsonl'}, test: {folder / 'test.jsonl'}}}",
         "target.columns={text: text, label: label}",
-        f"target.limit.train={NUM_PADDED_EXAMPLES}",
+        f"target.limit.train={num_examples}",
         "target.limit.select=100",
         "target.limit.test=100",
     ]

@@ -58,7 +58,7 @@ class Engine(ABC):
         """Write this worker's part of weights and optimizer; all workers call it."""
 
     @abstractmethod
-    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+    def read_state(self, folder: Path) -> None:
         """Read back what `write_state` wrote on the same number of workers."""
 
     @abstractmethod
@@ -145,14 +145,12 @@ class TorchEngine(Engine):
             )
             save_file(self._named_optimizer_state(), folder / "optimizer.safetensors")
 
-    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+    def read_state(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
         with torch.no_grad():
             for name, value in load_file(folder / "weights.safetensors", device=str(self.device)).items():
                 self.trained[name].copy_(value)
-        if weights_only:
-            return
         state = load_file(folder / "optimizer.safetensors")
         for name, parameter in self.trained.items():
             entries = {key: value for (key, owner), value in _split_names(state).items() if owner == name}
@@ -213,15 +211,9 @@ class DeepSpeedEngine(Engine):
     def write_state(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
 
-    def read_state(self, folder: Path, weights_only: bool = False) -> None:
+    def read_state(self, folder: Path) -> None:
         # The optimizer's files are pickles: only folders whose manifest was checked come here.
-        path, _ = self.model.load_checkpoint(
-            str(folder),
-            tag="deepspeed",
-            load_module_strict=False,
-            load_module_only=weights_only,
-            load_optimizer_states=not weights_only,
-        )
+        path, _ = self.model.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         assert path is not None, f"DeepSpeed found nothing in {folder}"
 
     def trained_weights(self) -> dict[str, Tensor]:
@@ -236,7 +228,7 @@ class DeepSpeedEngine(Engine):
 
 
 def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's configuration as the recipe implies it; its documentation describes the keys ("Configuration JSON")."""
+    """DeepSpeed's configuration as the recipe implies it (keys: "Configuration JSON" in its documentation)."""
     zero: dict[str, Any] = {"stage": recipe.scale.zero_stage}
     if recipe.scale.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -13,7 +13,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware: GPUs from Ampere on, processors with AMX or AVX512-BF16."""
+    """Whether the device multiplies bf16 matrices in hardware: GPUs from Ampere on, AMX, AVX512-BF16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -134,7 +134,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
     prepared, engine, directory = session.prepared, session.engine, session.directory
     session.tell("scoring the best checkpoint")
     if memory.best_step is not None and memory.best_step != memory.step:
-        engine.read_state(session.store.at(memory.best_step).folder, weights_only=True)
+        engine.read_state(session.store.at(memory.best_step).folder)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
     weights = engine.trained_weights()

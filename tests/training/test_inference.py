@@ -1,4 +1,4 @@
-"""A trained model used: the same answers for any batch size, those of the run's own result, and without this package."""
+"""A trained model used: the same answers for any batch size, those of the run itself, and without this package."""
 
 from __future__ import annotations
 

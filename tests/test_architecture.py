@@ -1,0 +1,91 @@
+"""Imports point one way, read from the source: `errors, recipe <- data, models <- tasks, transfer <- training`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "orchestrator"
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+# Each room, and those that it may know besides itself.
+FOUNDATION = {"errors", "recipe"}
+MAY_KNOW = {
+    "errors": set[str](),
+    "recipe": {"errors"},
+    "data": FOUNDATION,
+    "models": FOUNDATION,
+    "tasks": {*FOUNDATION, "data", "models"},
+    "transfer": {*FOUNDATION, "data", "models"},
+    "training": {*FOUNDATION, "data", "models", "tasks", "transfer"},
+    "show": {*FOUNDATION, "doctor", "training"},
+    "doctor": {"training", "__init__"},
+    "cli": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "show", "doctor", "__init__"},
+    "__init__": {*FOUNDATION, "training"},
+}
+KNOWS_RAY = {"training/worker.py"}
+TOO_HEAVY = {
+    "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},
+    "data": {"torch"},
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(name: str) -> str:
+    return Path(name).parts[0].removesuffix(".py")
+
+
+def rooms_known(path: Path) -> set[str]:
+    """The rooms of this package that a file imports; names of the package itself count as `__init__`."""
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "orchestrator" and len(parts) > 1:
+            found.add(parts[1] if parts[1] in rooms else "__init__")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_room_knows_only_those_below_it(name: str) -> None:
+    room = room_of(name)
+    assert room in MAY_KNOW, f"{room} is a new room: say here what it may import"
+    assert rooms_known(PACKAGE / name) - {room} <= MAY_KNOW[room]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ray_is_known_where_the_design_says_and_nowhere_else(name: str) -> None:
+    modules = {module.split(".")[0] for module in imported(PACKAGE / name)}
+    assert "ray" not in modules or name in KNOWS_RAY
+    assert not modules & TOO_HEAVY.get(room_of(name), set())
+
+
+def test_the_reading_of_imports_finds_those_inside_functions(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("import os\ndef f():\n    from ray.train import x\n", encoding="utf-8")
+    assert set(imported(path)) == {"os", "ray.train", "ray.train.x"}
+    assert rooms_known(PACKAGE / "cli.py") >= {"errors", "show", "training", "__init__"}
+
+
+def test_tasks_and_methods_stand_in_no_list() -> None:
+    """Adding one is adding a file: no other file may import it by its name."""
+    plugins = {f"orchestrator.tasks.{path.stem}" for path in (PACKAGE / "tasks").glob("*.py")}
+    plugins -= {"orchestrator.tasks.base", "orchestrator.tasks.__init__"}
+    assert "orchestrator.tasks.text_classification" in plugins
+    for path in FILES:
+        assert not plugins & set(imported(path)), f"{path} names a task"

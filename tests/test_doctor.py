@@ -1,0 +1,73 @@
+"""What the machine has, and what is missing with the command that installs it."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from orchestrator import doctor
+from orchestrator.doctor import Finding, examine
+
+
+def by_name() -> dict[str, Finding]:
+    found = examine()
+    names = [finding.name for finding in found]
+    assert len(names) == len(set(names))
+    return dict(zip(names, found, strict=True))
+
+
+def test_versions_cores_and_memory_are_those_of_this_machine() -> None:
+    found = by_name()
+    for package in doctor.PACKAGES:
+        assert found[package] == Finding(package, version(package))
+    assert int(found["cores"].value) >= 1
+    assert float(found["memory"].value.split()[0]) == pytest.approx(psutil.virtual_memory().total / (1 << 30), abs=0.1)
+
+
+def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(package: str) -> str:
+        if package in ("peft", "timm"):
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", lacks)
+    found = by_name()
+    assert found["peft"] == Finding("peft", "missing", "pip install peft")
+    assert found["extra vision"].remedy == 'pip install "transfer-orchestrator[vision]"'
+    assert found["torch"].remedy is None
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    compiler = by_name()["DeepSpeed's compiler"]
+    assert compiler.value.startswith("none")
+    assert "g++" in str(compiler.remedy)
+
+
+def test_gpus_are_listed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="Card", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    found = by_name()
+    assert found["GPU 0"].value == found["GPU 1"].value == "Card, 80 GiB"
+    assert "GPU" not in found
+
+
+def test_the_cluster_named_by_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert by_name()["Ray cluster"].value == "10.0.0.1:6379"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert "RAY_ADDRESS is not set" in by_name()["Ray cluster"].value
+
+
+def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    disk = by_name()["disk here"]
+    assert disk.value == "1.0 GiB free"
+    assert disk.remedy is not None
