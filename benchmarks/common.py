@@ -1,11 +1,13 @@
-"""What the benchmarks share: the recipe they run, a run without chatter, tables and JSON."""
+"""What the benchmarks share: the recipe they run, a run without chatter, turns, ratios, tables and JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,37 @@ def interleave(contenders: dict[str, Callable[[], float]], num_repeats: int) -> 
         for name in rotate(list(contenders), turn):
             numbers[name].append(contenders[name]())
     return numbers
+
+
+@dataclass
+class Ratio:
+    """Ours against a peer, turn by turn."""
+
+    claim: str
+    target: float
+    ours: list[float]
+    """Examples per second; seconds for the start."""
+    peer: list[float]
+    ratios: list[float]
+    """How many times faster ours is."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def ok(self) -> bool:
+        return self.median >= self.target
+
+    def cells(self) -> list[str]:
+        speeds = [f"{statistics.median(values):.1f}" for values in (self.ours, self.peer)]
+        ratios = [f"{value:.3f}" for value in (self.median, min(self.ratios))]
+        return [self.claim, f"{self.target:.2f}", *ratios, *speeds, "ok" if self.ok else "FAIL"]
+
+
+def compare_speeds(claim: str, target: float, ours: list[float], peer: list[float]) -> Ratio:
+    return Ratio(claim, target, ours, peer, [mine / other for mine, other in zip(ours, peer, strict=True)])
+
+
+def compare_seconds(claim: str, target: float, ours: list[float], peer: list[float]) -> Ratio:
+    return Ratio(claim, target, ours, peer, [other / mine for mine, other in zip(ours, peer, strict=True)])

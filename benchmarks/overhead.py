@@ -31,7 +31,6 @@ os.environ.update({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZE
 
 import argparse
 import gc
-import statistics
 import sys
 import tempfile
 import time
@@ -40,7 +39,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RECIPE, batch_rows, interleave, print_table, read_train_rows, train_quietly, write_json
+from common import (
+    RECIPE,
+    Ratio,
+    batch_rows,
+    compare_seconds,
+    compare_speeds,
+    interleave,
+    print_table,
+    read_train_rows,
+    train_quietly,
+    write_json,
+)
 from startup import measure_startup
 
 import orchestrator
@@ -56,40 +66,6 @@ SETTINGS = [
     "target.limit.select=20",
     "target.limit.test=20",
 ]
-
-
-@dataclass
-class Ratio:
-    """Ours against a peer, turn by turn."""
-
-    claim: str
-    target: float
-    ours: list[float]
-    """Examples per second; seconds for the start."""
-    peer: list[float]
-    ratios: list[float]
-    """How many times faster ours is."""
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def ok(self) -> bool:
-        return self.median >= self.target
-
-    def cells(self) -> list[str]:
-        speeds = [f"{statistics.median(values):.1f}" for values in (self.ours, self.peer)]
-        ratios = [f"{value:.3f}" for value in (self.median, min(self.ratios))]
-        return [self.claim, f"{self.target:.2f}", *ratios, *speeds, "ok" if self.ok else "FAIL"]
-
-
-def compare_speeds(claim: str, target: float, ours: list[float], peer: list[float]) -> Ratio:
-    return Ratio(claim, target, ours, peer, [mine / other for mine, other in zip(ours, peer, strict=True)])
-
-
-def compare_seconds(claim: str, target: float, ours: list[float], peer: list[float]) -> Ratio:
-    return Ratio(claim, target, ours, peer, [other / mine for mine, other in zip(ours, peer, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import InputError, OrchestratorError, Problem
+from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.training.assemble import check_structure
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
@@ -62,7 +62,7 @@ def train(
         wait_for_cluster = stack.enter_context(ray_session(recipe))
         prepared = check_model(encode_inputs(inputs, strict))
         aside = directory.set_aside() if fresh and directory.root.exists() else None
-        directory.create()
+        create_directory(directory)
         stack.enter_context(directory.locked())
         refuse_another_run(prepared, directory)
         if directory.result.exists():
@@ -91,6 +91,16 @@ def check_model(prepared: Prepared) -> Prepared:
     return prepared
 
 
+def create_directory(directory: RunDirectory) -> None:
+    try:
+        directory.create()
+    except OSError as error:
+        remedy = "give another --output, or set scale.storage to a folder that you may write to"
+        raise InputError(
+            Problem(f"the run directory cannot be made: {error.strerror}", str(directory.root), remedy)
+        ) from None
+
+
 def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
     """Run the workers; run.json says how it ended, whatever way it ended."""
     started = time.time()
@@ -99,6 +109,9 @@ def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) ->
     except OrchestratorError as error:
         directory.update_record(status="failed", reason=str(error), ended=time.time())
         raise
+    except OSError as error:
+        # The disk may be full, so not even this is sure to be recorded.
+        raise RunFailed(f"{error}; the checkpoints in {directory.checkpoints} are whole") from error
     except KeyboardInterrupt:
         directory.update_record(status="interrupted", ended=time.time())
         raise

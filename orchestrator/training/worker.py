@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -138,11 +139,25 @@ def start_ray(num_workers: int) -> None:
     import ray
 
     options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        refuse_dead_address(address)
+    else:
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options = {"num_cpus": max(num_workers, os.cpu_count() or 1), "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+
+
+def refuse_dead_address(address: str) -> None:
+    """Raise ClusterError where nobody listens at `host:port`: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=3.0).close()
+    except OSError as error:
+        what = f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}"
+        raise ClusterError(f"{what}\n    -> start it, correct the address, or unset RAY_ADDRESS") from None
 
 
 def worker_environment() -> dict[str, Any]:
