@@ -126,6 +126,7 @@ def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
     if recipe.scale.workers == 1 or ray.is_initialized():
         yield lambda: None
         return
+    refuse_dead_address(os.environ.get("RAY_ADDRESS", ""))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start-ray") as pool:
         starting = pool.submit(start_ray, recipe.scale.workers)
         try:
@@ -139,9 +140,7 @@ def start_ray(num_workers: int) -> None:
     import ray
 
     options: dict[str, Any] = {}
-    if address := os.environ.get("RAY_ADDRESS"):
-        refuse_dead_address(address)
-    else:
+    if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options = {"num_cpus": max(num_workers, os.cpu_count() or 1), "include_dashboard": False}
