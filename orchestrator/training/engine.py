@@ -277,6 +277,7 @@ def build_engine(
     from accelerate.state import AcceleratorState
 
     before = {name: os.environ.get(name) for name in _ACCELERATE_VARIABLES}
+    AcceleratorState._reset_state(reset_partial_state=True)  # Somebody else's, from before, in another precision.
     engine_class = DeepSpeedEngine if uses_deepspeed(recipe) else TorchEngine
     with _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
         try:
