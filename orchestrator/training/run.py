@@ -61,7 +61,7 @@ def train(
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
         wait_for_cluster = stack.enter_context(ray_session(recipe))
         prepared = check_model(encode_inputs(inputs, strict))
-        aside = directory.set_aside() if fresh and directory.root.exists() else None
+        aside = set_aside(directory) if fresh else None
         create_directory(directory)
         stack.enter_context(directory.locked())
         refuse_another_run(prepared, directory)
@@ -89,6 +89,14 @@ def check_model(prepared: Prepared) -> Prepared:
     choose_metric(prepared)
     check_structure(prepared)
     return prepared
+
+
+def set_aside(directory: RunDirectory) -> Path | None:
+    """Move an earlier run to another name, unless it is running; returns that name, or None where there is no run."""
+    if not directory.record.exists():
+        return None
+    with directory.locked():
+        return directory.set_aside()
 
 
 def create_directory(directory: RunDirectory) -> None:

@@ -123,6 +123,8 @@ def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
     """
     import ray
 
+    if recipe.scale.workers == 1:
+        refuse_missing_gpu(recipe)
     if recipe.scale.workers == 1 or ray.is_initialized():
         yield lambda: None
         return
@@ -144,7 +146,16 @@ def start_ray(num_workers: int) -> None:
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options = {"num_cpus": max(num_workers, os.cpu_count() or 1), "include_dashboard": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+
+
+def refuse_missing_gpu(recipe: Recipe) -> None:
+    """Raise ClusterError where the one worker, which is this process, is to have a GPU and there is none."""
+    import torch
+
+    if recipe.scale.gpus_per_worker == 1 and not torch.cuda.is_available():
+        raise ClusterError(str(too_few(recipe, "GPU", 1, 0)))
 
 
 def refuse_dead_address(address: str) -> None:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from orchestrator import load_recipe, train
-from orchestrator.errors import InputError, RunFailed
+from orchestrator.errors import ClusterError, InputError, RunFailed
 from orchestrator.training.run_directory import RunDirectory
 
 WriteRecipe = Callable[..., Path]
@@ -198,3 +198,25 @@ def test_every_way_to_train_ends_with_a_model(write_recipe: WriteRecipe, tmp_pat
     assert (run.directory / "model" / "README.md").read_text().startswith("---\n")
     assert yaml.safe_load((run.directory / "recipe.yaml").read_text())["name"] == "toy"
     assert 0.0 <= run.result["metrics"]["test"]["accuracy"] <= 1.0
+
+
+def test_a_gpu_that_is_not_there_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ClusterError, match="the cluster has 0"):
+        train(load_recipe(write_recipe(), ["scale.gpus_per_worker=1"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fresh_leaves_a_directory_alone_that_is_no_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    train(load_recipe(write_recipe(), ["train.steps=1"]), tmp_path / "run", fresh=True)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_fresh_does_not_move_a_run_that_is_running(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    train(load_recipe(write_recipe(), ["train.steps=1"]), tmp_path / "run")
+    with RunDirectory(tmp_path / "run").locked(), pytest.raises(InputError, match="another command is running"):
+        train(load_recipe(write_recipe()), tmp_path / "run", fresh=True)
