@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assemble import Parts, assemble
-from orchestrator.training.checkpoint import Checkpoint, CheckpointStore
+from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import Scored, score
 from orchestrator.training.export import export_model, write_predictions
@@ -133,8 +133,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
     """Take the best weights, score every split that is reported, and write model, predictions and result."""
     prepared, engine, directory = session.prepared, session.engine, session.directory
     session.tell("scoring the best checkpoint")
-    if memory.best_step is not None and memory.best_step != memory.step:
-        engine.read_state(session.store.at(memory.best_step).folder)
+    best_step = take_best_weights(session, memory)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
     weights = engine.trained_weights()
@@ -151,8 +150,8 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
         "steps": memory.step,
         "stopped_early": memory.stop,
         "seconds": memory.seconds,
-        "best_step": memory.best_step,
-        "best_checkpoint": f"checkpoints/step-{memory.best_step:08d}" if memory.best_step is not None else None,
+        "best_step": best_step,
+        "best_checkpoint": f"checkpoints/step-{best_step:08d}",
         "metric": session.metric.name,
         "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
         "parameters": session.parts.count_parameters(),
@@ -170,6 +169,26 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
         directory.append_metrics(row)
     result["seconds_exporting"] = time.monotonic() - started
     write_json(directory.result, finite(result))
+
+
+def take_best_weights(session: Session, memory: Memory) -> int:
+    """Put the weights of the best checkpoint into the engine; returns their step.
+
+    Where that checkpoint was damaged or deleted, the weights stay those of the last step, and a note says so.
+    """
+    engine, best = session.engine, memory.best_step
+    if best is None or best == memory.step:
+        return memory.step
+    checkpoint = session.store.at(best)
+    damage = engine.from_first_worker(find_damage(checkpoint.folder) if engine.rank == 0 else None)
+    if damage is None:
+        engine.read_state(checkpoint.folder)
+        return best
+    if engine.rank == 0:
+        session.directory.note(
+            f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
+        )
+    return memory.step
 
 
 def score_split(session: Session, name: str) -> Scored:

@@ -220,3 +220,18 @@ def test_fresh_does_not_move_a_run_that_is_running(write_recipe: WriteRecipe, tm
     train(load_recipe(write_recipe(), ["train.steps=1"]), tmp_path / "run")
     with RunDirectory(tmp_path / "run").locked(), pytest.raises(InputError, match="another command is running"):
         train(load_recipe(write_recipe()), tmp_path / "run", fresh=True)
+
+
+def test_without_its_best_checkpoint_a_run_ends_with_the_last_weights(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    # The rate is so low that the first evaluation stays the best one.
+    overrides = ["train.steps=12", "train.save_every=4", "train.evaluate_every=4", "train.learning_rate=1e-7"]
+    recipe = load_recipe(write_recipe(), [*overrides, "train.early_stopping={metric: accuracy, patience: 9}"])
+    first = train(recipe, tmp_path / "run").result
+    assert first["best_step"] == 4
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / first["best_checkpoint"] / "weights.safetensors").unlink()
+    run = train(recipe, tmp_path / "run")
+    assert run.result["best_step"] == 12
+    assert any("step 4, cannot be used (weights.safetensors is missing)" in note for note in run.notes)
