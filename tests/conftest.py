@@ -102,6 +102,12 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def write_toy() -> Callable[..., Path]:
+    """`write_toy_recipe`, for fixtures of a wider scope than `write_recipe`."""
+    return write_toy_recipe
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_bert: Path, small_data: Path) -> Callable[..., Path]:
     """Write a recipe of the toy problem into the test's folder; sections given are put over it, key by key.

@@ -28,12 +28,12 @@ def weights_of(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_data: Path) -> Path:
-    from conftest import write_toy_recipe
-
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, write_toy: WriteRecipe, tiny_bert: Path, small_data: Path
+) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     training = {"epochs": 40, "learning_rate": 2.0e-3, "log_every": 1}
-    recipe = write_toy_recipe(folder / "recipe.yaml", tiny_bert, small_data, transfer={"freeze": 1}, train=training)
+    recipe = write_toy(folder / "recipe.yaml", tiny_bert, small_data, transfer={"freeze": 1}, train=training)
     return train(load_recipe(recipe), folder / "run").directory
 
 

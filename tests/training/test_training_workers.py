@@ -37,11 +37,11 @@ def still_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def one_worker(still_bert: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import write_toy_recipe
-
+def one_worker(
+    still_bert: Path, small_data: Path, write_toy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("one-worker")
-    recipe = write_toy_recipe(folder / "recipe.yaml", still_bert, small_data)
+    recipe = write_toy(folder / "recipe.yaml", still_bert, small_data)
     return train(load_recipe(recipe, CURVE), folder / "run").directory
 
 
