@@ -35,6 +35,8 @@ class Memory:
     """Losses since the last train row."""
     best_step: int | None = None
     best_score: float | None = None
+    best_loss: float | None = None
+    """Loss on *select* at the best step, which decides between equal scores."""
     last_score: float | None = None
     evaluations_without_improvement: int = 0
     improved: bool = False
@@ -150,13 +152,18 @@ class Evaluator:
         if self.engine.rank == 0:
             place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
             self.directory.append_metrics({**place, **metrics, "seconds": memory.seconds})
-        self._judge(metrics[self.metric.name], step, memory)
+        self._judge(metrics[self.metric.name], metrics["loss"], step, memory)
 
-    def _judge(self, new: float, step: Step, memory: Memory) -> None:
+    def _judge(self, new: float, loss: float, step: Step, memory: Memory) -> None:
         memory.last_score = new
-        memory.improved = self.metric.improves(new, memory.best_score)
+        higher = self.metric.improves(new, memory.best_score)
+        # A small *select* gives many equal scores; the surer model of two is the better one.
+        surer = new == memory.best_score and memory.best_loss is not None and loss < memory.best_loss
+        memory.improved = higher or surer
         if memory.improved:
-            memory.best_step, memory.best_score, memory.evaluations_without_improvement = step.number, new, 0
+            memory.best_step, memory.best_score, memory.best_loss = step.number, new, loss
+        if higher:
+            memory.evaluations_without_improvement = 0
             return
         memory.evaluations_without_improvement += 1
         stopping = self.train.early_stopping

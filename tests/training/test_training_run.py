@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import ClusterError, InputError, RunFailed
+from orchestrator.training import hooks
+from orchestrator.training.evaluation import Scored
 from orchestrator.training.run_directory import RunDirectory
 
 WriteRecipe = Callable[..., Path]
@@ -142,9 +144,9 @@ def test_early_stopping_stops_and_keeps_the_best_checkpoint(write_recipe: WriteR
     assert result["metric"] == "f1_macro"
     assert "did not improve for 2 evaluations" in result["stopped_early"]
     assert result["steps"] < 30 * 8
-    scores = {row["step"]: row["f1_macro"] for row in rows(tmp_path / "run", "select")}
-    assert result["best_step"] == max(scores, key=lambda step: (scores[step], -step))
-    assert result["metrics"]["select"]["f1_macro"] == pytest.approx(scores[result["best_step"]])
+    scores = {row["step"]: (row["f1_macro"], -row["loss"]) for row in rows(tmp_path / "run", "select")}
+    assert result["best_step"] == max(scores, key=lambda step: scores[step])
+    assert result["metrics"]["select"]["f1_macro"] == pytest.approx(scores[result["best_step"]][0])
     assert (tmp_path / "run" / result["best_checkpoint"] / "COMMITTED").exists()
 
 
@@ -223,11 +225,17 @@ def test_fresh_does_not_move_a_run_that_is_running(write_recipe: WriteRecipe, tm
 
 
 def test_without_its_best_checkpoint_a_run_ends_with_the_last_weights(
-    write_recipe: WriteRecipe, tmp_path: Path
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The rate is so low that the first evaluation stays the best one.
-    overrides = ["train.steps=12", "train.save_every=4", "train.evaluate_every=4", "train.learning_rate=1e-7"]
-    recipe = load_recipe(write_recipe(), [*overrides, "train.early_stopping={metric: accuracy, patience: 9}"])
+    real = hooks.score
+    scores = iter([0.9, 0.5, 0.5])
+
+    def score_falling(*arguments: Any) -> Scored:
+        scored = real(*arguments)
+        return Scored({**scored.metrics, "accuracy": next(scores)}, scored.predictions)
+
+    monkeypatch.setattr(hooks, "score", score_falling)
+    recipe = load_recipe(write_recipe(), ["train.steps=12", "train.save_every=4", "train.evaluate_every=4"])
     first = train(recipe, tmp_path / "run").result
     assert first["best_step"] == 4
     (tmp_path / "run" / "result.json").unlink()
