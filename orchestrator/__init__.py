@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, TextIO
 from orchestrator.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from orchestrator.search.run import SearchRun
     from orchestrator.training.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "load_recipe", "train"]
+__all__ = ["Recipe", "load_recipe", "search", "train"]
 
 
 def train(
@@ -29,3 +30,12 @@ def train(
     from orchestrator.training.run import train as run_training
 
     return run_training(recipe, output, fresh, strict, screen)
+
+
+def search(
+    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+) -> SearchRun:
+    """Search as the recipe says; see `orchestrator.search.run.search`."""
+    from orchestrator.search.run import search as run_search
+
+    return run_search(recipe, output, fresh, strict, screen)

@@ -50,6 +50,14 @@ def build_parser() -> tuple[Parser, list[str]]:
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
     train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
+    search = verb(
+        "search", run_search, "Search freeze depth, learning rate and more.", recipe, strict
+    )
+    search.add_argument(
+        "--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)"
+    )
+    search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
+    search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
     evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split or a file.", model)
     add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
     evaluate.add_argument("--split", default="test", help="train, select or test (default: test)")
@@ -60,6 +68,8 @@ def build_parser() -> tuple[Parser, list[str]]:
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
+    report_verb = verb("report", run_report, "Write the page of a run or a search again: DIR/report.html.")
+    report_verb.add_argument("directory", type=Path, help="a run directory, or a search directory")
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
     schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
@@ -120,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = list(error.problems) if isinstance(error, InputError) else [Problem(str(error))]
         return report(problems, error.exit_code, as_json)
     except KeyboardInterrupt:
-        remedy = "the same command goes on from the last checkpoint" if given[0] == "train" else None
+        remedy = "the same command goes on from where it was" if given[0] in ("train", "search") else None
         return report([Problem("interrupted", remedy=remedy)], INTERRUPTED, as_json)
     except BrokenPipeError:  # Whoever read our output has gone, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,6 +197,37 @@ def run_train(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         show.trained(recipe, run, sys.stdout)
     return {"directory": str(run.directory), "resumed": run.resumed, **run.result}
+
+
+def run_search(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.estimate:
+        from orchestrator.search.estimate import estimate
+
+        expected = estimate(recipe, options.strict)
+        if not options.json:
+            show.estimated(recipe, expected, sys.stdout)
+        return vars(expected)
+    from orchestrator.search.run import search
+
+    found = search(recipe, options.output, options.fresh, options.strict, screen=sys.stderr)
+    show.problems(found.warnings, sys.stderr)
+    for note in found.record.get("notes", []):
+        print(f"note: {note}", file=sys.stderr)
+    if not options.json:
+        show.searched(recipe, found, sys.stdout)
+    return {"directory": str(found.directory), "trials": found.counts, **found.record}
+
+
+def run_report(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.report import write_report
+
+    path = write_report(options.directory)
+    if not options.json:
+        print(f"the page is {path}")
+    return {"status": "written", "report": str(path)}
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from orchestrator.recipe import Recipe
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Finding
+    from orchestrator.search.estimate import Estimate
+    from orchestrator.search.run import SearchRun
     from orchestrator.training.prepare import Prepared
     from orchestrator.training.run import Run
 
@@ -60,7 +62,6 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
     result = run.result
     counts = result["parameters"]
     frozen = counts["total"] - counts["trained"]
-    shown = result["metrics_shown"]
     rows = [
         ("source", recipe.source.model),
         ("parameters", f"{counts['trained']:,} trained, {frozen:,} frozen"),
@@ -71,14 +72,57 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         ),
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
     ]
-    rows += [
-        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss")))
-        for split, metrics in result["metrics"].items()
-    ]
+    rows += scores_of(result)
     rows += [("model", short_path(run.directory / "model")), ("all the rest", short_path(run.directory))]
     if run.resumed:
         rows.insert(0, ("resumed", "went on from what was there; --fresh starts over"))
     table(rows, out)
+
+
+def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
+    """The table at the end of a search."""
+    from orchestrator.training.progress import format_seconds
+
+    winner, record = found.record["winner"], found.record
+    counts = ", ".join(f"{number} {status}" for status, number in found.counts.items())
+    values = [f"{path} = {value}" for path, value in winner["parameters"].items()]
+    rows = [
+        ("source", recipe.source.model),
+        ("trials", f"{counts}, in {format_seconds(record['seconds'])}"),
+        ("winner", f"trial {winner['id']}: {', '.join(values)}"),
+    ]
+    if len(winner["seeds"]) > 1:
+        scores = "  ".join(f"{seed['score']:.4f}" for seed in winner["seeds"])
+        rows.append(("its seeds", f"{record['metric']} {scores} on select"))
+    rows += scores_of(found.result)
+    here = short_path(found.directory)
+    rows += [("model", f"{here}/model"), ("recipe", f"{here}/best.yaml"), ("page", f"{here}/report.html")]
+    table(rows, out)
+
+
+def estimated(recipe: Recipe, expected: Estimate, out: TextIO) -> None:
+    """What a search will take."""
+    from orchestrator.training.progress import format_seconds
+
+    rows = [
+        ("trials", f"{expected.trials}, {expected.concurrent} at a time"),
+        ("time", f"about {format_seconds(expected.seconds)} on this machine"),
+        (
+            "disk",
+            f"{expected.cache_bytes / 1e9:.2f} GB for features, {expected.disk_bytes / 1e9:.2f} GB for the search",
+        ),
+        ("free", f"{expected.free_bytes / 1e9:.1f} GB"),
+    ]
+    table([*rows, *[("note", note) for note in expected.notes]], out)
+
+
+def scores_of(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for each split that was scored."""
+    shown = (*result["metrics_shown"], "loss")
+    return [
+        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
+        for split, metrics in result["metrics"].items()
+    ]
 
 
 def evaluated(found: dict[str, Any], out: TextIO) -> None:

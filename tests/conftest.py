@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 # Before torch is imported: the tests share few cores, and more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -99,6 +101,55 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train (48), select (24) and test (24) of a toy problem: PNGs, in a folder for each of 3 colours."""
+    folder = tmp_path_factory.mktemp("small-pictures")
+    generator = np.random.default_rng(0)
+    for split, size in {"train": 16, "select": 8, "test": 8}.items():
+        for colour, name in enumerate(("red", "green", "blue")):
+            for number in range(size):
+                pixels = generator.integers(0, 160, (24, 20, 3), dtype=np.uint8)
+                pixels[..., colour] += 95
+                path = folder / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a MobileNetV2 a quarter as wide, random weights, 5 labels, and an image processor for 32 x 32."""
+    import torch
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, MobileNetV2ImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny-mobilenet")
+    processor = MobileNetV2ImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MobileNetV2ForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a vision transformer of 3 layers, 16 wide, random weights, and an image processor for 32 x 32."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained(folder)
     return folder
 
 

@@ -24,6 +24,7 @@ MAY_KNOW = {
     "training": {*FOUNDATION, "data", "models", "tasks", "transfer"},
     "show": {*FOUNDATION, "doctor", "training"},
     "doctor": {"training", "__init__"},
+    "report": FOUNDATION,
     "cli": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "show", "doctor", "__init__"},
     "__init__": {*FOUNDATION, "training"},
 }

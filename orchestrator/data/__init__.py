@@ -4,10 +4,11 @@ from orchestrator.data.cache import cache_folder, cached_table, content_key
 from orchestrator.data.checks import check_class_labels, check_regression_targets, check_sizes, check_text
 from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
+from orchestrator.data.images import name_pictures, without_bytes
 from orchestrator.data.labels import encode_labels, encode_targets, find_label_names
 from orchestrator.data.messages import show_value
 from orchestrator.data.overlap import check_conflicting_labels, check_overlap
-from orchestrator.data.sources import open_file, open_files, open_splits, rename_columns
+from orchestrator.data.sources import open_file, open_files, open_pictures, open_splits, rename_columns
 from orchestrator.data.splits import cut_missing_splits, limit_examples
 
 __all__ = [
@@ -27,9 +28,12 @@ __all__ = [
     "encode_targets",
     "find_label_names",
     "limit_examples",
+    "name_pictures",
     "open_file",
     "open_files",
+    "open_pictures",
     "open_splits",
     "rename_columns",
     "show_value",
+    "without_bytes",
 ]

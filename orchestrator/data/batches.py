@@ -58,17 +58,52 @@ class BatchOrder:
         return np.split(order, range(self.global_batch_size, len(order), self.global_batch_size))
 
 
-def deal(batch: Indices, lengths: Indices, num_workers: int, micro_batch_size: int) -> list[list[Indices]]:
+def deal(
+    batch: Indices, lengths: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int
+) -> list[list[Indices]]:
     """Deal a global batch: `result[i][rank]` are the examples of worker `rank` in the i-th forward pass.
 
-    Sorted by length first, so that a micro batch holds examples of one length, and dealt like cards, so that the
-    workers of one forward pass wait little for each other. A worker may come away empty in the last pass of a short
-    batch; it still has to take part (see `training.loop`).
+    Sorted by length first and cut where padding would cost more than another pass; and dealt like cards, so that the
+    workers of one pass wait little for each other. A worker may come away empty in a short pass; it still has to take
+    part (see `training.loop`).
+
+    Args:
+        micro_batch_size: examples of one worker in one pass, at most.
+        cost_of_pass: what one more pass costs, in the unit of `lengths`.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    num_passes = -(-len(order) // (num_workers * micro_batch_size))
-    passes = np.array_split(order, num_passes)
-    return [[part[rank::num_workers] for rank in range(num_workers)] for part in passes]
+    cuts = cheapest_cuts(lengths[order], num_workers, micro_batch_size, cost_of_pass)
+    return [[part[rank::num_workers] for rank in range(num_workers)] for part in np.split(order, cuts)]
+
+
+def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int) -> list[int]:
+    """Where to cut sorted examples into passes so that padded tokens and passes cost least.
+
+    A pass costs `cost_of_pass` and, on its busiest worker, its number of examples times its longest one. The cheapest
+    way to pass the first `end` examples goes over the cheapest ways to pass fewer (dynamic programming).
+
+    Args:
+        ascending: lengths; shape [num_examples].
+
+    Returns:
+        The first example of each pass but the first one.
+    """
+    num_examples = len(ascending)
+    largest = num_workers * micro_batch_size
+    cheapest = np.zeros(num_examples + 1, np.int64)
+    begins = np.zeros(num_examples + 1, np.int64)
+    for end in range(1, num_examples + 1):
+        starts = np.arange(max(0, end - largest), end)
+        busiest = -(-(end - starts) // num_workers)
+        costs = cheapest[starts] + cost_of_pass + busiest * ascending[end - 1]
+        best = int(costs.argmin())
+        cheapest[end], begins[end] = costs[best], starts[best]
+    cuts = []
+    position = int(begins[num_examples])
+    while position > 0:
+        cuts.append(position)
+        position = int(begins[position])
+    return cuts[::-1]
 
 
 def evaluation_batches(lengths: Indices, batch_size: int, num_workers: int, rank: int) -> Iterator[Indices]:

@@ -7,10 +7,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 
+Built: TypeAlias = pa.Table | pa.RecordBatchReader
+"""A table, or its batches one after the other where it would be large."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -35,28 +39,35 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached_table(key: str, build: Callable[[], pa.Table]) -> pa.Table:
+def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
     """The table kept under `key` (see `content_key`), memory-mapped; built and kept when it is not there or damaged.
 
     Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
-    cannot be written or is full, the table is built in memory.
+    cannot be written or is full, the table is built in memory; one that comes in batches is in memory only then.
     """
     try:
         folder = cache_folder() / "tables"
         folder.mkdir(mode=0o700, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
-        return build()
+        return as_table(build())
     path = folder / f"{key}.arrow"
     table = _load(path)
     if table is not None:
         return table
-    table = build()
-    try:
-        _store(table, path)
-    except OSError:
-        return table
-    stored = _load(path)
-    return table if stored is None else stored
+    built = build()
+    stored = None
+    with suppress(OSError):
+        _store(built, path)
+        stored = _load(path)
+    if stored is not None:
+        return stored
+    # The batches of a reader are used up.
+    return built if isinstance(built, pa.Table) else as_table(build())
+
+
+def as_table(built: Built) -> pa.Table:
+    """All batches as one table."""
+    return built if isinstance(built, pa.Table) else built.read_all()
 
 
 def _load(path: Path) -> pa.Table | None:
@@ -73,14 +84,15 @@ def _load(path: Path) -> pa.Table | None:
         return None
 
 
-def _store(table: pa.Table, path: Path) -> None:
+def _store(built: Built, path: Path) -> None:
     """Write Arrow's file format and the SHA-256 of it: Arrow itself notices a cut-off file but no flipped byte."""
     descriptor, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)
     try:
-        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, built.schema) as writer:
+            for batch in built.to_batches() if isinstance(built, pa.Table) else built:
+                writer.write_batch(batch)
         with partial.open("rb+") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             file.seek(0, os.SEEK_END)

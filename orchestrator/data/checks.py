@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.examples import Examples
+from orchestrator.data.images import show_picture
 from orchestrator.data.labels import encode_targets, find_label_names, label_texts
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.data.overlap import check_overlap
@@ -41,9 +42,9 @@ def check_text(examples: Examples, column: str) -> list[Problem]:
     nul = pc.match_substring(values, "\0")
     fill = "remove these rows, or fill in their text"
     found = [
-        _group(examples, column, values.is_null(), "is missing (null)", fill),
-        _group(examples, column, blank, "is blank", fill),
-        _group(examples, column, nul, "holds NUL characters (\\u0000)", "remove the characters from the text"),
+        group_rows(examples, column, values.is_null(), "is missing (null)", fill),
+        group_rows(examples, column, blank, "is blank", fill),
+        group_rows(examples, column, nul, "holds NUL characters (\\u0000)", "remove the characters from the text"),
     ]
     return [problem for problem in found if problem]
 
@@ -90,25 +91,29 @@ def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
     bad = pc.and_not(pa.chunked_array([pa.array(np.isnan(encode_targets(examples, column)))]), null)
     write = "write a number, or remove these rows"
     found = [
-        _group(examples, column, null, "is missing (null)", write),
-        _group(examples, column, bad, "is not a finite number", write),
+        group_rows(examples, column, null, "is missing (null)", write),
+        group_rows(examples, column, bad, "is not a finite number", write),
     ]
     return [problem for problem in found if problem]
 
 
-def _group(examples: Examples, column: str, mask: pa.ChunkedArray, what: str, remedy: str) -> Problem | None:
-    """One problem for all rows where the mask is true, or None when there are none."""
+def group_rows(examples: Examples, column: str, mask: pa.ChunkedArray, what: str, remedy: str) -> Problem | None:
+    """One problem for all rows where the mask is true, with up to three of them; None when there are none."""
     rows = np.flatnonzero(pc.fill_null(mask, False).to_numpy())
     if not len(rows):
         return None
     values = examples.table.column(column)
-    shown = [f"{examples.where(int(row))} ({_show(values[int(row)].as_py())})" for row in rows[:NUM_SHOWN]]
+    shown = [_show_row(examples.where(int(row)), values[int(row)].as_py()) for row in rows[:NUM_SHOWN]]
     text = f"{column} {what} in {len(rows)} of {len(examples)} rows: {show_some(shown, len(rows))}"
     return Problem(text, examples.where(int(rows[0])), remedy)
 
 
-def _show(value: Any) -> str:
-    return "null" if value is None else show_value(value)
+def _show_row(where: str, value: Any) -> str:
+    """Place and value; the place alone where that is the picture's own file."""
+    if value is None:
+        return f"{where} (null)"
+    shown = show_picture(value) if isinstance(value, dict) else show_value(value)
+    return where if shown == show_value(where) else f"{where} ({shown})"
 
 
 def _missing_labels(examples: Examples, column: str) -> Problem | None:
@@ -120,7 +125,7 @@ def _missing_labels(examples: Examples, column: str) -> Problem | None:
     remedy = "label these rows or remove them"
     if len(examples) and pc.all(missing).as_py():
         remedy = "name a split that has labels (many public test sets withhold theirs)"
-    return _group(examples, column, missing, "is missing (null or blank)", remedy)
+    return group_rows(examples, column, missing, "is missing (null or blank)", remedy)
 
 
 def _count_labels(examples: Examples, column: str) -> dict[str, int]:

@@ -9,6 +9,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from orchestrator.data.examples import SourceFile
+from orchestrator.data.images import convert_images
 from orchestrator.data.messages import show_name, show_names
 from orchestrator.errors import DataError, Problem, nearest
 from orchestrator.recipe.origin import Origin
@@ -19,8 +21,9 @@ class Column:
     """A column that a task reads, by the task's own name for it."""
 
     name: str
-    kind: Literal["text", "label"]
-    """`text` holds text; `label` holds text, whole numbers, numbers, or lists of text or of whole numbers."""
+    kind: Literal["text", "label", "image"]
+    """`text` holds text; `label` holds text, whole numbers, numbers, or lists of text or of whole numbers;
+    `image` holds pictures, or their paths."""
     required: bool = True
     aliases: tuple[str, ...] = ()
     """Names that it goes by in common data sets, tried in this order when the recipe maps none."""
@@ -76,24 +79,26 @@ def _missing(wanted: str, column: Column, found: Sequence[str], place: str) -> P
     return Problem(what, place, f"{remedy}: `target.columns.{column.name}={target}`")
 
 
-def convert_column(values: pa.ChunkedArray, column: Column, source: str, place: str) -> pa.ChunkedArray:
+def convert_column(values: pa.ChunkedArray, column: Column, source: str, file: SourceFile) -> pa.ChunkedArray:
     """The column in one of the types that `Examples` holds, whatever Arrow type the file had.
 
     Raises:
-        DataError: the type does not suit the column's kind.
+        DataError: the type does not suit the column's kind, or paths of pictures lead to none.
     """
+    if column.kind == "image":
+        return convert_images(values, column.name, source, file)
     wanted = plain_type(values.type)
     fits = wanted is not None and (column.kind == "label" or wanted == pa.string())
     if wanted == pa.list_(pa.float64()) or not fits:
         needs = "text" if column.kind == "text" else "text, numbers, or lists of text or of whole numbers"
         what = f"the column {show_name(source)} holds {describe_type(values.type)}; {column.name} must be {needs}"
         remedy = f"turn its values into {needs}, or map {column.name} to another column in `target.columns`"
-        raise DataError(Problem(what, place, remedy))
+        raise DataError(Problem(what, file.place, remedy))
     try:
         converted = values.cast(wanted)
     except pa.ArrowInvalid as error:
         what = f"the values of column {show_name(source)} cannot be read: {show_name(str(error))}"
-        raise DataError(Problem(what, place, "write this column anew")) from error
+        raise DataError(Problem(what, file.place, "write this column anew")) from error
     if column.kind == "label" and wanted == pa.string():
         # CSV has no null: an empty label is a missing one, in every format alike.
         blank = pc.equal(pc.utf8_trim_whitespace(converted), "")

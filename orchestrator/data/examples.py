@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Rows = npt.NDArray[np.int64]
+IMAGE = pa.struct(
+    [pa.field("bytes", pa.large_binary()), pa.field("path", pa.string()), pa.field("digest", pa.string())]
+)
+"""A picture: its bytes, or the full path of its file where there are none; and the SHA-256 of its content."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +29,15 @@ class SourceFile:
     num_rows: int
     lines: Rows | None
     """Line (from 1) on which each row begins, for formats that have lines."""
+    row_places: tuple[str, ...] | None = None
+    """The place of each row, for data that lie in a file each."""
+    folder: Path | None = None
+    """What paths in the data are relative to, and may not lead out of; None where they may name no files."""
 
     def where(self, row: int) -> str:
         """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        if self.row_places is not None:
+            return self.row_places[row]
         return f"{self.place} row {row}" if self.lines is None else f"{self.place}:{self.lines[row]}"
 
 
@@ -35,7 +46,7 @@ class Examples:
     """One split: an Arrow table whose columns carry the task's names, and where each row came from."""
 
     table: pa.Table
-    """The task's columns are string, int64, float64, or lists of string or int64."""
+    """The task's columns are string, int64, float64, lists of string or int64, or IMAGE."""
     rows: Rows
     """Shape [len]: original row number of each example, counted through `files` in their order."""
     files: tuple[SourceFile, ...]
@@ -52,10 +63,15 @@ class Examples:
 
     def where(self, row: int) -> str:
         """The place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""
+        file, original = self.source(row)
+        return file.where(original)
+
+    def source(self, row: int) -> tuple[SourceFile, int]:
+        """The file of the example at position `row`, and its row number there."""
         original = int(self.rows[row])
         for file in self.files:
             if original < file.num_rows:
-                return file.where(original)
+                return file, original
             original -= file.num_rows
         raise IndexError(f"row {row} lies in none of the files")
 
@@ -79,7 +95,9 @@ def _add(digest: hashlib._Hash, data: bytes | memoryview) -> None:
 def _add_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
     """Hash lengths and contents rather than Arrow's buffers, which depend on offsets and on what lies under nulls."""
     _add(digest, column.is_valid().combine_chunks().to_numpy(zero_copy_only=False).tobytes())
-    if pa.types.is_list(column.type):
+    if column.type == IMAGE:
+        _add_values(digest, pc.struct_field(column, "digest"))
+    elif pa.types.is_list(column.type):
         _add(digest, _as_bytes(pc.list_value_length(column).cast(pa.int64()), 0))
         _add_values(digest, pc.list_flatten(column))
     elif pa.types.is_string(column.type):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from orchestrator.data.image_folders import holds_pictures
 from orchestrator.data.messages import show_names
 from orchestrator.data.readers import READERS
 from orchestrator.errors import DataError, Problem
@@ -26,6 +27,7 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     """The files of each split: `train.*` or a subfolder `train`, likewise `select`/`validation`/`dev` and `test`.
 
     Shards (`train-00000-of-00002.parquet`) make one split. A folder that `datasets` saved one split into is all train.
+    A split of pictures is a folder with a subfolder for each class; one that is no split itself is all train.
 
     Raises:
         DataError: no training data, two candidates for one split, a shard that is missing.
@@ -35,15 +37,19 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     if (folder / "state.json").is_file():
         return {"train": [path for path in _data_files(folder) if path.suffix == ".arrow"]}
     splits = {split: find_split(folder, words) for split, words in SPLIT_WORDS.items()}
+    if not any(splits.values()) and not _data_files(folder) and holds_pictures(folder):
+        return {"train": [folder]}
     if not splits["train"]:
         what = f"the folder has no training data; it holds {_contents(folder)}"
         remedy = "name a file train.jsonl (or .csv, .parquet, ...), or write `data: {train: FILE, test: FILE}`"
+        if holds_pictures(folder):
+            remedy = "put the folders of the classes into a folder named train, or write `data: {train: FOLDER}`"
         raise DataError(Problem(what, show_path(folder), remedy))
     return {split: paths for split, paths in splits.items() if paths}
 
 
 def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
-    """The files of the split that goes by one of these words; empty when there is none."""
+    """The files (or the folder of pictures) of the split that goes by one of these words; empty when there is none."""
     candidates: dict[tuple[str, str], list[Path]] = {}
     for path in _data_files(folder):
         stem = _stem(path)
@@ -63,16 +69,18 @@ def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """All data files of one split's folder, which are of one format.
+    """All data files of one split's folder, which are of one format; the folder itself where it holds only pictures.
 
     Raises:
         DataError: there are none, or of several formats.
     """
     paths = _data_files(folder)
+    if not paths and holds_pictures(folder):
+        return [folder]
     suffixes = {path.suffix for path in paths}
     if len(suffixes) != 1:
         what = "the folder has no data files" if not paths else f"the folder mixes {', '.join(sorted(suffixes))} files"
-        remedy = f"put files of one format there ({', '.join(READERS)})"
+        remedy = f"put files of one format there ({', '.join(READERS)}), or a folder of pictures for each class"
         raise DataError(Problem(what, show_path(folder), remedy))
     _check_shards(paths)
     return paths

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from orchestrator.data.arrow_files import raw_table
 from orchestrator.data.folders import SPLIT_WORDS
 from orchestrator.data.messages import show_name, show_names
@@ -113,7 +116,22 @@ def _reaches(endpoint: str) -> bool:
 
 def _raw_split(place: str, data: Any) -> RawFile:
     def fetch(column: str) -> Any:
-        return data.select_columns([column]).with_format("arrow")[:].column(column)
+        values = data.select_columns([column]).with_format("arrow")[:].column(column)
+        return _with_bytes(values, data.features[column], place)
 
     schema = data.features.arrow_schema
     return raw_table(place, schema, data.num_rows, fetch)
+
+
+def _with_bytes(values: pa.ChunkedArray, feature: Any, place: str) -> pa.ChunkedArray:
+    """Pictures that were downloaded as files of their own (their paths are those of the local cache), read in."""
+    import datasets
+
+    if not isinstance(feature, datasets.Image) or not pc.any(pc.is_null(pc.struct_field(values, "bytes"))).as_py():
+        return values
+    try:
+        chunks = [feature.embed_storage(chunk, remote_files=False) for chunk in values.chunks]
+    except OSError as error:
+        what = f"a downloaded picture cannot be read: {error}"
+        raise DataError(Problem(what, place, "download the data set anew")) from None
+    return pa.chunked_array(chunks)

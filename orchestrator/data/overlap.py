@@ -1,4 +1,4 @@
-"""The same text in two places: in two splits, or in *train* with two labels."""
+"""The same text or picture in two places: in two splits, or in *train* with two labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.examples import Examples
+from orchestrator.data.examples import IMAGE, Examples
 from orchestrator.data.messages import NUM_SHOWN, show_some, show_value
 from orchestrator.errors import Problem
 
@@ -25,7 +25,8 @@ def check_overlap(
     """Texts that stand in two splits, exactly or nearly (the same but for case, punctuation, digits and spaces).
 
     Warnings; but fatal when half or more of *select* or *test* stands in *train* word for word. With a `label`, texts
-    that stand in *train* with two labels too.
+    that stand in *train* with two labels too. Pictures are compared by their files' content: the same one, saved anew,
+    is another.
     """
     exact = {split: text_keys(examples, text_columns) for split, examples in splits.items()}
     near = {split: near_keys(examples, text_columns) for split, examples in splits.items()}
@@ -72,7 +73,7 @@ class _Found:
 
 
 def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], label: str) -> list[Problem]:
-    """The same text with two labels; a warning, since no model can learn both."""
+    """The same text (or picture) with two labels; a warning, since no model can learn both."""
     if pa.types.is_floating(examples.table.column(label).type):
         return []  # A score of the same text may well differ.
     keys = text_keys(examples, text_columns).to_pylist()
@@ -92,24 +93,41 @@ def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], la
         f" and {show_value(labels[row])} at {examples.where(row)}"
         for key, row in list(clashes.items())[:NUM_SHOWN]
     ]
-    what = f"{len(clashes)} texts stand in train with two labels: {show_some(shown, len(clashes))}"
+    kind = "pictures" if _has_pictures(examples, text_columns) else "texts"
+    what = f"{len(clashes)} {kind} stand in train with two labels: {show_some(shown, len(clashes))}"
     where = examples.where(next(iter(clashes.values())))
     return [Problem(what, where, "keep the right label of each", fatal=False)]
 
 
 def text_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
-    """What makes two rows the same text: the values of their text columns together; null where all are null."""
-    columns = [examples.table.column(name) for name in text_columns if name in examples.table.column_names]
+    """What makes two rows the same text: the values of their text columns together; null where all are null.
+
+    For pictures, the hashes of their content.
+    """
+    columns = [_keys(examples.table.column(name)) for name in text_columns if name in examples.table.column_names]
     if len(columns) == 1:
         return columns[0]
     return pc.binary_join_element_wise(*columns, "\x1e", null_handling="replace", null_replacement="")
 
 
 def near_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
-    """What makes two rows nearly the same text: their lower-case letters, or all of a text without letters."""
+    """What makes two rows nearly the same text: their lower-case letters, or all of a text without letters.
+
+    Pictures have nothing of the kind: they are the same or not.
+    """
     keys = text_keys(examples, text_columns)
+    if _has_pictures(examples, text_columns):
+        return keys
     letters = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(keys), _NOT_LETTERS, " "))
     return pc.if_else(pc.equal(letters, ""), keys, letters)
+
+
+def _keys(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.struct_field(column, "digest") if column.type == IMAGE else column
+
+
+def _has_pictures(examples: Examples, columns: Sequence[str]) -> bool:
+    return any(field.name in columns and field.type == IMAGE for field in examples.table.schema)
 
 
 def _members(values: pa.ChunkedArray, among: pa.ChunkedArray) -> _Mask:
@@ -118,4 +136,5 @@ def _members(values: pa.ChunkedArray, among: pa.ChunkedArray) -> _Mask:
 
 
 def _text(examples: Examples, row: int, column: str) -> str:
-    return show_value(examples.table.column(column)[row].as_py())
+    values = examples.table.column(column)
+    return "a picture" if values.type == IMAGE else show_value(values[row].as_py())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from orchestrator.data.examples import Rows
+from orchestrator.data.examples import Rows, SourceFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
@@ -30,6 +30,15 @@ class RawFile:
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names that the file brings along, by column."""
+    row_places: tuple[str, ...] | None = None
+    """The place of each row, for data that lie in a file each."""
+    folder: Path | None = None
+    """What paths in the data are relative to, and may not lead out of."""
+
+    @property
+    def source(self) -> SourceFile:
+        """What is kept of the file once its columns are read."""
+        return SourceFile(self.place, self.num_rows, self.lines, self.row_places, self.folder)
 
 
 def read_utf8(path: Path) -> str:

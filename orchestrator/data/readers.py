@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,7 +39,7 @@ def read_file(path: Path) -> RawFile:
     if reader is None:
         what = f"the suffix {path.suffix or '(none)'} is not a data format; those are {', '.join(READERS)}"
         raise DataError(Problem(what, show_path(path), "convert the file to one of them (unpack it, if it is packed)"))
-    return reader(path)
+    return replace(reader(path), folder=path.parent)
 
 
 def missing_path(path: Path) -> Problem:

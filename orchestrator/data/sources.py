@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.columns import Column, check_mapping, convert_column, describe_type, match_columns, plain_type
-from orchestrator.data.examples import Examples, SourceFile
+from orchestrator.data.examples import Examples
 from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
 from orchestrator.data.hub import open_hub
+from orchestrator.data.image_folders import read_class_folders, read_pictures
 from orchestrator.data.messages import show_name
 from orchestrator.data.raw import RawFile
 from orchestrator.data.readers import missing_path, read_file
@@ -76,7 +78,17 @@ def open_file(path: Path) -> Examples:
             continue
     if not raw.num_rows:
         raise DataError(Problem("there are no examples in the data", raw.place, "add examples, or name another file"))
-    return Examples(pa.table(columns), np.arange(raw.num_rows), (SourceFile(raw.place, raw.num_rows, raw.lines),))
+    return Examples(pa.table(columns), np.arange(raw.num_rows), (raw.source,))
+
+
+def open_pictures(path: Path) -> Examples:
+    """The column `image` of a picture, or of all pictures of a folder, as paths; as `open_file` gives other data.
+
+    Raises:
+        DataError: the folder holds no pictures.
+    """
+    raw = read_pictures(path)
+    return Examples(pa.table({"image": raw.fetch("image")}), np.arange(raw.num_rows), (raw.source,))
 
 
 def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
@@ -93,7 +105,7 @@ def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[
         if column.name in matched:
             source = matched[column.name]
             try:
-                table[column.name] = convert_column(given.table.column(source), column, source, place)
+                table[column.name] = convert_column(given.table.column(source), column, source, given.files[0])
             except DataError as error:
                 problems.extend(error.problems)
     if problems:
@@ -155,7 +167,7 @@ def _read_files(paths: Sequence[Path]) -> list[RawFile]:
     for path in paths:
         try:
             for file in folder_files(path) if path.is_dir() else [path]:
-                raw = read_file(file)
+                raw = read_class_folders(file) if file.is_dir() else read_file(file)
                 names = find_label_list(file)
                 files.append(_with_names(raw, names) if names else raw)
         except DataError as error:
@@ -167,8 +179,7 @@ def _read_files(paths: Sequence[Path]) -> list[RawFile]:
 
 def _with_names(raw: RawFile, names: tuple[str, ...]) -> RawFile:
     """Label names beside the file, for every column that brings none along itself."""
-    label_names = {**dict.fromkeys(raw.names, names), **raw.label_names}
-    return RawFile(raw.place, raw.names, raw.num_rows, raw.fetch, raw.lines, label_names)
+    return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names})
 
 
 def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
@@ -197,7 +208,7 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
     if problems:
         raise DataError(problems)
     table = _concatenate([raw.place for raw in used], tables)
-    files = tuple(SourceFile(raw.place, raw.num_rows, raw.lines) for raw in used)
+    files = tuple(raw.source for raw in used)
     texts = all(not pa.types.is_integer(table.column(c.name).type) for c in columns if c.name in table.column_names)
     return Examples(table, np.arange(table.num_rows), files, _merge_names(label_names, texts, used[0].place))
 
@@ -210,7 +221,7 @@ def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedA
         unified = values.unify_dictionaries()
         if unified.num_chunks and pa.types.is_string(unified.type.value_type):
             names = tuple(name for name in unified.chunk(0).dictionary.to_pylist() if name is not None)
-    converted = convert_column(values, column, source, raw.place)
+    converted = convert_column(values, column, source, raw.source)
     if names is not None and pa.types.is_integer(converted.type):
         # The Hub's mark for a label that is withheld.
         converted = pc.if_else(pc.equal(converted, -1), pa.scalar(None, pa.int64()), converted)

@@ -1,14 +1,26 @@
 """Source models: find and load them safely, tell their blocks apart, freeze, give them heads and adapters.
 
-In this order: `find_source`, `load_tokenizer` and `load_config`, `load_model`, `fit_to_tokenizer`, `set_head`,
-`find_blocks`, `freeze_blocks`, `add_adapter` (and `adapted_blocks`, for the names after it).
+In this order: `find_source`, `load_tokenizer` (or `load_image_processor`) and `load_config`, `load_model`,
+`fit_to_tokenizer`, `set_head`, `find_blocks`, `freeze_blocks`, `add_adapter` (and `adapted_blocks`,
+for the names after it).
 """
 
 from orchestrator.models.adapter import adapted_blocks, add_adapter
 from orchestrator.models.blocks import Block, Blocks, find_blocks
 from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
 from orchestrator.models.head import set_head, write_deep_head_code
-from orchestrator.models.load import LoadedModel, fit_to_tokenizer, load_config, load_model, load_tokenizer, seeded
+from orchestrator.models.image_processor import PictureMaker, set_image_size
+from orchestrator.models.load import (
+    LoadedModel,
+    fit_to_tokenizer,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    seeded,
+)
+from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
+from orchestrator.models.prefix import Prefix, Unsplit, split_model
 from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
 
 __all__ = [
@@ -17,20 +29,29 @@ __all__ = [
     "Depth",
     "Frozen",
     "LoadedModel",
+    "Pick",
+    "PictureMaker",
+    "Prefix",
     "SourceModel",
+    "Unsplit",
     "adapted_blocks",
     "add_adapter",
     "find_blocks",
+    "find_pick",
     "find_source",
     "fingerprint",
     "fit_to_tokenizer",
     "freeze_blocks",
     "load_config",
+    "load_image_processor",
     "load_model",
     "load_tokenizer",
     "open_folder",
+    "pick_in_last_layer",
     "resolve_depth",
     "seeded",
     "set_head",
+    "set_image_size",
+    "split_model",
     "write_deep_head_code",
 ]

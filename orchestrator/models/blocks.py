@@ -32,6 +32,8 @@ class Block:
     """Every module of the block, those inside other ones too; a layer's outermost comes first."""
     parameters: tuple[str, ...]
     """Names as in `model.named_parameters()`."""
+    elements: tuple[nn.Module, ...] = ()
+    """A layer's outermost modules in the order of data: mostly one; a model that spreads its layers has several."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
             name,
             tuple(module for module, owner in owners.items() if owner == index and module not in around),
             tuple(named for named, parameter in model.named_parameters() if parameters[parameter] == index),
+            columns[index - 1] if 0 < index <= len(columns) else (),
         )
         for index, name in zip([*range(len(names) - 1), HEAD], names, strict=True)
     ]

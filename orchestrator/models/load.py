@@ -1,4 +1,4 @@
-"""Load config, tokenizer and weights of a source model: safetensors only, in fp32, the same for the same seed."""
+"""Load config, processor and weights of a source model: safetensors only, in fp32, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from orchestrator.models.hub import LOADING_ERRORS, explain
 from orchestrator.models.source import SourceModel
 
 TOKENIZER_FILE = "tokenizer.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# The share of the last batch in a batch norm's running statistics. The two libraries mean opposite things by momentum,
+# so models that came from TensorFlow have 0.997 and more: the statistics of one batch, with which they score at random.
+HIGHEST_MOMENTUM = 0.1
+MOMENTUM_OF_PRETRAINED = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,30 @@ def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
     return tokenizer, [Problem(note, source.where, fatal=False)]
 
 
+def load_image_processor(source: SourceModel) -> Any:
+    """The source's image processor, computing with Pillow and NumPy: where torchvision is installed too, it must not
+    decide what the numbers are.
+
+    Raises:
+        ModelError: it cannot be loaded, or there is none.
+    """
+    with _plain_errors(source):
+        if source.is_local and not any(_has_file(source, name) for name in PROCESSOR_FILES):
+            remedy = f"copy {PROCESSOR_FILES[0]} from where the model is from"
+            what = f"{source.name!r} has no image processor ({PROCESSOR_FILES[0]})"
+            raise ModelError(Problem(what, source.where, remedy))
+        return transformers.AutoImageProcessor.from_pretrained(source.location, backend="pil", **_hub_arguments(source))
+
+
 def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: bool, seed: int) -> LoadedModel:
     """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
 
     What the source lacks, or has in another shape (a head for other labels), is drawn under `seed`; the caller's random
     streams stay as they are. The output layer of a source that was trained for other labels is drawn anew too, even
     where its shape would fit.
+
+    Batch norms whose running statistics would follow the last batch (a momentum above 0.1) are given one of 0.01, which
+    keeps most of what the source knew; from scratch 0.1, PyTorch's own, since there is nothing to keep.
 
     Args:
         config: from `load_config`.
@@ -94,7 +117,9 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
     loader = _find_loader(auto_class, config, source)
     with _plain_errors(source), seeded(seed):
         if from_scratch:
-            return LoadedModel(_build(loader, config, source).eval(), frozenset())
+            built = _build(loader, config, source).eval()
+            _calm_batch_norms(built, HIGHEST_MOMENTUM)
+            return LoadedModel(built, frozenset())
         model, report = loader.from_pretrained(
             source.location,
             config=config,
@@ -105,6 +130,7 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
             adapter_kwargs={"local_files_only": source.is_offline},
             **_hub_arguments(source),
         )
+        _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
         new = (set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}) & set(names.values())
         _check_body(model, source, report["mismatched_keys"], new)
@@ -146,6 +172,12 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
     if issubclass(loader, transformers.PreTrainedModel):
         return loader._from_config(config, dtype=torch.float32)
     return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+
+
+def _calm_batch_norms(model: nn.Module, momentum: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.momentum or 0.0) > HIGHEST_MOMENTUM:
+            module.momentum = momentum
 
 
 def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:

@@ -7,12 +7,14 @@ from orchestrator.recipe.paths import resolve_path, show_path
 from orchestrator.recipe.reference import json_schema
 from orchestrator.recipe.schema import (
     Adapter,
+    Case,
     Data,
     EarlyStopping,
     Head,
     Limit,
     Recipe,
     Scale,
+    Search,
     Source,
     Split,
     Target,
@@ -22,6 +24,7 @@ from orchestrator.recipe.schema import (
 
 __all__ = [
     "Adapter",
+    "Case",
     "Data",
     "EarlyStopping",
     "Head",
@@ -29,6 +32,7 @@ __all__ = [
     "Origin",
     "Recipe",
     "Scale",
+    "Search",
     "ShippedRecipe",
     "Source",
     "Split",

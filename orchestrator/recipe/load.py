@@ -20,6 +20,7 @@ from orchestrator.recipe.reading import read_text, read_yaml, resolve_scalar
 from orchestrator.recipe.reference import shape_of
 from orchestrator.recipe.rules import SPLITS, check_rules
 from orchestrator.recipe.schema import Data, Recipe, Section
+from orchestrator.recipe.search_rules import check_search
 from orchestrator.recipe.wording import explain_mistakes
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -47,7 +48,34 @@ def parse_recipe(text: str, file: Path | None = None, overrides: Sequence[str] =
     document = read_yaml(text, file)
     data, texts, problems = apply_overrides(document.data, overrides)
     origin = Origin(file, _written_lines(document.lines, texts), texts)
-    return _build(data, origin, [*document.problems, *problems])
+    return build_recipe(data, origin, [*document.problems, *problems])
+
+
+def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Problem] = ()) -> Recipe:
+    """The recipe that plain data say, which were written at the places of `origin`.
+
+    Raises:
+        RecipeError: with `problems`, those of the values, and those of the rules between them.
+    """
+    mistakes: list[Mistake] = []
+    found = [*problems]
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        shape = shape_of(Recipe)
+        mistakes = find_mistakes(error, data, shape)
+        found += explain_mistakes(mistakes, data, shape, origin)
+        try:
+            # What is left without the mistakes is checked too, so that one report names everything.
+            recipe = Recipe.model_validate(leave_out(mistakes, data, shape))
+        except ValidationError:
+            raise RecipeError(found) from None
+    recipe._origin = origin
+    unreliable = [path for mistake in mistakes for path in mistake.touches]
+    found += [*check_rules(recipe, unreliable), *check_search(recipe, unreliable)]
+    if found:
+        raise RecipeError(found)
+    return _settle_overridden_paths(recipe)
 
 
 def check_section(section: type[AnySection], data: dict[str, Any], path: str, origin: Origin) -> AnySection:
@@ -119,26 +147,6 @@ def _written_lines(lines: dict[str, int], overrides: dict[str, str]) -> dict[str
 
 def _is_within(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
-
-
-def _build(data: dict[str, Any], origin: Origin, problems: list[Problem]) -> Recipe:
-    mistakes: list[Mistake] = []
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        shape = shape_of(Recipe)
-        mistakes = find_mistakes(error, data, shape)
-        problems = [*problems, *explain_mistakes(mistakes, data, shape, origin)]
-        try:
-            # What is left without the mistakes is checked too, so that one report names everything.
-            recipe = Recipe.model_validate(leave_out(mistakes, data, shape))
-        except ValidationError:
-            raise RecipeError(problems) from None
-    recipe._origin = origin
-    problems = [*problems, *check_rules(recipe, [path for mistake in mistakes for path in mistake.touches])]
-    if problems:
-        raise RecipeError(problems)
-    return _settle_overridden_paths(recipe)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from orchestrator.errors import Problem, RecipeError
+from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.reading import read_value
+from orchestrator.recipe.schema import Case
 
 _EXAMPLE = "write it as `train.learning_rate=1e-4`"
 
@@ -37,7 +38,7 @@ def apply_overrides(
         place = f"{text} (command line)"
         try:
             path, value = _parse(text, place)
-            _set(data, path.split("."), value)
+            _set(data, _split(path), value)
         except RecipeError as error:
             problems.extend(error.problems)
         except _OverrideError as error:
@@ -58,6 +59,17 @@ def _parse(text: str, place: str) -> tuple[str, Any]:
     if not written.strip():
         raise _OverrideError("an override has no value", f"write `{path}=VALUE`, or `{path}=null` for none")
     return path, read_value(written, place)
+
+
+def _split(path: str) -> list[str]:
+    """The keys that a path leads through: one for each part, but places in `search.space` are keys that hold dots."""
+    parts = path.split(".")
+    if parts[:2] != ["search", "space"]:
+        return parts
+    # The place ends where the words of a case begin (misspelt ones too), or the number of a case.
+    ends = (i for i, part in enumerate(parts) if i > 2 and (part.isdigit() or nearest(part, Case.model_fields)))
+    end = next(ends, len(parts))
+    return [*parts[:2], ".".join(parts[2:end]), *parts[end:]] if len(parts) > 2 else parts
 
 
 def _set(data: dict[str, Any], parts: list[str], value: Any) -> None:

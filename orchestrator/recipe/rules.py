@@ -1,13 +1,14 @@
 """Rules between fields: what each value allows on its own but the recipe as a whole does not.
 
-Each rule is a function that yields its findings. What needs the data or the model is checked where those are read.
+Each rule is a function that yields its findings. What needs the data or the model is checked where those are read;
+the section `search` has rules of its own in `search_rules.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import Problem, RecipeError
@@ -29,21 +30,32 @@ class Finding:
 
 def check_rules(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
     """The problems between the recipe's values, but for those that involve a path at, above or below `unreliable`."""
+    return tell(recipe, find_broken_rules(recipe), unreliable)
+
+
+def find_broken_rules(recipe: Recipe) -> Iterator[Finding]:
+    """What the rules between the recipe's values find."""
+    for rule in _RULES:
+        yield from rule(recipe)
+
+
+def tell(recipe: Recipe, findings: Iterable[Finding], unreliable: Sequence[str] = ()) -> list[Problem]:
+    """Findings as problems at their places, but for those that involve a path at, above or below `unreliable`."""
     return [
         Problem(finding.what, _place(recipe, finding), finding.remedy)
-        for rule in _RULES
-        for finding in rule(recipe)
-        if not any(_overlap(path, other) for path in finding.paths for other in unreliable)
+        for finding in findings
+        if not any(overlap(path, other) for path in finding.paths for other in unreliable)
     ]
+
+
+def overlap(path: str, other: str) -> bool:
+    """Whether one of two dotted paths is the other, or lies below it."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 def _place(recipe: Recipe, finding: Finding) -> str:
     written = [path for path in finding.paths if recipe.origin.wrote(path)]
     return recipe.origin.where((written or finding.paths)[0])
-
-
-def _overlap(path: str, other: str) -> bool:
-    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 def _paths_lead_somewhere(recipe: Recipe) -> Iterator[Finding]:

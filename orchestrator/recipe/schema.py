@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from orchestrator.recipe.origin import Origin
 
@@ -23,6 +31,13 @@ Name = Annotated[
 ]
 Text = Annotated[str, Field(min_length=1)]
 Every = Literal["epoch"] | PositiveInt
+Values = Annotated[list[Any], Field(min_length=1, title="a list of one value or more")]
+Range = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]],
+    Field(min_length=2, max_length=2, title="two numbers, `[low, high]`"),
+]
+PositiveRange = Annotated[list[Positive], Field(min_length=2, max_length=2, title="two numbers above 0, `[low, high]`")]
+WholeRange = Annotated[list[int], Field(min_length=2, max_length=2, title="two whole numbers, `[low, high]`")]
 
 
 class Section(BaseModel):
@@ -182,6 +197,9 @@ class Train(Section):
     """Gradients are clipped to this norm; null for no clipping."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    cache_prefix: Literal["auto"] | bool = "auto"
+    """Compute the outputs of the frozen blocks once, store them and start later epochs (and trials of a search) from
+    them; the losses stay the same. `auto`: where that pays; `true`: wherever it can be done."""
     early_stopping: EarlyStopping | None = None
     """Stop when *select* has not improved for a while; null to train to the end."""
     evaluate_every: Every = "epoch"
@@ -215,6 +233,67 @@ class Scale(Section):
     """Times a run goes on from its last checkpoint after a worker died; -1 without end."""
     storage: Text = "runs"
     """Folder in which runs are kept; every worker must see it."""
+    cache_gigabytes: Literal["auto"] | Positive = "auto"
+    """Disk for stored outputs of frozen blocks; `auto` takes half of what is free. The least used go first."""
+
+
+class Case(Section):
+    """The values that one place of the recipe may take in a search: exactly one of the kinds below."""
+
+    when: dict[Text, Any] | None = None
+    """Places of the recipe, each with the value (or a list of the values) it must have for this case to apply; a
+    mapping fits when its keys do. null: always."""
+    choice: Literal["every"] | Values | SkipJsonSchema[None] = None
+    """One of these values; for `transfer.freeze` also `every`: each boundary that the model has (0, stem, 1, 2, ...,
+    all)."""
+    uniform: Range | SkipJsonSchema[None] = None
+    """A number from low to high (both may occur), each as likely."""
+    loguniform: PositiveRange | SkipJsonSchema[None] = None
+    """The same with each order of magnitude as likely: for learning rates."""
+    integers: WholeRange | SkipJsonSchema[None] = None
+    """A whole number from low to high (both may occur)."""
+
+    @model_serializer(mode="wrap")
+    def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Four nulls beside every choice would bury it."""
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
+class Search(Section):
+    """Trials of this recipe with other values: which, how many, and how the winner is found. Only `orchestrator search`
+    reads it."""
+
+    space: dict[Text, Case | Annotated[list[Case], Field(min_length=1, title="a list of such cases")]] | None = None
+    """What varies: dotted places of the recipe with their values, or with a list of cases, of which the first that
+    applies counts: `{transfer.freeze: {choice: every}, train.learning_rate: {loguniform: [1.0e-5, 1.0e-4]}}`. null:
+    freeze depth and learning rate, in ranges that suit the kind of model."""
+    metric: Text | None = None
+    """A metric of the task, on *select*, at each trial's best evaluation; null for the task's main one."""
+    mode: Literal["max", "min"] | None = None
+    """Whether high or low is good; null as the metric says."""
+    trials: PositiveInt = 16
+    """At most this many trials."""
+    seconds: Positive | None = None
+    """After this long no trial begins and running ones are stopped; null for no limit."""
+    algorithm: Literal["grid", "random", "tpe"] = "grid"
+    """`grid` crosses all choices, with as many points of each range as `trials` allows; `random` draws; `tpe` learns
+    from earlier trials where good values lie (Bergstra et al. 2011), which pays from some twenty trials on."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """`none` trains every trial to its end; `asha` stops those that fall behind (Li et al. 2018); `pbt` lets poor
+    trials go on from good ones with other rates (Jaderberg et al. 2017)."""
+    grace: PositiveInt = 1
+    """`asha`: evaluations that every trial gets before it may be stopped; it is judged at `grace`, `grace * reduction`,
+    `grace * reduction^2`, ... evaluations. `pbt`: evaluations between two exchanges."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """`asha`: one of so many trials goes on each time it is judged."""
+    concurrent: Literal["auto"] | PositiveInt = "auto"
+    """Trials at a time; `auto` as many as the machine has cores or GPUs for."""
+    reseed_top: Annotated[int, Field(ge=0)] = 0
+    """Train so many of the best again with other seeds before a winner is named; the best mean wins."""
+    reseeds: PositiveInt = 2
+    """Other seeds for each of `reseed_top`."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the search. Every trial keeps `train.seed`, so that trials differ in what is searched alone."""
 
 
 class Recipe(Section):
@@ -232,6 +311,8 @@ class Recipe(Section):
     """How it is trained."""
     scale: Scale = Scale()
     """On what it runs."""
+    search: Search | None = None
+    """What `orchestrator search` tries; null for its defaults."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.recipe.reference import Node, Shape
 
 _SWITCHES = ("yes", "no", "on", "off", "true", "false")
 _LONGEST_VALUE = 60
+_PLAIN = re.compile(r"[\w%./-]+")
 
 
 def explain_mistakes(
@@ -32,13 +34,37 @@ def show_value(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
+def write_value(value: Any) -> str:
+    """A value of any kind in YAML's one-line form, as `{type: lora, r: 8}`; quotes only where YAML needs them."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {write_value(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(write_value, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) and _is_text(value) else show_value(value)
+
+
+def explain_value(mistake: Mistake, data: dict[str, Any], shape: Shape) -> tuple[str, str]:
+    """What is wrong with a value that somebody wants to put into the recipe, and the remedy."""
+    if mistake.kind != "invalid":
+        words = {"unknown": _explain_unknown, "missing": _explain_missing}
+        problem = words[mistake.kind](mistake, data, shape, Origin(), ())
+        return problem.what, problem.remedy or ""
+    node, value = shape.find(mistake.path) or {}, value_at(data, mistake.path)
+    what = f"`{dotted(mistake.path)}` cannot be {show_value(value)}, must be {shape.accepts(node)}"
+    return what, _explain_slip(shape.options(node), value) or "change it, or take it out"
+
+
 def _explain_unknown(mistake: Mistake, _: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
     key, section = str(mistake.path[-1]), mistake.path[:-1]
     place = dotted((*prefix, *section))
     of = f"`{place}`" if place else "a recipe"
     homes = [dotted((*prefix, *path)) for path in shape.sections() if key in shape.keys(path)]
     guess = f"did you mean `{mistake.meant}`? " if mistake.meant else ""
-    if homes:
+    if section[:2] == ("search", "space") and shape.find((*str(section[-1]).split("."), key)):
+        guess = f"write places of the recipe with dots: `{section[-1]}.{key}: ...`; "
+    elif homes:
         guess = f"move it to {' or '.join(f'`{home}`' if home else 'the top level' for home in homes)}; "
     keys = ", ".join(f"`{name}`" for name in shape.keys(section))
     what = f"unknown key `{key}` in {of}"
@@ -63,7 +89,7 @@ def _remedy(node: Node, shape: Shape, value: Any) -> str:
         return slip
     if value is None and any("properties" in option for option in shape.options(node)):
         return "put keys below it, or remove the line"
-    if "default" in node:
+    if "default" in node and (node["default"] is not None or {"type": "null"} in shape.options(node)):
         return f"change it, or remove the key for the default, {show_value(node['default'])}"
     return "change it"
 
@@ -82,6 +108,10 @@ def _explain_slip(options: Sequence[Node], value: Any) -> str | None:
         return "write `true` or `false`, without quotes"
     close = nearest(value, [name for option in options for name in _names(option)])
     return f"did you mean `{close}`?" if close else None
+
+
+def _is_text(text: str) -> bool:
+    return resolve_scalar(text).endswith("str")
 
 
 def _names(option: Node) -> list[str]:

@@ -1,4 +1,7 @@
-"""One file per task. `text-classification` is `text_classification.py`; its class is found by that name."""
+"""One file per task. `text-classification` is `text_classification.py`; its class is found by that name.
+
+What several tasks need is in `shared/`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ __all__ = ["Encoded", "Task", "find_task", "read_options", "task_names"]
 
 def task_names() -> list[str]:
     """Names of all tasks, from the files of this package."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    files = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return sorted(name.replace("_", "-") for name in files if name != "base")
 
 
 def find_task(name: str, where: str | None = None) -> type[Task]:

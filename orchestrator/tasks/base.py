@@ -1,4 +1,7 @@
-"""What a task is: columns, checks, preprocessing, head, loss, predictions, metrics. It knows no Ray and no loop."""
+"""What a task is: columns, checks, preprocessing, head, loss, predictions, metrics. It knows no Ray and no loop.
+
+What turns examples into the model's inputs is called the *processor*: a tokenizer, an image processor.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from orchestrator.data.cache import Built
 from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
+
+if TYPE_CHECKING:
+    from orchestrator.models import SourceModel  # It brings torch along, which the names of options can do without.
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -44,12 +51,24 @@ class Encoded(ABC):
     num_targets: npt.NDArray[np.int64]
     """Targets that the loss of each example is a sum over; shape [num_examples]."""
 
+    augments: bool = False
+    """Whether training batches are changed at random."""
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     @abstractmethod
-    def batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
-        """The model's inputs for these rows, padded; with `labels` where the split has them."""
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+        """The model's inputs for these rows, padded; with `labels` where the split has them.
+
+        Args:
+            stream: seed and epoch, where examples may be changed at random. What is drawn for an example depends on
+                these and its row alone, however batches are cut. None changes nothing.
+        """
+
+    def beside_features(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        """What a batch holds besides what only the stem reads, for when stored features take the stem's place."""
+        return self.batch(rows)
 
     @abstractmethod
     def targets(self) -> Arrays:
@@ -64,6 +83,8 @@ class Task(ABC):
     """What `target.options` may hold."""
     auto_class: ClassVar[str]
     """The class of `transformers` that makes the model with the task's head."""
+    processor_class: ClassVar[str]
+    """The class of `transformers` that loads the processor."""
     options: Any
     """What `target.options` holds, as an instance of `Options`."""
     label_names: tuple[str, ...]
@@ -114,19 +135,27 @@ class Task(ABC):
         """What the model's config must say: label names, problem type."""
 
     @abstractmethod
-    def check_model(self, tokenizer: Any, config: Any, recipe: Recipe) -> list[Problem]:
+    def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
+        """The source's processor, set as the options say, and notes on it (not fatal); raises ModelError."""
+
+    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:  # noqa: B027
+        """Tell the model what it must know of the processor; raises ModelError where the two do not fit."""
+        # Most models need to know nothing.
+
+    @abstractmethod
+    def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
         """What in the recipe does not fit this source model."""
 
     @abstractmethod
-    def encode(self, examples: Examples, tokenizer: Any) -> pa.Table:
+    def encode(self, examples: Examples, processor: Any) -> Built:
         """The split as the model reads it; a pure function, so that it can be cached by content."""
 
     @abstractmethod
-    def cache_parts(self, tokenizer: Any) -> list[Any]:
+    def cache_parts(self, processor: Any) -> list[Any]:
         """Whatever `encode` depends on besides the examples, as JSON-able values."""
 
     @abstractmethod
-    def wrap(self, table: pa.Table, tokenizer: Any) -> Encoded:
+    def wrap(self, table: pa.Table, processor: Any) -> Encoded:
         """An encoded table, ready to be batched."""
 
     @abstractmethod
@@ -134,8 +163,8 @@ class Task(ABC):
         """What only shows after preprocessing, such as texts that were cut."""
 
     @abstractmethod
-    def example_inputs(self) -> dict[str, Any]:
-        """Tiny inputs (tensors) that pass through every block, to find the order of the blocks."""
+    def example_inputs(self, processor: Any) -> dict[str, Any]:
+        """Inputs (tensors) of one example that pass through every block, to find the order of the blocks."""
 
     @abstractmethod
     def loss(self, outputs: Any, labels: Any) -> Any:
@@ -148,6 +177,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
         """The numbers for metrics.jsonl and result.json."""
+
+    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+        """One of the metrics, where a quicker way to it than all of them may be known."""
+        return self.metrics(predictions, targets)[metric]
 
     @abstractmethod
     def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:

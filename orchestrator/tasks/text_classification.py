@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,22 @@ from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
+from orchestrator.tasks.shared.labels import (
+    DIRECTIONS,
+    class_report,
+    describe_labels,
+    label_config,
+    name_scores,
+    names_in,
+    predicted_labels,
+    single_label_metrics,
+    softmax,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.models import SourceModel
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-CALIBRATION_BINS = 15
 LONGEST_LENGTH_TOLD = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 
 
@@ -48,7 +61,7 @@ class EncodedTexts(Encoded):
         self.lengths = self.inputs["input_ids"].lengths
         self.num_targets = np.ones(len(self.lengths), dtype=np.int64)
 
-    def batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
         arrays: Arrays = {name: column.pad(rows, self.fill[name]) for name, column in self.inputs.items()}
         lengths = self.lengths[rows]
         arrays["attention_mask"] = (np.arange(max(1, lengths.max(initial=1))) < lengths[:, None]).astype(np.int64)
@@ -67,6 +80,7 @@ class TextClassification(Task):
     name = "text-classification"
     Options = TextOptions
     auto_class = "AutoModelForSequenceClassification"
+    processor_class = "AutoTokenizer"
     shown_by_type: ClassVar[dict[str, tuple[str, ...]]] = {
         "single_label_classification": ("accuracy", "f1_macro"),
         "multi_label_classification": ("f1_micro", "f1_macro"),
@@ -116,28 +130,25 @@ class TextClassification(Task):
 
     @classmethod
     def restore(cls, options: TextOptions, config: Any) -> TextClassification:
-        names = tuple(config.id2label[index] for index in range(config.num_labels))
-        return cls(options, config.problem_type or "single_label_classification", names)
+        return cls(options, config.problem_type or "single_label_classification", names_in(config))
 
     def metric_directions(self) -> dict[str, bool]:
-        names = {
-            "single_label_classification": ("accuracy", "f1_macro", "f1_weighted", "matthews_correlation"),
-            "multi_label_classification": ("accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples"),
-            "regression": ("pearson", "spearman", "r2"),
+        if self.problem_type == "single_label_classification":
+            return dict(DIRECTIONS)
+        scores, errors = {
+            "multi_label_classification": (
+                ("accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples"),
+                ("hamming_loss",),
+            ),
+            "regression": (("pearson", "spearman", "r2"), ("mse", "mae")),
         }[self.problem_type]
-        errors = {
-            "single_label_classification": ("ece",),
-            "multi_label_classification": ("hamming_loss",),
-            "regression": ("mse", "mae"),
-        }
-        return {**dict.fromkeys(names, True), **dict.fromkeys(("loss", *errors[self.problem_type]), False)}
+        return {**dict.fromkeys(scores, True), **dict.fromkeys(("loss", *errors), False)}
 
     def describe(self) -> str:
         if self.problem_type == "regression":
             return "a number for each text"
         some = "any of " if self.problem_type == "multi_label_classification" else ""
-        shown = ", ".join(self.label_names[:12]) + (", ..." if len(self.label_names) > 12 else "")
-        return f"{some}{len(self.label_names)} labels: {shown}"
+        return some + describe_labels(self.label_names)
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
         texts = [name for name in ("text", "text_pair") if name in examples.table.column_names]
@@ -149,15 +160,20 @@ class TextClassification(Task):
         return found
 
     def config_changes(self) -> dict[str, Any]:
-        return {
-            "problem_type": self.problem_type,
-            "num_labels": len(self.label_names),
-            "id2label": dict(enumerate(self.label_names)),
-            "label2id": {name: index for index, name in enumerate(self.label_names)},
-        }
+        return label_config(self.label_names, self.problem_type)
 
-    def check_model(self, tokenizer: Any, config: Any, recipe: Recipe) -> list[Problem]:
-        limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
+        from orchestrator import models
+
+        return models.load_tokenizer(source)
+
+    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
+        from orchestrator import models
+
+        models.fit_to_tokenizer(model, processor, source)
+
+    def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
+        limits = [processor.model_max_length, getattr(config, "max_position_embeddings", None)]
         longest = min((limit for limit in limits if limit and 0 < limit < LONGEST_LENGTH_TOLD), default=None)
         if longest is None or self.options.max_length <= longest:
             return []
@@ -169,13 +185,13 @@ class TextClassification(Task):
             )
         ]
 
-    def cache_parts(self, tokenizer: Any) -> list[Any]:
-        return [self.name, self.options.max_length, self.problem_type, self.label_names, tokenizer_state(tokenizer)]
+    def cache_parts(self, processor: Any) -> list[Any]:
+        return [self.name, self.options.max_length, self.problem_type, self.label_names, tokenizer_state(processor)]
 
-    def encode(self, examples: Examples, tokenizer: Any) -> pa.Table:
+    def encode(self, examples: Examples, processor: Any) -> pa.Table:
         texts = examples.table["text"].to_pylist()
         pairs = examples.table["text_pair"].to_pylist() if "text_pair" in examples.table.column_names else None
-        encoded = tokenizer(
+        encoded = processor(
             texts,
             pairs,
             truncation=True,
@@ -196,9 +212,9 @@ class TextClassification(Task):
             return pa.array(encoded)
         return pa.FixedSizeListArray.from_arrays(pa.array(encoded.reshape(-1)), len(self.label_names))
 
-    def wrap(self, table: pa.Table, tokenizer: Any) -> EncodedTexts:
+    def wrap(self, table: pa.Table, processor: Any) -> EncodedTexts:
         names = [name for name in table.column_names if name != "label"]
-        fill = {name: tokenizer.pad_token_id if name == "input_ids" else 0 for name in names}
+        fill = {name: processor.pad_token_id if name == "input_ids" else 0 for name in names}
         return EncodedTexts({name: Ragged.of(table[name]) for name in names}, fill, self._label_array(table))
 
     def _label_array(self, table: pa.Table) -> npt.NDArray[Any] | None:
@@ -224,7 +240,7 @@ class TextClassification(Task):
             )
         ]
 
-    def example_inputs(self) -> dict[str, Any]:
+    def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch
 
         # No attention mask: models look into it, which they cannot where there are only shapes (the meta device).
@@ -255,19 +271,9 @@ class TextClassification(Task):
     def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
         if self.problem_type == "regression":
             return {}
-        from sklearn.metrics import classification_report, confusion_matrix
-
-        logits, truth = predictions["logits"], targets["label"]
+        logits = predictions["logits"]
         single = self.problem_type == "single_label_classification"
-        predicted = logits.argmax(-1) if single else logits > 0
-        indices = list(range(len(self.label_names)))
-        report = classification_report(
-            truth, predicted, labels=indices, target_names=list(self.label_names), output_dict=True, zero_division=0
-        )
-        found: dict[str, Any] = {"per_class": report, "labels": list(self.label_names)}
-        if single:
-            found["confusion_matrix"] = confusion_matrix(truth, predicted, labels=indices).tolist()
-        return found
+        return class_report(targets["label"], logits.argmax(-1) if single else logits > 0, self.label_names)
 
     def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
         logits = predictions["logits"]
@@ -276,13 +282,8 @@ class TextClassification(Task):
         if self.problem_type == "multi_label_classification":
             scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
             names = [[name for name, on in zip(self.label_names, row, strict=True) if on > 0.5] for row in scores]
-        else:
-            scores = softmax(logits)
-            names = [self.label_names[index] for index in logits.argmax(-1)]
-        return {
-            "prediction": names,
-            "scores": [dict(zip(self.label_names, map(float, row), strict=True)) for row in scores],
-        }
+            return {"prediction": names, "scores": name_scores(scores, self.label_names)}
+        return predicted_labels(logits, self.label_names)
 
 
 TASK = TextClassification
@@ -317,28 +318,6 @@ def tokenizer_state(tokenizer: Any) -> str:
     return f"{type(tokenizer).__name__} {words} {tokenizer.special_tokens_map} {tokenizer.model_input_names}"
 
 
-def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Probabilities of each row, in float64; shape as the logits: [num_examples, num_labels]."""
-    from scipy.special import softmax as scipy_softmax
-
-    probabilities: npt.NDArray[np.float64] = scipy_softmax(logits.astype(np.float64), axis=-1)
-    return probabilities
-
-
-def single_label_metrics(probabilities: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy, F1, Matthews' coefficient and calibration. `probabilities`: [num_examples, num_labels]."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    predicted = probabilities.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "f1_macro": float(f1_score(truth, predicted, average="macro", zero_division=0)),
-        "f1_weighted": float(f1_score(truth, predicted, average="weighted", zero_division=0)),
-        "matthews_correlation": float(matthews_corrcoef(truth, predicted)),
-        "ece": expected_calibration_error(probabilities.max(-1), predicted == truth),
-    }
-
-
 def multi_label_metrics(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> dict[str, float]:
     """Exact matches, F1 and Hamming loss; both arrays are [num_examples, num_labels]."""
     from sklearn.metrics import accuracy_score, f1_score, hamming_loss
@@ -367,13 +346,3 @@ def regression_metrics(predicted: npt.NDArray[Any], truth: npt.NDArray[Any]) -> 
         "mae": float(mean_absolute_error(truth, predicted)),
         "r2": float(r2_score(truth, predicted)) if len(truth) > 1 else 0.0,
     }
-
-
-def expected_calibration_error(confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_]) -> float:
-    """Mean gap between confidence and accuracy over 15 equal bins, weighted by their examples (Guo et al. 2017)."""
-    if not np.isfinite(confidence).all():
-        return float("nan")
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-    gaps = np.bincount(bins, confidence, CALIBRATION_BINS) - np.bincount(bins, correct, CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / max(1, counts.sum()))

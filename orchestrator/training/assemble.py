@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from orchestrator import models
+from orchestrator.errors import ModelError, Problem
 from orchestrator.models import Blocks, Frozen
+from orchestrator.recipe import Recipe
 from orchestrator.training.prepare import Prepared
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
@@ -20,6 +22,8 @@ class Parts:
 
     module: Any
     """The model, with head and adapter."""
+    body: Any
+    """The source's body in it, without the head."""
     blocks: Blocks
     frozen: Frozen
     groups: list[dict[str, Any]]
@@ -44,10 +48,11 @@ def assemble(prepared: Prepared) -> Parts:
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed)
     module = loaded.model
+    body = module.base_model
     with models.seeded(seed):
         new = models.set_head(module, transfer.head, loaded.new_parameters)
-    models.fit_to_tokenizer(module, prepared.tokenizer, prepared.source)
-    blocks = models.find_blocks(module, prepared.task.example_inputs(), new)
+    prepared.task.fit_model(module, prepared.processor, prepared.source)
+    blocks = find_blocks(prepared, module, new)
     where = recipe.origin.where("transfer.freeze")
     depth = models.resolve_depth(transfer.freeze, len(blocks.layers), where)
     frozen = models.freeze_blocks(module, blocks, depth)
@@ -57,17 +62,33 @@ def assemble(prepared: Prepared) -> Parts:
         blocks = models.adapted_blocks(module, blocks)
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    groups = parameter_groups(
-        dict(module.named_parameters()),
-        rate_multipliers(blocks, transfer),
-        recipe.train.learning_rate,
-        recipe.train.weight_decay,
-    )
-    return Parts(module, blocks, frozen, groups, head_is_new=bool(new) or transfer.from_scratch)
+    head_is_new = bool(new) or transfer.from_scratch
+    return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new)
 
 
-def check_structure(prepared: Prepared) -> None:
+def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer, at the recipe's rates."""
+    multipliers = rate_multipliers(blocks, recipe.transfer)
+    train = recipe.train
+    return parameter_groups(dict(module.named_parameters()), multipliers, train.learning_rate, train.weight_decay)
+
+
+def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
+    """The model's blocks; raises ModelError where it cannot read what the task feeds it."""
+    try:
+        return models.find_blocks(module, prepared.task.example_inputs(prepared.processor), new)
+    except ValueError as error:  # What transformers raises where inputs have the wrong size.
+        what = f"{prepared.source.name!r} cannot read the task's inputs: {error}"
+        where = prepared.recipe.origin.where("target.options")
+        remedy = "set the task's options to what the source model was trained with (null, where they may be null)"
+        raise ModelError(Problem(what, where, remedy)) from error
+
+
+def check_structure(prepared: Prepared) -> Parts | None:
     """Refuse what does not fit the model (freeze depth, adapter targets, head) before anything starts, without weights.
+
+    Returns:
+        The parts, without values; None for architectures that look into their inputs.
 
     Raises:
         ModelError: as `assemble`.
@@ -76,4 +97,5 @@ def check_structure(prepared: Prepared) -> None:
     recipe = prepared.recipe.model_copy(update={"transfer": scratch})
     # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
     with torch.device("meta"), contextlib.suppress(RuntimeError):
-        assemble(replace(prepared, recipe=recipe))
+        return assemble(replace(prepared, recipe=recipe))
+    return None

@@ -32,6 +32,8 @@ class Engine(ABC):
     model: Any
     """What to call with a batch."""
     optimizer: Any
+    float_type: torch.dtype | None = None
+    """What floating inputs must be turned into, where the weights themselves are in another format."""
 
     def __init__(self, module: nn.Module, accelerator: Any) -> None:
         self.module = module
@@ -41,6 +43,15 @@ class Engine(ABC):
         self.num_workers: int = accelerator.num_processes
         assert self.num_workers == (dist.get_world_size() if dist.is_initialized() else 1), "Accelerate missed workers"
         self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What trained modules learn without gradients; the engine may have put other tensors in their place."""
+        return dict(trained_statistics(self.module))
+
+    @abstractmethod
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the model's forward pass, for parts of the model that are called without the rest."""
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -63,7 +74,7 @@ class Engine(ABC):
 
     @abstractmethod
     def trained_weights(self) -> dict[str, Tensor]:
-        """All trained parameters in fp32 on the CPU, whole; all workers call it, each gets them."""
+        """All trained parameters in fp32 on the CPU, whole, and the statistics; all workers call it, each gets them."""
 
     def agree(self, trouble: str | None) -> str | None:
         """Wait for all workers; the first trouble that any of them had, on all of them."""
@@ -106,7 +117,8 @@ class TorchEngine(Engine):
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        has_statistics = any(True for _ in trained_statistics(module))
+        kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=has_statistics)
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
@@ -117,6 +129,10 @@ class TorchEngine(Engine):
         module.to(self.device)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.model = accelerator.prepare_model(module)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if last or self.num_workers == 1:
@@ -139,18 +155,17 @@ class TorchEngine(Engine):
         if self.rank == 0:
             from safetensors.torch import save_file
 
-            save_file(
-                {name: value.detach().contiguous() for name, value in self.trained.items()},
-                folder / "weights.safetensors",
-            )
+            weights = {name: value.detach().contiguous() for name, value in self._state().items()}
+            save_file(weights, folder / "weights.safetensors")
             save_file(self._named_optimizer_state(), folder / "optimizer.safetensors")
 
     def read_state(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
+        here = self._state()
         with torch.no_grad():
             for name, value in load_file(folder / "weights.safetensors", device=str(self.device)).items():
-                self.trained[name].copy_(value)
+                here[name].copy_(value)
         state = load_file(folder / "optimizer.safetensors")
         for name, parameter in self.trained.items():
             entries = {key: value for (key, owner), value in _split_names(state).items() if owner == name}
@@ -159,7 +174,10 @@ class TorchEngine(Engine):
             }
 
     def trained_weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", torch.float32) for name, value in self.trained.items()}
+        return {name: value.detach().to("cpu", torch.float32) for name, value in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        return {**self.trained, **self.statistics}
 
     def _named_optimizer_state(self) -> dict[str, Tensor]:
         """Adam's tensors as `exp_avg:layer.weight`: names outlive the order of parameters."""
@@ -196,6 +214,11 @@ class DeepSpeedEngine(Engine):
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
         self.optimizer = optimizer
+        self.autocasts = config["torch_autocast"]["enabled"]
+        self.float_type = torch.bfloat16 if config["bf16"]["enabled"] else None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
@@ -224,7 +247,17 @@ class DeepSpeedEngine(Engine):
             # Without ZeRO or bf16 there is no separate fp32 copy: the parameter is it.
             whole = safe_get_full_fp32_param(parameter)
             weights[name] = (parameter.detach() if whole is None else whole).to("cpu", torch.float32).clone()
-        return weights
+        return weights | {name: value.to("cpu", torch.float32) for name, value in self.statistics.items()}
+
+
+def trained_statistics(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what trained modules learn without gradients, such as a batch norm's running mean."""
+    for prefix, part in module.named_modules():
+        if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+            continue
+        for name, value in part.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, value
 
 
 def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> dict[str, Any]:

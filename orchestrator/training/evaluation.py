@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from orchestrator.data.batches import evaluation_batches
-from orchestrator.tasks import Encoded, Task
+from orchestrator.tasks import Task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.engine import Engine
+from orchestrator.training.feed import Feed
 
 EVALUATION_BATCH_FACTOR = 2  # Without gradients, twice the examples fit into the same memory.
 
@@ -24,23 +25,17 @@ class Scored:
     predictions: Arrays
 
 
-def to_tensors(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in arrays.items()}
-
-
 @torch.no_grad()
-def predict_rows(
-    model: Any, task: Task, encoded: Encoded, rows: np.ndarray[Any, Any], device: torch.device
-) -> tuple[Arrays, float]:
+def predict_rows(model: Any, task: Task, feed: Feed, rows: np.ndarray[Any, Any]) -> tuple[Arrays, float]:
     """The task's predictions for these rows, and their summed loss (0 where there are no labels)."""
-    batch = to_tensors(encoded.batch(rows), device)
+    batch = feed.batch(rows)
     labels = batch.pop("labels", None)
     outputs = model(**batch)
     loss = 0.0 if labels is None else float(task.loss(outputs, labels))
     return {name: values.cpu().numpy() for name, values in task.predict(outputs).items()}, loss
 
 
-def score(engine: Engine, task: Task, encoded: Encoded, micro_batch_size: int) -> Scored:
+def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scored:
     """Score a split over all workers; metrics hold `loss`, the mean over targets, beside the task's own.
 
     All workers call this, and each takes part in every forward pass, for models that are sharded over them.
@@ -48,11 +43,11 @@ def score(engine: Engine, task: Task, encoded: Encoded, micro_batch_size: int) -
     engine.model.eval()
     rows, parts, total = [], [], 0.0
     batches = evaluation_batches(
-        encoded.lengths, micro_batch_size * EVALUATION_BATCH_FACTOR, engine.num_workers, engine.rank
+        feed.encoded.lengths, micro_batch_size * EVALUATION_BATCH_FACTOR, engine.num_workers, engine.rank
     )
     for mine in batches:
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
-        predictions, loss = predict_rows(engine.model, task, encoded, asked, engine.device)
+        predictions, loss = predict_rows(engine.model, task, feed, asked)
         if len(mine):
             rows.append(mine)
             parts.append(predictions)
@@ -61,9 +56,9 @@ def score(engine: Engine, task: Task, encoded: Encoded, micro_batch_size: int) -
     predictions, metrics = {}, {}
     if engine.rank == 0:
         predictions = in_order(gathered)
-        num_targets = int(encoded.num_targets.sum())
+        num_targets = int(feed.encoded.num_targets.sum())
         metrics = {"loss": sum(share[2] for share in gathered) / num_targets}
-        metrics.update(task.metrics(predictions, encoded.targets()))
+        metrics.update(task.metrics(predictions, feed.encoded.targets()))
     return Scored(engine.from_first_worker(metrics), predictions)
 
 

@@ -26,7 +26,7 @@ DESCRIPTION = "transfer.json"
 def export_model(
     prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]
 ) -> None:
-    """Write the model directory: safetensors, config, tokenizer, model card. The folder appears whole or not at all.
+    """Write the model directory: safetensors, config, processor, model card. The folder appears whole or not at all.
 
     Args:
         weights: every trained parameter in fp32, by its name in `parts.module`.
@@ -34,14 +34,14 @@ def export_model(
     """
     # DeepSpeed holds the weights rounded to bf16, or spread over workers: they are put into a model built anew.
     module = assemble(prepared).module if uses_deepspeed(prepared.recipe) else parts.module
-    parameters = dict(module.named_parameters())
+    here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, value in weights.items():
-            parameters[name].copy_(value)
+            here[name].copy_(value)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(partial)
-    prepared.tokenizer.save_pretrained(partial)
+    prepared.processor.save_pretrained(partial)
     if prepared.recipe.transfer.head.layers:
         models.write_deep_head_code(module, partial, prepared.task.auto_class)
     write_json(partial / DESCRIPTION, describe_model(prepared))

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from orchestrator.recipe import Train
-from orchestrator.tasks import Encoded, Task
+from orchestrator.tasks import Task
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.checkpoint import CheckpointStore
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import score
+from orchestrator.training.feed import Feed
 from orchestrator.training.loop import Plan, Step
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.run_directory import RunDirectory
@@ -54,10 +55,9 @@ class Hook(Protocol):
     def after_step(self, step: Step, memory: Memory) -> None: ...
 
 
-def is_due(every: str | int, step: Step, total_steps: int) -> bool:
+def is_due(every: str | int, number: int, steps_per_epoch: int, total_steps: int) -> bool:
     """Whether something that happens every epoch (or so many steps) happens after this step; always after the last."""
-    due = step.ends_epoch if every == "epoch" else step.number % int(every) == 0
-    return due or step.number == total_steps
+    return number % (steps_per_epoch if every == "epoch" else int(every)) == 0 or number == total_steps
 
 
 class Clock:
@@ -130,7 +130,7 @@ class Evaluator:
         self,
         engine: Engine,
         task: Task,
-        select: Encoded,
+        select: Feed,
         metric: MainMetric,
         train: Train,
         plan: Plan,
@@ -143,32 +143,38 @@ class Evaluator:
         self.train = train
         self.plan = plan
         self.directory = directory
+        self.last: dict[str, Any] | None = None
+        """The row of this step's evaluation; None where there was none."""
 
     def after_step(self, step: Step, memory: Memory) -> None:
         memory.improved = False
-        if not is_due(self.train.evaluate_every, step, self.plan.total_steps):
+        self.last = None
+        if not is_due(self.train.evaluate_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps):
             return
         metrics = score(self.engine, self.task, self.select, self.plan.micro_batch_size).metrics
+        place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
+        self.last = {**place, **metrics, "seconds": memory.seconds}
         if self.engine.rank == 0:
-            place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
-            self.directory.append_metrics({**place, **metrics, "seconds": memory.seconds})
-        self._judge(metrics[self.metric.name], metrics["loss"], step, memory)
+            self.directory.append_metrics(self.last)
+        judge(metrics[self.metric.name], metrics["loss"], step.number, memory, self.metric, self.train)
 
-    def _judge(self, new: float, loss: float, step: Step, memory: Memory) -> None:
-        memory.last_score = new
-        higher = self.metric.improves(new, memory.best_score)
-        # A small *select* gives many equal scores; the surer model of two is the better one.
-        surer = new == memory.best_score and memory.best_loss is not None and loss < memory.best_loss
-        memory.improved = higher or surer
-        if memory.improved:
-            memory.best_step, memory.best_score, memory.best_loss = step.number, new, loss
-        if higher:
-            memory.evaluations_without_improvement = 0
-            return
-        memory.evaluations_without_improvement += 1
-        stopping = self.train.early_stopping
-        if stopping and memory.evaluations_without_improvement >= stopping.patience:
-            memory.stop = f"{self.metric.name} on select did not improve for {stopping.patience} evaluations"
+
+def judge(new: float, loss: float, step: int, memory: Memory, metric: MainMetric, train: Train) -> None:
+    """Remember an evaluation, whether it is the best so far, and whether training should end."""
+    memory.last_score = new
+    higher = metric.improves(new, memory.best_score)
+    # A small *select* gives many equal scores; the surer model of two is the better one.
+    surer = new == memory.best_score and memory.best_loss is not None and loss < memory.best_loss
+    memory.improved = higher or surer
+    if memory.improved:
+        memory.best_step, memory.best_score, memory.best_loss = step, new, loss
+    if higher:
+        memory.evaluations_without_improvement = 0
+        return
+    memory.evaluations_without_improvement += 1
+    stopping = train.early_stopping
+    if stopping and memory.evaluations_without_improvement >= stopping.patience:
+        memory.stop = f"{metric.name} on select did not improve for {stopping.patience} evaluations"
 
 
 class Saver:
@@ -181,7 +187,7 @@ class Saver:
         self.plan = plan
 
     def after_step(self, step: Step, memory: Memory) -> None:
-        due = is_due(self.train.save_every, step, self.plan.total_steps)
+        due = is_due(self.train.save_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps)
         if not (due or memory.improved or memory.stop):
             return
         self.store.save(step.number, memory.to_state(), self.engine.write_state)

@@ -16,7 +16,9 @@ import pyarrow as pa
 import torch
 
 from orchestrator import models
-from orchestrator.data import Examples, open_file, open_splits, rename_columns
+from orchestrator.data import Examples, open_file, open_pictures, open_splits, rename_columns, without_bytes
+from orchestrator.data.cache import as_table
+from orchestrator.data.image_folders import is_picture
 from orchestrator.data.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.models import SourceModel
@@ -25,7 +27,10 @@ from orchestrator.tasks import Task, find_task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import in_order, predict_rows
 from orchestrator.training.export import DESCRIPTION, write_table
+from orchestrator.training.feed import Feed
 from orchestrator.training.model_card import card_of_merged
+
+EXAMPLES_TOGETHER = 2048
 
 
 @dataclass
@@ -37,8 +42,19 @@ class Trained:
     """The content of transfer.json: task, options, columns, recipe."""
     task: Task
     model: Any
-    tokenizer: Any
+    processor: Any
     device: torch.device
+
+
+@dataclass
+class Predicted:
+    """What a model makes of some examples, in their order."""
+
+    predictions: Arrays
+    loss: float
+    """The mean over all targets; 0 without labels."""
+    targets: Arrays
+    """What they are scored against; empty without labels."""
 
 
 def load_trained(folder: Path) -> Trained:
@@ -52,13 +68,13 @@ def load_trained(folder: Path) -> Trained:
     task_class = find_task(description["task"])
     options = task_class.Options.model_validate(description["options"])
     model, source = load_weights(inner, description, task_class.auto_class)
-    # The tokenizer was saved beside the weights, also beside those of an adapter.
-    here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
-    tokenizer, _ = models.load_tokenizer(here)
-    models.fit_to_tokenizer(model, tokenizer, source)
     task = task_class.restore(options, model.config)
+    # The processor was saved beside the weights, also beside those of an adapter.
+    here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
+    processor, _ = task.load_processor(here)
+    task.fit_model(model, processor, source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(inner, description, task, model.to(device).eval(), tokenizer, device)
+    return Trained(inner, description, task, model.to(device).eval(), processor, device)
 
 
 def load_weights(folder: Path, description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
@@ -84,17 +100,29 @@ def config_changes(description: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> tuple[Arrays, float, Any]:
-    """Predictions in the order of the examples, the mean loss, and the encoded examples."""
-    encoded = trained.task.wrap(trained.task.encode(examples, trained.tokenizer), trained.tokenizer)
-    order = np.argsort(-encoded.lengths, kind="stable")
-    rows, parts, total = [], [], 0.0
-    for mine in np.split(order, range(batch_size, len(order), batch_size)):
-        predictions, loss = predict_rows(trained.model, trained.task, encoded, mine, trained.device)
-        rows.append(mine)
-        parts.append(predictions)
-        total += loss
-    return in_order([(rows, parts, total)]), total / int(encoded.num_targets.sum()), encoded
+def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> Predicted:
+    """Predict for all examples. They are encoded some at a time: pictures take far more memory than their files."""
+    task = trained.task
+    has_labels = any(
+        column.kind == "label" and column.name in examples.table.column_names for column in task.columns(task.options)
+    )
+    rows, parts, targets = [], [], []
+    total, num_targets = 0.0, 0
+    for start in range(0, len(examples), EXAMPLES_TOGETHER):
+        some = examples.take(range(start, min(start + EXAMPLES_TOGETHER, len(examples))))
+        encoded = task.wrap(as_table(task.encode(some, trained.processor)), trained.processor)
+        feed = Feed(encoded, trained.device)
+        order = np.argsort(-encoded.lengths, kind="stable")
+        for mine in np.split(order, range(batch_size, len(order), batch_size)):
+            predictions, loss = predict_rows(trained.model, task, feed, mine)
+            rows.append(mine + start)
+            parts.append(predictions)
+            total += loss
+        num_targets += int(encoded.num_targets.sum())
+        if has_labels:
+            targets.append(encoded.targets())
+    every = {name: np.concatenate([part[name] for part in targets]) for name in targets[0]} if targets else {}
+    return Predicted(in_order([(rows, parts, total)]), total / num_targets, every)
 
 
 def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -124,9 +152,9 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)
-    predictions, loss, encoded = predict_examples(trained, examples)
-    metrics = {"loss": loss, **trained.task.metrics(predictions, encoded.targets())}
-    details = trained.task.details(predictions, encoded.targets())
+    scored = predict_examples(trained, examples)
+    metrics = {"loss": scored.loss, **trained.task.metrics(scored.predictions, scored.targets)}
+    details = trained.task.details(scored.predictions, scored.targets)
     where = data or f"{split} of {recipe.name}"
     return {
         "model": str(trained.folder),
@@ -159,7 +187,8 @@ def predict(
 ) -> int:
     """Predict for every row of a file (or of standard input, JSON lines); returns how many.
 
-    Each row comes back with all its columns, `prediction` and what the task adds (scores).
+    Each row comes back with all its columns, `prediction` and what the task adds (scores). Pictures come back as their
+    paths. A model of pictures also takes a picture, or a folder of them.
 
     Raises:
         InputError: no such model or file; a wrong row; an output that is neither .jsonl nor .parquet.
@@ -169,15 +198,18 @@ def predict(
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
     trained = load_trained(folder)
-    given = read_rows(data)
     columns = [column for column in trained.task.columns(trained.task.options) if column.kind != "label"]
-    examples = rename_columns(given, columns, recipe_of(trained, None, overrides).target.columns)
+    mapping = recipe_of(trained, None, overrides).target.columns
+    if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):
+        given, mapping = open_pictures(Path(data)), {}
+    else:
+        given = read_rows(data)
+    examples = rename_columns(given, columns, mapping)
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)
-    predictions, _, _ = predict_examples(trained, examples, batch_size)
-    added = trained.task.prediction_rows(predictions)
-    kept = {name: given.table[name] for name in given.table.column_names if name not in added}
+    added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
+    kept = {name: without_bytes(given.table[name]) for name in given.table.column_names if name not in added}
     write_predicted(pa.table({**kept, **added}), output, out)
     return len(examples)
 
@@ -220,7 +252,8 @@ def read_rows(data: str) -> Examples:
             raise DataError(
                 replace(item, where=str(item.where).replace(str(kept), name)) for item in error.problems
             ) from None
-    return replace(given, files=tuple(replace(file, place=name) for file in given.files))
+    # Whoever writes rows into a pipe names files from where they are.
+    return replace(given, files=tuple(replace(file, place=name, folder=Path.cwd()) for file in given.files))
 
 
 def export(folder: Path, output: Path, merge: bool) -> None:
@@ -240,9 +273,8 @@ def export(folder: Path, output: Path, merge: bool) -> None:
         if not hasattr(trained.model, "merge_and_unload"):
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
         trained.model.merge_and_unload().save_pretrained(partial)
-        trained.tokenizer.save_pretrained(partial)
+        trained.processor.save_pretrained(partial)
         card = (trained.folder / "README.md").read_text(encoding="utf-8")
-        auto_class, changes = trained.task.auto_class, trained.task.config_changes()
-        (partial / "README.md").write_text(card_of_merged(card, auto_class, changes), encoding="utf-8")
+        (partial / "README.md").write_text(card_of_merged(card, trained.task), encoding="utf-8")
         shutil.copy(trained.folder / DESCRIPTION, partial)
     partial.rename(output)

@@ -18,9 +18,11 @@ from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
 from orchestrator.recipe import Train
-from orchestrator.tasks import Encoded, Task
+from orchestrator.tasks import Task
 from orchestrator.training.engine import Engine
-from orchestrator.training.evaluation import to_tensors
+from orchestrator.training.feed import Feed
+
+TOKENS_PER_PASS_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 16_384
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Step:
     """Counted from 1."""
     epoch: float
     """Passes over the training data so far."""
-    ends_epoch: bool
     loss: float
     """Mean over the targets of the global batch, before the step."""
     gradient_norm: float
@@ -72,7 +73,7 @@ def rate_schedule(train: Train, total_steps: int) -> Callable[[int], float]:
 
 
 def training_steps(
-    engine: Engine, task: Task, encoded: Encoded, frozen: Frozen, plan: Plan, start: int = 0
+    engine: Engine, task: Task, feed: Feed, frozen: Frozen, plan: Plan, start: int = 0
 ) -> Iterator[Step]:
     """Take the optimizer steps after `start`, yielding each one when it is done.
 
@@ -85,7 +86,7 @@ def training_steps(
         if position == 0 or not batches:
             batches = plan.order.epoch(epoch)
         frozen.set_train_mode(engine.model)
-        loss, norm = take_step(engine, task, encoded, plan, index, batches[position])
+        loss, norm = take_step(engine, task, feed, plan, index, batches[position])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
             raise RunFailed(
@@ -95,7 +96,6 @@ def training_steps(
         yield Step(
             number=index + 1,
             epoch=(index + 1) / plan.order.steps_per_epoch,
-            ends_epoch=position + 1 == plan.order.steps_per_epoch,
             loss=loss,
             gradient_norm=norm,
             learning_rate=plan.learning_rate * plan.rate_factor(index),
@@ -104,17 +104,18 @@ def training_steps(
 
 
 def take_step(
-    engine: Engine, task: Task, encoded: Encoded, plan: Plan, index: int, rows: npt.NDArray[np.int64]
+    engine: Engine, task: Task, feed: Feed, plan: Plan, index: int, rows: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
     """One optimizer step on the global batch `rows`; returns its loss and the norm of its gradient."""
-    passes = deal(rows, encoded.lengths, engine.num_workers, plan.micro_batch_size)
-    num_targets = int(encoded.num_targets[rows].sum())
+    passes = deal(rows, feed.encoded.lengths, engine.num_workers, plan.micro_batch_size, cost_of_pass(engine.device))
+    num_targets = int(feed.encoded.num_targets[rows].sum())
+    stream = (plan.seed, index // plan.order.steps_per_epoch)
     total = torch.zeros((), device=engine.device)
     for number, hands in enumerate(passes):
         mine = hands[engine.rank]
         seed_dropout(plan.seed, index, number, engine.rank)
         # A worker without examples computes on one that counts for nothing: gradients are summed with all workers.
-        batch = to_tensors(encoded.batch(mine if len(mine) else rows[:1]), engine.device)
+        batch = feed.batch(mine if len(mine) else rows[:1], stream)
         labels = batch.pop("labels")
         weight = 1.0 / num_targets if len(mine) else 0.0
         loss = task.loss(engine.model(**batch), labels) * weight
@@ -122,6 +123,11 @@ def take_step(
         total += loss.detach()
     norm = engine.step(plan.rate_factor(index))
     return float(engine.sum_over_workers(total)), norm
+
+
+def cost_of_pass(device: torch.device) -> int:
+    """What starting a forward and backward pass costs, in tokens that could be computed meanwhile."""
+    return TOKENS_PER_PASS_ON_GPU if device.type == "cuda" else TOKENS_PER_PASS_ON_CPU
 
 
 def seed_dropout(*numbers: int) -> None:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
 
 from orchestrator.recipe import dump_recipe
+from orchestrator.tasks import Task
 from orchestrator.training.prepare import Prepared
 
-_FULL = """from transformers import {auto_class}, AutoTokenizer
+_FULL = """from transformers import {auto_class}, {processor_class}
 
 model = {auto_class}.from_pretrained("path/to/this/folder"{remote})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
-_ADAPTER = """from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+{processor} = {processor_class}.from_pretrained("path/to/this/folder")"""
+_ADAPTER = """from peft import {peft_class}
+from transformers import {processor_class}
 
-model = AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels={num_labels})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+model = {peft_class}.from_pretrained("path/to/this/folder", num_labels={num_labels})
+{processor} = {processor_class}.from_pretrained("path/to/this/folder")"""
+# For tasks that peft has no class for.
+_ADAPTER_ON_SOURCE = """from peft import PeftConfig, PeftModel
+from transformers import {auto_class}, {processor_class}
+
+adapter = PeftConfig.from_pretrained("path/to/this/folder")
+source = {auto_class}.from_pretrained(
+    adapter.base_model_name_or_path,
+    revision=adapter.revision,
+    num_labels={num_labels},
+    ignore_mismatched_sizes=True,  # the head is the adapter's
+)
+model = PeftModel.from_pretrained(source, "path/to/this/folder")
+{processor} = {processor_class}.from_pretrained("path/to/this/folder")"""
 
 
 def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
@@ -58,17 +73,37 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
 
 def loading_code(prepared: Prepared) -> str:
     transfer = prepared.recipe.transfer
-    if transfer.adapter:
-        return _ADAPTER.format(num_labels=prepared.task.config_changes().get("num_labels"))
-    remote = ", trust_remote_code=True" if transfer.head.layers else ""
-    return _FULL.format(auto_class=prepared.task.auto_class, remote=remote)
+    return adapter_code(prepared.task) if transfer.adapter else model_code(prepared.task, bool(transfer.head.layers))
 
 
-def card_of_merged(card: str, auto_class: str, config_changes: dict[str, Any]) -> str:
+def model_code(task: Task, has_own_code: bool = False) -> str:
+    """How a whole model is loaded with its processor."""
+    return _FULL.format(remote=", trust_remote_code=True" if has_own_code else "", **_names(task))
+
+
+def adapter_code(task: Task) -> str:
+    """How an adapter is put onto its source, in the fewest lines that peft has for the task."""
+    import peft
+
+    peft_class = task.auto_class.replace("AutoModel", "AutoPeftModel")
+    template = _ADAPTER if hasattr(peft, peft_class) else _ADAPTER_ON_SOURCE
+    return template.format(peft_class=peft_class, num_labels=task.config_changes().get("num_labels"), **_names(task))
+
+
+def _names(task: Task) -> dict[str, str]:
+    """Names of classes in the code; the processor is called after its class: `tokenizer`, `image_processor`."""
+    words = re.findall("[A-Z][a-z]+", task.processor_class.removeprefix("Auto"))
+    return {
+        "auto_class": task.auto_class,
+        "processor_class": task.processor_class,
+        "processor": "_".join(words).lower(),
+    }
+
+
+def card_of_merged(card: str, task: Task) -> str:
     """The card of an adapter, for the model that it was folded into."""
-    as_adapter = _ADAPTER.format(num_labels=config_changes.get("num_labels"))
     card = card.replace("library_name: peft", "library_name: transformers", 1)
-    return card.replace(as_adapter, _FULL.format(auto_class=auto_class, remote=""))
+    return card.replace(adapter_code(task), model_code(task))
 
 
 def describe_labels(prepared: Prepared) -> str:

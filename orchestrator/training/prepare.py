@@ -11,6 +11,7 @@ import pyarrow as pa
 from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
+from orchestrator.data.images import name_pictures
 from orchestrator.data.sources import open_splits
 from orchestrator.errors import InputError, Problem, raise_if_fatal
 from orchestrator.models import SourceModel
@@ -41,16 +42,19 @@ class Prepared:
     recipe: Recipe
     source: SourceModel
     task: Task
-    tokenizer: Any
+    processor: Any
     examples: dict[str, Examples]
+    """In words: the paths of pictures, not the pictures."""
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
+    keys: dict[str, str]
+    """What each encoded split is made from, as a hash."""
     identity: dict[str, str]
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
 
     def encoded(self, split: str) -> Encoded:
-        return self.task.wrap(self.tables[split], self.tokenizer)
+        return self.task.wrap(self.tables[split], self.processor)
 
 
 def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
@@ -72,23 +76,26 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
 
 
 def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
-    """Encode the examples (or take them from the cache) with the source's tokenizer.
+    """Encode the examples (or take them from the cache) with the source's processor.
 
     Raises:
         InputError: what does not fit the source model.
     """
     recipe, source = inputs.recipe, inputs.source
     task = inputs.task.prepare(inputs.options, inputs.examples)
-    tokenizer, problems = models.load_tokenizer(source)
-    problems = [*problems, *task.check_model(tokenizer, models.load_config(source), recipe)]
+    processor, problems = task.load_processor(source)
+    problems = [*problems, *task.check_model(processor, models.load_config(source), recipe)]
     raise_if_fatal(problems, InputError, strict)
-    tables = {name: encode(task, split, tokenizer) for name, split in inputs.examples.items()}
+    keys = {name: encoding_key(task, split, processor) for name, split in inputs.examples.items()}
+    tables = {name: encode(task, split, processor, keys[name]) for name, split in inputs.examples.items()}
     for name, table in tables.items():
-        problems += task.check_encoded(name, task.wrap(table, tokenizer), recipe)
+        problems += task.check_encoded(name, task.wrap(table, processor), recipe)
     raise_if_fatal(problems, InputError, strict)
     splits = {name: split.fingerprint for name, split in inputs.examples.items()}
     identity = {"source": models.fingerprint(source), **splits}
-    return Prepared(recipe, source, task, tokenizer, inputs.examples, tables, identity, inputs.warnings + problems)
+    # What pictures showed is in the tables; without their bytes the examples are small enough to be sent about.
+    examples = {name: name_pictures(split) for name, split in inputs.examples.items()}
+    return Prepared(recipe, source, task, processor, examples, tables, keys, identity, inputs.warnings + problems)
 
 
 def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
@@ -100,15 +107,19 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     """The splits that the recipe's data come in, missing ones cut, limits applied."""
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
-    grouped = [column.name for column in task.columns(options) if column.kind == "text"]
+    grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image")]
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
     return splits.limit_examples(whole, recipe.target.limit, stratify, recipe.target.split.seed)
 
 
-def encode(task: Task, examples: Examples, tokenizer: Any) -> pa.Table:
+def encoding_key(task: Task, examples: Examples, processor: Any) -> str:
+    """The hash of everything that decides what a split looks like when it is encoded."""
+    return cache.content_key(ENCODING_VERSION, examples.fingerprint, task.cache_parts(processor))
+
+
+def encode(task: Task, examples: Examples, processor: Any, key: str) -> pa.Table:
     """A split as the model reads it, from the cache where the same was encoded before."""
-    key = cache.content_key(ENCODING_VERSION, examples.fingerprint, task.cache_parts(tokenizer))
-    return cache.cached_table(key, lambda: task.encode(examples, tokenizer))
+    return cache.cached_table(key, lambda: task.encode(examples, processor))
 
 
 def _collect(problems: list[Problem], step: Callable[[], T]) -> T | None:

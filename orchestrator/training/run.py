@@ -23,7 +23,11 @@ from orchestrator.training.worker import output_to, ray_session, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
 # Parts of a recipe that may change between the attempts of one run: they do not change what is learned.
-FREE_TO_CHANGE = {"train": {"keep", "log_every"}, "scale": {"max_failures", "storage", "cpus_per_worker"}}
+FREE_TO_CHANGE = {
+    "": {"search"},
+    "train": {"keep", "log_every", "cache_prefix"},
+    "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
+}
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,19 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
 
 def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     """A run goes on only with the same recipe, data and source; InputError names what changed."""
+    if directory.result.exists() or any(directory.checkpoints.glob("step-*")):
+        refuse_changes(prepared, directory, FREE_TO_CHANGE)
+
+
+def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, set[str]]) -> None:
+    """Raise InputError that names what changed since the directory's recipe.yaml and record were written.
+
+    Args:
+        free: what may change, as names in sections of the recipe.
+    """
     record = directory.read_record()
-    if (
-        not record
-        or not directory.recipe.exists()
-        or not (directory.result.exists() or any(directory.checkpoints.glob("step-*")))
-    ):
-        return  # Nothing was learned there yet, so nothing can be mixed up.
+    if not record or not directory.recipe.exists():
+        return
     import yaml
 
     old = yaml.safe_load(directory.recipe.read_text(encoding="utf-8"))
@@ -168,7 +178,7 @@ def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
             prepared.recipe.origin.where(path),
             remedy,
         )
-        for path, was, now in differences(old, new)
+        for path, was, now in differences(old, new, free)
     ]
     identity = record.get("identity", prepared.identity)
     for name in sorted({*identity, *prepared.identity}):
@@ -179,16 +189,18 @@ def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
         raise InputError(changed)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free: dict[str, set[str]], path: str = ""
+) -> list[tuple[str, Any, Any]]:
     """Dotted paths whose values differ and matter, with both values."""
     found = []
     for key in {**old, **new}:
         here = f"{path}.{key}" if path else key
-        if key in FREE_TO_CHANGE.get(path, ()):
+        if key in free.get(path, ()):
             continue
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, here)
+            found += differences(was, now, free, here)
         elif was != now:
             found.append((here, was, now))
     return found

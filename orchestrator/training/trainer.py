@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_d
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import Scored, score
 from orchestrator.training.export import export_model, write_predictions
+from orchestrator.training.features import make_feeds, split_at_boundary
+from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.loop import Plan, make_plan, training_steps
-from orchestrator.training.precision import choose_precision
+from orchestrator.training.precision import Precision, choose_precision
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
@@ -30,7 +34,10 @@ class Session:
     directory: RunDirectory
     parts: Parts
     engine: Engine
+    feeds: dict[str, Feed]
+    """Each split, as it is fed to the model."""
     plan: Plan
+    precision: Precision
     store: CheckpointStore
     metric: MainMetric
     progress: ProgressFile | None
@@ -43,28 +50,54 @@ class Session:
 
 def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_first: bool) -> None:
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory."""
+    progress = ProgressFile(root) if is_first else None
+    with open_session(prepared, root, attempt, device, progress) as session:
+        before = score_before(session)
+        memory = resume(session)
+        if session.engine.rank == 0:
+            session.directory.update_record(
+                precision=session.precision,
+                parameters=session.parts.count_parameters(),
+                total_steps=session.plan.total_steps,
+            )
+        for _ in evaluations(session, memory, [make_saver(session)]):
+            pass
+        finish(session, memory, before)
+
+
+@contextmanager
+def open_session(
+    prepared: Prepared,
+    root: Path,
+    attempt: int,
+    device: Any,
+    progress: ProgressFile | None,
+    metric: MainMetric | None = None,
+    boundaries: Sequence[int] = (),
+) -> Iterator[Session]:
+    """Build everything that this worker needs.
+
+    Args:
+        progress: only on worker 0.
+        metric: picks the best evaluation; None for the recipe's.
+        boundaries: freeze boundaries whose features other runs will want.
+    """
     recipe = prepared.recipe
     directory = RunDirectory(root)
-    progress = ProgressFile(root) if is_first else None
     if progress is not None:
         progress.show(force=True, phase="loading the model")
-    metric = choose_metric(prepared)
+    metric = metric or choose_metric(prepared)
     parts = assemble(prepared)
     precision = choose_precision(recipe, device)
     plan = make_plan(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
+    split = split_at_boundary(prepared, parts, plan)
     with build_engine(parts.module, parts.groups, recipe, precision) as engine:
         store = CheckpointStore(
             directory.checkpoints, engine.rank, engine.agree, lambda: directory.read_record().get("attempt") == attempt
         )
-        session = Session(prepared, directory, parts, engine, plan, store, metric, progress)
-        before = score_before(session)
-        memory = resume(session)
-        if engine.rank == 0:
-            directory.update_record(
-                precision=precision, parameters=parts.count_parameters(), total_steps=plan.total_steps
-            )
-        train_to_the_end(session, memory)
-        finish(session, memory, before)
+        session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
+        session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)
+        yield session
 
 
 def choose_metric(prepared: Prepared) -> MainMetric:
@@ -111,20 +144,34 @@ def resume(session: Session) -> Memory:
     return Memory(**found.state)
 
 
-def train_to_the_end(session: Session, memory: Memory) -> None:
+def make_saver(session: Session) -> Saver:
+    return Saver(session.engine, session.store, session.prepared.recipe.train, session.plan)
+
+
+def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) -> Iterator[dict[str, Any]]:
+    """Train to the end, yielding the row of metrics.jsonl after each evaluation on *select*.
+
+    Args:
+        last_hooks: called after all others; those that save see what the others remembered.
+    """
     if memory.stop or memory.step >= session.plan.total_steps:
         return
     prepared, engine, plan, train = session.prepared, session.engine, session.plan, session.prepared.recipe.train
+    evaluator = Evaluator(
+        engine, prepared.task, session.feeds["select"], session.metric, train, plan, session.directory
+    )
     hooks: list[Hook] = [
         Clock(plan, session.metric.name, session.progress, memory.seconds),
         Recorder(session.directory, train.log_every, writes=engine.rank == 0),
-        Evaluator(engine, prepared.task, prepared.encoded("select"), session.metric, train, plan, session.directory),
-        Saver(engine, session.store, train, plan),
+        evaluator,
+        *last_hooks,
     ]
-    steps = training_steps(engine, prepared.task, prepared.encoded("train"), session.parts.frozen, plan, memory.step)
+    steps = training_steps(engine, prepared.task, session.feeds["train"], session.parts.frozen, plan, memory.step)
     for step in steps:
         for hook in hooks:
             hook.after_step(step, memory)
+        if evaluator.last is not None:
+            yield evaluator.last
         if memory.stop:
             break
 
@@ -193,4 +240,4 @@ def take_best_weights(session: Session, memory: Memory) -> int:
 
 def score_split(session: Session, name: str) -> Scored:
     prepared = session.prepared
-    return score(session.engine, prepared.task, prepared.encoded(name), session.plan.micro_batch_size)
+    return score(session.engine, prepared.task, session.feeds[name], session.plan.micro_batch_size)

@@ -121,16 +121,25 @@ def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
     It starts in the background; call what is yielded to wait for it. A new one ends with the run. A single worker
     needs none.
     """
-    import ray
-
     if recipe.scale.workers == 1:
         refuse_missing_gpu(recipe)
-    if recipe.scale.workers == 1 or ray.is_initialized():
+        yield lambda: None
+        return
+    with ray_cluster(recipe.scale.workers) as wait_for_cluster:
+        yield wait_for_cluster
+
+
+@contextlib.contextmanager
+def ray_cluster(num_processes: int) -> Iterator[Callable[[], None]]:
+    """The same for so many processes, also for one."""
+    import ray
+
+    if ray.is_initialized():
         yield lambda: None
         return
     refuse_dead_address(os.environ.get("RAY_ADDRESS", ""))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start-ray") as pool:
-        starting = pool.submit(start_ray, recipe.scale.workers)
+        starting = pool.submit(start_ray, num_processes)
         try:
             yield starting.result
         finally:
@@ -138,14 +147,14 @@ def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
             ray.shutdown()
 
 
-def start_ray(num_workers: int) -> None:
+def start_ray(num_processes: int) -> None:
     import ray
 
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        options = {"num_cpus": max(num_workers, os.cpu_count() or 1), "include_dashboard": False}
+        options = {"num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
     logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.batches import BATCHES_SORTED_TOGETHER, BatchOrder, Indices, deal, evaluation_batches
+from orchestrator.data.batches import (
+    BATCHES_SORTED_TOGETHER,
+    BatchOrder,
+    Indices,
+    cheapest_cuts,
+    deal,
+    evaluation_batches,
+)
 
 lengths_of_examples = st.lists(st.integers(1, 50), min_size=1, max_size=200).map(
     lambda values: np.array(values, np.int64)
@@ -74,7 +85,7 @@ def test_dealing_covers_the_batch_and_workers_differ_by_one_at_most(
     lengths: Indices, num_workers: int, micro_batch_size: int
 ) -> None:
     batch = np.random.default_rng(0).permutation(len(lengths))
-    passes = deal(batch, lengths, num_workers, micro_batch_size)
+    passes = deal(batch, lengths, num_workers, micro_batch_size, cost_of_pass=7)
     assert sorted(np.concatenate([rows for part in passes for rows in part]).tolist()) == sorted(batch.tolist())
     for part in passes:
         sizes = [len(rows) for rows in part]
@@ -85,9 +96,27 @@ def test_dealing_covers_the_batch_and_workers_differ_by_one_at_most(
 
 def test_a_micro_batch_holds_examples_of_like_length() -> None:
     lengths = np.array([9, 1, 8, 2, 7, 3, 6, 4])
-    (short, long) = deal(np.arange(8), lengths, 2, 2)
+    (short, long) = deal(np.arange(8), lengths, 2, 2, cost_of_pass=100)
     assert sorted(lengths[np.concatenate(short)]) == [1, 2, 3, 4]
     assert sorted(lengths[np.concatenate(long)]) == [6, 7, 8, 9]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3), st.integers(1, 4), st.integers(0, 40))
+def test_no_other_way_to_cut_a_batch_costs_less(
+    lengths: list[int], num_workers: int, micro_batch_size: int, cost_of_pass: int
+) -> None:
+    ascending = np.sort(np.array(lengths))
+
+    def cost(cuts: Sequence[int]) -> float:
+        parts = np.split(ascending, cuts)
+        if any(len(part) > num_workers * micro_batch_size for part in parts):
+            return math.inf
+        return sum(cost_of_pass + math.ceil(len(part) / num_workers) * int(part[-1]) for part in parts)
+
+    places = range(1, len(lengths))
+    every_way = [cuts for count in range(len(lengths)) for cuts in combinations(places, count)]
+    found = cheapest_cuts(ascending, num_workers, micro_batch_size, cost_of_pass)
+    assert cost(found) == min(map(cost, every_way))
 
 
 @given(lengths_of_examples, st.integers(1, 20), st.integers(1, 6))

@@ -45,6 +45,22 @@ def test_the_schema_refuses_what_does_not_load(section: str, key: str, value: ob
     assert not VALIDATOR.is_valid(data)
 
 
+@pytest.mark.parametrize(
+    "case", [{"chioce": [0]}, {"choice": []}, {"choice": "all"}, {"loguniform": [0, 1]}, {"integers": [1]}, 3, []]
+)
+def test_the_schema_refuses_cases_of_a_search_that_do_not_load(case: object) -> None:
+    data = read(dump_recipe(load_recipe("minilm-to-support-intent-search")))
+    assert VALIDATOR.is_valid(data)
+    data["search"]["space"]["transfer.freeze"] = case
+    assert not VALIDATOR.is_valid(data)
+
+
+def test_every_key_of_a_case_is_described() -> None:
+    described = json_schema()["$defs"]["Case"]["properties"]
+    assert list(described) == ["when", "choice", "uniform", "loguniform", "integers"]
+    assert all(node["description"] for node in described.values())
+
+
 def test_every_key_is_described() -> None:
     shape = shape_of(Recipe)
     sections = list(shape.sections())
@@ -68,6 +84,9 @@ def test_every_key_is_described() -> None:
         (("transfer", "adapter", "variant"), "one of `lora`, `rslora`, `dora`"),
         (("target", "columns", "text"), "text"),
         (("target", "options", "anything"), "any value"),
+        (("search", "space", "any.place", "choice"), "`every`, or a list of one value or more"),
+        (("search", "space", "any.place", "uniform"), "two numbers, `[low, high]`"),
+        (("search", "space", "any.place", 0, "integers"), "two whole numbers, `[low, high]`"),
     ],
 )
 def test_what_a_key_accepts_is_said_in_words(path: tuple[str, ...], words: str) -> None:

@@ -16,14 +16,12 @@ import torch
 
 from orchestrator.data import Examples, open_files
 from orchestrator.recipe import Recipe
+from orchestrator.tasks.shared.labels import expected_calibration_error, single_label_metrics, softmax
 from orchestrator.tasks.text_classification import (
     TextClassification,
     TextOptions,
-    expected_calibration_error,
     multi_label_metrics,
     regression_metrics,
-    single_label_metrics,
-    softmax,
 )
 
 Make = Callable[..., Examples]

@@ -1,0 +1,179 @@
+"""What an image processor of transformers does, in two parts: what is costly and can be stored, and the rest.
+
+A processor decodes, resizes and crops a picture, which gives bytes; then it rescales and normalises each colour by
+itself, which maps each of 256 values to a number. The bytes are stored. The map is asked of the processor itself, so
+the numbers are its own, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.errors import ModelError, Problem
+from orchestrator.models.source import SourceModel
+
+Pixels = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.float32]
+
+NUM_VALUES = 256
+EXACT = 1e-6
+# A processor that resizes numbers with fractions is met within half a step between two of the 256 values; one that is
+# further off does something else besides.
+FARTHEST_OFF = 0.6
+_TRIED_SIZES = ((48, 64), (67, 41))  # height and width of the pictures on which a processor is tried out
+# What processors raise when they meet options that they do not know.
+_FAILURES = (TypeError, ValueError, AttributeError, KeyError, IndexError)
+
+
+class PictureMaker:
+    """Makes bytes of pictures as an image processor would, and numbers of the bytes.
+
+    Attributes:
+        processor: the image processor of transformers.
+        values: what each byte becomes; float32, [3, 256]: colour, byte.
+        height: of the pictures that it makes, in pixels; likewise `width`.
+        error: how far its numbers are from the processor's own, at most, in tried-out pictures.
+    """
+
+    def __init__(self, processor: Any, source: SourceModel) -> None:
+        """Tries the processor out.
+
+        Raises:
+            ModelError: it makes pictures of uneven sizes, or does more than can be done in two parts.
+        """
+        self.processor = processor
+        try:
+            self.values = _find_values(processor)
+            made = [self.make(picture) for picture in _tried_pictures()]
+            own = [_process(processor, picture) for picture in _tried_pictures()]
+        except _FAILURES as error:
+            raise ModelError(_unusable(source, f": {error}")) from error
+        sizes = {picture.shape[:2] for picture in made}
+        if len(sizes) > 1:
+            what = f"the image processor of {source.name!r} makes pictures of different sizes"
+            raise ModelError(Problem(what, source.where, "set target.options.image_size, such as 224"))
+        ((self.height, self.width),) = sizes
+        steps = float(np.diff(self.values, axis=1).max())
+        pairs = zip(made, own, strict=True)
+        self.error = max(float(np.abs(self.numbers(picture[None])[0] - numbers).max()) for picture, numbers in pairs)
+        if self.error > FARTHEST_OFF * steps:
+            raise ModelError(_unusable(source, " does more than resize, crop and normalise"))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the numbers are the processor's own."""
+        return self.error <= EXACT
+
+    @property
+    def settings(self) -> str:
+        """Everything that decides what is made of a picture, but for the libraries' versions."""
+        text: str = self.processor.to_json_string()
+        return text
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the image processor as transformers does."""
+        self.processor.save_pretrained(folder)
+
+    def make(self, picture: Any) -> Pixels:
+        """The bytes that the processor makes of a picture before it normalises; [height, width, 3].
+
+        Args:
+            picture: a PIL image in RGB.
+        """
+        found = _process(self.processor, picture, do_rescale=False, do_normalize=False)
+        if found.dtype == np.uint8:
+            return np.ascontiguousarray(found.transpose(1, 2, 0))
+        # It normalises all the same, or resizes what it has normalised: the bytes whose numbers come nearest.
+        numbers = _process(self.processor, picture)
+        nearest = [_nearest(values, colour) for values, colour in zip(self.values, numbers, strict=True)]
+        return np.stack(nearest, axis=-1)
+
+    def numbers(self, pictures: Pixels) -> Numbers:
+        """What the model reads: bytes [n, height, width, 3] become float32 [n, 3, height, width]."""
+        found = np.empty((len(pictures), 3, *pictures.shape[1:3]), dtype=np.float32)
+        for picture, numbers in zip(pictures, found, strict=True):
+            for colour, values in enumerate(self.values):
+                # Into contiguous memory, and unchecked: a byte is always within the table. Four times as fast.
+                values.take(picture[..., colour], out=numbers[colour], mode="clip")
+        return found
+
+
+def set_image_size(processor: Any, size: int, source: SourceModel) -> Any:
+    """The processor, made to give square pictures of this size; what it cuts off keeps its share.
+
+    Raises:
+        ModelError: it cannot be.
+    """
+    settings = processor.to_dict()
+    for changes in _size_changes(settings, size):
+        try:
+            changed = type(processor).from_dict({**settings, **changes})
+            shapes = {_process(changed, picture).shape for picture in _tried_pictures()}
+        except _FAILURES:
+            continue
+        if shapes == {(3, size, size)}:
+            return changed
+    what = f"the image processor of {source.name!r} cannot be made to give pictures of {size} x {size}"
+    raise ModelError(Problem(what, source.where, "set target.options.image_size to null"))
+
+
+def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Settings that may give pictures of this size, the closest to the present ones first."""
+    square = {"height": size, "width": size}
+    present, crop = settings.get("size") or {}, settings.get("crop_size") or {}
+    share = size / crop["height"] if settings.get("do_center_crop") and "height" in crop else None
+    if share is not None:
+        scaled = {side: round(length * share) for side, length in present.items()}
+        yield {"do_resize": True, "size": scaled, "crop_size": square}
+    if "shortest_edge" not in present:
+        yield {"do_resize": True, "size": square}
+        return
+    shortest = {"shortest_edge": size}
+    yield {"do_resize": True, "size": shortest}
+    yield {"do_resize": True, "size": shortest, "do_center_crop": True, "crop_size": square}
+
+
+def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
+    """What the processor makes of one picture; [3, height, width]."""
+    found = np.asarray(processor(picture, **options)["pixel_values"][0])
+    if found.ndim != 3 or found.shape[0] != 3:
+        raise ValueError(f"a picture becomes an array of the shape {found.shape}")
+    return found
+
+
+def _find_values(processor: Any) -> Numbers:
+    """What each byte becomes, from a picture of all of them."""
+    from PIL import Image
+
+    row = np.arange(NUM_VALUES, dtype=np.uint8)
+    picture = Image.fromarray(np.broadcast_to(row[None, :, None], (2, NUM_VALUES, 3)).copy())
+    found = _process(processor, picture, do_resize=False, do_center_crop=False)
+    if found.shape != (3, 2, NUM_VALUES):
+        raise ValueError("it resizes or crops pictures even when it is told not to")
+    values: Numbers = np.ascontiguousarray(found[:, 0], dtype=np.float32)
+    if not (np.diff(values, axis=1) > 0).all():
+        raise ValueError("it does not keep the order of brightness")
+    return values
+
+
+def _nearest(values: Numbers, numbers: npt.NDArray[Any]) -> Pixels:
+    between = (values[1:] + values[:-1]) / 2
+    return np.searchsorted(between, numbers).astype(np.uint8)
+
+
+def _tried_pictures() -> list[Any]:
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    sizes = ((*size, 3) for size in _TRIED_SIZES)
+    return [Image.fromarray(generator.integers(0, NUM_VALUES, size, dtype=np.uint8)) for size in sizes]
+
+
+def _unusable(source: SourceModel, why: str) -> Problem:
+    what = f"the image processor of {source.name!r} cannot be used{why}"
+    return Problem(what, source.where, "use a source model with an image processor such as ViT's or MobileNet's")

@@ -1,0 +1,241 @@
+"""A head that reads one position: which one, and a last layer that computes only what that position needs.
+
+Classifiers mostly read the first token or the last one. In the last layer the other positions then matter only through
+what attention reads of them (keys and values); queries, attention's output and the feed-forward part are computed for
+one position instead of all. Position and parts are found by gradients, not by names, and the result is compared with
+the whole layer's before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from orchestrator.models.blocks import Block, Blocks
+
+# What a model's own code may raise when it is given other shapes than it expects.
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+TOLERANCE = 1e-4  # Relative; a wrong position is off by far more, another order of sums by far less.
+
+
+@dataclass
+class Pick:
+    """The one position of the last layer's output that the head reads."""
+
+    position: Literal["first", "last"]
+    """`last` is an example's last token that is no padding; padding is on the right."""
+    last: Tensor | None = None
+    """Where that is in the current batch; shape [batch]. None where nothing is padded."""
+
+    def look_at(self, inputs: dict[str, Any]) -> None:
+        """Find the position in a batch, from the model's inputs."""
+        mask = inputs.get("attention_mask")
+        self.last = None if mask is None or self.position == "first" else mask.sum(-1) - 1
+
+    def take(self, values: Tensor, axis: int = 1) -> Tensor:
+        """The position of each example, as an axis of length 1; `values` is [batch, ..., positions at `axis`, ...]."""
+        if self.position == "first" or values.stride(axis) == 0 or values.shape[axis] == 1:
+            return values.narrow(axis, 0, 1)
+        if self.last is None:
+            return values.narrow(axis, values.shape[axis] - 1, 1)
+        shape = [1] * values.dim()
+        shape[0] = len(self.last)
+        index = self.last.view(shape).expand(*values.shape[:axis], 1, *values.shape[axis + 1 :])
+        return values.gather(axis, index)
+
+
+def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | None:
+    """The position that the head reads of the last layer's output; None where it reads several.
+
+    Args:
+        inputs: a few examples, uneven in length where their lengths differ, padded on the right.
+    """
+    found: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, Tensor) else output[0]).detach().requires_grad_()
+        found.append(hidden)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hook = blocks.layers[-1].elements[-1].register_forward_hook(cut)
+    try:
+        with torch.enable_grad(), evaluating(model):
+            gradient = torch.autograd.grad(model(**inputs).logits.sum(), found, allow_unused=True)[-1]
+    finally:
+        hook.remove()
+    if gradient is None or gradient.dim() != 3 or gradient.shape[1] < 2:
+        return None
+    return _match(_read_positions(gradient), inputs)
+
+
+def _read_positions(gradient: Tensor) -> Tensor:
+    """Which positions have a gradient; shape [batch, positions]."""
+    return gradient.abs().sum(-1) > 0
+
+
+def _match(read: Tensor, inputs: dict[str, Tensor]) -> Pick | None:
+    for position in ("first", "last"):
+        pick = Pick(position)
+        pick.look_at(inputs)
+        one = pick.take(read[..., None].float()).sum()
+        if read.sum() == len(read) == one:
+            return pick
+    return None
+
+
+def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pick: Pick) -> bool:
+    """Have the last layer compute only what the picked position needs; False where that changes the outputs.
+
+    Its output holds the picked position's values at all positions.
+    """
+    layer = blocks.layers[-1]
+    if len(layer.elements) != 1:
+        return False
+    element = layer.elements[0]
+    late = _find_late_modules(model, element, inputs, pick)
+    undo = [model.register_forward_pre_hook(_look(pick), with_kwargs=True).remove]
+    with evaluating(model), torch.no_grad():
+        whole = model(**inputs).logits
+        undo += [_replace(module, _late_function(pick)) for module in late]
+        # A layer that is computed again in the backward pass is computed without modes, and has to do the same then.
+        mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
+        undo.append(_replace(element, _layer_function(pick, mode)))
+        try:
+            picked = model(**inputs).logits
+        except FAILURES:  # Modules that take something else than [batch, positions, width].
+            picked = torch.full_like(whole, torch.nan)
+    scale = max(1.0, float(whole.abs().max()))
+    if torch.allclose(picked, whole, rtol=TOLERANCE, atol=TOLERANCE * scale):
+        return True
+    for action in undo:
+        action()
+    return False
+
+
+def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], pick: Pick) -> list[nn.Module]:
+    """Modules without parts inside a layer whose output matters at the picked position alone."""
+    calls: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and output.dim() == 3:
+            calls.append((module, output))
+
+    def start_graph(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: kwargs[name].detach().requires_grad_()}
+
+    leaves = [module for module in layer.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    hooks.append(layer.register_forward_pre_hook(start_graph, with_kwargs=True))
+    try:
+        with torch.enable_grad(), evaluating(model):
+            logits = model(**inputs).logits
+            gradients = torch.autograd.grad(logits.sum(), [output for _, output in calls], allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pick.look_at(inputs)
+    late: dict[nn.Module, bool] = {}
+    for (module, _), gradient in zip(calls, gradients, strict=True):
+        is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pick)
+        late[module] = late.get(module, True) and is_late
+    return [module for module, is_late in late.items() if is_late]
+
+
+def _is_picked_alone(read: Tensor, pick: Pick) -> bool:
+    if read.shape[1] < 2:
+        return False
+    picked = pick.take(read[..., None].float())
+    return bool(read.sum() == picked.sum())
+
+
+def _look(pick: Pick) -> Callable[..., None]:
+    """A hook of the model that tells the pick where the position is in each batch."""
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        pick.look_at(kwargs)
+
+    return look
+
+
+def _late_function(pick: Pick) -> Callable[..., Any]:
+    def forward(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        values = args[0]
+        return original(pick.take(values), *args[1:], **kwargs).expand(-1, values.shape[1], -1)
+
+    return forward
+
+
+def _layer_function(pick: Pick, mode: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
+    def forward(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with mode:
+            output = original(*args, **kwargs)
+        hidden = output if isinstance(output, Tensor) else output[0]
+        # What the residual sums hold at other positions is of no use, and must have no gradient.
+        hidden = pick.take(hidden).expand(-1, hidden.shape[1], -1)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    return forward
+
+
+def _is_checkpointing(layer: Block) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in layer.modules)
+
+
+class _OneQuery(TorchFunctionMode):
+    """Attention for the picked position's query only."""
+
+    def __init__(self, pick: Pick) -> None:
+        super().__init__()
+        self.pick = pick
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, *others = args
+        num_positions = query.shape[2]
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.shape[2] > 1:
+            # A mask may be one for all examples or all heads; what is picked differs by example.
+            mask = self.pick.take(mask.expand(query.shape[0], *mask.shape[1:]), axis=2)
+        # Without a mask a causal model's last position reads all, and its first reads only itself.
+        is_causal = kwargs.get("is_causal", False) and self.pick.position == "first"
+        changed = {**kwargs, "attn_mask": mask, "is_causal": is_causal}
+        return func(self.pick.take(query, axis=2), *others, **changed).expand(-1, -1, num_positions, -1)
+
+
+def _replace(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function around a module's forward; returns what takes it away again."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(original, args, kwargs)
+
+    module.forward = forward
+
+    def undo() -> None:
+        del module.forward
+
+    return undo
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, every module's mode put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,87 @@
+"""What is read out of trials: Pareto front, best so far, order of depths, ranges that an outlier cannot stretch.
+
+Scores are compared with `higher_is_better`; nothing here knows what a score means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median, quantiles
+from typing import Any
+
+from orchestrator.report.numbers import number
+
+# A score is drawn at the edge of a chart, not to scale, when it is this many times further from the best than the
+# median is, and among the worst tenth.
+FURTHEST = 4.0
+_FEWEST_FOR_A_CUT = 8
+
+
+def better(first: float, second: float, higher_is_better: bool) -> bool:
+    return first > second if higher_is_better else first < second
+
+
+def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[int]:
+    """Indices of the points (cost, score) that no cheaper or equally cheap point equals or beats, cheapest first."""
+    sign = -1.0 if higher_is_better else 1.0
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: (points[index][0], sign * points[index][1], index)):
+        if not front or better(points[index][1], points[front[-1]][1], higher_is_better):
+            front.append(index)
+    return front
+
+
+def best_so_far(scores: Sequence[float], higher_is_better: bool) -> list[float]:
+    """For each score, the best of it and those before it."""
+    found: list[float] = []
+    for score in scores:
+        found.append(score if not found or better(score, found[-1], higher_is_better) else found[-1])
+    return found
+
+
+def best_over_time(
+    curves: Sequence[Sequence[tuple[float, float]]], higher_is_better: bool
+) -> list[tuple[float, float]]:
+    """The best score that any curve of (time, score) has reached by each time at which that improves."""
+    found: list[tuple[float, float]] = []
+    for time, score in sorted(point for curve in curves for point in curve):
+        if found and not better(score, found[-1][1], higher_is_better):
+            continue
+        if found and found[-1][0] == time:
+            found.pop()
+        found.append((time, score))
+    return found
+
+
+def readable_range(scores: Sequence[float], higher_is_better: bool, furthest: float = FURTHEST) -> tuple[float, float]:
+    """(lowest, highest) score to draw to scale. A few far worse than the rest (diverged trials) are left out of it."""
+    low, high = min(scores), max(scores)
+    best = high if higher_is_better else low
+    middle = median(scores)
+    if len(scores) < _FEWEST_FOR_A_CUT or middle == best:
+        return low, high
+    far, tenths = best + furthest * (middle - best), quantiles(scores, n=10, method="inclusive")
+    return (max(low, min(far, tenths[0])), high) if higher_is_better else (low, min(high, max(far, tenths[-1])))
+
+
+def depth_order(freeze: Any, num_layers: int | None) -> float:
+    """Where a freeze depth stands: 0, stem, 1, 2, ..., all. Shares count layers; of an unknown model, hundredths."""
+    if freeze == "all":
+        return math.inf
+    if freeze == "stem":
+        return 0.5
+    if isinstance(freeze, str) and freeze.endswith("%") and freeze[:-1].isdigit():
+        percent = int(freeze[:-1])
+        layers = percent if num_layers is None else num_layers * percent // 100
+        return 0.0 if percent == 0 else max(0.5, float(layers))
+    layers_frozen = number(freeze)
+    return -1.0 if layers_frozen is None else layers_frozen
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample (n - 1); 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -1,0 +1,1 @@
+"""Search: trials of one recipe with other values, on Ray Tune."""

@@ -1,0 +1,62 @@
+"""The workplace of a process's trials: the data are there, and a model is built for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.recipe import dump_recipe
+from orchestrator.search.records import read_rows, score_of
+from orchestrator.search.space import trial_recipe
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.prepare import Prepared, prepare
+from orchestrator.training.run_directory import RunDirectory, write_atomically
+from orchestrator.training.trainer import Session, open_session
+
+PARTS_THAT_CHANGE_DATA = ("source.", "target.")
+
+
+class Bench:
+    """The workplace of one process's trials.
+
+    Args:
+        prepared: the recipe that is varied, with its data.
+        boundaries: freeze boundaries that trials will want features of.
+        trials: the search's trials.jsonl.
+        keep: of how many of the best trials the weights are kept.
+    """
+
+    def __init__(self, prepared: Prepared, boundaries: Sequence[int], trials: Path, metric: MainMetric, keep: int):
+        self.prepared = prepared
+        self.boundaries = boundaries
+        self.trials = trials
+        self.metric = metric
+        self.keep = keep
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @contextmanager
+    def session(self, parameters: dict[str, Any], directory: RunDirectory) -> Iterator[Session]:
+        """Everything that a trial with these parameters needs."""
+        prepared = trial_inputs(self.prepared, parameters)
+        write_atomically(directory.recipe, dump_recipe(prepared.recipe))
+        with open_session(prepared, directory.root, 0, self.device, None, self.metric, self.boundaries) as session:
+            yield session
+
+    def may_win(self, score: float) -> bool:
+        """Whether so few trials were better until now that this score may be among the best in the end."""
+        scores = [score_of(row, self.metric.name) for row in read_rows(self.trials)]
+        better = [other for other in scores if other is not None and self.metric.improves(other, score)]
+        return len(better) < self.keep
+
+
+def trial_inputs(prepared: Prepared, parameters: dict[str, Any]) -> Prepared:
+    """The recipe with a trial's parameters, with its data: the same, unless the parameters change those."""
+    recipe = trial_recipe(prepared.recipe, parameters)
+    if any(path.startswith(PARTS_THAT_CHANGE_DATA) for path in parameters):
+        return prepare(recipe)
+    return replace(prepared, recipe=recipe)

@@ -1,0 +1,182 @@
+"""What a search will take: trials, seconds and disk, from a few steps that are measured here.
+
+Seconds are those of the whole model times the share of it that a trial computes (formulae: with `L` layers of which `k`
+are frozen and stored, a trial costs its epochs times `(L - k) / L` of a training step and an evaluation; what is frozen
+is computed once for all trials).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from orchestrator import models
+from orchestrator.data.cache import cache_folder
+from orchestrator.models import Prefix
+from orchestrator.recipe import Recipe
+from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.resources import num_concurrent, resources_here, trial_resources
+from orchestrator.search.space import trial_recipe
+from orchestrator.training.assemble import assemble
+from orchestrator.training.engine import build_engine, micro_batch_size
+from orchestrator.training.evaluation import score
+from orchestrator.training.features import CACHED_SPLITS, split_at_boundary
+from orchestrator.training.feed import Feed
+from orchestrator.training.loop import Plan as Steps
+from orchestrator.training.loop import make_plan as plan_steps
+from orchestrator.training.loop import take_step
+from orchestrator.training.precision import Precision, choose_precision
+from orchestrator.training.prefix_cache import PrefixCache, model_identity, open_store
+from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
+
+STEPS_TIMED = 3
+SECONDS_TO_BEGIN = 12.0  # Ray, and a process for each trial at a time.
+SECONDS_OF_A_TRIAL = 0.4  # Building the model, writing the records.
+
+
+@dataclass
+class Estimate:
+    """What a search will take on this machine."""
+
+    trials: int
+    concurrent: int
+    seconds: float
+    cache_bytes: int
+    """For stored features."""
+    disk_bytes: int
+    """For the search directory."""
+    free_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Pace:
+    """Seconds that the whole model takes for an example."""
+
+    step: float
+    """In training."""
+    forward: float
+    """In evaluation."""
+    sizes: dict[int, int]
+    """Bytes of the stored features at each boundary."""
+
+
+def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
+    """Measure a few steps and work out the rest; nothing is started or kept.
+
+    Raises:
+        InputError: recipe, data or source are wrong.
+    """
+    prepared = encode_inputs(read_inputs(recipe, strict), strict)
+    plan = make_plan(prepared)
+    have = resources_here()
+    concurrent = num_concurrent(plan, have, trial_resources(recipe, have))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
+    try:
+        pace = measure(plan)
+    finally:
+        torch.set_num_threads(threads)
+    known = plan.known if plan.known is not None else plan.space.random(plan.num_trials, plan.search.seed)
+    prefix = max(plan.boundaries, default=0) / plan.num_layers
+    shared = sum(len(prepared.encoded(name)) for name in CACHED_SPLITS) * pace.forward * min(1.0, prefix)
+    own = sum(trial_seconds(plan, parameters, pace) for parameters in known)
+    repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
+    notes = []
+    if plan.search.scheduler == "asha":
+        notes.append("asha stops trials early: the time is that of an average course")
+    model_bytes = 4 * plan.num_parameters
+    return Estimate(
+        trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
+        concurrent=concurrent,
+        seconds=SECONDS_TO_BEGIN + (shared + own * (1 + repeats)) / concurrent,
+        cache_bytes=sum(pace.sizes.values()),
+        # The winner's model, weights that may win, and a checkpoint with the optimizer for each running trial.
+        disk_bytes=model_bytes * (1 + max(1, plan.search.reseed_top) + 4 * concurrent),
+        free_bytes=shutil.disk_usage(cache_folder()).free,
+        notes=notes,
+    )
+
+
+def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
+    """What one trial takes by itself, its features stored."""
+    recipe = trial_recipe(plan.prepared.recipe, parameters)
+    depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
+    share = 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
+    steps = steps_of(replace(plan.prepared, recipe=recipe))
+    num_examples = steps.total_steps / steps.order.steps_per_epoch * len(plan.prepared.encoded("train"))
+    every = recipe.train.evaluate_every
+    evaluations = max(1, steps.total_steps // (steps.order.steps_per_epoch if every == "epoch" else int(every)))
+    scored = evaluations * len(plan.prepared.encoded("select"))
+    part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
+    return SECONDS_OF_A_TRIAL + part * share * (num_examples * pace.step + scored * pace.forward)
+
+
+def mean_share(evaluations: int, grace: int, reduction: int) -> float:
+    """The share of its evaluations that an average trial gets under successive halving."""
+    total, done, going_on, rung = 0.0, 0, 1.0, grace
+    while done < evaluations:
+        end = min(rung, evaluations)
+        total += going_on * (end - done)
+        done, rung, going_on = end, rung * reduction, going_on / reduction
+    return total / evaluations
+
+
+def measure(plan: Plan) -> Pace:
+    """Time some steps of the whole model, and size up its features."""
+    prepared = plan.prepared
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(prepared.recipe, device)
+    whole = with_transfer(prepared, freeze=0, adapter=None)
+    parts = assemble(whole)
+    steps = steps_of(whole)
+    with build_engine(parts.module, parts.groups, whole.recipe, precision) as engine:
+        feed = Feed(prepared.encoded("train"), engine.device, engine.float_type)
+        batches = steps.order.epoch(0)[: STEPS_TIMED + 1]
+        take_step(engine, prepared.task, feed, steps, 0, batches[0])
+        began = time.perf_counter()
+        for index, rows in enumerate(batches[1:] or batches):
+            take_step(engine, prepared.task, feed, steps, index + 1, rows)
+        step = (time.perf_counter() - began) / sum(len(rows) for rows in batches[1:] or batches)
+        select = Feed(prepared.encoded("select"), engine.device, engine.float_type)
+        began = time.perf_counter()
+        score(engine, prepared.task, select, steps.micro_batch_size)
+        forward = (time.perf_counter() - began) / len(select)
+    return Pace(step, forward, feature_sizes(plan, precision))
+
+
+def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
+    """Bytes of the stored features at each boundary of the search."""
+    if not plan.boundaries or plan.prepared.recipe.train.cache_prefix is False:
+        return {}
+    frozen = with_transfer(plan.prepared, freeze="all", adapter=None)
+    parts = assemble(frozen)
+    prefix = split_at_boundary(frozen, parts, steps_of(frozen))
+    if not isinstance(prefix, Prefix):
+        return {}
+    with build_engine(parts.module, parts.groups, frozen.recipe, precision) as engine:
+        identity = model_identity(frozen.recipe, frozen.identity["source"], precision, engine)
+        cache = PrefixCache(open_store(frozen.recipe), prefix, engine, identity, lambda phase: None)
+        sizes: dict[int, int] = dict.fromkeys(plan.boundaries, 0)
+        for name in CACHED_SPLITS:
+            for boundary, num_bytes in cache.sizes(frozen.encoded(name), plan.boundaries).items():
+                sizes[boundary] += num_bytes
+    return sizes
+
+
+def with_transfer(prepared: Prepared, **changes: Any) -> Prepared:
+    """The same with other values under `transfer`, in one process."""
+    recipe = prepared.recipe
+    transfer = recipe.transfer.model_copy(update=changes)
+    scale = recipe.scale.model_copy(update={"zero_stage": 0, "workers": 1, "engine": "torch"})
+    return replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer, "scale": scale}))
+
+
+def steps_of(prepared: Prepared) -> Steps:
+    recipe = prepared.recipe
+    return plan_steps(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))

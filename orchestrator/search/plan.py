@@ -1,0 +1,87 @@
+"""What a search will do, settled before a trial begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import models
+from orchestrator.errors import Problem, RecipeError, nearest
+from orchestrator.recipe.schema import Search
+from orchestrator.search.space import FREEZE, Space
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.assemble import assemble, check_structure
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.trainer import choose_metric
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search that may begin."""
+
+    prepared: Prepared
+    search: Search
+    space: Space
+    metric: MainMetric
+    """What trials are compared by, on *select*."""
+    num_layers: int
+    num_parameters: int
+    """Of the source model."""
+    known: list[dict[str, Any]] | None
+    """Parameters of every trial; None where they depend on earlier scores."""
+
+    @property
+    def num_trials(self) -> int:
+        return self.search.trials if self.known is None else len(self.known)
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Freeze boundaries of the trials, as numbers of frozen layers."""
+        cases = self.space.cases.get(FREEZE, ())
+        depths = {depth for case in cases if isinstance(case.choice, list) for depth in case.choice}
+        found = [models.resolve_depth(depth, self.num_layers) for depth in depths or {self.default_depth}]
+        return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
+
+    @property
+    def default_depth(self) -> int | str:
+        return self.prepared.recipe.transfer.freeze
+
+    def mutations(self) -> dict[str, Any]:
+        """What population-based training changes midway, in Ray Tune's words; empty for other schedulers."""
+        if self.search.scheduler != "pbt":
+            return {}
+        from random import Random
+
+        stream = Random(self.search.seed)
+        return {path: lambda domain=domain: domain.draw(stream) for path, domain in self.space.mutations().items()}
+
+
+def make_plan(prepared: Prepared) -> Plan:
+    """Settle what will be tried; raises InputError with everything that can be refused before a trial begins."""
+    recipe = prepared.recipe
+    options = recipe.search or Search()
+    metric = choose_search_metric(prepared, options)
+    parts = check_structure(prepared) or assemble(prepared)
+    num_layers, num_parameters = len(parts.blocks.layers), parts.count_parameters()["total"]
+    space = Space.of(recipe, num_layers, num_parameters)
+    known = None
+    if options.algorithm == "grid":
+        known = space.grid(options.trials)
+    elif options.algorithm == "random":
+        known = space.random(options.trials, options.seed)
+    return Plan(prepared, options, space, metric, num_layers, num_parameters, known)
+
+
+def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:
+    """The search's metric, or what picks the best checkpoint; raises RecipeError where the task has none such."""
+    if options.metric is None:
+        metric = choose_metric(prepared)
+    else:
+        known = prepared.task.metric_directions()
+        if options.metric not in known:
+            close = nearest(options.metric, known)
+            where = prepared.recipe.origin.where("search.metric")
+            remedy = f"did you mean {close}?" if close else f"use one of: {', '.join(sorted(known))}"
+            raise RecipeError(Problem(f"the task has no metric '{options.metric}'", where, remedy))
+        metric = MainMetric(options.metric, known[options.metric])
+    return metric if options.mode is None else MainMetric(metric.name, options.mode == "max")

@@ -1,0 +1,75 @@
+"""The search's records: trials.jsonl, one line a trial; search.json; which trial is the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.run_directory import RunDirectory, finite
+
+
+class SearchDirectory(RunDirectory):
+    """A search's directory (design, section 5): its trials are run directories."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.record = root / "search.json"
+        self.rows = root / "trials.jsonl"
+        self.trials = root / "trials"
+        self.best = root / "best.yaml"
+        self.report = root / "report.html"
+
+    def create(self) -> None:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.trials, self.logs):
+            folder.mkdir(exist_ok=True)
+
+    def trial(self, id: str) -> RunDirectory:
+        return RunDirectory(self.trials / id)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of trials.jsonl; a torn last one is passed over."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a line; a torn one before it is ended first."""
+    text = json.dumps(finite(row), ensure_ascii=False) + "\n"
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+
+
+def score_of(row: dict[str, Any], metric: str) -> float | None:
+    """A trial's score; None where it has none."""
+    score = row.get("metrics", {}).get(metric)
+    return None if score is None or math.isnan(score) else float(score)
+
+
+def best_first(rows: list[dict[str, Any]], metric: MainMetric) -> list[dict[str, Any]]:
+    """Trials with a score, the best first; of equal ones that with the lower loss, then the one tried first."""
+
+    def key(row: dict[str, Any]) -> tuple[float, float, str]:
+        score = score_of(row, metric.name)
+        assert score is not None
+        loss = row["metrics"].get("loss")
+        return -score if metric.higher_is_better else score, math.inf if loss is None else loss, row["id"]
+
+    return sorted((row for row in rows if score_of(row, metric.name) is not None), key=key)

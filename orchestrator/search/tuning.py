@@ -1,0 +1,298 @@
+"""Ray Tune: which trial runs where and when. The only file of this room that knows Ray.
+
+Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
+and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
+used: a trial is a run directory, and a search that was killed is told again, from those, what it had seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from orchestrator.errors import ClusterError
+from orchestrator.recipe.schema import Search
+
+SCORE = "score"  # What Ray Tune is told: high is good.
+WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
+MOST_EVALUATIONS = 1_000_000
+MAX_RESTARTS = 2  # Of a trial whose process died.
+VARIABLES = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_WARN_THRESHOLD_S": "1000000",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial tells after an evaluation."""
+
+    score: float | None
+    """High is good; None where there is no number."""
+    is_last: bool
+    row: dict[str, Any]
+    """The evaluation, as in metrics.jsonl."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+class RunningTrial(Protocol):
+    """A trial, as an actor sees it."""
+
+    def advance(self) -> Report:
+        """Go on to the next evaluation."""
+
+    def stop(self) -> None:
+        """The scheduler, or the time limit, has had enough of it."""
+
+    def save(self, folder: Path) -> None:
+        """Write what another trial can go on from."""
+
+    def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
+        """Go on from what another trial wrote, with other parameters."""
+
+
+class Workplace(Protocol):
+    """Makes trials; sent to each actor once."""
+
+    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
+        """A trial; or several that are trained as one, where `members` holds the parameters of each by its id."""
+
+
+class Actor(Trainable):  # type: ignore[misc]
+    """Runs trials, one after another."""
+
+    def setup(self, config: dict[str, Any], make_workplace: Callable[[], Workplace]) -> None:
+        self.workplace = make_workplace()
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.spec = config["spec"]
+        parameters = self.spec["parameters"] | mutated(config)
+        self.running = self.workplace.begin(self.spec["id"], parameters, self.spec.get("members"))
+        self.is_over = False
+
+    def step(self) -> dict[str, Any]:
+        report = self.running.advance()
+        self.is_over = report.is_last
+        score = WORST if report.score is None or math.isnan(report.score) else report.score
+        return {SCORE: score, "done": report.is_last, "row": report.row, "reason": report.reason}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self.running.save(Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        self.running.restore(Path(checkpoint), self.spec["parameters"] | mutated(self.config))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        if not self.is_over:
+            self.running.stop()
+        self.is_over = True
+
+
+def mutated(config: dict[str, Any]) -> dict[str, Any]:
+    """Parameters that population-based training has changed midway."""
+    return {path: value for path, value in config.items() if path != "spec"}
+
+
+class Listener(Protocol):
+    """What the search does with what trials tell; called in the process of the command."""
+
+    def began(self, id: str) -> None: ...
+
+    def told(self, id: str, row: dict[str, Any]) -> None: ...
+
+    def ended(self, id: str, is_last: bool, reason: str | None) -> None: ...
+
+
+class Unsaved:
+    """Of which Ray Tune's snapshots hold nothing: they are not read again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Messenger(Unsaved, Callback):  # type: ignore[misc]
+    """Hands on what Ray Tune says."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.listener.began(id_of(trial))
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if result.get("row"):
+            self.listener.told(id_of(trial), result["row"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        self.listener.ended(id_of(trial), bool(result.get("done")), result.get("reason"))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
+        self.listener.ended(id_of(trial), True, lines[-1] if lines else "its process died")
+
+
+def id_of(trial: Any) -> str:
+    found: str = trial.config["spec"]["id"]
+    return found
+
+
+class Listed(Unsaved, Searcher):  # type: ignore[misc]
+    """Hands out trials that are known beforehand."""
+
+    def __init__(self, specs: Iterator[dict[str, Any]]) -> None:
+        super().__init__(metric=SCORE, mode="max")
+        self._specs = specs
+
+    def suggest(self, trial_id: str) -> Any:
+        spec = next(self._specs, None)
+        return Searcher.FINISHED if spec is None else {"spec": spec}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing is learned."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is kept: the trials' directories are."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing was kept."""
+
+
+class Suggested(Listed):
+    """Hands out trials that another searcher suggests from what earlier ones scored."""
+
+    def __init__(self, inner: Searcher, limit: int, make_spec: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        super().__init__(iter(()))
+        self._inner = inner
+        self._left = limit
+        self._make_spec = make_spec
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._left == 0:
+            return Searcher.FINISHED
+        found = self._inner.suggest(trial_id)
+        if not isinstance(found, dict):
+            return found
+        self._left -= 1
+        return {"spec": self._make_spec(found)}
+
+    def on_trial_result(self, trial_id: str, result: Any) -> None:
+        self._inner.on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        self._inner.on_trial_complete(trial_id, result=result, error=error)
+
+
+def make_scheduler(search: Search, mutations: dict[str, Any]) -> TrialScheduler:
+    """Ray Tune's scheduler of the recipe's name; its time is counted in evaluations."""
+    if search.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="training_iteration",
+            grace_period=search.grace,
+            reduction_factor=search.reduction,
+            max_t=MOST_EVALUATIONS,
+        )
+    if search.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="training_iteration",
+            perturbation_interval=search.grace,
+            hyperparam_mutations=mutations,
+            seed=search.seed,
+        )
+    return FIFOScheduler()
+
+
+def run_trials(
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    make_workplace: Callable[[], Workplace],
+    listener: Listener,
+    concurrent: int,
+    resources: dict[str, float],
+    folder: Path,
+    seconds: float | None = None,
+) -> None:
+    """Run trials until the searcher has no more, or time is up.
+
+    Args:
+        resources: CPUs and GPUs of one trial.
+        folder: where Ray Tune may keep what it wants to; nothing of it is read again.
+    """
+    with variables(VARIABLES):
+        trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources)
+        Tuner(
+            trainable,
+            tune_config=TuneConfig(
+                metric=SCORE,
+                mode="max",
+                num_samples=-1,
+                search_alg=searcher,
+                scheduler=scheduler,
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+                time_budget_s=seconds,
+            ),
+            run_config=RunConfig(
+                name="trials",
+                storage_path=str(folder),
+                callbacks=[Messenger(listener)],
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                verbose=0,
+            ),
+        ).fit()
+
+
+@contextlib.contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for as long as this lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs of the cluster."""
+    return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+
+
+def optuna_searcher(define: Callable[[Any], dict[str, Any]], seed: int, points: Sequence[dict[str, Any]]) -> Searcher:
+    """TPE, through Ray Tune's wrapper of Optuna.
+
+    Args:
+        define: as Optuna's define-by-run objective, for `OptunaSearch(space=...)`.
+        points: what to suggest first: the trials of a search that goes on.
+    """
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(space=define, metric=SCORE, mode="max", seed=seed, points_to_evaluate=list(points) or None)
+    except (ImportError, AssertionError) as error:
+        raise ClusterError("search.algorithm is tpe, which needs Optuna\n    -> pip install optuna") from error

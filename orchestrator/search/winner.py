@@ -1,0 +1,58 @@
+"""The winner's model: its weights from the trial, scored on *test*, left as a training leaves its model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.recipe.schema import Scale
+from orchestrator.search.bench import trial_inputs
+from orchestrator.search.records import SearchDirectory
+from orchestrator.search.trial import BEST_WEIGHTS
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.hooks import Memory
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.trainer import Session, evaluations, finish, make_saver, open_session, resume
+
+
+def keep_winner(
+    prepared: Prepared, metric: MainMetric, directory: SearchDirectory, winner: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the winner's model, its predictions and result.json into the search's directory; returns the result.
+
+    Weights that are not there any more are trained again: the same recipe and seed give the same.
+    """
+    inputs = trial_inputs(prepared, winner["parameters"])
+    # In one process nothing needs to be spread, and the weights are put in as they are.
+    scale = inputs.recipe.scale.model_copy(update={name: getattr(Scale(), name) for name in ("zero_stage", "engine")})
+    plain = replace(inputs, recipe=inputs.recipe.model_copy(update={"scale": scale}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = directory.trial(winner["id"])
+    with open_session(plain, run.root, 0, device, None, metric) as session:
+        weights = run.root / BEST_WEIGHTS
+        if weights.exists():
+            memory = Memory(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])
+            put_weights(session, weights)
+        else:
+            memory = resume(session)
+            for _ in evaluations(session, memory, [make_saver(session)]):
+                pass
+        session.prepared = inputs
+        session.directory = directory
+        finish(session, memory, None)
+    result: dict[str, Any] = json.loads(directory.result.read_text(encoding="utf-8"))
+    return result
+
+
+def put_weights(session: Session, path: Path) -> None:
+    """Give the model the trained values in a file."""
+    module = session.parts.module
+    here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in load_file(path).items():
+            here[name].copy_(value)

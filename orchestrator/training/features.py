@@ -1,0 +1,122 @@
+"""Whether a run stores the output of its frozen blocks, and the splits as they are then fed to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from orchestrator import models
+from orchestrator.models import Prefix, Unsplit
+from orchestrator.training.assemble import Parts
+from orchestrator.training.engine import Engine
+from orchestrator.training.feed import Feed
+from orchestrator.training.loop import Plan
+from orchestrator.training.prefix_cache import PrefixCache, model_identity, open_store
+from orchestrator.training.prepare import Prepared
+
+TRIED = (0.0, 0.1, 0.25)  # Examples on which a model's split is tried out, as shares of all by length: short ones.
+CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would save nothing.
+
+
+def boundary_of(parts: Parts) -> int | None:
+    """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
+    depth = parts.frozen.depth
+    if depth.tail:
+        return len(parts.blocks.layers) + 1
+    return depth.num_layers if depth.stem else None
+
+
+def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | Unsplit | None:
+    """Have the last layer compute only what the head reads, and make the frozen blocks replaceable by their output.
+
+    Returns:
+        Why they cannot be replaced, where it is wanted; None where nothing is frozen or wanted.
+    """
+    encoded = prepared.encoded("train")
+    feed = Feed(encoded, torch.device(parts.body.device))
+    order = np.argsort(encoded.lengths, kind="stable")
+    some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
+    inputs = feed.batch(some)
+    inputs.pop("labels", None)
+    pick = models.find_pick(parts.module, parts.blocks, inputs)
+    if pick is not None:
+        models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
+    boundary = boundary_of(parts)
+    if boundary is None or not is_wanted(prepared, parts, plan, boundary):
+        return None
+    if encoded.augments:
+        return Unsplit("training examples are changed at random")
+    if prepared.recipe.scale.zero_stage == 3:
+        return Unsplit("ZeRO-3 spreads its weights over the workers")
+    return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, pick)
+
+
+def is_wanted(prepared: Prepared, parts: Parts, plan: Plan, boundary: int) -> bool:
+    """Whether stored features are asked for, or save something: more than one pass over blocks that compute."""
+    wanted = prepared.recipe.train.cache_prefix
+    if wanted != "auto":
+        return bool(wanted)
+    computes = boundary > 0 or any(_multiplies(module) for module in parts.blocks.stem.modules)
+    return computes and plan.total_steps > plan.order.steps_per_epoch
+
+
+def make_feeds(
+    prepared: Prepared,
+    split: Prefix | Unsplit | None,
+    engine: Engine,
+    precision: str,
+    tell: Callable[[str], None],
+    note: Callable[[str], None],
+    boundaries: Sequence[int] = (),
+) -> dict[str, Feed]:
+    """Every split as it is fed to the model: with stored features where there can be any.
+
+    Args:
+        tell: shows the phase; `note` keeps a sentence for the user.
+        boundaries: others to store in the same pass, for later runs.
+    """
+    feeds = {name: Feed(prepared.encoded(name), engine.device, engine.float_type) for name in prepared.tables}
+    reason = split.reason if isinstance(split, Unsplit) else None
+    if isinstance(split, Prefix):
+        found = store_features(prepared, split, engine, precision, tell, boundaries)
+        reason = engine.agree(found if isinstance(found, str) else None)
+        if reason is None and not isinstance(found, str):
+            for name, rows in found.items():
+                feeds[name].features = rows
+    if reason is not None and engine.rank == 0:
+        note(f"the frozen blocks are computed in every epoch: {reason}")
+    return feeds
+
+
+def store_features(
+    prepared: Prepared,
+    prefix: Prefix,
+    engine: Engine,
+    precision: str,
+    tell: Callable[[str], None],
+    boundaries: Sequence[int] = (),
+) -> dict[str, Any] | str:
+    """The stored features of each split that is read often; or why there are none."""
+    try:
+        identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
+        cache = PrefixCache(open_store(prepared.recipe), prefix, engine, identity, tell)
+        found = {}
+        for name in CACHED_SPLITS:
+            # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
+            wanted = sorted({*(each for each in boundaries if each < prefix.boundary), prefix.boundary})
+            rows = cache.rows(prepared.keys[name], prepared.encoded(name), wanted)
+            if isinstance(rows, str):
+                return rows
+            found[name] = rows[prefix.boundary]
+        return found
+    except OSError as error:
+        return f"features cannot be stored: {error.strerror or error}"
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module costs more than reading its output from a disk would."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)

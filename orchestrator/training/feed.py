@@ -1,0 +1,67 @@
+"""What a split feeds the model with: its examples, or stored features of the frozen blocks in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.data.feature_store import Rows
+from orchestrator.models.prefix import FEATURES
+from orchestrator.tasks import Encoded
+from orchestrator.tasks.base import Arrays
+
+
+@dataclass
+class Feed:
+    """A split, as batches of tensors on the device."""
+
+    encoded: Encoded
+    device: torch.device
+    float_type: torch.dtype | None = None
+    """What floating inputs are turned into; None leaves them."""
+    features: Rows | None = None
+    """Stored output of the frozen blocks, one row an example."""
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """The model's inputs for these rows, with `labels` where the split has them.
+
+        Args:
+            stream: seed and epoch of what is drawn for training examples; None where nothing is.
+        """
+        if self.features is None:
+            return self._to_device(self.encoded.batch(rows, stream))
+        batch = self.beside(rows)
+        batch[FEATURES] = as_tensor(self.features.take(rows), self.features.note).to(self.device, non_blocking=True)
+        return batch
+
+    def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """What goes along with features of these rows: masks, labels."""
+        return self._to_device(self.encoded.beside_features(rows))
+
+    def _to_device(self, arrays: Arrays) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}
+        if self.float_type is None:
+            return tensors
+        return {
+            name: value.to(self.float_type) if value.is_floating_point() and name != "labels" else value
+            for name, value in tensors.items()
+        }
+
+
+def as_array(values: Tensor) -> tuple[npt.NDArray[np.generic], str]:
+    """A tensor as NumPy knows it, and the name of its number format: NumPy has no bf16."""
+    name = str(values.dtype).removeprefix("torch.")
+    values = values.contiguous()
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).cpu().numpy(), name
+
+
+def as_tensor(values: npt.NDArray[np.generic], name: str) -> Tensor:
+    """The reverse of `as_array`."""
+    return torch.from_numpy(values).view(getattr(torch, name))

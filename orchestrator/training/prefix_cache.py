@@ -1,0 +1,192 @@
+"""Compute the frozen prefix once: what the frozen blocks make of each example is stored, and later epochs start there.
+
+One forward pass writes all boundaries that are wanted; a deeper one goes on from the deepest that is stored. Workers
+and trials on one machine compute an entry together, each other stretch of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.data.cache import cache_folder, content_key
+from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
+from orchestrator.models import Prefix
+from orchestrator.recipe import Recipe
+from orchestrator.tasks import Encoded
+from orchestrator.training.engine import Engine
+from orchestrator.training.feed import Feed, as_array, as_tensor
+
+FEATURES_VERSION = 1  # Part of each key: raise it when the same model and data are stored otherwise.
+ROWS_IN_STRETCH = 256
+TOKENS_IN_PASS = 4096
+EXAMPLES_IN_PASS = 64
+
+Tell = Callable[[str], None]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass
+class PrefixCache:
+    """The stored prefixes of one model."""
+
+    store: FeatureStore
+    prefix: Prefix
+    engine: Engine
+    identity: Sequence[str]
+    """What the frozen blocks' output depends on, besides the examples and the boundary."""
+    tell: Tell
+
+    def key(self, examples: str, boundary: int) -> str:
+        """The name of an entry; `examples` is the key of the encoded split."""
+        pick = self.prefix.pick
+        pooled = pick.position if pick is not None and boundary >= self.prefix.num_layers else "all"
+        return content_key(FEATURES_VERSION, *self.identity, examples, boundary, pooled)
+
+    def open(self, examples: str, boundary: int) -> Rows | None:
+        return self.store.open(self.key(examples, boundary))
+
+    def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, Rows] | str:
+        """The entries of a split at these boundaries, computed where they are missing; or why they cannot be stored.
+
+        Raises:
+            OSError: the disk failed or filled up on the way.
+        """
+        found = {boundary: self.open(examples, boundary) for boundary in boundaries}
+        missing = [boundary for boundary, rows in found.items() if rows is None]
+        if missing:
+            layouts = self._layouts(encoded, missing)
+            kept = frozenset(self.key(examples, boundary) for boundary in boundaries)
+            # What a process before us had begun is already reserved.
+            reason = self.store.make_room(self._bytes_to_come(examples, layouts), kept)
+            if reason is not None:
+                return reason
+            with self._writers(examples, layouts, encoded) as writers:
+                self._compute(examples, encoded, writers)
+            found |= {boundary: self.store.finish(self.key(examples, boundary)) for boundary in missing}
+        return {boundary: rows for boundary, rows in found.items() if rows is not None}
+
+    def sizes(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, int]:
+        """Bytes that a split's entries take at these boundaries."""
+        return {boundary: layout.num_bytes for boundary, (layout, _) in self._layouts(encoded, boundaries).items()}
+
+    def _bytes_to_come(self, examples: str, layouts: dict[int, tuple[Layout, str]]) -> int:
+        folders = {boundary: self.store.folder / f"{self.key(examples, boundary)}.partial" for boundary in layouts}
+        return sum(layout.num_bytes for boundary, (layout, _) in layouts.items() if not folders[boundary].exists())
+
+    def _layouts(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, tuple[Layout, str]]:
+        """The form of each boundary's rows, and the name of their number format, from one small batch."""
+        some = np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
+        layouts = {}
+        for boundary, values in self._forward(encoded, some, boundaries).items():
+            array, name = as_array(values)
+            # Rows are ragged where they hold a vector for each token of uneven texts.
+            longest = int(encoded.lengths[some].max())
+            ragged = array.ndim == 3 and array.shape[1] == longest > 1 and np.ptp(encoded.lengths) > 0
+            lengths = tuple(map(int, encoded.lengths)) if ragged else None
+            layouts[boundary] = Layout(array.shape[2 if ragged else 1 :], str(array.dtype), len(encoded), lengths), name
+        return layouts
+
+    @contextmanager
+    def _writers(
+        self, examples: str, layouts: dict[int, tuple[Layout, str]], encoded: Encoded
+    ) -> Iterator[dict[int, Writer]]:
+        num_stretches = len(stretches(encoded.lengths))
+        writers = {
+            boundary: self.store.writer(self.key(examples, boundary), layout, num_stretches, name)
+            for boundary, (layout, name) in layouts.items()
+        }
+        try:
+            yield writers
+        finally:
+            for writer in writers.values():
+                writer.close()
+
+    def _compute(self, examples: str, encoded: Encoded, writers: dict[int, Writer]) -> None:
+        """Compute the stretches that nobody else does, until all are done."""
+        parts = stretches(encoded.lengths)
+        start, stored = self._nearest(examples, min(writers))
+        while not all(writer.is_complete for writer in writers.values()):
+            idle = True
+            for number, rows in enumerate(parts):
+                first = next((writer for writer in writers.values() if not writer.is_done(number)), None)
+                if first is None:
+                    continue
+                with first.claim(number) as mine:
+                    if mine and not first.is_done(number):
+                        idle = False
+                        self.tell(f"storing the frozen prefix: {100 * number // len(parts)} %")
+                        self._compute_stretch(encoded, rows, writers, start, stored)
+                        for writer in writers.values():
+                            writer.mark_done(number)
+            if idle:
+                wait_a_little()
+
+    def _compute_stretch(
+        self, encoded: Encoded, rows: Indices, writers: dict[int, Writer], start: int | None, stored: Rows | None
+    ) -> None:
+        for some in passes(encoded.lengths, rows):
+            for boundary, values in self._forward(encoded, some, list(writers), start, stored).items():
+                array, _ = as_array(values)
+                for row, line in zip(some, array, strict=True):
+                    writers[boundary].write(int(row), line)
+
+    def _nearest(self, examples: str, boundary: int) -> tuple[int | None, Rows | None]:
+        """The deepest stored boundary below this one, to go on from."""
+        for shallower in range(min(boundary - 1, self.prefix.num_layers), -1, -1):
+            stored = self.open(examples, shallower)
+            if stored is not None:
+                return shallower, stored
+        return None, None
+
+    def _forward(
+        self,
+        encoded: Encoded,
+        rows: Indices,
+        boundaries: Sequence[int],
+        start: int | None = None,
+        stored: Rows | None = None,
+    ) -> dict[int, Tensor]:
+        feed = Feed(encoded, self.engine.device, self.engine.float_type)
+        batch = feed.batch(rows) if stored is None else feed.beside(rows)
+        features = None
+        if stored is not None:
+            features = as_tensor(stored.take(rows), stored.note).to(self.engine.device)
+        batch.pop("labels", None)
+        with self.engine.autocast(), torch.no_grad():
+            return self.prefix.compute(batch, boundaries, start, features)
+
+
+def stretches(lengths: Indices) -> list[Indices]:
+    """The rows of a split, longest first, in stretches that one process computes at a time."""
+    order = np.argsort(-lengths, kind="stable")
+    return np.split(order, range(ROWS_IN_STRETCH, len(order), ROWS_IN_STRETCH))
+
+
+def passes(lengths: Indices, rows: Indices) -> Iterator[Indices]:
+    """A stretch in forward passes of limited size; the longest row of each comes first."""
+    start = 0
+    while start < len(rows):
+        size = max(1, min(EXAMPLES_IN_PASS, TOKENS_IN_PASS // int(lengths[rows[start]])))
+        yield rows[start : start + size]
+        start += size
+
+
+def open_store(recipe: Recipe) -> FeatureStore:
+    """The machine's store of features; raises OSError where there can be none."""
+    budget = recipe.scale.cache_gigabytes
+    return FeatureStore(cache_folder() / "features", None if budget == "auto" else int(budget * 1e9))
+
+
+def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) -> list[str]:
+    """What the frozen blocks' output depends on, besides the examples."""
+    seed = f"from scratch {recipe.train.seed}" if recipe.transfer.from_scratch else "pre-trained"
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    return [source, seed, precision, str(engine.float_type), engine.device.type, *packages]
