@@ -22,13 +22,17 @@ MAY_KNOW = {
     "tasks": {*FOUNDATION, "data", "models"},
     "transfer": {*FOUNDATION, "data", "models"},
     "training": {*FOUNDATION, "data", "models", "tasks", "transfer"},
-    "show": {*FOUNDATION, "doctor", "training"},
+    "search": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "report"},
+    "show": {*FOUNDATION, "doctor", "training", "search"},
     "doctor": {"training", "__init__"},
     "report": FOUNDATION,
-    "cli": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "show", "doctor", "__init__"},
-    "__init__": {*FOUNDATION, "training"},
+    "cli": {
+        *FOUNDATION,
+        *("data", "models", "tasks", "transfer", "training", "search", "report", "show", "doctor", "__init__"),
+    },
+    "__init__": {*FOUNDATION, "training", "search"},
 }
-KNOWS_RAY = {"training/worker.py"}
+KNOWS_RAY = {"training/worker.py", "search/tuning.py"}
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},
     "data": {"torch"},

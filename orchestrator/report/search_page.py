@@ -162,8 +162,8 @@ def near_words(search: Search, scores: list[float]) -> str:
     worst = mean(scores) - (deviation if search.higher_is_better else -deviation)
     others = [trial for trial in search.ranked if search.winner is None or trial.id != search.winner.id]
     near = sum(not search.beats(worst, trial.score or 0.0) for trial in others)
-    verdict = f"{near:,} {'is' if near == 1 else 'are'} within a deviation of the winner's mean, or better"
-    return f"Of {count(len(others), 'other trial')}, {verdict}."
+    verdict = f"{near:,} are" if near > 1 else "one is" if near else "none is"
+    return f"Of {count(len(others), 'other trial')}, {verdict} within a deviation of the winner's mean, or better."
 
 
 def trials_words(search: Search) -> str:

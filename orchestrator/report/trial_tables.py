@@ -105,7 +105,7 @@ def parameter_table(search: Search) -> Markup:
         if path in parameters:
             rows.append(
                 [
-                    element("code", path),
+                    dotted(path),
                     element("strong", plain(parameters[path]), class_="unbroken"),
                     tried(search, path),
                 ]
@@ -113,13 +113,19 @@ def parameter_table(search: Search) -> Markup:
     edges = [path for path in search.searched if at_edge(search, leader, path)]
     warning = None
     if edges:
-        named = join([element("code", path) for path in edges], " and ")
+        named = join([dotted(path) for path in edges], " and ")
         there = " at this depth" if DEPTH in search.searched else ""
         words = (
             f" {'is' if len(edges) == 1 else 'are'} at the end of what was tried{there}; a wider range may do better."
         )
         warning = element("p", named, words, class_="remark")
     return join([table(columns, rows, fitted=True), warning])
+
+
+def dotted(path: str) -> Markup:
+    """A path that may break after its dots."""
+    first, *rest = path.split(".")
+    return element("code", first, *(join([".", element("wbr"), part]) for part in rest))
 
 
 def tried(search: Search, path: str) -> Markup | str:

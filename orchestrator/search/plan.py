@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.schema import Search
+from orchestrator.search.domains import Domain
 from orchestrator.search.space import FREEZE, Space
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assemble import assemble, check_structure
@@ -37,23 +38,22 @@ class Plan:
     @property
     def boundaries(self) -> list[int]:
         """Freeze boundaries of the trials, as numbers of frozen layers."""
+        depths: set[int | str] = set()
         cases = self.space.cases.get(FREEZE, ())
-        depths = {depth for case in cases if isinstance(case.choice, list) for depth in case.choice}
-        found = [models.resolve_depth(depth, self.num_layers) for depth in depths or {self.default_depth}]
+        for case in cases:
+            if case.integers is not None:
+                depths.update(range(case.integers[0], case.integers[1] + 1))
+            elif isinstance(case.choice, list):
+                depths.update(case.choice)
+        if not cases or all(case.when is not None for case in cases):
+            depths.add(self.prepared.recipe.transfer.freeze)
+        found = [models.resolve_depth(depth, self.num_layers) for depth in depths]
         return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
 
     @property
-    def default_depth(self) -> int | str:
-        return self.prepared.recipe.transfer.freeze
-
-    def mutations(self) -> dict[str, Any]:
-        """What population-based training changes midway, in Ray Tune's words; empty for other schedulers."""
-        if self.search.scheduler != "pbt":
-            return {}
-        from random import Random
-
-        stream = Random(self.search.seed)
-        return {path: lambda domain=domain: domain.draw(stream) for path, domain in self.space.mutations().items()}
+    def changing(self) -> dict[str, Domain]:
+        """What population-based training changes midway; nothing for other schedulers."""
+        return self.space.mutations() if self.search.scheduler == "pbt" else {}
 
 
 def make_plan(prepared: Prepared) -> Plan:
@@ -84,4 +84,9 @@ def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:
             remedy = f"did you mean {close}?" if close else f"use one of: {', '.join(sorted(known))}"
             raise RecipeError(Problem(f"the task has no metric '{options.metric}'", where, remedy))
         metric = MainMetric(options.metric, known[options.metric])
-    return metric if options.mode is None else MainMetric(metric.name, options.mode == "max")
+    better = "max" if metric.higher_is_better else "min"
+    if options.mode not in (None, better):
+        what = f"search.mode is {options.mode}, but the best {metric.name} is the {better}imum"
+        where = prepared.recipe.origin.where("search.mode")
+        raise RecipeError(Problem(what, where, f"set search.mode to {better}, or remove it"))
+    return metric

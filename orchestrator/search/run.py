@@ -149,10 +149,10 @@ def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, secon
     if plan.known is None:
         searcher: Any = suggesting(plan, directory, ledger)
     else:
-        searcher = tuning.Listed(list_trials(plan, plan.known, ledger))
+        searcher = tuning.Listed(list_trials(plan, plan.known, ledger), plan.changing)
     limit = plan.search.seconds
     left = None if limit is None else max(1.0, limit - seconds_before)
-    run_trials(plan, directory, ledger, searcher, tuning.make_scheduler(plan.search, plan.mutations()), left)
+    run_trials(plan, directory, ledger, searcher, tuning.make_scheduler(plan.search, plan.changing), left)
 
 
 def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 import ray
@@ -23,6 +24,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.errors import ClusterError
 from orchestrator.recipe.schema import Search
+from orchestrator.search.domains import Choice, Domain
 
 SCORE = "score"  # What Ray Tune is told: high is good.
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
@@ -161,13 +163,17 @@ def id_of(trial: Any) -> str:
 class Listed(Unsaved, Searcher):  # type: ignore[misc]
     """Hands out trials that are known beforehand."""
 
-    def __init__(self, specs: Iterator[dict[str, Any]]) -> None:
+    def __init__(self, specs: Iterator[dict[str, Any]], changing: Iterable[str] = ()) -> None:
         super().__init__(metric=SCORE, mode="max")
         self._specs = specs
+        self._changing = tuple(changing)
+        """Parameters that population-based training looks for, and changes, beside the trial."""
 
     def suggest(self, trial_id: str) -> Any:
         spec = next(self._specs, None)
-        return Searcher.FINISHED if spec is None else {"spec": spec}
+        if spec is None:
+            return Searcher.FINISHED
+        return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing is learned."""
@@ -204,8 +210,12 @@ class Suggested(Listed):
         self._inner.on_trial_complete(trial_id, result=result, error=error)
 
 
-def make_scheduler(search: Search, mutations: dict[str, Any]) -> TrialScheduler:
-    """Ray Tune's scheduler of the recipe's name; its time is counted in evaluations."""
+def make_scheduler(search: Search, domains: Mapping[str, Domain]) -> TrialScheduler:
+    """Ray Tune's scheduler of the recipe's name; its time is counted in evaluations.
+
+    Args:
+        domains: of what population-based training may change.
+    """
     if search.scheduler == "asha":
         return ASHAScheduler(
             time_attr="training_iteration",
@@ -217,10 +227,21 @@ def make_scheduler(search: Search, mutations: dict[str, Any]) -> TrialScheduler:
         return PopulationBasedTraining(
             time_attr="training_iteration",
             perturbation_interval=search.grace,
-            hyperparam_mutations=mutations,
-            seed=search.seed,
+            hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in domains.items()},
+            # Ray multiplies numbers by 0.8 or 1.2, whatever their bounds.
+            custom_explore_fn=lambda config: {
+                path: domains[path].clip(value) if path in domains else value for path, value in config.items()
+            },
         )
     return FIFOScheduler()
+
+
+def as_mutation(domain: Domain, seed: int) -> Any:
+    """Ray's way to say where values come from: a list, or a function that draws one."""
+    if isinstance(domain, Choice):
+        return list(domain.values)
+    stream = Random(seed)
+    return lambda: domain.draw(stream)
 
 
 def run_trials(

@@ -17,6 +17,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self._open: list[str] = []
+        self._may_break = False
         self.feed(text)
         self.close()
         assert not self._open, f"not closed: {self._open}"
@@ -27,6 +28,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        self._may_break = tag == "wbr"
         if tag not in _WITHOUT_END:
             self._open.append(tag)
 
@@ -35,7 +37,11 @@ class Page(HTMLParser):
         self._open.pop()
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & set(self._open):
+        if {"style", "script"} & set(self._open):
+            return
+        if self._may_break:  # Such a place is no space.
+            self.words[-1] += data
+        else:
             self.words.append(data)
 
     @property

@@ -93,6 +93,7 @@ def test_lower_is_better_where_the_search_says_so(tmp_path: Path) -> None:
     best = min(trials, key=lambda trial: trial["metrics"]["loss"])
     assert f"Trial {best['id']} leads with loss {best['metrics']['loss']:.4f} on select" in page.shown
     assert rows_of_trials(page)[0] == best["id"]
+    assert "Further down is better" in page.shown
 
 
 def test_reruns_with_other_seeds_stand_beside_their_trial_and_not_among_the_trials(tmp_path: Path) -> None:

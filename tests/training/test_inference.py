@@ -117,17 +117,24 @@ def test_predictions_do_not_depend_on_the_batch_size(transfer: str, trainer: Tra
     assert [{key: row[key] for key in ("text", "label")} for row in together] == given
 
 
+def assert_same_scores(found: dict[str, float], expected: dict[str, float]) -> None:
+    """The same outputs up to another order of sums. Bins of confidence, and the correlation of outputs that hardly
+    differ, magnify that."""
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
 @every_transfer
 def test_evaluation_agrees_with_the_result_of_the_run(transfer: str, trainer: Trainer) -> None:
     directory = trainer.run(transfer)
     result = read_result(directory)
     for split in ("select", "test"):
         found = evaluate(directory, None, split)
-        assert found["metrics"] == pytest.approx(result["metrics"][split], abs=1e-5)
+        assert_same_scores(found["metrics"], result["metrics"][split])
         assert found["examples"] == 30
     assert found["details"]["confusion_matrix"] == result["details"]["test"]["confusion_matrix"]
     by_file = evaluate(directory / "model", str(trainer.data / "test.jsonl"), "test")
-    assert by_file["metrics"] == pytest.approx(result["metrics"]["test"], abs=1e-5)
+    assert_same_scores(by_file["metrics"], result["metrics"]["test"])
 
 
 def test_predictions_of_the_run_are_those_of_predict(trainer: Trainer) -> None:
@@ -159,9 +166,8 @@ def test_what_is_exported_loads_without_this_package_as_its_card_says(trainer: T
         np.testing.assert_allclose(plain[str(folder)], scores_of(ours), atol=1e-5, err_msg=transfer)
     np.testing.assert_allclose(plain[str(folders["adapter"])], plain[str(folders["merged"])], atol=1e-5)
     assert not (folders["merged"] / "adapter_config.json").exists()
-    assert evaluate(folders["merged"], None, "test")["metrics"] == pytest.approx(
-        read_result(trainer.run("adapter"))["metrics"]["test"], abs=1e-5
-    )
+    of_run = read_result(trainer.run("adapter"))["metrics"]["test"]
+    assert_same_scores(evaluate(folders["merged"], None, "test")["metrics"], of_run)
 
 
 def test_the_model_card_tells_source_data_and_results(trainer: Trainer) -> None:
@@ -277,7 +283,7 @@ def test_several_labels_are_predicted_and_scored(trainer: Trainer) -> None:
     assert all(row["prediction"] == [name for name, on in row["scores"].items() if on > 0.5] for row in found)
     assert list(found[0]["scores"]) == ["car", "cat", "dog"]
     expected = read_result(directory)["metrics"]["test"]
-    assert evaluate(directory, None, "test")["metrics"] == pytest.approx(expected, abs=1e-5)
+    assert_same_scores(evaluate(directory, None, "test")["metrics"], expected)
 
 
 def test_numbers_are_predicted_and_scored(trainer: Trainer) -> None:
@@ -285,6 +291,6 @@ def test_numbers_are_predicted_and_scored(trainer: Trainer) -> None:
     found = predict_lines(directory, trainer.data / "test.jsonl")
     assert all(isinstance(row["prediction"], float) for row in found)
     expected = read_result(directory)["metrics"]["test"]
-    assert evaluate(directory, None, "test")["metrics"] == pytest.approx(expected, abs=1e-5)
+    assert_same_scores(evaluate(directory, None, "test")["metrics"], expected)
     with pytest.raises(DataError, match="not a finite number"):
         evaluate(directory, str(trainer.data / "test.jsonl"), "test")

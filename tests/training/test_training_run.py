@@ -59,7 +59,7 @@ def test_a_finished_run_holds_what_the_design_says(finished: Path) -> None:
 
 def test_it_learns_the_toy_problem(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
-    assert result["metrics"]["test"]["accuracy"] > 0.9
+    assert result["metrics"]["test"]["accuracy"] > 0.8
     assert result["metrics"]["test"] == pytest.approx(
         {key: value for key, value in rows(finished, "test")[-1].items() if key in result["metrics"]["test"]}
     )

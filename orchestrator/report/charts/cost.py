@@ -20,9 +20,10 @@ def cost(view: View) -> Chart | None:
     if len(trials) < 2:
         return None
     found = front_of(trials, view)
+    better = "up" if view.search.higher_is_better else "down"
     words = (
-        "Further up is better, further left is cheaper. The numbered trials are the Pareto front: none that costs as "
-        "little is as good."
+        f"Further {better} is better, further left is cheaper. The numbered trials are the Pareto front: none that "
+        "costs as little is as good."
     )
     return Chart(
         title="Score against cost",

@@ -163,7 +163,7 @@ def draw_axis(axis: Axis, index: int, last: int, size: Size, spot: Spot, room: f
             x, y = spot(index, share)
             parts.append(text(x + aside, y + 4, shortened(label, room - 16, 11), class_, label))
         return parts
-    parts.append(text(0, start[1] - 10, shortened(axis.name, room), "title halo", axis.name))
+    parts.append(text(0, start[1] - 10, shortened(axis.name, room), "narrow-title halo", axis.name))
     taken = -1e9
     for share, label in sorted(axis.labels):
         x, y = spot(index, share)
