@@ -21,7 +21,7 @@ MAY_KNOW = {
     "models": FOUNDATION,
     "tasks": {*FOUNDATION, "data", "models"},
     "transfer": {*FOUNDATION, "data", "models"},
-    "training": {*FOUNDATION, "data", "models", "tasks", "transfer"},
+    "training": {*FOUNDATION, "data", "models", "tasks", "transfer", "report"},
     "search": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "report"},
     "show": {*FOUNDATION, "doctor", "training", "search"},
     "doctor": {"training", "__init__"},

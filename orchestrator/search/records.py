@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -64,7 +64,7 @@ def score_of(row: dict[str, Any], metric: str) -> float | None:
 
 
 def best_first(rows: list[dict[str, Any]], metric: MainMetric) -> list[dict[str, Any]]:
-    """Trials with a score, the best first; of equal ones that with the lower loss, then the one tried first."""
+    """Trials with a score that did not fail, the best first; of equal ones that with the lower loss, then the earlier."""
 
     def key(row: dict[str, Any]) -> tuple[float, float, str]:
         score = score_of(row, metric.name)
@@ -72,4 +72,5 @@ def best_first(rows: list[dict[str, Any]], metric: MainMetric) -> list[dict[str,
         loss = row["metrics"].get("loss")
         return -score if metric.higher_is_better else score, math.inf if loss is None else loss, row["id"]
 
-    return sorted((row for row in rows if score_of(row, metric.name) is not None), key=key)
+    scored = [row for row in rows if score_of(row, metric.name) is not None and row["status"] != "failed"]
+    return sorted(scored, key=key)

@@ -99,8 +99,9 @@ def search(
         begin_record(plan, directory)
         try:
             run(plan, directory, shown)
-        except KeyboardInterrupt:
-            directory.update_record(status="interrupted")
+        except (KeyboardInterrupt, RunFailed) as error:
+            directory.update_record(status="failed" if isinstance(error, RunFailed) else "interrupted")
+            write_report(directory.root)
             raise
         return finished(plan, directory)
 

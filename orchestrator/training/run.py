@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe
+from orchestrator.report import write_report
 from orchestrator.training.assemble import check_structure
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
@@ -128,6 +129,7 @@ def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) ->
         directory.update_record(status="interrupted", ended=time.time())
         raise
     directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
+    write_report(directory.root)
 
 
 def start_record(prepared: Prepared, directory: RunDirectory) -> int:

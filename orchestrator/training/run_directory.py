@@ -103,7 +103,7 @@ class RunDirectory:
         if not self.metrics.exists():
             return []
         rows = []
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
