@@ -61,7 +61,9 @@ def convert_images(values: pa.ChunkedArray, name: str, source: str, file: Source
     data = contents.combine_chunks()
     data = data if isinstance(data, pa.Array) else pa.concat_arrays(data.chunks)
     columns = [data, pa.array(paths, pa.string()), pa.array(digests, pa.string())]
-    missing = pa.array([path is None and digest is None for path, digest in zip(paths, digests, strict=True)])
+    missing = pa.array(
+        [path is None and digest is None for path, digest in zip(paths, digests, strict=True)], pa.bool_()
+    )
     return pa.chunked_array([pa.StructArray.from_arrays(columns, fields=list(IMAGE), mask=missing)], IMAGE)
 
 

@@ -60,14 +60,17 @@ def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | N
     found: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = (output if isinstance(output, Tensor) else output[0]).detach().requires_grad_()
-        found.append(hidden)
+        found.append((output if isinstance(output, Tensor) else output[0]).detach().requires_grad_())
+        # A copy goes on, because some models write into it.
+        hidden = found[-1].clone()
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     hook = blocks.layers[-1].elements[-1].register_forward_hook(cut)
     try:
         with torch.enable_grad(), evaluating(model):
-            gradient = torch.autograd.grad(model(**inputs).logits.sum(), found, allow_unused=True)[-1]
+            logits = model(**inputs).logits
+            # Layers that are called without their hooks tell nothing.
+            gradient = torch.autograd.grad(logits.sum(), found, allow_unused=True)[-1] if found else None
     finally:
         hook.remove()
     if gradient is None or gradient.dim() != 3 or gradient.shape[1] < 2:
@@ -99,20 +102,19 @@ def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pi
     if len(layer.elements) != 1:
         return False
     element = layer.elements[0]
-    late = _find_late_modules(model, element, inputs, pick)
     undo = [model.register_forward_pre_hook(_look(pick), with_kwargs=True).remove]
     with evaluating(model), torch.no_grad():
         whole = model(**inputs).logits
-        undo += [_replace(module, _late_function(pick)) for module in late]
-        # A layer that is computed again in the backward pass is computed without modes, and has to do the same then.
-        mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
-        undo.append(_replace(element, _layer_function(pick, mode)))
         try:
+            late = _find_late_modules(model, element, inputs, pick)
+            undo += [_replace(module, _late_function(pick)) for module in late]
+            # A layer that is computed again in the backward pass is computed without modes, and has to do the same.
+            mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
+            undo.append(_replace(element, _layer_function(pick, mode)))
             picked = model(**inputs).logits
         except FAILURES:  # Modules that take something else than [batch, positions, width].
             picked = torch.full_like(whole, torch.nan)
-    scale = max(1.0, float(whole.abs().max()))
-    if torch.allclose(picked, whole, rtol=TOLERANCE, atol=TOLERANCE * scale):
+    if is_close(picked, whole):
         return True
     for action in undo:
         action()
@@ -208,10 +210,18 @@ class _OneQuery(TorchFunctionMode):
         if mask is not None and mask.shape[2] > 1:
             # A mask may be one for all examples or all heads; what is picked differs by example.
             mask = self.pick.take(mask.expand(query.shape[0], *mask.shape[1:]), axis=2)
-        # Without a mask a causal model's last position reads all, and its first reads only itself.
-        is_causal = kwargs.get("is_causal", False) and self.pick.position == "first"
+        is_causal = kwargs.get("is_causal", False)
+        if is_causal and self.pick.position == "last":
+            # Its single query would be taken for the first position's: said by a mask, it reads all up to its own.
+            mask = None if self.pick.last is None else _read_by(self.pick.last, others[0].shape[2])
+            is_causal = False
         changed = {**kwargs, "attn_mask": mask, "is_causal": is_causal}
         return func(self.pick.take(query, axis=2), *others, **changed).expand(-1, -1, num_positions, -1)
+
+
+def _read_by(last: Tensor, num_positions: int) -> Tensor:
+    """The positions up to each example's last; shape [batch, 1, 1, positions]."""
+    return (torch.arange(num_positions, device=last.device) <= last[:, None])[:, None, None]
 
 
 def _replace(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
@@ -227,6 +237,13 @@ def _replace(module: nn.Module, function: Callable[..., Any]) -> Callable[[], No
         del module.forward
 
     return undo
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to the same logits agree, as far as another order of sums lets them."""
+    # Against the size of the logits themselves: those of a new head are small, and so are differences that matter.
+    scale = float(expected.abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
 
 
 @contextmanager

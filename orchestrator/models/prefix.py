@@ -11,7 +11,7 @@ model beside it (`find_boundaries`); where it does not (layers that hand on more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.pick import FAILURES, TOLERANCE, Pick, evaluating
+from orchestrator.models.pick import FAILURES, Pick, evaluating, is_close
 
 FEATURES = "features"  # The argument of the model's forward pass that holds stored features.
 HANDS_ON_MORE = "its layers hand on more than hidden states"
@@ -28,6 +28,10 @@ HANDS_ON_MORE = "its layers hand on more than hidden states"
 
 class _Reached(Exception):
     """Everything that was to be captured has been; the rest of the forward pass is not needed."""
+
+
+class _NotSeen(Exception):
+    """The model's code calls layers so that no hook sees it."""
 
 
 @dataclass
@@ -65,7 +69,9 @@ class Prefix:
     head reads one position. Called without it, the model is what it was.
     """
 
-    def __init__(self, model: Any, body: Any, blocks: Blocks, boundary: int, pick: Pick | None) -> None:
+    def __init__(
+        self, model: Any, body: Any, blocks: Blocks, boundary: int, pick: Pick | None, stem: Iterable[nn.Module]
+    ) -> None:
         self.model = model
         self.body = body
         self.num_layers = len(blocks.layers)
@@ -79,9 +85,8 @@ class Prefix:
         """The part of it that the head reads."""
         self._undo: list[Callable[[], None]] = []
         self._undo.append(model.register_forward_pre_hook(self._take_features, with_kwargs=True).remove)
-        for module in _outermost(blocks.stem):
-            if any(True for _ in module.parameters()) and not isinstance(module, nn.ModuleList):
-                self._replace(module, self._pass_stem)
+        for module in stem:
+            self._replace(module, self._pass_stem)
         first = blocks.layers[0].elements[0]
         self._undo.append(first.register_forward_pre_hook(self._enter_layers, with_kwargs=True).remove)
         for number, block in enumerate(blocks.layers[:boundary], start=1):
@@ -114,7 +119,8 @@ class Prefix:
         finally:
             self._stay = False
             self._pass = _Pass()
-        assert this.taken.keys() == this.wanted, "a boundary was not reached"
+        if this.taken.keys() != this.wanted:
+            raise _NotSeen
         return this.taken
 
     _stay = False
@@ -153,7 +159,11 @@ class Prefix:
 
     def _pass_stem(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # Whatever the stem makes of its inputs is not read, when features come in after it.
-        return original(*args, **kwargs) if self._pass.features is None else self._pass.features
+        if self._pass.features is not None:
+            return self._forms.get(module, _Form(None)).wrap(self._pass.features)
+        output = original(*args, **kwargs)
+        self._forms[module] = _Form.of(output)
+        return output
 
     def _enter_layers(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         this = self._pass
@@ -206,7 +216,13 @@ class Unsplit:
 
 
 def split_model(
-    model: Any, body: Any, blocks: Blocks, boundary: int, inputs: dict[str, Tensor], pick: Pick | None
+    model: Any,
+    body: Any,
+    blocks: Blocks,
+    boundary: int,
+    inputs: dict[str, Tensor],
+    beside: dict[str, Tensor],
+    pick: Pick | None,
 ) -> Prefix | Unsplit:
     """Make the blocks below a boundary replaceable by what they make of an example.
 
@@ -217,17 +233,56 @@ def split_model(
         body: the model's `base_model`, without its head.
         boundary: number of frozen layers; one more than there are where the tail is frozen too.
         inputs: a few real examples of uneven length; what the model's forward pass takes.
+        beside: what of them goes along with features.
         pick: the position that the head reads, if it is only one.
     """
-    prefix = Prefix(model, body, blocks, boundary, pick)
-    reason = _try_out(prefix, inputs)
+    try:
+        stem = _find_replaceable(model, blocks, inputs)
+    except FAILURES as error:
+        return Unsplit(f"{HANDS_ON_MORE} ({type(error).__name__})")
+    prefix = Prefix(model, body, blocks, boundary, pick, stem)
+    reason = _try_out(prefix, inputs, beside)
     if reason is None:
         return prefix
     prefix.remove()
     return Unsplit(reason)
 
 
-def _try_out(prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
+def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> list[nn.Module]:
+    """The parts of the stem that matter to the first layer's hidden states alone.
+
+    The others (a norm of the relative positions that all layers read) have to compute in every pass.
+    """
+    parts = [
+        module
+        for module in _outermost(blocks.stem)
+        if any(True for _ in module.parameters()) and not isinstance(module, nn.ModuleList)
+    ]
+    outputs: list[tuple[nn.Module, Tensor]] = []
+
+    def cut_output(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        outputs.append((module, hidden.detach().requires_grad_()))
+        return _Form.of(output).wrap(outputs[-1][1].clone())
+
+    def cut_hidden(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return _with_hidden(args, kwargs, _hidden_of(args, kwargs).detach())
+
+    hooks = [module.register_forward_hook(cut_output) for module in parts]
+    hooks.append(blocks.layers[0].elements[0].register_forward_pre_hook(cut_hidden, with_kwargs=True))
+    try:
+        with torch.enable_grad(), evaluating(model):
+            logits = model(**inputs).logits
+            starts = [start for _, start in outputs]
+            gradients = torch.autograd.grad(logits.sum(), starts, allow_unused=True) if starts else ()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    read = {module for (module, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+    return [module for module in parts if module not in read]
+
+
+def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor]) -> str | None:
     """Why feeding features does not give what the whole model gives; None when it does."""
     model, boundary = prefix.model, prefix.boundary
     with evaluating(model), torch.no_grad():
@@ -238,11 +293,14 @@ def _try_out(prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
                 if prefix._needed is None:
                     return "its head reads more than one output of its body"
             features = prefix.compute(inputs, [boundary])[boundary]
-            fed = model(**inputs, **{FEATURES: features}).logits
+            # Not all of the examples: what a layer hands on of a batch besides hidden states fits no other batch.
+            some = max(1, len(features) - 1)
+            fed = model(**{name: value[:some] for name, value in beside.items()}, **{FEATURES: features[:some]}).logits
         except FAILURES as error:
             return f"{HANDS_ON_MORE} ({type(error).__name__})"
-    same = fed.shape == whole.shape and torch.allclose(fed, whole, rtol=TOLERANCE, atol=TOLERANCE * _scale(whole))
-    return None if same else HANDS_ON_MORE
+        except _NotSeen:
+            return "its code calls layers in a way that cannot be followed"
+    return None if is_close(fed, whole[:some]) else HANDS_ON_MORE
 
 
 def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
@@ -287,7 +345,3 @@ def _outermost(block: Block) -> Iterator[nn.Module]:
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
-
-
-def _scale(values: Tensor) -> float:
-    return max(1.0, float(values.abs().max()))

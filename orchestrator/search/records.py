@@ -64,7 +64,7 @@ def score_of(row: dict[str, Any], metric: str) -> float | None:
 
 
 def best_first(rows: list[dict[str, Any]], metric: MainMetric) -> list[dict[str, Any]]:
-    """Trials with a score that did not fail, the best first; of equal ones that with the lower loss, then the earlier."""
+    """Trials with a score that did not fail, best first; of equal ones that with the lower loss, then the earlier."""
 
     def key(row: dict[str, Any]) -> tuple[float, float, str]:
         score = score_of(row, metric.name)

@@ -3,6 +3,10 @@
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
 and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
 used: a trial is a run directory, and a search that was killed is told again, from those, what it had seen.
+
+A trial of several workers is a Ray Train run that its actor starts. Where such an actor is killed, the run is killed
+with it, but the CPUs that it had reserved are not given back: Ray removes a placement group only when the whole job has
+ended. So the command looks for placement groups whose makers are dead, and removes them.
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +25,32 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray._private.state import state as ray_state
+from ray.core.generated import gcs_pb2
 from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orchestrator.errors import ClusterError
 from orchestrator.recipe.schema import Search
 from orchestrator.search.domains import Choice, Domain
+from orchestrator.search.resources import TrialResources
 
 SCORE = "score"  # What Ray Tune is told: high is good.
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 MOST_EVALUATIONS = 1_000_000
 MAX_RESTARTS = 2  # Of a trial whose process died.
+SECONDS_BETWEEN_SWEEPS = 2.0
+SECONDS_TO_DIE = 10.0  # For actors that were told to end.
 VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `interruptible` listens instead.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # When all ends: a trial may be minutes from its next evaluation.
 }
 
 
@@ -74,6 +89,9 @@ class Workplace(Protocol):
     def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
         """A trial; or several that are trained as one, where `members` holds the parameters of each by its id."""
 
+    def close(self) -> None:
+        """No more trials begin here: let go of everything."""
+
 
 class Actor(Trainable):  # type: ignore[misc]
     """Runs trials, one after another."""
@@ -101,11 +119,17 @@ class Actor(Trainable):  # type: ignore[misc]
         self.running.restore(Path(checkpoint), self.spec["parameters"] | mutated(self.config))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
+        self._leave()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
+        try:
+            self._leave()
+        finally:
+            self.workplace.close()
+
+    def _leave(self) -> None:
         if not self.is_over:
             self.running.stop()
         self.is_over = True
@@ -250,18 +274,21 @@ def run_trials(
     make_workplace: Callable[[], Workplace],
     listener: Listener,
     concurrent: int,
-    resources: dict[str, float],
+    resources: TrialResources,
     folder: Path,
     seconds: float | None = None,
 ) -> None:
     """Run trials until the searcher has no more, or time is up.
 
     Args:
-        resources: CPUs and GPUs of one trial.
+        resources: of one trial.
         folder: where Ray Tune may keep what it wants to; nothing of it is read again.
+
+    Raises:
+        KeyboardInterrupt: after the trials have let go of what they held.
     """
-    with variables(VARIABLES):
-        trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources)
+    with variables(VARIABLES), interruptible(), no_orphans_left():
+        trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources.actor)
         Tuner(
             trainable,
             tune_config=TuneConfig(
@@ -277,11 +304,91 @@ def run_trials(
             run_config=RunConfig(
                 name="trials",
                 storage_path=str(folder),
-                callbacks=[Messenger(listener)],
+                callbacks=[Messenger(listener), *([Sweeper()] if resources.workers > 1 else [])],
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 verbose=0,
             ),
         ).fit()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C end the search as Ray Tune ends one, with its trials stopped; then raise KeyboardInterrupt.
+
+    Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second Ctrl-C does
+    not wait for anything.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+class Sweeper(Unsaved, Callback):  # type: ignore[misc]
+    """Gives back, while trials are run, what trials whose actors died had reserved: others may be waiting for it."""
+
+    def __init__(self) -> None:
+        self._swept = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        if time.monotonic() - self._swept > SECONDS_BETWEEN_SWEEPS:
+            remove_orphans()
+            self._swept = time.monotonic()
+
+
+@contextlib.contextmanager
+def no_orphans_left() -> Iterator[None]:
+    """Wait at the end, for a moment, until nothing is reserved any more by actors that this process's job has begun."""
+    before = {group for group, _ in own_groups()}
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + SECONDS_TO_DIE
+        while {group for group, _ in own_groups()} - before and time.monotonic() < deadline:
+            remove_orphans()
+            time.sleep(0.1)
+
+
+def remove_orphans() -> None:
+    """Remove the placement groups of this job whose makers are dead."""
+    for group, maker_is_dead in own_groups():
+        if maker_is_dead:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
+
+
+def own_groups() -> list[tuple[bytes, bool]]:
+    """The placement groups that actors of this job have made, and whether their maker is dead.
+
+    `ray.util.placement_group_table` does not tell who made a group, so Ray's own table is read.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    found = []
+    for entry in ray_state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        is_there = group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        if is_there and group.creator_job_id.hex() == job and is_actor(group.creator_actor_id):
+            found.append((group.placement_group_id, group.creator_actor_dead))
+    return found
+
+
+def is_actor(id: bytes) -> bool:
+    """Whether this is an actor's id; that of a process that is none has nothing but its job at the end."""
+    return bool(id) and not ray.ActorID(id).is_nil()
 
 
 @contextlib.contextmanager

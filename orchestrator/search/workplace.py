@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.search.bench import Bench
+from orchestrator.search.nested import Crew, Foreman, NestedTrial, serve
 from orchestrator.search.pack import Pack
 from orchestrator.search.records import SearchDirectory
+from orchestrator.search.resources import trial_resources
 from orchestrator.search.trial import Spec, Trial
-from orchestrator.search.tuning import RunningTrial
+from orchestrator.search.tuning import RunningTrial, cluster_resources
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared
+from orchestrator.training.worker import run_crew
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,21 @@ class Workplace:
 
     bench: Bench
     directory: SearchDirectory
+    foreman: Foreman | None = None
+    """Of the workers, where a trial has several."""
 
     def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
         if members is not None:
             return Pack(self.bench, [Spec(*member) for member in members.items()], self.directory)
-        return Trial(self.bench, Spec(id, parameters), self.directory.trial(id))
+        spec, run = Spec(id, parameters), self.directory.trial(id)
+        if self.foreman is not None:
+            return NestedTrial(self.bench, spec, run, self.foreman)
+        return Trial(self.bench, spec, run)
+
+    def close(self) -> None:
+        """No more trials begin here."""
+        if self.foreman is not None:
+            self.foreman.dismiss()
 
 
 def make_workplace(
@@ -46,4 +61,16 @@ def make_workplace(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     directory = SearchDirectory(root)
-    return Workplace(Bench(prepared, boundaries, directory.rows, metric, keep), directory)
+    foreman = None
+    workers = prepared.recipe.scale.workers
+    if workers > 1:
+        resources = trial_resources(prepared.recipe, cluster_resources()).worker
+        threads = max(int(resources["CPU"]), num_threads // workers)
+
+        def hire() -> Crew:
+            folder = directory.logs / "crews" / uuid.uuid4().hex[:8]
+            work = partial(serve, folder, root, boundaries, metric, threads)
+            return Crew(folder, partial(run_crew, prepared, work, resources, folder))
+
+        foreman = Foreman(hire)
+    return Workplace(Bench(prepared, boundaries, directory.rows, metric, keep), directory, foreman)

@@ -52,7 +52,9 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
         return Unsplit("training examples are changed at random")
     if prepared.recipe.scale.zero_stage == 3:
         return Unsplit("ZeRO-3 spreads its weights over the workers")
-    return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, pick)
+    beside = feed.beside(some)
+    beside.pop("labels", None)
+    return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pick)
 
 
 def is_wanted(prepared: Prepared, parts: Parts, plan: Plan, boundary: int) -> bool:

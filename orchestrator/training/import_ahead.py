@@ -11,11 +11,19 @@ MODULES = (
     "accelerate",
     "orchestrator.training.trainer",
 )
+_THREAD = "import-ahead"
 
 
 def start() -> None:
     """Begin the imports in the background; whoever needs one of the modules waits for it as for any import."""
-    threading.Thread(target=_import_all, name="import-ahead", daemon=True).start()
+    threading.Thread(target=_import_all, name=_THREAD, daemon=True).start()
+
+
+def wait() -> None:
+    """Wait until all are imported, where they are being imported."""
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
 
 
 def _import_all() -> None:

@@ -93,7 +93,11 @@ def open_session(
     split = split_at_boundary(prepared, parts, plan)
     with build_engine(parts.module, parts.groups, recipe, precision) as engine:
         store = CheckpointStore(
-            directory.checkpoints, engine.rank, engine.agree, lambda: directory.read_record().get("attempt") == attempt
+            directory.checkpoints,
+            engine.rank,
+            engine.agree,
+            # Where no attempt is recorded, as in a search's trials, none can have taken over.
+            lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)

@@ -19,6 +19,7 @@ from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import RunDirectory
 
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
+Work = Callable[[Prepared, Any], None]
 
 
 def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
@@ -32,36 +33,106 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         RunFailed: workers died more often than allowed.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     recipe = prepared.recipe
     distributed = recipe.scale.workers > 1
-    trainer = TorchTrainer(
-        train_on_worker,
-        train_loop_config={
-            # In the object store, each node holds the encoded data once, and its workers read them without a copy.
-            "prepared": ray.put(prepared) if distributed else prepared,
-            "root": str(directory.root),
-            "attempt": attempt,
-        },
-        scaling_config=scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0),
+    config = {
+        # In the object store, each node holds the encoded data once, and its workers read them without a copy.
+        "prepared": ray.put(prepared) if distributed else prepared,
+        "root": str(directory.root),
+        "attempt": attempt,
+    }
+    size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
+    fit(TorchTrainer, train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
+
+
+def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
+    """Run workers for trials of a search, from within a trial's actor; returns when `work` has returned on all of them.
+
+    Args:
+        work: called on every worker with the prepared data and the worker's device; what it raises counts as the
+            worker's death.
+        resources: CPUs and GPUs of each worker.
+        folder: where the workers and Ray Train may write.
+
+    Raises:
+        RunFailed: workers died more often than `scale.max_failures` allows.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without Ray Train's guard of placement groups.
+
+        The guard is a detached actor, a process for each run, that asks the dashboard whether the run is alive; where
+        there is no dashboard it never ends. The search looks after what its actors leave behind.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    # How soon a dead worker, and the end of a run, are noticed: a search has many runs, and each waits for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    recipe = prepared.recipe
+    size = ray.train.ScalingConfig(
+        num_workers=recipe.scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+    )
+    config = {"prepared": ray.put(prepared), "work": ray.put(work), "folder": str(folder)}
+    try:
+        fit(Trainer, work_on_worker, config, size, recipe, folder, folder / "ray", 1)
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"Ray Train itself failed: {last_line(error)}") from error
+
+
+def fit(
+    trainer: type,
+    loop: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    size: Any,
+    recipe: Recipe,
+    logs: Path,
+    storage: Path,
+    attempt: int,
+) -> None:
+    """Run `loop` on Ray Train workers of this size; an error that it returns is raised, as what Ray Train raises is."""
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    run = trainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=size,
         torch_config=TorchConfig(timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS),
         run_config=ray.train.RunConfig(
             name=f"attempt-{attempt}",
-            storage_path=str(directory.logs / "ray"),
+            storage_path=str(storage),
             failure_config=ray.train.FailureConfig(max_failures=recipe.scale.max_failures),
             worker_runtime_env=worker_environment(),
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        outcome = run.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise RunFailed(
             f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
-            f"    -> the whole story is in {directory.logs}; the same command goes on from the last checkpoint"
+            f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
         ) from error
     if isinstance(outcome, OrchestratorError):
         raise outcome
+
+
+def work_on_worker(config: dict[str, Any]) -> None:
+    """What every worker of a crew runs."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    rank = ray.train.get_context().get_world_rank()
+    with output_to(Path(config["folder"]) / f"worker-{rank}.log"):
+        # Unpacking imports the search, which comes to modules that the imports ahead have half done.
+        import_ahead.wait()
+        ray.get(config["work"])(ray.get(config["prepared"]), get_device())
 
 
 def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:

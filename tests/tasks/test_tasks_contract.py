@@ -53,10 +53,11 @@ def test_columns_have_names_of_their_own_and_one_of_them_is_needed(name: str) ->
 
 
 @every_task
-def test_transformers_has_the_class_that_makes_the_model(name: str) -> None:
+def test_transformers_has_the_classes_of_the_model_and_of_the_processor(name: str) -> None:
     import transformers
 
     assert hasattr(transformers, find_task(name).auto_class)
+    assert hasattr(transformers, find_task(name).processor_class)
 
 
 @every_task

@@ -47,6 +47,7 @@ def test_a_finished_run_holds_what_the_design_says(finished: Path) -> None:
         "metrics.jsonl",
         "result.json",
         "predictions.parquet",
+        "report.html",
         "checkpoints",
         "model",
         "logs",
