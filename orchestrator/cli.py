@@ -64,7 +64,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", model)
     add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
-    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples per pass; results are the same")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; results are the same")
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")

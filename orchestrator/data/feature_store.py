@@ -98,11 +98,14 @@ class Writer:
         self.folder = folder
         self.num_stretches = num_stretches
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._claims = (folder / CLAIMS).open("a+b")
-        self._done = os.open(folder / DONE, os.O_RDWR | os.O_CREAT, 0o600)
-        self._file = os.open(folder / VALUES, os.O_RDWR | os.O_CREAT, 0o600)
-        # All of it at once: a full disk is noticed here, not when a page of the map is written.
-        os.posix_fallocate(self._file, 0, max(1, layout.num_bytes))
+        with contextlib.ExitStack() as stack:
+            # The lock keeps the entry from being removed between the stretches, when nothing is claimed.
+            fcntl.flock(stack.enter_context((folder / IN_USE).open("w")), fcntl.LOCK_SH)
+            self._claims = stack.enter_context((folder / CLAIMS).open("a+b"))
+            self._done = _open(folder / DONE, stack)
+            self._file = _open(folder / VALUES, stack)
+            _reserve(self._file, max(1, layout.num_bytes))
+            self._files = stack.pop_all()
         self._values = layout.map(folder / VALUES, "r+")
         self._offsets = layout.offsets
         lengths = None if layout.lengths is None else list(layout.lengths)
@@ -142,9 +145,7 @@ class Writer:
         os.pwrite(self._done, b"\1", stretch)
 
     def close(self) -> None:
-        self._claims.close()
-        os.close(self._done)
-        os.close(self._file)
+        self._files.close()
 
 
 class FeatureStore:
@@ -192,18 +193,24 @@ class FeatureStore:
         Args:
             but: keys of entries that stay, though nobody has opened them yet.
         """
-        free, total = shutil.disk_usage(self.folder).free, shutil.disk_usage(self.folder).total
-        budget, taken = self.budget, self.num_bytes()
-        missing = max(taken + num_bytes - budget, num_bytes - (free - int(KEPT_FREE * total)))
-        for entry in sorted(self._entries(), key=_last_use):
-            if missing <= 0:
+        disk = shutil.disk_usage(self.folder)
+        spare = min(self.budget - self.num_bytes(), disk.free - int(KEPT_FREE * disk.total))
+        entries = sorted(self._entries(), key=_last_use)
+        others = [entry for entry in entries if entry.name.removesuffix(".partial") not in but]
+        # Where even all of them would not do, none has to go.
+        possible = spare + sum(map(_size, others))
+        for entry in others if possible >= num_bytes else ():
+            if spare >= num_bytes:
                 break
-            if entry.name.removesuffix(".partial") not in but:
-                missing -= _remove_unused(entry)
-        if missing <= 0:
+            spare += _remove_unused(entry)
+        if spare >= num_bytes:
             return None
-        left = max(0, num_bytes - missing)
-        return f"it needs {num_bytes / 1e9:.2f} GB of disk in {self.folder}, and {left / 1e9:.2f} GB are left for it"
+        needed, left = _in_words(num_bytes), _in_words(max(0, possible if possible < num_bytes else spare))
+        return f"it needs {needed} of disk in {self.folder}, and {left} are left for it"
+
+    def bytes_to_come(self, key: str, layout: Layout) -> int:
+        """What an entry that is not whole will take beyond what those who began it have reserved."""
+        return max(0, layout.num_bytes - _size(self.folder / f"{key}.partial"))
 
     def num_bytes(self) -> int:
         """Bytes that all entries take."""
@@ -216,6 +223,27 @@ class FeatureStore:
 def wait_a_little() -> None:
     """Until other processes may have got on with their stretches."""
     time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> int:
+    """A file to read and write, made if it is not there, closed with the stack."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _reserve(file: int, num_bytes: int) -> None:
+    """Make a file so large at once: a full disk is noticed here, not when a page of the map is written."""
+    before = os.fstat(file).st_size
+    try:
+        os.posix_fallocate(file, 0, num_bytes)
+    except OSError:
+        os.ftruncate(file, before)
+        raise
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def _size(entry: Path) -> int:
@@ -236,9 +264,8 @@ def _remove_unused(entry: Path) -> int:
     """Remove an entry that no process reads or writes; returns the bytes that this frees."""
     size = _size(entry)
     try:
-        with (entry / IN_USE).open("w") as lock, (entry / CLAIMS).open("a+b") as claims:
+        with (entry / IN_USE).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB)
             gone = entry.with_name(f".{entry.name}.{os.getpid()}.removed")
             entry.rename(gone)
     except OSError:

@@ -242,7 +242,7 @@ def _replace(module: nn.Module, function: Callable[..., Any]) -> Callable[[], No
 def is_close(found: Tensor, expected: Tensor) -> bool:
     """Whether two ways to the same logits agree, as far as another order of sums lets them."""
     # Against the size of the logits themselves: those of a new head are small, and so are differences that matter.
-    scale = float(expected.abs().max())
+    scale = float(expected.detach().abs().max())
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
 
 

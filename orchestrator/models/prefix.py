@@ -287,7 +287,8 @@ def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor
     model, boundary = prefix.model, prefix.boundary
     with evaluating(model), torch.no_grad():
         try:
-            whole = model(**inputs).logits
+            with torch.enable_grad():
+                whole = model(**inputs).logits
             if boundary > prefix.num_layers:
                 prefix._needed = _find_needed(model, prefix, inputs)
                 if prefix._needed is None:
@@ -295,12 +296,23 @@ def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor
             features = prefix.compute(inputs, [boundary])[boundary]
             # Not all of the examples: what a layer hands on of a batch besides hidden states fits no other batch.
             some = max(1, len(features) - 1)
-            fed = model(**{name: value[:some] for name, value in beside.items()}, **{FEATURES: features[:some]}).logits
+            given = {name: value[:some] for name, value in beside.items()}
+            with torch.enable_grad():
+                fed = model(**given, **{FEATURES: features[:some]}).logits
         except FAILURES as error:
             return f"{HANDS_ON_MORE} ({type(error).__name__})"
         except _NotSeen:
             return "its code calls layers in a way that cannot be followed"
+    if _reached_by(fed, model) != _reached_by(whole, model):
+        return "something is trained that its frozen blocks depend on"
     return None if is_close(fed, whole[:some]) else HANDS_ON_MORE
+
+
+def _reached_by(logits: Tensor, model: nn.Module) -> list[bool]:
+    """Which trained parameters have a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
 
 
 def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:

@@ -162,9 +162,10 @@ def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
     with build_engine(parts.module, parts.groups, frozen.recipe, precision) as engine:
         identity = model_identity(frozen.recipe, frozen.identity["source"], precision, engine)
         cache = PrefixCache(open_store(frozen.recipe), prefix, engine, identity, lambda phase: None)
-        sizes: dict[int, int] = dict.fromkeys(plan.boundaries, 0)
+        boundaries = sorted({min(boundary, prefix.boundary) for boundary in plan.boundaries})
+        sizes = dict.fromkeys(boundaries, 0)
         for name in CACHED_SPLITS:
-            for boundary, num_bytes in cache.sizes(frozen.encoded(name), plan.boundaries).items():
+            for boundary, num_bytes in cache.sizes(frozen.encoded(name), boundaries).items():
                 sizes[boundary] += num_bytes
     return sizes
 

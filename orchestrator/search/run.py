@@ -29,6 +29,7 @@ from orchestrator.search.space import decode, trial_recipe
 from orchestrator.search.trial import Spec
 from orchestrator.search.winner import keep_winner
 from orchestrator.search.workplace import make_workplace
+from orchestrator.training import import_ahead
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
 from orchestrator.training.run import create_directory, refuse_changes, set_aside
@@ -82,7 +83,7 @@ def search(
     directory = SearchDirectory((output or default_output(recipe)).absolute())
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
-        wait_for_cluster = stack.enter_context(ray_cluster(os.cpu_count() or 1))
+        wait_for_cluster = stack.enter_context(ray_cluster(os.cpu_count() or 1, modules_to_preload(recipe)))
         plan = make_plan(encode_inputs(inputs, strict))
         if fresh:
             set_aside(directory)
@@ -104,6 +105,11 @@ def search(
             write_report(directory.root)
             raise
         return finished(plan, directory)
+
+
+def modules_to_preload(recipe: Recipe) -> tuple[str, ...]:
+    """What trials need, imported while the data are read. Trials of several workers bring processes that need none."""
+    return ("orchestrator.search.workplace", *import_ahead.MODULES) if recipe.scale.workers == 1 else ()
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -124,6 +124,9 @@ class Trial:
         self._enter()
         assert self.session is not None
         self.memory = resume(self.session)
+        # What it took before it was interrupted counts too.
+        self._started -= self.memory.seconds
+        self._cpu -= self.memory.seconds
         if self.memory.best_step is not None:
             folder = self.session.store.at(self.memory.step).folder
             self._best = load_file(folder / BEST_WEIGHTS)

@@ -3,10 +3,6 @@
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
 and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
 used: a trial is a run directory, and a search that was killed is told again, from those, what it had seen.
-
-A trial of several workers is a Ray Train run that its actor starts. Where such an actor is killed, the run is killed
-with it, but the CPUs that it had reserved are not given back: Ray removes a placement group only when the whole job has
-ended. So the command looks for placement groups whose makers are dead, and removes them.
 """
 
 from __future__ import annotations
@@ -14,35 +10,30 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray._private.state import state as ray_state
-from ray.core.generated import gcs_pb2
 from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orchestrator.errors import ClusterError
 from orchestrator.recipe.schema import Search
 from orchestrator.search.domains import Choice, Domain
+from orchestrator.search.ending import Sweeper, interruptible
 from orchestrator.search.resources import TrialResources
 
 SCORE = "score"  # What Ray Tune is told: high is good.
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 MOST_EVALUATIONS = 1_000_000
 MAX_RESTARTS = 2  # Of a trial whose process died.
-SECONDS_BETWEEN_SWEEPS = 2.0
-SECONDS_TO_DIE = 10.0  # For actors that were told to end.
 VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
@@ -110,7 +101,9 @@ class Actor(Trainable):  # type: ignore[misc]
         report = self.running.advance()
         self.is_over = report.is_last
         score = WORST if report.score is None or math.isnan(report.score) else report.score
-        return {SCORE: score, "done": report.is_last, "row": report.row, "reason": report.reason}
+        # Ray Tune sets `done`, too, for a trial that it stops; the second word stays the trial's own.
+        own = {"is_last": report.is_last, "row": report.row, "reason": report.reason}
+        return {SCORE: score, "done": report.is_last, **own}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         self.running.save(Path(checkpoint_dir))
@@ -172,7 +165,7 @@ class Messenger(Unsaved, Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        self.listener.ended(id_of(trial), bool(result.get("done")), result.get("reason"))
+        self.listener.ended(id_of(trial), bool(result.get("is_last")), result.get("reason"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
@@ -199,6 +192,11 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
 
+    def as_space(self) -> dict[str, Any]:
+        """All that would be handed out, as a grid: population-based training does not take searchers."""
+        own = {path: tune.sample_from(partial(parameter_of, path)) for path in self._changing}
+        return {"spec": tune.grid_search(list(self._specs)), **own}
+
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing is learned."""
 
@@ -207,6 +205,11 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing was kept."""
+
+
+def parameter_of(path: str, config: dict[str, Any]) -> Any:
+    """The value that a trial begins with."""
+    return config["spec"]["parameters"][path]
 
 
 class Suggested(Listed):
@@ -234,6 +237,14 @@ class Suggested(Listed):
         self._inner.on_trial_complete(trial_id, result=result, error=error)
 
 
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Has a trial that takes over another's weights and changes its parameters stay the trial that it is."""
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        return {**config, "spec": trial.config["spec"]}, operations
+
+
 def make_scheduler(search: Search, domains: Mapping[str, Domain]) -> TrialScheduler:
     """Ray Tune's scheduler of the recipe's name; its time is counted in evaluations.
 
@@ -248,7 +259,7 @@ def make_scheduler(search: Search, domains: Mapping[str, Domain]) -> TrialSchedu
             max_t=MOST_EVALUATIONS,
         )
     if search.scheduler == "pbt":
-        return PopulationBasedTraining(
+        return Population(
             time_attr="training_iteration",
             perturbation_interval=search.grace,
             hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in domains.items()},
@@ -269,7 +280,7 @@ def as_mutation(domain: Domain, seed: int) -> Any:
 
 
 def run_trials(
-    searcher: Searcher,
+    searcher: Listed,
     scheduler: TrialScheduler,
     make_workplace: Callable[[], Workplace],
     listener: Listener,
@@ -287,15 +298,20 @@ def run_trials(
     Raises:
         KeyboardInterrupt: after the trials have let go of what they held.
     """
-    with variables(VARIABLES), interruptible(), no_orphans_left():
+    sweepers = [Sweeper()] if resources.workers > 1 else []
+    with contextlib.ExitStack() as stack:
+        for context in (variables(VARIABLES), interruptible(), *(each.at_end() for each in sweepers), plain_actors()):
+            stack.enter_context(context)
         trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources.actor)
+        is_population = isinstance(scheduler, Population)
         Tuner(
             trainable,
+            param_space=searcher.as_space() if is_population else {},
             tune_config=TuneConfig(
                 metric=SCORE,
                 mode="max",
-                num_samples=-1,
-                search_alg=searcher,
+                num_samples=1 if is_population else -1,
+                search_alg=None if is_population else searcher,
                 scheduler=scheduler,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
@@ -304,7 +320,7 @@ def run_trials(
             run_config=RunConfig(
                 name="trials",
                 storage_path=str(folder),
-                callbacks=[Messenger(listener), *([Sweeper()] if resources.workers > 1 else [])],
+                callbacks=[Messenger(listener), *sweepers],
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 verbose=0,
             ),
@@ -312,83 +328,17 @@ def run_trials(
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Have Ctrl-C end the search as Ray Tune ends one, with its trials stopped; then raise KeyboardInterrupt.
+def plain_actors() -> Iterator[None]:
+    """Have Ray Tune's actors run in processes that Ray has started already, with what those have imported.
 
-    Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second Ctrl-C does
-    not wait for anything.
+    It gives its actors an environment variable for PyTorch Lightning, for which Ray would start other processes.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    interrupted = threading.Event()
-
-    def interrupt(number: int, frame: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    signal.signal(signal.SIGINT, interrupt)
+    before = dict(class_cache.DEFAULT_ENV_VARS)
+    class_cache.DEFAULT_ENV_VARS.clear()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
-
-
-class Sweeper(Unsaved, Callback):  # type: ignore[misc]
-    """Gives back, while trials are run, what trials whose actors died had reserved: others may be waiting for it."""
-
-    def __init__(self) -> None:
-        self._swept = time.monotonic()
-
-    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        if time.monotonic() - self._swept > SECONDS_BETWEEN_SWEEPS:
-            remove_orphans()
-            self._swept = time.monotonic()
-
-
-@contextlib.contextmanager
-def no_orphans_left() -> Iterator[None]:
-    """Wait at the end, for a moment, until nothing is reserved any more by actors that this process's job has begun."""
-    before = {group for group, _ in own_groups()}
-    try:
-        yield
-    finally:
-        deadline = time.monotonic() + SECONDS_TO_DIE
-        while {group for group, _ in own_groups()} - before and time.monotonic() < deadline:
-            remove_orphans()
-            time.sleep(0.1)
-
-
-def remove_orphans() -> None:
-    """Remove the placement groups of this job whose makers are dead."""
-    for group, maker_is_dead in own_groups():
-        if maker_is_dead:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
-
-
-def own_groups() -> list[tuple[bytes, bool]]:
-    """The placement groups that actors of this job have made, and whether their maker is dead.
-
-    `ray.util.placement_group_table` does not tell who made a group, so Ray's own table is read.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    found = []
-    for entry in ray_state._connect_and_get_accessor().get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
-        is_there = group.state != gcs_pb2.PlacementGroupTableData.REMOVED
-        if is_there and group.creator_job_id.hex() == job and is_actor(group.creator_actor_id):
-            found.append((group.placement_group_id, group.creator_actor_dead))
-    return found
-
-
-def is_actor(id: bytes) -> bool:
-    """Whether this is an actor's id; that of a process that is none has nothing but its job at the end."""
-    return bool(id) and not ray.ActorID(id).is_nil()
+        class_cache.DEFAULT_ENV_VARS.update(before)
 
 
 @contextlib.contextmanager

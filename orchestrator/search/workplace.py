@@ -13,7 +13,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.search.bench import Bench
-from orchestrator.search.nested import Crew, Foreman, NestedTrial, serve
+from orchestrator.search.crew import Crew, Foreman
+from orchestrator.search.member import serve
+from orchestrator.search.nested import NestedTrial
 from orchestrator.search.pack import Pack
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.resources import trial_resources

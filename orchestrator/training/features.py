@@ -25,9 +25,9 @@ CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would 
 def boundary_of(parts: Parts) -> int | None:
     """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
     depth = parts.frozen.depth
-    if depth.tail:
-        return len(parts.blocks.layers) + 1
-    return depth.num_layers if depth.stem else None
+    # A pooler that the source lacks is trained with the head, though it is in the body.
+    ends_body = depth.tail and not any(parameter.requires_grad for parameter in parts.body.parameters())
+    return depth.num_layers + ends_body if depth.stem else None
 
 
 def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | Unsplit | None:

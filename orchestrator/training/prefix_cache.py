@@ -64,7 +64,6 @@ class PrefixCache:
         if missing:
             layouts = self._layouts(encoded, missing)
             kept = frozenset(self.key(examples, boundary) for boundary in boundaries)
-            # What a process before us had begun is already reserved.
             reason = self.store.make_room(self._bytes_to_come(examples, layouts), kept)
             if reason is not None:
                 return reason
@@ -78,8 +77,9 @@ class PrefixCache:
         return {boundary: layout.num_bytes for boundary, (layout, _) in self._layouts(encoded, boundaries).items()}
 
     def _bytes_to_come(self, examples: str, layouts: dict[int, tuple[Layout, str]]) -> int:
-        folders = {boundary: self.store.folder / f"{self.key(examples, boundary)}.partial" for boundary in layouts}
-        return sum(layout.num_bytes for boundary, (layout, _) in layouts.items() if not folders[boundary].exists())
+        return sum(
+            self.store.bytes_to_come(self.key(examples, boundary), layout) for boundary, (layout, _) in layouts.items()
+        )
 
     def _layouts(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, tuple[Layout, str]]:
         """The form of each boundary's rows, and the name of their number format, from one small batch."""

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,12 @@ def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(num_processes: int) -> Iterator[Callable[[], None]]:
-    """The same for so many processes, also for one."""
+def ray_cluster(num_processes: int, preload: Sequence[str] = ()) -> Iterator[Callable[[], None]]:
+    """The same for so many processes, also for one.
+
+    Args:
+        preload: modules that the processes of a new cluster import before they are given work.
+    """
     import ray
 
     if ray.is_initialized():
@@ -210,7 +214,7 @@ def ray_cluster(num_processes: int) -> Iterator[Callable[[], None]]:
         return
     refuse_dead_address(os.environ.get("RAY_ADDRESS", ""))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start-ray") as pool:
-        starting = pool.submit(start_ray, num_processes)
+        starting = pool.submit(start_ray, num_processes, preload)
         try:
             yield starting.result
         finally:
@@ -218,7 +222,7 @@ def ray_cluster(num_processes: int) -> Iterator[Callable[[], None]]:
             ray.shutdown()
 
 
-def start_ray(num_processes: int) -> None:
+def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
     import ray
 
     options: dict[str, Any] = {}
@@ -226,6 +230,8 @@ def start_ray(num_processes: int) -> None:
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options = {"num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
+        if preload:
+            options["_system_config"] = {"preload_python_modules": list(preload)}
     logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
 

@@ -1,0 +1,320 @@
+"""One trial: evaluation by evaluation, left at any of them and taken up again, failing without harm to the others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator import load_recipe, train
+from orchestrator.search import trial as trials
+from orchestrator.search.bench import Bench
+from orchestrator.search.records import append_row
+from orchestrator.search.trial import BEST_WEIGHTS, OUTCOME, Spec, Trial, history, read_outcome
+from orchestrator.search.tuning import Report
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.prepare import Prepared, prepare
+from orchestrator.training.run_directory import RunDirectory
+
+RATE, EPOCHS, STEPS = "train.learning_rate", 4, 32
+PARAMETERS = {RATE: 2.0e-3}
+METRIC = MainMetric("accuracy", higher_is_better=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory, write_toy: Callable[..., Path], tiny_bert: Path, small_data: Path
+) -> Prepared:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe = write_toy(path, tiny_bert, small_data, transfer={"freeze": 1}, train={"epochs": EPOCHS})
+    return prepare(load_recipe(recipe))
+
+
+@pytest.fixture
+def bench(prepared: Prepared, tmp_path: Path) -> Bench:
+    return Bench(prepared, [1], tmp_path / "trials.jsonl", METRIC, keep=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "0000")
+
+
+def run_to_the_end(trial: Trial) -> list[Report]:
+    reports = [trial.advance()]
+    while not reports[-1].is_last:
+        reports.append(trial.advance())
+    return reports
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Report], RunDirectory]:
+    """A trial that nothing happened to."""
+    root = tmp_path_factory.mktemp("whole")
+    directory = RunDirectory(root / "0000")
+    bench = Bench(prepared, [1], root / "trials.jsonl", METRIC, keep=1)
+    return run_to_the_end(Trial(bench, Spec("0000", PARAMETERS), directory)), directory
+
+
+@contextmanager
+def saving_at_every_step() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "SECONDS_BETWEEN_SAVES", -1.0)
+        yield
+
+
+def kill(trial: Trial) -> None:
+    """What a killed process leaves: nothing is written any more."""
+    trial._stack.close()
+
+
+def test_each_evaluation_is_one_report_and_the_last_says_so(whole: tuple[list[Report], RunDirectory]) -> None:
+    reports, directory = whole
+    assert [report.row["step"] for report in reports] == [8, 16, 24, 32]
+    assert [report.is_last for report in reports] == [False, False, False, True]
+    assert [report.score for report in reports] == [report.row["accuracy"] for report in reports]
+    assert all(report.reason is None for report in reports)
+    assert [report.row for report in reports] == history(directory)
+    outcome = read_outcome(directory)
+    assert outcome is not None
+    assert outcome.status == "finished"
+    best = max(reports, key=lambda report: (report.row["accuracy"], -report.row["loss"]))
+    assert outcome.best_step == best.row["step"]
+    assert outcome.seconds >= reports[-1].row["seconds"]
+    assert outcome.core_seconds > 0
+
+
+def test_a_trial_is_the_training_of_the_recipe_with_its_values(
+    whole: tuple[list[Report], RunDirectory], tmp_path: Path
+) -> None:
+    _, directory = whole
+    run = train(load_recipe(directory.recipe), tmp_path / "run")
+    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert without_times([row for row in lines if row["split"] != "test"]) == without_times(directory.read_metrics())
+    exported = load_file(run.directory / "model" / "model.safetensors")
+    kept = load_file(directory.root / BEST_WEIGHTS)
+    assert kept
+    assert all(torch.equal(exported[name], value) for name, value in kept.items())
+
+
+def test_where_low_is_good_the_score_is_turned_round(prepared: Prepared, tmp_path: Path, folder: RunDirectory) -> None:
+    bench = Bench(prepared, [1], tmp_path / "trials.jsonl", MainMetric("loss", higher_is_better=False), keep=1)
+    trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+    report = trial.advance()
+    assert report.score == -report.row["loss"]
+    trial.stop()
+
+
+@pytest.mark.parametrize("done", [1, 2, 4])
+def test_an_interrupted_trial_tells_what_it_had_and_goes_on_with_the_same_losses(
+    done: int, whole: tuple[list[Report], RunDirectory], bench: Bench, folder: RunDirectory
+) -> None:
+    expected, undisturbed = whole
+    with saving_at_every_step():
+        torn = Trial(bench, Spec("0000", PARAMETERS), folder)
+        for _ in range(done - 1):
+            torn.advance()
+        next(torn._rows)  # The last evaluation before the end was never told.
+        kill(torn)
+    assert not (folder.root / OUTCOME).exists()
+    resumed = Trial(bench, Spec("0000", PARAMETERS), folder)
+    reports = run_to_the_end(resumed)
+    assert without_times([report.row for report in reports]) == without_times([report.row for report in expected])
+    assert [report.is_last for report in reports] == [False, False, False, True]
+    assert without_times(folder.read_metrics()) == without_times(undisturbed.read_metrics())
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.seconds > reports[done - 1].row["seconds"]
+    expected_weights = load_file(undisturbed.root / BEST_WEIGHTS)
+    found = load_file(folder.root / BEST_WEIGHTS)
+    assert found.keys() == expected_weights.keys()
+    assert all(torch.equal(value, expected_weights[name]) for name, value in found.items())
+
+
+def test_what_came_after_the_last_checkpoint_is_done_again(
+    whole: tuple[list[Report], RunDirectory], bench: Bench, folder: RunDirectory
+) -> None:
+    expected, undisturbed = whole
+    torn = Trial(bench, Spec("0000", PARAMETERS), folder)
+    with saving_at_every_step():
+        torn.advance()
+    torn.advance()
+    kill(torn)
+    assert [row["step"] for row in history(folder)] == [8, 16]
+    resumed = Trial(bench, Spec("0000", PARAMETERS), folder)
+    first = resumed.advance()
+    assert first.row["step"] == 8
+    assert [row["step"] for row in history(folder)] == [8]
+    assert resumed.memory.step == 8
+    reports = [first, *run_to_the_end(resumed)]
+    assert without_times([report.row for report in reports]) == without_times([report.row for report in expected])
+    assert without_times(folder.read_metrics()) == without_times(undisturbed.read_metrics())
+
+
+def test_a_trial_without_a_checkpoint_starts_again(
+    whole: tuple[list[Report], RunDirectory], bench: Bench, folder: RunDirectory
+) -> None:
+    torn = Trial(bench, Spec("0000", PARAMETERS), folder)
+    torn.advance()
+    kill(torn)
+    reports = run_to_the_end(Trial(bench, Spec("0000", PARAMETERS), folder))
+    assert without_times(folder.read_metrics()) == without_times(whole[1].read_metrics())
+    assert len(reports) == EPOCHS
+
+
+class NoBench(Bench):
+    """On which nothing may be trained."""
+
+    def session(self, parameters: dict[str, Any], directory: RunDirectory) -> Any:
+        raise AssertionError("a trial that had ended was trained")
+
+
+def test_an_ended_trial_is_told_again_without_training(
+    whole: tuple[list[Report], RunDirectory], prepared: Prepared, tmp_path: Path
+) -> None:
+    expected, directory = whole
+    before = {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")}
+    replayed = run_to_the_end(Trial(NoBench(prepared, [], tmp_path / "x", METRIC, 1), Spec("0000", {}), directory))
+    assert replayed == expected
+    assert {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")} == before
+
+
+def test_a_loss_that_is_no_number_ends_the_trial_with_a_reason(bench: Bench, folder: RunDirectory) -> None:
+    parameters = {RATE: 1.0e30, "train.max_grad_norm": None}
+    reports = run_to_the_end(Trial(bench, Spec("0000", parameters), folder))
+    assert reports[-1].score is None
+    assert "training was stopped" in (reports[-1].reason or "")
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.status == "failed"
+    assert "lower train.learning_rate" in (outcome.reason or "")
+    again = run_to_the_end(Trial(NoBench(bench.prepared, [], bench.trials, METRIC, 1), Spec("0000", {}), folder))
+    assert (again[-1].score, again[-1].reason) == (None, outcome.reason)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"transfer.freeze": 7}, "freeze depth is 7, but the model has 2 layers"),
+        ({"transfer.freeze": "all", "transfer.layer_decay": 0.9}, "`transfer.freeze` is `all`"),
+    ],
+)
+def test_what_does_not_go_together_fails_that_trial(
+    parameters: dict[str, Any], reason: str, bench: Bench, folder: RunDirectory
+) -> None:
+    (report,) = run_to_the_end(Trial(bench, Spec("0000", parameters), folder))
+    assert report.score is None
+    assert reason in (report.reason or "")
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.status == "failed"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), ValueError("odd")])
+def test_errors_of_the_model_end_the_trial_and_not_the_process(
+    error: Exception, bench: Bench, folder: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+    trial.advance()
+    monkeypatch.setattr("orchestrator.training.loop.take_step", fail)
+    report = trial.advance()
+    assert report.is_last
+    assert report.reason == (str(error) or "MemoryError")
+    assert trial.session is None
+
+
+def test_early_stopping_is_a_regular_end(prepared: Prepared, tmp_path: Path, folder: RunDirectory) -> None:
+    bench = Bench(prepared, [1], tmp_path / "trials.jsonl", METRIC, keep=1)
+    parameters = {RATE: 1.0e-9, "train.early_stopping": {"patience": 1}}
+    reports = run_to_the_end(Trial(bench, Spec("0000", parameters), folder))
+    assert len(reports) < EPOCHS
+    assert reports[-1].score == reports[-1].row["accuracy"]
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.status == "finished"
+    assert "did not improve" in (outcome.reason or "")
+
+
+@pytest.mark.parametrize("better", [0, 1], ids=["may win", "cannot win"])
+def test_a_stopped_trial_leaves_its_best_weights_where_it_may_win(
+    better: int, bench: Bench, folder: RunDirectory
+) -> None:
+    for number in range(better):
+        append_row(bench.trials, {"id": f"{number}", "metrics": {"accuracy": 1.1}, "status": "finished"})
+    trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+    trial.advance()
+    trial.stop()
+    assert (folder.root / BEST_WEIGHTS).exists() == (not better)
+    assert read_outcome(folder) is None  # How it ended is for those to say who stopped it.
+    assert trial.session is None
+    trial.stop()
+
+
+def test_the_weights_kept_are_those_of_the_best_evaluation(
+    bench: Bench, folder: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.training import hooks
+    from orchestrator.training.evaluation import Scored
+
+    real, scores = hooks.score, iter([0.2, 0.9, 0.5, math.nan])
+
+    def score_as_told(*arguments: Any) -> Scored:
+        scored = real(*arguments)
+        return Scored({**scored.metrics, "accuracy": next(scores)}, scored.predictions)
+
+    monkeypatch.setattr(hooks, "score", score_as_told)
+    trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+    trial.advance()
+    trial.advance()
+    assert trial.session is not None
+    at_best = {name: value.clone() for name, value in trial.session.engine.trained_weights().items()}
+    trial.advance()
+    assert trial.advance().is_last
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.best_step == 16
+    kept = load_file(folder.root / BEST_WEIGHTS)
+    assert all(torch.equal(at_best[name], value) for name, value in kept.items())
+
+
+def test_another_trial_goes_on_from_what_one_saved(bench: Bench, tmp_path: Path) -> None:
+    good = Trial(bench, Spec("0000", PARAMETERS), RunDirectory(tmp_path / "0000"))
+    poor = Trial(bench, Spec("0001", {RATE: 1.0e-9}), RunDirectory(tmp_path / "0001"))
+    good.advance()
+    good.advance()
+    handed = tmp_path / "handed"
+    handed.mkdir()
+    good.save(handed)
+    assert good.session is not None
+    expected = {name: value.clone() for name, value in good.session.engine.trained_weights().items()}
+    good.stop()
+    poor.advance()
+    poor.restore(handed, {RATE: 3.0e-3})
+    assert poor.session is not None
+    found = poor.session.engine.trained_weights()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert poor.session.plan.learning_rate == 3.0e-3
+    report = poor.advance()
+    assert report.row["step"] == 24
+    poor.stop()
+
+
+def test_a_torn_outcome_is_none(folder: RunDirectory) -> None:
+    folder.create()
+    for text in ("", '{"status": "fini', '{"unknown": 1}'):
+        (folder.root / OUTCOME).write_text(text)
+        assert read_outcome(folder) is None
