@@ -50,12 +50,8 @@ def build_parser() -> tuple[Parser, list[str]]:
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
     train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
-    search = verb(
-        "search", run_search, "Search freeze depth, learning rate and more.", recipe, strict
-    )
-    search.add_argument(
-        "--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)"
-    )
+    search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
+    search.add_argument("--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
     evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split or a file.", model)

@@ -83,7 +83,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     finally:
         torch.set_num_threads(threads)
     known = plan.known if plan.known is not None else plan.space.random(plan.num_trials, plan.search.seed)
-    prefix = max(plan.boundaries, default=0) / plan.num_layers
+    prefix = max(plan.boundaries) / plan.num_layers if pace.sizes else 0.0
     shared = sum(len(prepared.encoded(name)) for name in CACHED_SPLITS) * pace.forward * min(1.0, prefix)
     own = sum(trial_seconds(plan, parameters, pace) for parameters in known)
     repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
@@ -104,7 +104,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
 
 
 def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
-    """What one trial takes by itself, its features stored."""
+    """What one trial takes by itself, its features stored where there can be any."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
     share = 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
@@ -114,7 +114,9 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
     evaluations = max(1, steps.total_steps // (steps.order.steps_per_epoch if every == "epoch" else int(every)))
     scored = evaluations * len(plan.prepared.encoded("select"))
     part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
-    return SECONDS_OF_A_TRIAL + part * share * (num_examples * pace.step + scored * pace.forward)
+    computed = share * (num_examples * pace.step + scored * pace.forward)
+    frozen = 0.0 if pace.sizes else (1 - share) * (num_examples + scored) * pace.forward
+    return SECONDS_OF_A_TRIAL + part * (computed + frozen)
 
 
 def mean_share(evaluations: int, grace: int, reduction: int) -> float:

@@ -114,7 +114,7 @@ class Ledger:
             if value is None or math.isnan(value):
                 continue
             better = best is None or self.metric.improves(value, best[self.metric.name])
-            if better or (best is not None and value == best[self.metric.name] and row["loss"] < best["loss"]):
+            if better or (best is not None and value == best[self.metric.name] and _loss_of(row) < _loss_of(best)):
                 best = row
         return best
 
@@ -139,6 +139,12 @@ class Ledger:
         score = f"{self.metric.name} {row['metrics'][self.metric.name]:.4f}"
         parts = [row["id"], score, f"{row['evaluations']} evaluations", f"{row['status']:8}"]
         return "  ".join(["", *parts, describe(row["parameters"])])
+
+
+def _loss_of(row: dict[str, Any]) -> float:
+    """The loss of an evaluation; infinite where it was no number, which files hold as null."""
+    loss = row["loss"]
+    return math.inf if loss is None or math.isnan(loss) else float(loss)
 
 
 class LiveTable:

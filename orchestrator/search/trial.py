@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ class Trial:
         self._enter()
         assert self.session is not None
         self.session.engine.read_state(folder)
-        self.memory = Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
+        found = Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
+        # Its best evaluation stays one of its own, whose weights it has.
+        own = self.memory
+        self.memory = replace(found, best_step=own.best_step, best_score=own.best_score, best_loss=own.best_loss)
         self._rows = evaluations(self.session, self.memory, [self])
 
     def after_step(self, step: Step, memory: Memory) -> None:
@@ -146,7 +150,8 @@ class Trial:
 
     def _score(self, row: dict[str, Any]) -> float:
         metric = self.bench.metric
-        value = float(row[metric.name])
+        # Files hold null for what is no number.
+        value = math.nan if row[metric.name] is None else float(row[metric.name])
         return value if metric.higher_is_better else -value
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:

@@ -17,11 +17,11 @@ import pytest
 import ray
 from ray._private.state import state as ray_state
 
-from orchestrator import load_recipe, search
+from orchestrator import load_recipe
 from orchestrator.errors import ClusterError, RunFailed
 from orchestrator.search.crew import Crew, Foreman, Orders, Told, read_orders, read_told
 from orchestrator.search.resources import TrialResources, num_concurrent, trial_resources
-from orchestrator.search.run import SearchRun
+from orchestrator.search.run import SearchRun, search
 from orchestrator.training.run_directory import write_json
 
 TWO_WORKERS = ["scale.workers=2", "train.evaluate_every=3", "train.save_every=3", "train.log_every=1"]

@@ -37,7 +37,8 @@ def recipe(
     tmp_path_factory: pytest.TempPathFactory, write_toy: Callable[..., Path], tiny_bert: Path, small_data: Path
 ) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    return write_toy(folder / "recipe.yaml", tiny_bert, small_data, search={"space": SPACE, "trials": 4, "concurrent": 1})
+    options = {"space": SPACE, "trials": 4, "concurrent": 1}
+    return write_toy(folder / "recipe.yaml", tiny_bert, small_data, search=options)
 
 
 @pytest.fixture(scope="module")

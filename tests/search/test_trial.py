@@ -313,6 +313,55 @@ def test_another_trial_goes_on_from_what_one_saved(bench: Bench, tmp_path: Path)
     poor.stop()
 
 
+def test_a_trial_that_goes_on_from_another_has_the_weights_of_its_own_best(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.training import hooks
+    from orchestrator.training.evaluation import Scored
+
+    real, scores = hooks.score, iter([0.5, 0.7, 0.9, 0.1, 0.8, 0.6])
+
+    def score_as_told(*arguments: Any) -> Scored:
+        scored = real(*arguments)
+        return Scored({**scored.metrics, "accuracy": next(scores)}, scored.predictions)
+
+    monkeypatch.setattr(hooks, "score", score_as_told)
+    good = Trial(bench, Spec("0000", PARAMETERS), RunDirectory(tmp_path / "0000"))
+    good.advance(), good.advance()
+    (tmp_path / "handed").mkdir()
+    good.save(tmp_path / "handed")
+    good.stop()
+    falling = Trial(bench, Spec("0001", PARAMETERS), RunDirectory(tmp_path / "0001"))
+    falling.advance()
+    assert falling.session is not None
+    at_best = {name: value.clone() for name, value in falling.session.engine.trained_weights().items()}
+    falling.advance()
+    falling.restore(tmp_path / "handed", {RATE: 3.0e-3})
+    assert [report.score for report in run_to_the_end(falling)] == [0.8, 0.6]
+    outcome = read_outcome(falling.directory)
+    assert outcome is not None
+    assert outcome.best_step == 8
+    kept = load_file(falling.directory.root / BEST_WEIGHTS)
+    assert all(torch.equal(at_best[name], value) for name, value in kept.items())
+
+
+def test_values_that_change_the_examples_have_them_read_again(bench: Bench, folder: RunDirectory) -> None:
+    trial = Trial(bench, Spec("0000", {"target.limit.train": 20}), folder)
+    assert trial.advance().row["step"] == 3
+    assert trial.session is not None
+    assert len(trial.session.prepared.encoded("train")) == 20
+    trial.stop()
+
+
+def test_a_deep_trial_stores_what_shallower_ones_will_want(
+    prepared: Prepared, tmp_path: Path, folder: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    bench = Bench(prepared, [0, 1, 2], tmp_path / "trials.jsonl", METRIC, keep=1)
+    Trial(bench, Spec("0000", {"transfer.freeze": 2}), folder).advance()
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2 * 3
+
+
 def test_a_torn_outcome_is_none(folder: RunDirectory) -> None:
     folder.create()
     for text in ("", '{"status": "fini', '{"unknown": 1}'):

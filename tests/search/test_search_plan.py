@@ -1,0 +1,129 @@
+"""What is settled before a trial begins: the metric, the trials, the boundaries whose features they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import load_recipe
+from orchestrator.errors import ModelError, RecipeError
+from orchestrator.search.plan import Plan, make_plan
+from orchestrator.tasks.base import MainMetric
+from orchestrator.training.prepare import prepare
+
+FREEZE, RATE = "transfer.freeze", "train.learning_rate"
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan_of(write_recipe: Callable[..., Path]) -> MakePlan:
+    """A plan of the toy recipe with these sections; its model has 2 layers."""
+
+    def make(search: dict[str, Any] | None = None, *overrides: str, **sections: Any) -> Plan:
+        both = sections if search is None else {"search": {"trials": 100, **search}, **sections}
+        return make_plan(prepare(load_recipe(write_recipe(**both), list(overrides))))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("search", "train", "expected"),
+    [
+        ({}, {}, MainMetric("accuracy", True)),
+        ({"metric": "loss"}, {}, MainMetric("loss", False)),
+        ({"metric": "f1_macro", "mode": "max"}, {}, MainMetric("f1_macro", True)),
+        # What picks the best checkpoint picks the best trial, where nothing else is said.
+        ({}, {"early_stopping": {"metric": "f1_macro"}}, MainMetric("f1_macro", True)),
+        ({"metric": "loss"}, {"early_stopping": {"metric": "f1_macro"}}, MainMetric("loss", False)),
+    ],
+)
+def test_the_metric_is_the_searchs_or_what_picks_the_best_checkpoint(
+    search: dict[str, Any], train: dict[str, Any], expected: MainMetric, plan_of: MakePlan
+) -> None:
+    assert plan_of({"space": {FREEZE: {"choice": [0]}}, **search}, train=train).metric == expected
+
+
+@pytest.mark.parametrize(
+    ("search", "what", "remedy"),
+    [
+        ({"metric": "acuracy"}, "the task has no metric 'acuracy'", "did you mean accuracy?"),
+        ({"metric": "bleu"}, "the task has no metric 'bleu'", "use one of: accuracy, "),
+        ({"metric": "loss", "mode": "max"}, "the best loss is the minimum", "set search.mode to min, or remove it"),
+    ],
+)
+def test_a_metric_that_is_none_is_refused_in_its_line(
+    search: dict[str, Any], what: str, remedy: str, plan_of: MakePlan
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        plan_of({"space": {FREEZE: {"choice": [0]}}, **search})
+    (problem,) = refused.value.problems
+    assert what in problem.what
+    assert remedy in (problem.remedy or "")
+    assert "recipe.yaml:" in (problem.where or "")
+
+
+def test_a_depth_that_the_model_does_not_have_is_refused_before_anything_starts(plan_of: MakePlan) -> None:
+    with pytest.raises(RecipeError, match="freeze depth is 3, but the model has 2 layers"):
+        plan_of({"space": {FREEZE: {"choice": [0, 3]}}})
+    with pytest.raises(ModelError, match="freeze depth is 3, but the model has 2 layers"):
+        plan_of({"space": {RATE: {"choice": [1e-3]}}}, transfer={"freeze": 3})
+
+
+def test_a_grid_and_random_draws_are_known_beforehand_and_suggestions_are_not(plan_of: MakePlan) -> None:
+    space = {FREEZE: {"choice": "every"}, RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
+    grid = plan_of({"space": space, "trials": 15})
+    assert grid.num_trials == 15
+    assert grid.known is not None
+    assert [point[FREEZE] for point in grid.known[::3]] == [0, "stem", 1, 2, "all"]
+    drawn = plan_of({"space": space, "trials": 7, "algorithm": "random", "seed": 3})
+    assert drawn.known is not None
+    assert len(drawn.known) == drawn.num_trials == 7
+    suggested = plan_of({"space": space, "trials": 7, "algorithm": "tpe"})
+    assert (suggested.known, suggested.num_trials) == (None, 7)
+
+
+def test_a_recipe_without_a_search_gets_its_defaults_for_its_model(plan_of: MakePlan) -> None:
+    plan = plan_of(None)
+    assert plan.num_layers == 2
+    assert plan.num_parameters > 10_000
+    assert plan.known is not None
+    assert 2 <= plan.num_trials <= 16
+    assert {point[FREEZE] for point in plan.known} >= {0, "all"}
+    probe = [point[RATE] for point in plan.known if point[FREEZE] == "all"]
+    full = [point[RATE] for point in plan.known if point[FREEZE] != "all"]
+    assert min(probe) > max(full)
+
+
+@pytest.mark.parametrize(
+    ("space", "freeze", "expected"),
+    [
+        ({FREEZE: {"choice": "every"}}, 0, [0, 1, 2, 3]),
+        ({FREEZE: {"choice": [0, "50%", "all"]}}, 0, [1, 3]),
+        ({FREEZE: {"choice": [0, "stem"]}}, 2, [0]),
+        ({FREEZE: {"integers": [0, 2]}}, 0, [1, 2]),
+        ({RATE: {"choice": [1e-3]}}, 1, [1]),
+        ({RATE: {"choice": [1e-3]}}, 0, []),
+        # Where no case applies, the recipe's own depth stays.
+        (
+            {"train.schedule": {"choice": ["linear", "cosine"]},
+             FREEZE: {"when": {"train.schedule": "linear"}, "choice": ["all"]}},
+            1,
+            [1, 3],
+        ),
+    ],
+)  # fmt: skip
+def test_boundaries_are_those_of_all_trials(
+    space: dict[str, Any], freeze: int, expected: list[int], plan_of: MakePlan
+) -> None:
+    assert plan_of({"space": space}, transfer={"freeze": freeze}).boundaries == expected
+
+
+def test_only_population_based_training_changes_values_midway(plan_of: MakePlan) -> None:
+    space = {RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
+    assert plan_of({"space": space, "trials": 4}).changing == {}
+    changing = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).changing
+    assert list(changing) == [RATE]
+    assert changing[RATE].clip(1.0) == 1.0e-2
