@@ -74,7 +74,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     """
     prepared = encode_inputs(read_inputs(recipe, strict), strict)
     plan = make_plan(prepared)
-    have = resources_here()
+    have = resources_here(recipe)
     concurrent = num_concurrent(plan, have, trial_resources(recipe, have))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))

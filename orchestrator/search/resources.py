@@ -39,11 +39,11 @@ class TrialResources:
         return self.worker if self.workers == 1 else {"memory": 1.0}
 
 
-def resources_here() -> Resources:
-    """CPUs and GPUs of this machine."""
+def resources_here(recipe: Recipe) -> Resources:
+    """CPUs and GPUs of a cluster that is started on this machine: more workers than cores share them."""
     import torch
 
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return {"CPU": float(max(recipe.scale.workers, os.cpu_count() or 1)), "GPU": float(torch.cuda.device_count())}
 
 
 def trial_resources(recipe: Recipe, have: Resources) -> TrialResources:

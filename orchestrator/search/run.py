@@ -83,7 +83,7 @@ def search(
     directory = SearchDirectory((output or default_output(recipe)).absolute())
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
-        wait_for_cluster = stack.enter_context(ray_cluster(os.cpu_count() or 1, modules_to_preload(recipe)))
+        wait_for_cluster = stack.enter_context(ray_cluster(num_processes(recipe), modules_to_preload(recipe)))
         plan = make_plan(encode_inputs(inputs, strict))
         if fresh:
             set_aside(directory)
@@ -105,6 +105,11 @@ def search(
             write_report(directory.root)
             raise
         return finished(plan, directory)
+
+
+def num_processes(recipe: Recipe) -> int:
+    """More workers than cores share them, as in a training."""
+    return max(recipe.scale.workers, os.cpu_count() or 1)
 
 
 def modules_to_preload(recipe: Recipe) -> tuple[str, ...]:

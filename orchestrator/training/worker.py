@@ -146,6 +146,7 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     with contextlib.ExitStack() as stack:
         if isinstance(prepared, ray.ObjectRef):
             stack.enter_context(output_to(Path(config["root"]) / "logs" / f"worker-{rank}.log"))
+            import_ahead.wait()
             prepared = ray.get(prepared)
         from orchestrator.training.trainer import run_worker
 
