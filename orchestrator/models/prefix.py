@@ -311,6 +311,8 @@ def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor
 def _reached_by(logits: Tensor, model: nn.Module) -> list[bool]:
     """Which trained parameters have a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not logits.requires_grad:
+        return [False] * len(trained)
     gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     return [gradient is not None for gradient in gradients]
 

@@ -89,6 +89,12 @@ class Ledger:
         self._known.add(id)
         self._show(force=True)
 
+    def out_of_time(self) -> None:
+        """Trials that were running when time was up have ended too, which Ray Tune does not tell; others wait."""
+        for id, entry in list(self.running.items()):
+            if entry.rows:
+                self.ended(id, False, None)
+
     def describe(self, id: str, entry: Entry, outcome: Outcome) -> dict[str, Any]:
         """The line of trials.jsonl."""
         rows = entry.rows or history(self.directory.trial(id))

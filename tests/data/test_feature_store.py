@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +42,6 @@ def compute(folder: Path, layout: Layout, log: Path, die_at: int | None = None, 
         die_at: the stretch in the middle of which the process ends; None for none.
         seconds: that a stretch takes.
     """
-    assert "torch" not in sys.modules
     store = FeatureStore(folder)
     writer = store.writer(KEY, layout, NUM_STRETCHES, "float32")
     while not writer.is_complete:

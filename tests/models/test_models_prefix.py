@@ -58,6 +58,8 @@ def picked(family: Family) -> Pick | None:
 
 def split(family: Family, boundary: int, pick: Pick | None, model: Any = None) -> Prefix | Unsplit:
     body = family.model.base_model
+    if model is None:  # Adapters are put in after freezing.
+        freeze_at(family, boundary)
     return split_model(model or family.model, body, family.blocks, boundary, family.inputs, family.beside, pick)
 
 
@@ -202,8 +204,10 @@ def test_fed_frozen_layers_compute_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_called_without_features_the_model_is_what_it_was(name: str) -> None:
     family, reference = make(name), make(name)
-    prefix = prefix_of(family, family.num_layers + 1)
-    features = prefix.compute(family.inputs, [family.num_layers + 1])[family.num_layers + 1]
+    boundary = family.num_layers + 1
+    freeze_at(reference, boundary)
+    prefix = prefix_of(family, boundary)
+    features = prefix.compute(family.inputs, [boundary])[boundary]
     family.model(**family.beside, features=features)
     logits, gradients = gradients_of(family.model, family.inputs)
     expected_logits, expected = gradients_of(reference.model, reference.inputs)
@@ -269,6 +273,7 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
     refused = split(family, 3, None)
     assert isinstance(refused, Unsplit)
     assert "hand on more than hidden states" in refused.reason
+    freeze_at(reference, 3)
     check_untouched(family, reference)
 
 
@@ -278,7 +283,24 @@ def test_a_model_that_cannot_be_fed_is_refused_with_a_reason_and_left_as_it_was(
     refused = split(family, boundary, None)
     assert isinstance(refused, Unsplit)
     assert refused.reason.startswith(("its layers", "its code calls layers"))
+    freeze_at(reference, boundary)
     check_untouched(family, reference)
+
+
+@pytest.mark.parametrize(
+    "trained", ["classifier.bias", "bert.pooler.dense.bias", "bert.encoder.layer.0.output.dense.bias"]
+)
+def test_what_is_trained_below_the_boundary_is_no_fixed_function_of_the_examples(trained: str) -> None:
+    family = make("bert")
+    freeze_at(family, 4)
+    family.model.get_parameter(trained).requires_grad_(True)
+    inputs = family.inputs
+    found = split_model(family.model, family.model.base_model, family.blocks, 4, inputs, family.beside, None)
+    if trained.startswith("classifier."):
+        assert isinstance(found, Prefix)
+    else:
+        assert found == Unsplit("something is trained that its frozen blocks depend on")
+        assert is_as_it_was(family.model)
 
 
 def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
@@ -287,6 +309,7 @@ def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
     picked(reference)
     family.beside = {}  # Without a mask, padding is read too.
     assert isinstance(split(family, 1, pick), Unsplit)
+    freeze_at(reference, 1)
     assert torch.equal(family.model(**family.inputs).logits, reference.model(**family.inputs).logits)
     assert sum("forward" in vars(module) for module in family.model.modules()) == sum(
         "forward" in vars(module) for module in reference.model.modules()

@@ -132,7 +132,8 @@ def gradients_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[st
 
 def agree(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     """Whether two tensors are the same, as measured against the largest value expected."""
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    largest = float(expected.detach().abs().max())
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 def all_agree(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:

@@ -201,6 +201,23 @@ def test_a_pack_whose_process_died_fails_those_that_had_not_ended(directory: Sea
     ]
 
 
+def test_when_time_is_up_those_that_were_running_are_stopped_and_those_that_had_not_begun_wait(
+    directory: SearchDirectory, ledger: Ledger
+) -> None:
+    for id in ("0000", "0001", "0002"):
+        ledger.expect(id, {})
+    ledger.expect_pack("pack-0", {"0003": {}, "0004": {}})
+    for id in ("0000", "0001", "pack-0"):
+        ledger.began(id)
+    ledger.told("0000", evaluation(8, 0.5))
+    ledger.out_of_time()
+    (row,) = read_rows(directory.rows)
+    assert (row["id"], row["status"], row["metrics"]["accuracy"]) == ("0000", "stopped", 0.5)
+    assert read_outcome(directory.trial("0000")) is not None
+    assert read_outcome(directory.trial("0001")) is None
+    assert read_outcome(directory.trial("0003")) is None
+
+
 @pytest.mark.parametrize("unknown", [None, math.nan])
 def test_evaluations_that_are_no_numbers_are_no_best_ones(
     unknown: float | None, directory: SearchDirectory, ledger: Ledger
