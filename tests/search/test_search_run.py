@@ -232,10 +232,10 @@ def test_suggestions_of_a_killed_search_are_made_again(recipe: Path, tmp_path: P
 @pytest.mark.slow
 def test_when_time_is_up_the_best_so_far_wins(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
     space = "search.space={train.learning_rate: {choice: [1.0e-3, 2.0e-3, 3.0e-3]}}"
-    options = [space, "search.seconds=25", "train.epochs=100000", "search.concurrent=1"]
+    options = [space, "search.seconds=60", "train.epochs=100000", "search.concurrent=1"]
     began = time.monotonic()
     found = run_search(recipe, tmp_path / "s", *options)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     (row,) = found.rows
     assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
     assert found.record["winner"]["id"] == row["id"]
