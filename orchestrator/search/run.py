@@ -228,6 +228,7 @@ def run_trials(
         directory.logs / "ray",
         seconds,
     )
+    ledger.out_of_time()
 
 
 def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:

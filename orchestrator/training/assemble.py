@@ -62,6 +62,8 @@ def assemble(prepared: Prepared) -> Parts:
         blocks = models.adapted_blocks(module, blocks)
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
+        # A decoder's key-value cache would be filled once more when its layers are computed again.
+        body.config.use_cache = False
     head_is_new = bool(new) or transfer.from_scratch
     return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new)
 
