@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 VALUES, LAYOUT, CLAIMS, DONE, IN_USE = "values.bin", "layout.json", "claims", "done", "in-use"
+LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or goes.
 SECONDS_BETWEEN_LOOKS = 0.02
 KEPT_FREE = 0.05  # Share of the disk that is left to others.
 
@@ -174,17 +175,19 @@ class FeatureStore:
             return None
 
     def writer(self, key: str, layout: Layout, num_stretches: int, note: str = "") -> Writer:
-        """Begin an entry, or take part in computing it.
+        """Begin an entry, or take part in computing it; one that got whole meanwhile has nothing left to compute.
 
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        return Writer(self.folder / f"{key}.partial", layout, num_stretches, note)
+        with self._alone():
+            whole = self.folder / key
+            return Writer(whole if whole.exists() else self._partial(key), layout, num_stretches, note)
 
     def finish(self, key: str) -> Rows:
         """Give a complete entry its final name; whoever of its writers comes first does it."""
-        with contextlib.suppress(OSError):  # Another process was first.
-            (self.folder / f"{key}.partial").rename(self.folder / key)
+        with self._alone(), contextlib.suppress(FileNotFoundError):  # Another process was first.
+            self._partial(key).rename(self.folder / key)
         return Rows(self.folder / key)
 
     def make_room(self, num_bytes: int, but: frozenset[str] = frozenset()) -> str | None:
@@ -202,7 +205,8 @@ class FeatureStore:
         for entry in others if possible >= num_bytes else ():
             if spare >= num_bytes:
                 break
-            spare += _remove_unused(entry)
+            with self._alone():
+                spare += _remove_unused(entry)
         if spare >= num_bytes:
             return None
         needed, left = _in_words(num_bytes), _in_words(max(0, possible if possible < num_bytes else spare))
@@ -210,11 +214,20 @@ class FeatureStore:
 
     def bytes_to_come(self, key: str, layout: Layout) -> int:
         """What an entry that is not whole will take beyond what those who began it have reserved."""
-        return max(0, layout.num_bytes - _size(self.folder / f"{key}.partial"))
+        return max(0, layout.num_bytes - _size(self._partial(key)))
 
     def num_bytes(self) -> int:
         """Bytes that all entries take."""
         return sum(_size(entry) for entry in self._entries())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _partial(self, key: str) -> Path:
+        return self.folder / f"{key}.partial"
 
     def _entries(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_dir()]

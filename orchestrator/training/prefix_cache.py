@@ -116,15 +116,16 @@ class PrefixCache:
         while not all(writer.is_complete for writer in writers.values()):
             idle = True
             for number, rows in enumerate(parts):
-                first = next((writer for writer in writers.values() if not writer.is_done(number)), None)
-                if first is None:
+                open_ones = {boundary: writer for boundary, writer in writers.items() if not writer.is_done(number)}
+                if not open_ones:
                     continue
+                first = next(iter(open_ones.values()))
                 with first.claim(number) as mine:
                     if mine and not first.is_done(number):
                         idle = False
                         self.tell(f"storing the frozen prefix: {100 * number // len(parts)} %")
-                        self._compute_stretch(encoded, rows, writers, start, stored)
-                        for writer in writers.values():
+                        self._compute_stretch(encoded, rows, open_ones, start, stored)
+                        for writer in open_ones.values():
                             writer.mark_done(number)
             if idle:
                 wait_a_little()

@@ -95,7 +95,7 @@ def fill(store: FeatureStore, key: str, layout: Layout = MEGABYTE) -> None:
 
 
 def keys_of(store: FeatureStore) -> set[str]:
-    return {path.name for path in store.folder.iterdir()}
+    return {path.name for path in store.folder.iterdir() if path.is_dir()}
 
 
 @pytest.mark.parametrize("layout", [RAGGED, EVEN], ids=["ragged", "even"])
@@ -202,6 +202,18 @@ def test_what_was_complete_but_not_named_so_is_not_computed_again(tmp_path: Path
     log.unlink()
     compute(tmp_path / "store", RAGGED, log)
     assert not log.exists()
+
+
+def test_who_comes_when_an_entry_has_just_got_whole_has_nothing_to_compute(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    store = FeatureStore(tmp_path / "store")
+    assert store.open(KEY) is None
+    compute(store.folder, RAGGED, log)  # Another process, after this one's look.
+    writer = store.writer(KEY, RAGGED, NUM_STRETCHES)
+    assert writer.is_complete
+    writer.close()
+    check_rows(store.finish(KEY), RAGGED)
+    assert keys_of(store) == {KEY}
 
 
 def test_whoever_finishes_second_finds_the_entry_of_the_first(tmp_path: Path) -> None:

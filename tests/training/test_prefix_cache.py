@@ -102,7 +102,7 @@ class Runs:
     def entries(self) -> set[str]:
         """Names of what is stored."""
         folder = self.cache / "features"
-        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return {path.name for path in folder.iterdir() if path.is_dir()} if folder.exists() else set()
 
 
 @pytest.fixture(scope="module")
