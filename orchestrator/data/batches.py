@@ -106,12 +106,19 @@ def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, c
     return cuts[::-1]
 
 
-def evaluation_batches(lengths: Indices, batch_size: int, num_workers: int, rank: int) -> Iterator[Indices]:
+def evaluation_batches(
+    lengths: Indices, batch_size: int, num_workers: int, rank: int, cost_of_pass: int
+) -> Iterator[Indices]:
     """This worker's share of a split, each example once over all workers, longest first (memory fails early, not late).
 
     Every worker gets the same number of batches, the last ones possibly empty: sharded models need all workers in
     every forward pass.
+
+    Args:
+        batch_size: examples of a worker in one pass, at most.
+        cost_of_pass: as in `cheapest_cuts`.
     """
     order = np.argsort(-lengths, kind="stable")
-    for part in np.split(order, range(batch_size * num_workers, len(order), batch_size * num_workers)):
+    cuts = cheapest_cuts(lengths[order[::-1]], num_workers, batch_size, cost_of_pass)
+    for part in np.split(order, [len(order) - cut for cut in reversed(cuts)]):
         yield part[rank::num_workers]

@@ -20,8 +20,9 @@ from orchestrator.models.load import (
     seeded,
 )
 from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
-from orchestrator.models.prefix import Prefix, Unsplit, split_model
+from orchestrator.models.prefix import Prefix
 from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
+from orchestrator.models.split import Unsplit, split_model
 
 __all__ = [
     "Block",

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from orchestrator.data.batches import deal, evaluation_batches
+from orchestrator.data.batches import evaluation_batches
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
 from orchestrator.training.hooks import PHASE, Memory, is_due, judge
-from orchestrator.training.loop import cost_of_pass, rate_schedule, seed_dropout
+from orchestrator.training.loop import cut, rate_schedule, seed_dropout
 from orchestrator.training.trainer import Session
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
@@ -105,8 +105,7 @@ class Heads:
         feed = session.feeds["train"]
         num_targets = int(feed.encoded.num_targets[rows].sum())
         total = torch.zeros(len(self.heads), device=session.engine.device)
-        passes = deal(rows, feed.encoded.lengths, 1, plan.micro_batch_size, cost_of_pass(session.engine.device))
-        for number, (mine,) in enumerate(passes):
+        for number, (mine,) in enumerate(cut(session.engine, feed, plan, rows)):
             seed_dropout(plan.seed, index, number, 0)
             batch = feed.batch(mine)
             labels = batch.pop("labels")
@@ -206,7 +205,7 @@ class Heads:
         total = torch.zeros(len(self.heads), device=session.engine.device)
         rows, parts = [], []
         size = session.plan.micro_batch_size * EVALUATION_BATCH_FACTOR
-        for mine in evaluation_batches(feed.encoded.lengths, size, 1, 0):
+        for mine in evaluation_batches(feed.lengths, size, 1, 0, session.engine.cost_of_pass):
             batch = feed.batch(mine)
             labels = batch.pop("labels")
 

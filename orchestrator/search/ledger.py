@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from orchestrator.search.outcome import Outcome, history, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows
 from orchestrator.search.space import describe
-from orchestrator.search.trial import Outcome, history, read_outcome, write_outcome
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.progress import format_seconds
 
 SECONDS_BETWEEN_TABLES = 1.0
 TRIALS_SHOWN = 8
-NOT_SCORES = ("step", "epoch", "phase", "split", "seconds")
+NOT_SCORES = ("step", "epoch", "phase", "split", "seconds", "parameters")
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Ledger:
     """Keeps trials.jsonl: a line for each trial that has ended, none twice.
 
     Args:
-        num_trials: how many there will be, for the time left; None when nobody knows.
+        num_trials: how many there will be, for the time left.
     """
 
     def __init__(self, directory: SearchDirectory, metric: MainMetric, num_trials: int, screen: TextIO | None) -> None:
@@ -101,7 +101,7 @@ class Ledger:
         best = self._best_of(rows)
         return {
             "id": id,
-            "parameters": entry.parameters,
+            "parameters": entry.parameters | (best or {}).get("parameters", {}),
             "metrics": {} if best is None else {key: value for key, value in best.items() if key not in NOT_SCORES},
             "best_step": None if best is None else best["step"],
             "seconds": outcome.seconds,

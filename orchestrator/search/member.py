@@ -19,8 +19,8 @@ from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.search.bench import trial_inputs
 from orchestrator.search.crew import SECONDS_BETWEEN_LOOKS, TOLD, Orders, Told, read_orders, read_told
 from orchestrator.search.nested import HANDOVER
+from orchestrator.search.outcome import BEST_WEIGHTS, MEMORY, TRIAL_ERRORS
 from orchestrator.search.records import SearchDirectory
-from orchestrator.search.trial import BEST_WEIGHTS, MEMORY, TRIAL_ERRORS
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.hooks import Memory, is_due
 from orchestrator.training.loop import Step
@@ -208,21 +208,13 @@ class Keeper:
             memory = resume(session)
             folder = session.store.at(memory.step).folder
         else:
-            memory, folder = self._take_over(start_from), start_from
+            session.engine.read_state(start_from)
+            memory, folder = Memory(**json.loads((start_from / MEMORY).read_text(encoding="utf-8"))), start_from
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
             self._checkpoint(memory)
         return memory
-
-    def _take_over(self, folder: Path) -> Memory:
-        session = self.session
-        if session.engine.rank == 0:  # The trial's own checkpoints lead elsewhere.
-            shutil.rmtree(self.run.checkpoints, ignore_errors=True)
-            self.run.checkpoints.mkdir()
-        session.engine.agree(None)
-        session.engine.read_state(folder)
-        return Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
 
     def after_step(self, step: Step, memory: Memory) -> None:
         engine, plan, train = self.session.engine, self.session.plan, self.session.prepared.recipe.train

@@ -12,50 +12,35 @@ from orchestrator.errors import RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.crew import SECONDS_TO_STOP, Crew, Foreman, Told
-from orchestrator.search.trial import MEMORY, TRIAL_ERRORS, Outcome, Spec, history, read_outcome, write_outcome
-from orchestrator.search.tuning import Report
-from orchestrator.training.run_directory import RunDirectory, write_atomically
+from orchestrator.search.outcome import (
+    BEST_WEIGHTS,
+    MEMORY,
+    OneTrial,
+    Outcome,
+    Spec,
+    history,
+    taken_over,
+    write_outcome,
+)
+from orchestrator.training.run_directory import RunDirectory, write_atomically, write_json
 
 HANDOVER = "handover"
 
 
-class NestedTrial:
-    """A trial of several workers in progress, in the trial's actor.
-
-    Args:
-        bench: the workplace of this process.
-        directory: the trial's run directory; what is in it already is not done again.
-    """
+class NestedTrial(OneTrial):
+    """A trial in progress on several workers, in the trial's actor."""
 
     def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory, foreman: Foreman) -> None:
-        self.bench = bench
-        self.spec = spec
-        self.directory = directory
+        super().__init__(bench, spec, directory)
         self.foreman = foreman
         self.crew: Crew | None = None
         """Where it is being trained."""
-        self.outcome = read_outcome(directory)
         self._told = Told()
         self._seen = 0
         self._start_from: Path | None = None
         self._started = time.monotonic()
-        self._rows = self._advance()
-
-    def advance(self) -> Report:
-        """Go on to the next evaluation. A trial that was interrupted first tells those that it had."""
-        try:
-            row, is_last = next(self._rows, ({}, True))
-            if not is_last:
-                return Report(self._score(row), False, row)
-            outcome = self._end()
-        except TRIAL_ERRORS as error:
-            row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
-        has_score = row and outcome.status != "failed"
-        reason = outcome.reason if outcome.status == "failed" else None
-        return Report(self._score(row) if has_score else None, True, row, reason)
 
     def stop(self) -> None:
-        """Have the workers let go of everything; the weights are kept where this may be among the best."""
         if self.crew is None:
             return
         crew, self.crew = self.crew, None
@@ -84,20 +69,17 @@ class NestedTrial:
             return
         self.stop()
         self.spec = Spec(self.spec.id, parameters)
-        self.directory.create()
+        memory = taken_over(folder, self.directory, self.bench)
         # The folder is one of this process's machine; the workers may be on others.
         self._start_from = self.directory.root / HANDOVER
         shutil.rmtree(self._start_from, ignore_errors=True)
         shutil.copytree(folder, self._start_from)
+        write_json(self._start_from / MEMORY, memory.to_state())
+        (self._start_from / BEST_WEIGHTS).unlink(missing_ok=True)
         self._seen = 0
         self._rows = self._advance()
 
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Evaluations, each with whether it is the last."""
-        if self.outcome is not None:
-            rows = history(self.directory)
-            yield from ((row, row is rows[-1]) for row in rows)
-            return
         self._begin()
         first = self._wait(lambda told: True)
         # Evaluations of another trial that this one goes on from were told by that one.
@@ -142,12 +124,7 @@ class NestedTrial:
             raise RunFailed(told.failure or "the workers stopped by themselves")
         return told
 
-    def _score(self, row: dict[str, Any]) -> float | None:
-        metric, value = self.bench.metric, row[self.bench.metric.name]
-        return None if value is None else float(value) if metric.higher_is_better else -float(value)
-
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
-        """Write down what became of the trial, unless that has been done, and let go of what it held."""
         try:
             self.stop()
         except RunFailed as error:

@@ -14,9 +14,10 @@ from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.recipe.schema import Train
 from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.heads import Head, Heads
+from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.space import trial_recipe
-from orchestrator.search.trial import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, Trial, read_outcome, write_outcome
+from orchestrator.search.trial import Trial
 from orchestrator.search.tuning import Report
 from orchestrator.training.features import boundary_of
 from orchestrator.training.run_directory import RunDirectory, finite

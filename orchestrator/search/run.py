@@ -21,12 +21,12 @@ from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
 from orchestrator.search import tuning
 from orchestrator.search.ledger import Ledger
+from orchestrator.search.outcome import Spec
 from orchestrator.search.pack import pack_trials
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows, score_of
 from orchestrator.search.resources import num_concurrent, trial_resources
 from orchestrator.search.space import decode, trial_recipe
-from orchestrator.search.trial import Spec
 from orchestrator.search.winner import keep_winner
 from orchestrator.search.workplace import make_workplace
 from orchestrator.training import import_ahead

@@ -1,4 +1,4 @@
-"""Ray Tune: which trial runs where and when. The only file of this room that knows Ray.
+"""Ray Tune: which trial runs where and when. With the watch over endings (`ending.py`), all here that knows Ray.
 
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
 and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
@@ -138,7 +138,8 @@ class Listener(Protocol):
 
     def began(self, id: str) -> None: ...
 
-    def told(self, id: str, row: dict[str, Any]) -> None: ...
+    def told(self, id: str, row: dict[str, Any]) -> None:
+        """An evaluation; where parameters change midway, `parameters` in it are those that it was trained with."""
 
     def ended(self, id: str, is_last: bool, reason: str | None) -> None: ...
 
@@ -161,7 +162,8 @@ class Messenger(Unsaved, Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get("row"):
-            self.listener.told(id_of(trial), result["row"])
+            changed = mutated(trial.config)
+            self.listener.told(id_of(trial), {**result["row"], **({"parameters": changed} if changed else {})})
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
@@ -331,14 +333,21 @@ def run_trials(
 def plain_actors() -> Iterator[None]:
     """Have Ray Tune's actors run in processes that Ray has started already, with what those have imported.
 
-    It gives its actors an environment variable for PyTorch Lightning, for which Ray would start other processes.
+    It hands environment variables to its actors, for which Ray would start other processes. On a cluster that this
+    process has started they are there anyway.
     """
-    before = dict(class_cache.DEFAULT_ENV_VARS)
-    class_cache.DEFAULT_ENV_VARS.clear()
+    if os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    handed = (class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE)
+    before = [each.copy() for each in handed]
+    for each in handed:
+        each.clear()
     try:
         yield
     finally:
-        class_cache.DEFAULT_ENV_VARS.update(before)
+        for each, values in zip(handed, before, strict=True):
+            each.update(values)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from orchestrator.recipe.schema import Scale
 from orchestrator.search.bench import trial_inputs
+from orchestrator.search.outcome import BEST_WEIGHTS
 from orchestrator.search.records import SearchDirectory
-from orchestrator.search.trial import BEST_WEIGHTS
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.hooks import Memory
 from orchestrator.training.prepare import Prepared

@@ -16,10 +16,11 @@ from orchestrator.search.bench import Bench
 from orchestrator.search.crew import Crew, Foreman
 from orchestrator.search.member import serve
 from orchestrator.search.nested import NestedTrial
+from orchestrator.search.outcome import Spec
 from orchestrator.search.pack import Pack
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.resources import trial_resources
-from orchestrator.search.trial import Spec, Trial
+from orchestrator.search.trial import Trial
 from orchestrator.search.tuning import RunningTrial, cluster_resources
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared

@@ -26,6 +26,7 @@ from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
 from orchestrator.tasks.shared.augment import Augmentation, augment
 from orchestrator.tasks.shared.labels import (
     DIRECTIONS,
+    accuracy,
     class_report,
     describe_labels,
     label_config,
@@ -199,6 +200,11 @@ class ImageClassification(Task):
 
     def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
         return single_label_metrics(softmax(predictions["logits"]), targets["label"])
+
+    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+        if metric == "accuracy":
+            return accuracy(predictions["logits"], targets["label"])
+        return super().score(metric, predictions, targets)
 
     def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
         return class_report(targets["label"], predictions["logits"].argmax(-1), self.label_names)

@@ -21,6 +21,7 @@ from orchestrator.recipe.schema import Section
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
 from orchestrator.tasks.shared.labels import (
     DIRECTIONS,
+    accuracy,
     class_report,
     describe_labels,
     label_config,
@@ -267,6 +268,11 @@ class TextClassification(Task):
         if self.problem_type == "multi_label_classification":
             return multi_label_metrics(logits > 0, truth > 0)
         return single_label_metrics(softmax(logits), truth)
+
+    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+        if metric == "accuracy" and self.problem_type == "single_label_classification":
+            return accuracy(predictions["logits"], targets["label"])
+        return super().score(metric, predictions, targets)
 
     def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
         if self.problem_type == "regression":

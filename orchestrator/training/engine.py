@@ -25,6 +25,8 @@ from orchestrator.training.precision import Precision
 
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
+TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
+
 
 class Engine(ABC):
     """A model and its optimizer, spread over the workers."""
@@ -34,6 +36,8 @@ class Engine(ABC):
     optimizer: Any
     float_type: torch.dtype | None = None
     """What floating inputs must be turned into, where the weights themselves are in another format."""
+    autocasts = False
+    """Whether each forward pass makes bf16 weights of fp32 ones."""
 
     def __init__(self, module: nn.Module, accelerator: Any) -> None:
         self.module = module
@@ -43,6 +47,16 @@ class Engine(ABC):
         self.num_workers: int = accelerator.num_processes
         assert self.num_workers == (dist.get_world_size() if dist.is_initialized() else 1), "Accelerate missed workers"
         self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+    @property
+    def cost_of_pass(self) -> int:
+        """What starting a pass through the model costs, in tokens that could be computed meanwhile.
+
+        Autocast turns all weights into bf16 in every pass, and their gradients back.
+        """
+        if self.device.type == "cuda":
+            return TOKENS_PER_PASS_ON_GPU
+        return TOKENS_PER_CAST_ON_CPU if self.autocasts else TOKENS_PER_PASS_ON_CPU
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -125,6 +139,7 @@ class TorchEngine(Engine):
             kwargs_handlers=[kwargs],
         )
         super().__init__(module, accelerator)
+        self.autocasts = precision == "bf16"
         self.max_grad_norm = recipe.train.max_grad_norm
         module.to(self.device)
         self.optimizer = torch.optim.AdamW(groups, fused=True)

@@ -42,10 +42,8 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scor
     """
     engine.model.eval()
     rows, parts, total = [], [], 0.0
-    batches = evaluation_batches(
-        feed.encoded.lengths, micro_batch_size * EVALUATION_BATCH_FACTOR, engine.num_workers, engine.rank
-    )
-    for mine in batches:
+    batch_size = micro_batch_size * EVALUATION_BATCH_FACTOR
+    for mine in evaluation_batches(feed.lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass):
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
         predictions, loss = predict_rows(engine.model, task, feed, asked)
         if len(mine):

@@ -38,6 +38,9 @@ def export_model(
     with torch.no_grad():
         for name, value in weights.items():
             here[name].copy_(value)
+    # Gradient checkpointing turned it off; those who generate with the model want it as it was.
+    if hasattr(module.config, "use_cache"):
+        module.config.use_cache = models.load_config(prepared.source).use_cache
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(partial)

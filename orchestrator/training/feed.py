@@ -29,6 +29,12 @@ class Feed:
     def __len__(self) -> int:
         return len(self.encoded)
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Positions that the model computes of each example; 1 where the features are one vector."""
+        pooled = self.features is not None and self.features.layout.lengths is None
+        return np.ones(len(self), np.int64) if pooled else self.encoded.lengths
+
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """The model's inputs for these rows, with `labels` where the split has them.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.errors import RunFailed
@@ -22,7 +23,7 @@ from orchestrator.tasks import Task
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 
-TOKENS_PER_PASS_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 16_384
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def take_step(
     engine: Engine, task: Task, feed: Feed, plan: Plan, index: int, rows: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
     """One optimizer step on the global batch `rows`; returns its loss and the norm of its gradient."""
-    passes = deal(rows, feed.encoded.lengths, engine.num_workers, plan.micro_batch_size, cost_of_pass(engine.device))
+    passes = cut(engine, feed, plan, rows)
     num_targets = int(feed.encoded.num_targets[rows].sum())
     stream = (plan.seed, index // plan.order.steps_per_epoch)
     total = torch.zeros((), device=engine.device)
@@ -125,9 +126,16 @@ def take_step(
     return float(engine.sum_over_workers(total)), norm
 
 
-def cost_of_pass(device: torch.device) -> int:
-    """What starting a forward and backward pass costs, in tokens that could be computed meanwhile."""
-    return TOKENS_PER_PASS_ON_GPU if device.type == "cuda" else TOKENS_PER_PASS_ON_CPU
+def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> list[list[npt.NDArray[np.int64]]]:
+    """The passes of a step, each with the rows of every worker."""
+    # Where the cut decides what is dropped out, it must not depend on whether features are stored.
+    lengths = feed.encoded.lengths if drops_out(engine.module) else feed.lengths
+    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, engine.cost_of_pass)
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether something in training mode draws at random."""
+    return any(each.training and each.p > 0 for each in module.modules() if isinstance(each, _DROPOUTS))
 
 
 def seed_dropout(*numbers: int) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from orchestrator.data.batches import cheapest_cuts
 from orchestrator.data.cache import cache_folder, content_key
 from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
 from orchestrator.models import Prefix
@@ -133,7 +134,7 @@ class PrefixCache:
     def _compute_stretch(
         self, encoded: Encoded, rows: Indices, writers: dict[int, Writer], start: int | None, stored: Rows | None
     ) -> None:
-        for some in passes(encoded.lengths, rows):
+        for some in passes(encoded.lengths, rows, self.engine.cost_of_pass):
             for boundary, values in self._forward(encoded, some, list(writers), start, stored).items():
                 array, _ = as_array(values)
                 for row, line in zip(some, array, strict=True):
@@ -171,13 +172,11 @@ def stretches(lengths: Indices) -> list[Indices]:
     return np.split(order, range(ROWS_IN_STRETCH, len(order), ROWS_IN_STRETCH))
 
 
-def passes(lengths: Indices, rows: Indices) -> Iterator[Indices]:
-    """A stretch in forward passes of limited size; the longest row of each comes first."""
-    start = 0
-    while start < len(rows):
-        size = max(1, min(EXAMPLES_IN_PASS, TOKENS_IN_PASS // int(lengths[rows[start]])))
-        yield rows[start : start + size]
-        start += size
+def passes(lengths: Indices, rows: Indices, cost_of_pass: int) -> list[Indices]:
+    """A stretch in forward passes of limited size, the longest rows first, with little padding."""
+    size = max(1, min(EXAMPLES_IN_PASS, TOKENS_IN_PASS // int(lengths[rows[0]])))
+    cuts = cheapest_cuts(lengths[rows[::-1]], 1, size, cost_of_pass)
+    return np.split(rows, [len(rows) - cut for cut in reversed(cuts)])
 
 
 def open_store(recipe: Recipe) -> FeatureStore:

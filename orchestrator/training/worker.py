@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import RunDirectory
 
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
+SECONDS_FOR_FIRST_PROCESSES = 10.0
 Work = Callable[[Prepared, Any], None]
 
 
@@ -235,6 +237,17 @@ def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
             options["_system_config"] = {"preload_python_modules": list(preload)}
     logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    if options and preload:
+        wait_for_processes(options["num_cpus"])
+
+
+def wait_for_processes(count: int) -> None:
+    """Wait until Ray knows its first processes: work that comes earlier is given to new ones, which import again."""
+    from ray._private.state import workers
+
+    until = time.monotonic() + SECONDS_FOR_FIRST_PROCESSES
+    while len(workers()) < count and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def refuse_missing_gpu(recipe: Recipe) -> None:

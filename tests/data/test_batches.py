@@ -119,11 +119,11 @@ def test_no_other_way_to_cut_a_batch_costs_less(
     assert cost(found) == min(map(cost, every_way))
 
 
-@given(lengths_of_examples, st.integers(1, 20), st.integers(1, 6))
+@given(lengths_of_examples, st.integers(1, 20), st.integers(1, 6), st.sampled_from([1, 20, 10_000]))
 def test_evaluation_covers_a_split_once_in_equally_many_passes(
-    lengths: Indices, batch_size: int, num_workers: int
+    lengths: Indices, batch_size: int, num_workers: int, cost: int
 ) -> None:
-    shares = [list(evaluation_batches(lengths, batch_size, num_workers, rank)) for rank in range(num_workers)]
+    shares = [list(evaluation_batches(lengths, batch_size, num_workers, rank, cost)) for rank in range(num_workers)]
     assert len({len(share) for share in shares}) == 1
     rows = np.concatenate([batch for share in shares for batch in share])
     assert sorted(rows.tolist()) == list(range(len(lengths)))
@@ -132,5 +132,11 @@ def test_evaluation_covers_a_split_once_in_equally_many_passes(
 
 def test_evaluation_begins_with_the_longest() -> None:
     lengths = np.array([3, 9, 1, 7])
-    (first, _) = evaluation_batches(lengths, 2, 1, 0)
+    (first, _) = evaluation_batches(lengths, 2, 1, 0, 100)
     assert lengths[first].tolist() == [9, 7]
+
+
+def test_evaluation_does_not_pad_short_examples_to_long_ones_where_passes_cost_little() -> None:
+    lengths = np.array([3, 90, 3, 85, 2])
+    passes = list(evaluation_batches(lengths, 5, 1, 0, 10))
+    assert [lengths[rows].tolist() for rows in passes] == [[90, 85], [3, 3, 2]]

@@ -12,8 +12,8 @@ import pytest
 
 from orchestrator.search import ledger as ledgers
 from orchestrator.search.ledger import Ledger
+from orchestrator.search.outcome import Outcome, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, read_rows
-from orchestrator.search.trial import Outcome, read_outcome, write_outcome
 from orchestrator.tasks.base import MainMetric
 
 ACCURACY = MainMetric("accuracy", higher_is_better=True)
@@ -290,6 +290,19 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
     (line,) = screen.getvalue().splitlines()
     assert "3/4 trials ended" in line
     assert "accuracy 0.9000" in line
+
+
+def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
+    ledger: Ledger, directory: SearchDirectory
+) -> None:
+    ledger.expect("0000", PARAMETERS)
+    for step, accuracy, rate in ((8, 0.5, 1.0e-3), (16, 0.8, 2.0e-3), (24, 0.7, 3.0e-3)):
+        ledger.told("0000", {**evaluation(step, accuracy), "parameters": {"train.learning_rate": rate}})
+    ledger.ended("0000", True, None)
+    (row,) = read_rows(directory.rows)
+    assert row["parameters"] == {"train.learning_rate": 2.0e-3, "transfer.freeze": "all"}
+    assert [each["parameters"]["train.learning_rate"] for each in row["history"]] == [1.0e-3, 2.0e-3, 3.0e-3]
+    assert "parameters" not in row["metrics"]
 
 
 def test_the_lines_are_plain_json(directory: SearchDirectory) -> None:

@@ -15,9 +15,10 @@ from orchestrator import load_recipe
 from orchestrator.recipe import Recipe
 from orchestrator.search import pack as packs
 from orchestrator.search.bench import Bench
+from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
 from orchestrator.search.pack import Pack, pack_trials, trains_only_the_head
 from orchestrator.search.records import SearchDirectory, append_row
-from orchestrator.search.trial import BEST_WEIGHTS, Outcome, Spec, Trial, history, read_outcome
+from orchestrator.search.trial import Trial
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
 

@@ -1,44 +1,36 @@
-"""A whole search on the toy problem: its records, its winner, how it goes on, and what it refuses."""
+"""A whole search on the toy problem: its records, its winner, how it goes on after a kill, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import orchestrator
-from orchestrator.cli import main
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, RunFailed
+from orchestrator.search import run as searches
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun
 
-SPACE = {
-    "transfer.freeze": {"choice": [1, "all"]},
-    "train.learning_rate": {"choice": [1.0e-3, 1.0e-2]},
-}
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def run_search(recipe: Path, output: Path, *overrides: str) -> SearchRun:
-    return orchestrator.search(orchestrator.load_recipe(str(recipe), list(overrides)), output=output)
-
-
-def scores(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, float]]]:
-    return {row["id"]: (row["status"], row["metrics"]) for row in rows}
+FREEZE, RATE = "transfer.freeze", "train.learning_rate"
+SPACE = {FREEZE: {"choice": [0, "stem", "all"]}, RATE: {"choice": [1.0e-3, 1.0e-2]}}
+PACKED = ("0004", "0005")  # Those that train only the head.
+WriteToy = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def recipe(
-    tmp_path_factory: pytest.TempPathFactory, write_toy: Callable[..., Path], tiny_bert: Path, small_data: Path
-) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, write_toy: WriteToy, tiny_bert: Path, small_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    options = {"space": SPACE, "trials": 4, "concurrent": 1}
-    return write_toy(folder / "recipe.yaml", tiny_bert, small_data, search=options)
+    search = {"space": SPACE, "trials": 6, "concurrent": 1}
+    return write_toy(folder / "recipe.yaml", tiny_bert, small_data, search=search)
+
+
+def run_search(recipe: Path, output: Path, *overrides: str) -> SearchRun:
+    return orchestrator.search(orchestrator.load_recipe(recipe, list(overrides)), output=output)
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +38,47 @@ def finished(recipe: Path, ray_cluster: None) -> SearchRun:
     return run_search(recipe, recipe.parent / "finished")
 
 
-def test_every_trial_has_one_line_with_what_it_did(finished: SearchRun) -> None:
-    rows = read_rows(finished.directory / "trials.jsonl")
-    assert sorted(row["id"] for row in rows) == ["0000", "0001", "0002", "0003"]
-    for row in rows:
+def times_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def unfinish(directory: Path) -> None:
+    """Take away what a search leaves at its end."""
+    for name in ("result.json", "best.yaml", "report.html", "predictions.parquet"):
+        (directory / name).unlink()
+    shutil.rmtree(directory / "model")
+    record = json.loads((directory / "search.json").read_text())
+    record = {key: value for key, value in record.items() if key not in ("winner", "ended")}
+    (directory / "search.json").write_text(json.dumps({**record, "status": "running"}))
+
+
+def keep_rows(directory: Path, *ids: str) -> None:
+    """What trials.jsonl is to hold."""
+    rows = [row for row in read_rows(directory / "trials.jsonl") if row["id"] in ids]
+    (directory / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_every_trial_is_the_training_of_its_recipe_also_those_trained_as_one(
+    finished: SearchRun, tmp_path: Path
+) -> None:
+    rows = {row["id"]: row for row in finished.rows}
+    assert sorted(rows) == [f"000{number}" for number in range(6)]
+    assert len(finished.rows) == 6
+    for row in finished.rows:
         assert row["status"] == "finished"
-        assert set(row["parameters"]) == set(SPACE)
         assert {"accuracy", "loss", "f1_macro"} <= row["metrics"].keys()
         assert row["evaluations"] == len(row["history"]) == 2
         assert row["seconds"] > 0
-        assert (finished.directory / "trials" / row["id"] / "recipe.yaml").exists()
+    assert [rows[id]["parameters"][FREEZE] for id in sorted(rows)] == [0, 0, "stem", "stem", "all", "all"]
+    # They were one problem, so that they took the same time.
+    assert rows["0004"]["seconds"] == rows["0005"]["seconds"]
+    for id in ("0002", "0005"):
+        again = orchestrator.train(
+            orchestrator.load_recipe(finished.directory / "trials" / id / "recipe.yaml"), tmp_path / id
+        )
+        found = again.result["metrics"]["select"]
+        assert rows[id]["metrics"] == pytest.approx(found, rel=1e-5, abs=1e-5)
+        assert again.result["best_step"] == rows[id]["best_step"]
 
 
 def test_the_winner_is_the_best_on_select_and_is_scored_on_test(finished: SearchRun) -> None:
@@ -82,49 +105,96 @@ def test_the_winners_model_loads_with_plain_transformers(finished: SearchRun) ->
     assert set(model.config.label2id) == {"animal", "fruit", "vehicle"}
 
 
-def test_its_page_is_there(finished: SearchRun) -> None:
-    assert "accuracy" in (finished.directory / "report.html").read_text(encoding="utf-8")
+def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: SearchRun) -> None:
+    """Weights, too, are kept of the best alone."""
+    kept = [path.parent.name for path in (finished.directory / "trials").glob("*/best.safetensors")]
+    assert finished.record["winner"]["id"] in kept
+    notes = [json.loads((path).read_text()).get("notes") for path in finished.directory.glob("trials/*/run.json")]
+    assert not any(notes)
 
 
-def test_the_same_command_again_changes_nothing(finished: SearchRun, recipe: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.directory.rglob("*") if path.is_file()}
-    again = run_search(recipe, finished.directory)
-    assert again.record["winner"] == finished.record["winner"]
-    after = {path: path.stat().st_mtime_ns for path in finished.directory.rglob("*") if path.is_file()}
-    assert {path.name for path in before if before[path] != after[path]} <= {".lock"}
-
-
-def test_an_interrupted_search_goes_on_and_trains_no_trial_twice(
-    finished: SearchRun, recipe: Path, tmp_path: Path
+def test_a_finished_search_is_told_again_without_a_trial(
+    finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(searches.tuning, "run_trials", lambda *_: pytest.fail("trials were run"))
+    monkeypatch.setattr(searches, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
+    before = times_of(finished.directory)
+    began = time.process_time()
+    again = run_search(recipe, finished.directory, "search.concurrent=2", "search.seconds=5")
+    assert time.process_time() - began < 3.0
+    assert (again.record, again.rows, again.result) == (finished.record, finished.rows, finished.result)
+    after = times_of(finished.directory)
+    assert {path.name for path in after if before.get(path) != after[path]} <= {".lock"}
+
+
+def test_a_killed_search_does_again_only_what_was_lost(finished: SearchRun, recipe: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(finished.directory, half)
-    for name in ("result.json", "best.yaml", "report.html", "predictions.parquet"):
-        (half / name).unlink()
-    shutil.rmtree(half / "model")
-    kept = [row for row in finished.rows if row["id"] in ("0000", "0002")]
-    (half / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    for lost in ("0001", "0003"):
+    unfinish(half)
+    keep_rows(half, "0000", "0004")
+    # 0000 and 0004 had ended; 0001's line was not written yet; 0002 was in the middle, without a checkpoint; 0003 and
+    # 0005 had not begun.
+    (half / "trials" / "0002" / "outcome.json").unlink()
+    metrics = half / "trials" / "0002" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))
+    for lost in ("0003", "0005"):
         shutil.rmtree(half / "trials" / lost)
-    record = json.loads((half / "search.json").read_text())
-    (half / "search.json").write_text(json.dumps({**record, "status": "running", "winner": None}))
-    trained = {row["id"]: (half / "trials" / row["id"] / "metrics.jsonl").stat().st_mtime_ns for row in kept}
+    whole = {id: times_of(half / "trials" / id) for id in ("0000", "0001", "0004")}
 
     again = run_search(recipe, half)
     assert again.record["winner"]["id"] == finished.record["winner"]["id"]
-    assert scores(again.rows).keys() == scores(finished.rows).keys()
-    for id, (status, metrics) in scores(finished.rows).items():
-        assert scores(again.rows)[id][0] == status
-        assert scores(again.rows)[id][1] == pytest.approx(metrics, abs=1e-3)
-    assert trained == {id: (half / "trials" / id / "metrics.jsonl").stat().st_mtime_ns for id in trained}
+    assert again.record["attempts"] == 2
+    assert len(again.rows) == 6
+    expected = {row["id"]: row for row in finished.rows}
+    for row in again.rows:
+        assert row["status"] == expected[row["id"]]["status"]
+        assert row["metrics"] == pytest.approx(expected[row["id"]]["metrics"], rel=1e-5, abs=1e-5)
+        assert [each["step"] for each in row["history"]] == [each["step"] for each in expected[row["id"]]["history"]]
+    assert {id: times_of(half / "trials" / id) for id in whole} == whole
+    for split in ("select", "test"):
+        assert again.result["metrics"][split] == pytest.approx(finished.result["metrics"][split], rel=1e-5, abs=1e-5)
 
 
-def test_another_recipe_in_the_same_directory_is_refused(finished: SearchRun, recipe: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.epochs"):
-        run_search(recipe, finished.directory, "train.epochs=1")
+def test_a_search_whose_winners_weights_were_lost_trains_it_again(
+    finished: SearchRun, recipe: Path, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(finished.directory, lost)
+    unfinish(lost)
+    for path in lost.glob("trials/*/best.safetensors"):
+        path.unlink()
+    again = run_search(recipe, lost)
+    assert again.rows == finished.rows
+    assert again.result["best_step"] == finished.result["best_step"]
+    for split in ("select", "test"):
+        assert again.result["metrics"][split] == pytest.approx(finished.result["metrics"][split], rel=1e-5, abs=1e-5)
 
 
-def test_a_trial_that_fails_is_told_with_its_reason_and_ends_nothing(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["search.space={transfer.freeze: {choice: [0, all]}, train.learning_rate: {choice: [1.0e-3]}}"],
+        ["search.algorithm=random"],
+        ["search.metric=loss"],
+        ["train.seed=1"],
+    ],
+    ids=lambda overrides: overrides[0].partition("=")[0],
+)
+def test_another_search_in_the_same_directory_is_refused(
+    overrides: list[str], finished: SearchRun, recipe: Path
+) -> None:
+    before = times_of(finished.directory)
+    with pytest.raises(InputError) as refused:
+        run_search(recipe, finished.directory, *overrides)
+    assert overrides[0].partition("=")[0] in str(refused.value)
+    assert "--fresh" in str(refused.value)
+    after = times_of(finished.directory)
+    assert {path.name for path in after if before.get(path) != after[path]} <= {".lock"}
+
+
+def test_a_trial_that_fails_is_told_with_its_reason_and_ends_nothing(
+    recipe: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     found = run_search(
         recipe,
         tmp_path / "s",
@@ -137,8 +207,20 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_ends_nothing(recipe: Pat
     assert found.record["winner"]["id"] == "0001"
 
 
+def test_where_every_trial_fails_the_search_fails_with_their_reasons(
+    recipe: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    space = "search.space={train.learning_rate: {choice: [1.0e+30, 1.0e+31]}}"
+    with pytest.raises(RunFailed, match=r"no trial has a score: [\s\S]*at step \d+") as failed:
+        run_search(recipe, tmp_path / "s", space, "train.max_grad_norm=null", "train.epochs=1")
+    assert "train.learning_rate" in str(failed.value)
+    assert [row["status"] for row in read_rows(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
+    assert json.loads((tmp_path / "s" / "search.json").read_text())["status"] == "failed"
+    assert (tmp_path / "s" / "report.html").exists()
+
+
 @pytest.mark.slow
-def test_halving_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path) -> None:
+def test_halving_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
     found = run_search(
         recipe,
         tmp_path / "s",
@@ -157,7 +239,9 @@ def test_halving_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["random", "tpe"])
-def test_other_algorithms_draw_as_many_trials_as_asked_for(recipe: Path, tmp_path: Path, algorithm: str) -> None:
+def test_other_algorithms_draw_as_many_trials_as_asked_for(
+    recipe: Path, tmp_path: Path, algorithm: str, ray_cluster: None
+) -> None:
     space = "search.space={transfer.freeze: {choice: [1, all]}, train.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}"
     found = run_search(
         recipe, tmp_path / "s", space, f"search.algorithm={algorithm}", "search.trials=5", "train.epochs=1"
@@ -167,7 +251,9 @@ def test_other_algorithms_draw_as_many_trials_as_asked_for(recipe: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_best_are_repeated_with_other_seeds_and_the_better_mean_wins(recipe: Path, tmp_path: Path) -> None:
+def test_the_best_are_repeated_with_other_seeds_and_the_better_mean_wins(
+    recipe: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     found = run_search(recipe, tmp_path / "s", "search.reseed_top=2", "search.reseeds=1", "train.epochs=1")
     repeated = [row for row in found.rows if "train.seed" in row["parameters"]]
     assert len(repeated) == 2
@@ -179,9 +265,64 @@ def test_the_best_are_repeated_with_other_seeds_and_the_better_mean_wins(recipe:
     assert means[found.record["winner"]["id"]] == max(means.values())
 
 
-def test_the_estimate_starts_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", str(recipe), "--estimate", "--output", str(recipe.parent / "never")]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("trials")
-    assert "on this machine" in out
-    assert not (recipe.parent / "never").exists()
+@pytest.mark.slow
+def test_population_based_training_goes_on_from_good_trials_with_other_rates(
+    recipe: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    found = run_search(
+        recipe,
+        tmp_path / "s",
+        "search.space={train.learning_rate: {loguniform: [1.0e-6, 1.0e-2]}}",
+        "search.algorithm=random",
+        "search.scheduler=pbt",
+        "search.trials=4",
+        "search.concurrent=2",
+        "train.epochs=6",
+    )
+    assert found.counts == {"finished": 4}
+    for row in found.rows:
+        steps = [each["step"] for each in row["history"]]
+        assert steps == sorted(set(steps))
+        (best,) = [each for each in row["history"] if each["step"] == row["best_step"]]
+        assert row["parameters"] == best["parameters"]
+        rates = [
+            line.split()[-1]
+            for line in (found.directory / "trials" / row["id"] / "recipe.yaml").read_text().splitlines()
+            if "learning_rate:" in line
+        ]
+        assert 1.0e-6 <= float(rates[0]) <= 1.0e-2
+    winner = found.record["winner"]
+    assert found.result["metrics"]["select"]["accuracy"] == pytest.approx(
+        max(row["metrics"]["accuracy"] for row in found.rows)
+    )
+    assert winner["metrics"]["select"]["loss"] == pytest.approx(found.result["metrics"]["select"]["loss"])
+
+
+@pytest.mark.slow
+def test_suggestions_of_a_killed_search_are_made_again(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
+    space = "search.space={transfer.freeze: {choice: [1, all]}, train.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}"
+    options = [space, "search.algorithm=tpe", "search.trials=4", "train.epochs=1"]
+    first = run_search(recipe, tmp_path / "s", *options)
+    parameters = {row["id"]: row["parameters"] for row in first.rows}
+    unfinish(tmp_path / "s")
+    keep_rows(tmp_path / "s", "0000", "0001")
+    for lost in ("0002", "0003"):
+        shutil.rmtree(tmp_path / "s" / "trials" / lost)
+    before = {id: times_of(tmp_path / "s" / "trials" / id) for id in ("0000", "0001")}
+    again = run_search(recipe, tmp_path / "s", *options)
+    assert {row["id"]: row["parameters"] for row in again.rows} == parameters
+    assert {id: times_of(tmp_path / "s" / "trials" / id) for id in before} == before
+    assert again.record["winner"]["id"] == first.record["winner"]["id"]
+
+
+@pytest.mark.slow
+def test_when_time_is_up_the_best_so_far_wins(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
+    space = "search.space={train.learning_rate: {choice: [1.0e-3, 2.0e-3, 3.0e-3]}}"
+    options = [space, "search.seconds=60", "train.epochs=100000", "search.concurrent=1"]
+    began = time.monotonic()
+    found = run_search(recipe, tmp_path / "s", *options)
+    assert time.monotonic() - began < 120
+    (row,) = found.rows
+    assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
+    assert found.record["winner"]["id"] == row["id"]
+    assert found.result["metrics"]["select"]["accuracy"] == pytest.approx(row["metrics"]["accuracy"])

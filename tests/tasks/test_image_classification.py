@@ -208,7 +208,9 @@ def test_loss_and_scores_are_those_of_one_label(train: Examples) -> None:
     assert float(task.loss(outputs, labels)) == pytest.approx(float(expected))
     predictions = {name: values.numpy() for name, values in task.predict(outputs).items()}
     targets = {"label": labels.numpy()}
-    assert task.metrics(predictions, targets) == single_label_metrics(softmax(predictions["logits"]), targets["label"])
+    expected = single_label_metrics(softmax(predictions["logits"]), targets["label"])
+    assert task.metrics(predictions, targets) == expected
+    assert {metric: task.score(metric, predictions, targets) for metric in expected} == expected
     assert set(task.metrics_shown) <= set(task.metric_directions()) - {task.name}
     assert task.details(predictions, targets)["confusion_matrix"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
     rows = task.prediction_rows(predictions)

@@ -203,6 +203,19 @@ def test_every_way_to_train_ends_with_a_model(write_recipe: WriteRecipe, tmp_pat
     assert 0.0 <= run.result["metrics"]["test"]["accuracy"] <= 1.0
 
 
+def test_gradient_checkpointing_leaves_no_trace_in_the_exported_config(
+    write_toy: WriteRecipe, tiny_gpt2: Path, small_data: Path, tmp_path: Path
+) -> None:
+    recipe = write_toy(tmp_path / "recipe.yaml", tiny_gpt2, small_data)
+    found = []
+    for name, checkpointing in (("with", "true"), ("without", "false")):
+        given = ["train.steps=1", f"train.gradient_checkpointing={checkpointing}"]
+        directory = train(load_recipe(recipe, given), tmp_path / name).directory
+        found.append(json.loads((directory / "model" / "config.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["use_cache"] is True
+
+
 def test_a_gpu_that_is_not_there_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

@@ -67,6 +67,11 @@ def single_label_metrics(probabilities: npt.NDArray[np.float64], truth: npt.NDAr
     }
 
 
+def accuracy(logits: npt.NDArray[Any], truth: npt.NDArray[np.int64]) -> float:
+    """The same as in `single_label_metrics`, without the others. `logits`: [num_examples, num_labels]."""
+    return float(np.mean(logits.argmax(-1) == truth))
+
+
 def expected_calibration_error(confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_]) -> float:
     """Mean gap between confidence and accuracy over 15 equal bins, weighted by their examples (Guo et al. 2017)."""
     if not np.isfinite(confidence).all():

@@ -1,0 +1,138 @@
+"""What a trial is told and leaves, whether one process trains it or several."""
+
+from __future__ import annotations
+
+import abc
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.search.bench import Bench
+from orchestrator.search.tuning import Report
+from orchestrator.training.hooks import Memory, judge
+from orchestrator.training.run_directory import RunDirectory, finite, write_json
+
+OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
+# What a trial's model or numbers may cause, and what therefore ends the trial but not the search.
+TRIAL_ERRORS = (OrchestratorError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is tried."""
+
+    id: str
+    parameters: dict[str, Any]
+    """Dotted places of the recipe and their values."""
+
+
+@dataclass
+class Outcome:
+    """What became of a trial; the content of outcome.json. Its scores are in metrics.jsonl."""
+
+    status: str = "finished"
+    """finished, stopped (by the scheduler or the time limit) or failed."""
+    reason: str | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    core_seconds: float = 0.0
+
+
+class OneTrial(abc.ABC):
+    """A trial in progress: a run directory that is trained evaluation by evaluation.
+
+    Args:
+        bench: the workplace of this process.
+        directory: the trial's run directory; what is in it already is not done again.
+    """
+
+    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
+        self.bench = bench
+        self.spec = spec
+        self.directory = directory
+        self.outcome = read_outcome(directory)
+        self._rows = self._replay() if self.outcome else self._advance()
+
+    def advance(self) -> Report:
+        """Go on to the next evaluation. A trial that was interrupted first tells those that it had."""
+        row: dict[str, Any] = {}
+        try:
+            row, is_last = next(self._rows, ({}, True))
+            if not is_last:
+                return Report(self._score(row), False, row)
+            outcome = self._end()
+        except TRIAL_ERRORS as error:
+            row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
+        if outcome.status == "failed":
+            return Report(None, True, row, outcome.reason)
+        return Report(self._score(row) if row else None, True, row)
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """Let go of everything; the weights are kept where this may be among the best."""
+
+    @abc.abstractmethod
+    def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Evaluations, each with whether it is the last."""
+
+    @abc.abstractmethod
+    def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
+        """Write down what became of the trial, unless that has been done, and let go of what it held."""
+
+    def _replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        rows = history(self.directory)
+        yield from ((row, row is rows[-1]) for row in rows)
+
+    def _score(self, row: dict[str, Any]) -> float | None:
+        metric, value = self.bench.metric, row[self.bench.metric.name]
+        # Files hold null for what is no number.
+        return None if value is None else float(value) if metric.higher_is_better else -float(value)
+
+
+def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> Memory:
+    """What a trial remembers that goes on from what another wrote: its best evaluation stays one of its own.
+
+    The weights of that one are in its directory, if they are among the best of the search. Its checkpoints go, because
+    they lead elsewhere.
+    """
+    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+    directory.create()
+    found = Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
+    before = best_of(directory, bench)
+    # The other may have been behind: those steps will be taken again.
+    directory.forget_metrics_after(found.step)
+    own = best_of(directory, bench)
+    if own.best_step != before.best_step:
+        (directory.root / BEST_WEIGHTS).unlink(missing_ok=True)
+    return replace(found, best_step=own.best_step, best_score=own.best_score, best_loss=own.best_loss)
+
+
+def best_of(directory: RunDirectory, bench: Bench) -> Memory:
+    """The best of a trial's evaluations so far."""
+    memory = Memory()
+    for row in history(directory):
+        value, loss = (math.nan if row[name] is None else float(row[name]) for name in (bench.metric.name, "loss"))
+        judge(value, loss, row["step"], memory, bench.metric, bench.prepared.recipe.train)
+    return memory
+
+
+def history(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The evaluations on *select* so far, as rows of metrics.jsonl."""
+    return [row for row in directory.read_metrics() if row.get("split") == "select"]
+
+
+def read_outcome(directory: RunDirectory) -> Outcome | None:
+    """What became of the trial; None while it has not ended."""
+    try:
+        return Outcome(**json.loads((directory.root / OUTCOME).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def write_outcome(directory: RunDirectory, outcome: Outcome) -> None:
+    write_json(directory.root / OUTCOME, finite(vars(outcome)))
