@@ -82,7 +82,7 @@ def main() -> None:
         began = time.perf_counter()
         tuning.run_trials(
             tuning.Listed(specs),
-            tuning.make_scheduler(Search(), {}),
+            tuning.make_scheduler(Search(), {}, cores),
             Workplace,
             count,
             cores,

@@ -3,26 +3,32 @@
 In this order: `find_source`, `load_tokenizer` (or `load_image_processor`) and `load_config`, `load_model`,
 `fit_to_tokenizer`, `set_head`, `find_blocks`, `freeze_blocks`, `add_adapter` (and `adapted_blocks`,
 for the names after it).
+
+Each is imported when it is asked for: finding a source takes no time, and its model needs torch, which takes seconds.
 """
 
-from orchestrator.models.adapter import adapted_blocks, add_adapter
-from orchestrator.models.blocks import Block, Blocks, find_blocks
-from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
-from orchestrator.models.head import set_head, write_deep_head_code
-from orchestrator.models.image_processor import PictureMaker, set_image_size
-from orchestrator.models.load import (
-    LoadedModel,
-    fit_to_tokenizer,
-    load_config,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-    seeded,
-)
-from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
-from orchestrator.models.prefix import Prefix
-from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
-from orchestrator.models.split import Unsplit, split_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.models.adapter import adapted_blocks, add_adapter
+    from orchestrator.models.blocks import Block, Blocks, find_blocks
+    from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
+    from orchestrator.models.head import set_head, write_deep_head_code
+    from orchestrator.models.image_processor import PictureMaker, set_image_size
+    from orchestrator.models.load import (
+        LoadedModel,
+        fit_to_tokenizer,
+        load_config,
+        load_image_processor,
+        load_model,
+        load_tokenizer,
+        seeded,
+    )
+    from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
+    from orchestrator.models.prefix import Prefix
+    from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
+    from orchestrator.models.split import Unsplit, split_model
 
 __all__ = [
     "Block",
@@ -56,3 +62,61 @@ __all__ = [
     "split_model",
     "write_deep_head_code",
 ]
+_HOMES = {
+    "adapter": (
+        "adapted_blocks",
+        "add_adapter",
+    ),
+    "blocks": (
+        "Block",
+        "Blocks",
+        "find_blocks",
+    ),
+    "freeze": (
+        "Depth",
+        "Frozen",
+        "freeze_blocks",
+        "resolve_depth",
+    ),
+    "head": (
+        "set_head",
+        "write_deep_head_code",
+    ),
+    "image_processor": (
+        "PictureMaker",
+        "set_image_size",
+    ),
+    "load": (
+        "LoadedModel",
+        "fit_to_tokenizer",
+        "load_config",
+        "load_image_processor",
+        "load_model",
+        "load_tokenizer",
+        "seeded",
+    ),
+    "pick": (
+        "Pick",
+        "find_pick",
+        "pick_in_last_layer",
+    ),
+    "prefix": ("Prefix",),
+    "source": (
+        "SourceModel",
+        "find_source",
+        "fingerprint",
+        "open_folder",
+    ),
+    "split": (
+        "Unsplit",
+        "split_model",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return found
+    raise AttributeError(f"module {__name__} has no {name}")

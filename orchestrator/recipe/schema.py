@@ -279,10 +279,10 @@ class Search(Section):
     """`grid` crosses all choices, with as many points of each range as `trials` allows; `random` draws; `tpe` learns
     from earlier trials where good values lie (Bergstra et al. 2011), which pays from some twenty trials on."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """`none` trains every trial to its end; `asha` stops those that fall behind (Li et al. 2018); `pbt` lets poor
+    """`none` trains every trial to its end; `asha` leaves those that fall behind (Li et al. 2018); `pbt` lets poor
     trials go on from good ones with other rates (Jaderberg et al. 2017)."""
     grace: PositiveInt = 1
-    """`asha`: evaluations that every trial gets before it may be stopped; it is judged at `grace`, `grace * reduction`,
+    """`asha`: evaluations that every trial gets before it may be left; it is judged at `grace`, `grace * reduction`,
     `grace * reduction^2`, ... evaluations. `pbt`: evaluations between two exchanges."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """`asha`: one of so many trials goes on each time it is judged."""

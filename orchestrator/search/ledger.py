@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Ledger:
             outcome = Outcome(status, why, seconds=seconds, core_seconds=seconds)
             run.create()
             write_outcome(run, outcome)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # Nothing goes on from here.
         row = self.describe(id, entry, outcome)
         append_row(self.directory.rows, row)
         self.rows.append(row)
@@ -135,7 +137,7 @@ class Ledger:
         elapsed = time.monotonic() - self._started
         left = elapsed / done_now * (self.num_trials - ended) if done_now else None
         running = sum(entry.began is not None for entry in self.running.values())
-        head = f"{ended}/{self.num_trials} trials ended, {running} running"
+        head = f"{ended}/{self.num_trials} trials ended, {running} in progress"
         head += f", {format_seconds(elapsed)}" + (f", about {format_seconds(left)} left" if left else "")
         shown = [self._line(row) for row in best_first(self.rows, self.metric)[:TRIALS_SHOWN]]
         failed = sum(row["status"] == "failed" for row in self.rows)

@@ -160,6 +160,8 @@ class Member:
                 orders = self._wait_after(None, orders, keeper, memory)
             if orders.keep:
                 keeper.keep_best_weights()
+            if not self.told.is_last:
+                keeper.save(memory)  # It may be taken up again.
         self.tell(over=True)
 
     def _wait_after(self, step: int | None, orders: Orders, keeper: Keeper, memory: Memory) -> Orders:
@@ -198,6 +200,7 @@ class Keeper:
         self.run = run
         self.best: dict[str, torch.Tensor] = {}
         self._saved = time.monotonic()
+        self._saved_step = -1
         self._cost = 0.0
         """Seconds that the last saving took; the first is taken to cost nothing."""
 
@@ -213,7 +216,8 @@ class Keeper:
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
-            self._checkpoint(memory)
+            self.save(memory)
+        self._saved_step = memory.step
         return memory
 
     def after_step(self, step: Step, memory: Memory) -> None:
@@ -227,17 +231,20 @@ class Keeper:
             for every in (train.save_every, train.evaluate_every)
         )
         if due and engine.from_first_worker(self._is_worth_it()):
-            self._checkpoint(memory)
+            self.save(memory)
 
     def _is_worth_it(self) -> bool:
         return self._cost <= SHARE_OF_TIME_FOR_SAVING * (time.monotonic() - self._saved)
 
-    def _checkpoint(self, memory: Memory) -> None:
+    def save(self, memory: Memory) -> None:
+        """Write what the trial goes on from, unless that has been done at this step."""
+        if memory.step == self._saved_step:
+            return
         began = time.monotonic()
         self.session.store.save(memory.step, memory.to_state(), self._write)
         if self.session.engine.rank == 0:
             self.session.store.prune(1, None)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), memory.step
         self._cost = self._saved - began
 
     def _write(self, folder: Path) -> None:

@@ -138,7 +138,7 @@ class NestedTrial(OneTrial):
                 core_seconds=self._told.core_seconds,
             )
             write_outcome(self.directory, self.outcome)
-            # Nothing goes on from here, and what several workers wrote could not be read by one.
+            # What several workers wrote could not be read by one, should the winner be trained again.
             for folder in (self.directory.checkpoints, self.directory.root / HANDOVER):
                 shutil.rmtree(folder, ignore_errors=True)
         return self.outcome

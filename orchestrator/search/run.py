@@ -1,39 +1,23 @@
-"""One search from the recipe to the winner: refuse or go on, run the trials, name the best, leave its model."""
+"""One search from the recipe to the winner: refuse or go on, start Ray, have the trials run, tell what was found."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-import statistics
-import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import Problem, RunFailed
-from orchestrator.recipe import Recipe, dump_recipe
-from orchestrator.recipe.schema import Search
+from orchestrator.recipe import Recipe
 from orchestrator.report import write_report
-from orchestrator.search import tuning
-from orchestrator.search.ledger import Ledger
-from orchestrator.search.outcome import Spec
-from orchestrator.search.pack import pack_trials
-from orchestrator.search.plan import Plan, make_plan
-from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows, score_of
-from orchestrator.search.resources import num_concurrent, trial_resources
-from orchestrator.search.space import decode, trial_recipe
-from orchestrator.search.winner import keep_winner
-from orchestrator.search.workplace import make_workplace
+from orchestrator.search.records import SearchDirectory, read_rows
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
 from orchestrator.training.run import create_directory, refuse_changes, set_aside
-from orchestrator.training.run_directory import write_atomically
 from orchestrator.training.worker import output_to, ray_cluster
 
 FREE_TO_CHANGE = {
@@ -41,8 +25,6 @@ FREE_TO_CHANGE = {
     "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
     "search": {"seconds", "concurrent", "reseed_top", "reseeds"},
 }
-SEED = "train.seed"
-SUGGESTED = "suggested.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,6 +66,10 @@ def search(
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = stack.enter_context(ray_cluster(num_processes(recipe), modules_to_preload(recipe)))
+        # These need torch and Ray Tune, which take seconds to import: Ray starts meanwhile.
+        from orchestrator.search import course
+        from orchestrator.search.plan import make_plan
+
         plan = make_plan(encode_inputs(inputs, strict))
         if fresh:
             set_aside(directory)
@@ -91,20 +77,20 @@ def search(
         stack.enter_context(directory.locked())
         refuse_changes(plan.prepared, directory, FREE_TO_CHANGE)
         if directory.result.exists() and directory.read_record().get("status") == "finished":
-            return finished(plan, directory)
+            return finished(plan.prepared.warnings, directory)
         shown = None
         if screen is not None:
             shown = stack.enter_context(own_stream(screen))
             stack.enter_context(output_to(directory.logs / "command.log"))
         wait_for_cluster()
-        begin_record(plan, directory)
+        course.begin_record(plan, directory)
         try:
-            run(plan, directory, shown)
+            course.run(plan, directory, shown)
         except (KeyboardInterrupt, RunFailed) as error:
             directory.update_record(status="failed" if isinstance(error, RunFailed) else "interrupted")
             write_report(directory.root)
             raise
-        return finished(plan, directory)
+        return finished(plan.prepared.warnings, directory)
 
 
 def num_processes(recipe: Recipe) -> int:
@@ -122,167 +108,6 @@ def default_output(recipe: Recipe) -> Path:
     return Path(recipe.scale.storage) / name
 
 
-def begin_record(plan: Plan, directory: SearchDirectory) -> None:
-    write_atomically(directory.recipe, dump_recipe(plan.prepared.recipe))
-    record = directory.read_record()
-    directory.update_record(
-        status="running",
-        metric=plan.metric.name,
-        mode="max" if plan.metric.higher_is_better else "min",
-        started=record.get("started", time.time()),
-        attempts=record.get("attempts", 0) + 1,
-        num_layers=plan.num_layers,
-        space=plan.space.written(),
-        identity=plan.prepared.identity,
-        warnings=[str(warning) for warning in plan.prepared.warnings],
-    )
-
-
-def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
-    """Run what has not been run yet, choose the winner and leave its model."""
-    started = time.monotonic()
-    before = directory.read_record().get("seconds", 0.0)
-    run_all(plan, directory, screen, before)
-    if plan.search.reseed_top and plan.search.reseeds:
-        reseed(plan, directory, screen)
-    winner = choose_winner(plan, directory)
-    write_atomically(directory.best, dump_recipe(trial_recipe(plan.prepared.recipe, winner["parameters"])))
-    result = keep_winner(plan.prepared, plan.metric, directory, winner)
-    seconds = before + time.monotonic() - started
-    directory.update_record(
-        status="finished", seconds=seconds, winner={**winner, "metrics": result["metrics"]}, ended=time.time()
-    )
-    write_report(directory.root)
-
-
-def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, seconds_before: float) -> None:
-    """The trials of the space."""
-    ledger = Ledger(directory, plan.metric, plan.num_trials, screen)
-    if plan.known is None:
-        searcher: Any = suggesting(plan, directory, ledger)
-    else:
-        searcher = tuning.Listed(list_trials(plan, plan.known, ledger), plan.changing)
-    limit = plan.search.seconds
-    left = None if limit is None else max(1.0, limit - seconds_before)
-    run_trials(plan, directory, ledger, searcher, tuning.make_scheduler(plan.search, plan.changing), left)
-
-
-def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """What Ray Tune hands to its actors: trials that train only the head are packed."""
-    specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(known)]
-    have = tuning.cluster_resources()
-    recipe = plan.prepared.recipe
-    # Population-based training changes rates midway, so each of its trials is one of its own.
-    num_packs = 0 if plan.search.scheduler == "pbt" else num_concurrent(plan, have, trial_resources(recipe, have))
-    packs, others = pack_trials(recipe, specs, num_packs) if num_packs else ([], specs)
-    for number, pack in enumerate(packs):
-        yield ledger.expect_pack(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
-    for spec in sorted(others, key=lambda spec: spec.id):
-        yield ledger.expect(spec.id, spec.parameters)
-
-
-def trial_id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def suggesting(plan: Plan, directory: SearchDirectory, ledger: Ledger) -> Any:
-    """TPE. What an earlier attempt had suggested is suggested again first, and its scores are told again."""
-    recorded = directory.root / SUGGESTED
-    points = read_rows(recorded)
-    inner = tuning.optuna_searcher(plan.space.optuna_define, plan.search.seed, points)
-    count = itertools.count()
-
-    def make_spec(config: dict[str, Any]) -> dict[str, Any]:
-        number = next(count)
-        if number >= len(points):
-            append_row(recorded, {name: value for name, value in config.items() if name != "parameters"})
-        return ledger.expect(trial_id(number), decode(config))
-
-    return tuning.Suggested(inner, plan.search.trials, make_spec)
-
-
-def run_trials(
-    plan: Plan, directory: SearchDirectory, ledger: Ledger, searcher: Any, scheduler: Any, seconds: float | None = None
-) -> None:
-    have = tuning.cluster_resources()
-    resources = trial_resources(plan.prepared.recipe, have)
-    concurrent = num_concurrent(plan, have, resources)
-    cores = os.cpu_count() or 1
-    keep = max(1, plan.search.reseed_top)
-    directory.update_record(concurrent=concurrent, cores=cores)
-    tuning.run_trials(
-        searcher,
-        scheduler,
-        partial(
-            make_workplace,
-            plan.prepared,
-            directory.root,
-            plan.boundaries,
-            plan.metric,
-            keep,
-            max(1, cores // concurrent),
-        ),
-        ledger,
-        concurrent,
-        resources,
-        directory.logs / "ray",
-        seconds,
-    )
-    ledger.out_of_time()
-
-
-def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
-    """Train the best trials again with other seeds."""
-    base = plan.prepared.recipe.train.seed
-    best = best_first(original_rows(directory), plan.metric)[: plan.search.reseed_top]
-    specs = [
-        (f"{row['id']}-seed-{base + offset}", {**row["parameters"], SEED: base + offset})
-        for row in best
-        for offset in range(1, plan.search.reseeds + 1)
-    ]
-    ledger = Ledger(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
-    searcher = tuning.Listed(ledger.expect(id, parameters) for id, parameters in specs)
-    run_trials(plan, directory, ledger, searcher, tuning.make_scheduler(Search(), {}))
-
-
-def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
-    """Trials of the space, without those that repeat one with another seed."""
-    return [row for row in read_rows(directory.rows) if "-seed-" not in row["id"]]
-
-
-def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
-    """The best trial; among those that were repeated with other seeds, the one with the best mean.
-
-    Raises:
-        RunFailed: no trial has a score.
-    """
-    rows = read_rows(directory.rows)
-    ranked = best_first(original_rows(directory), plan.metric)
-    if not ranked:
-        reasons = sorted({str(row["reason"]) for row in rows if row["reason"]})
-        raise RunFailed("no trial has a score: " + ("; ".join(reasons) or "time was up before the first evaluation"))
-    seeds = {row["id"]: seed_scores(plan, row, rows) for row in ranked}
-    repeated = [row for row in ranked if len(seeds[row["id"]]) > 1]
-    sign = 1 if plan.metric.higher_is_better else -1
-
-    def mean(row: dict[str, Any]) -> float:
-        return sign * statistics.mean(float(seed["score"]) for seed in seeds[row["id"]])
-
-    winner = max(repeated, key=mean, default=ranked[0])
-    return {**winner, "seeds": seeds[winner["id"]]}
-
-
-def seed_scores(plan: Plan, row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trial's scores with each seed it was trained with."""
-    found = []
-    for other in rows:
-        if other["id"] == row["id"] or other["id"].startswith(f"{row['id']}-seed-"):
-            score = score_of(other, plan.metric.name)
-            seed = other["parameters"].get(SEED, plan.prepared.recipe.train.seed)
-            found += [] if score is None else [{"seed": seed, "score": score}]
-    return found
-
-
-def finished(plan: Plan, directory: SearchDirectory) -> SearchRun:
+def finished(warnings: list[Problem], directory: SearchDirectory) -> SearchRun:
     result = json.loads(directory.result.read_text(encoding="utf-8"))
-    return SearchRun(directory.root, directory.read_record(), read_rows(directory.rows), result, plan.prepared.warnings)
+    return SearchRun(directory.root, directory.read_record(), read_rows(directory.rows), result, warnings)

@@ -41,11 +41,12 @@ class Trial(OneTrial):
         self._stack = contextlib.ExitStack()
         self._started, self._cpu = time.monotonic(), time.process_time()
         self._saved = time.monotonic()
+        self._saved_step = 0
 
     def stop(self) -> None:
-        self._keep_best_weights()
-        self._stack.close()
-        self.session = None
+        if self.session is not None and self.memory.step > self._saved_step:
+            self._checkpoint()  # It may be taken up again.
+        self._let_go()
 
     def save(self, folder: Path) -> None:
         """Write what another trial can go on from."""
@@ -57,12 +58,14 @@ class Trial(OneTrial):
         """Go on from what another trial wrote, with other parameters."""
         if not (folder / MEMORY).exists():
             return
-        self.stop()
+        self._let_go()
         self.spec = Spec(self.spec.id, parameters)
         self.memory = taken_over(folder, self.directory, self.bench)
         self._enter()
         assert self.session is not None
         self.session.engine.read_state(folder)
+        self._saved_step = 0
+        self._count_earlier_time()
         self._rows = self._evaluations()
 
     def after_step(self, step: Step, memory: Memory) -> None:
@@ -79,9 +82,8 @@ class Trial(OneTrial):
         self._enter()
         assert self.session is not None
         self.memory = resume(self.session)
-        # What it took before it was interrupted counts too.
-        self._started -= self.memory.seconds
-        self._cpu -= self.memory.seconds
+        self._saved_step = self.memory.step
+        self._count_earlier_time()
         if self.memory.best_step is not None:
             folder = self.session.store.at(self.memory.step).folder
             self._best = load_file(folder / BEST_WEIGHTS)
@@ -93,6 +95,11 @@ class Trial(OneTrial):
         for row in evaluations(self.session, self.memory, [self]):
             yield row, self._is_last(row)
 
+    def _count_earlier_time(self) -> None:
+        """What it took before it was left, or interrupted, counts too."""
+        self._started -= self.memory.seconds
+        self._cpu -= self.memory.seconds
+
     def _enter(self) -> None:
         self.session = self._stack.enter_context(self.bench.session(self.spec.parameters, self.directory))
         self._saved = time.monotonic()
@@ -103,7 +110,7 @@ class Trial(OneTrial):
         return over and row["step"] == self.memory.step
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
-        self.stop()
+        self._let_go()
         if self.outcome is None:
             self.outcome = Outcome(
                 status=status,
@@ -126,7 +133,12 @@ class Trial(OneTrial):
 
         session.store.save(self.memory.step, self.memory.to_state(), write)
         session.store.prune(1, None)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.memory.step
+
+    def _let_go(self) -> None:
+        self._keep_best_weights()
+        self._stack.close()
+        self.session = None
 
     def _keep_best_weights(self) -> None:
         """The weights at the best evaluation go to the disk only where this may be the winner."""

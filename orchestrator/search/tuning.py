@@ -1,4 +1,4 @@
-"""Ray Tune: which trial runs where and when. With the watch over endings (`ending.py`), all here that knows Ray.
+"""Ray Tune: which trial runs where and when. With `halving.py` and `ending.py`, all here that knows Ray.
 
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
 and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
@@ -21,18 +21,18 @@ import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.execution import class_cache
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from orchestrator.errors import ClusterError
 from orchestrator.recipe.schema import Search
 from orchestrator.search.domains import Choice, Domain
 from orchestrator.search.ending import Sweeper, interruptible
+from orchestrator.search.halving import Halving
 from orchestrator.search.resources import TrialResources
 
 SCORE = "score"  # What Ray Tune is told: high is good.
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
-MOST_EVALUATIONS = 1_000_000
 MAX_RESTARTS = 2  # Of a trial whose process died.
 VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
@@ -185,19 +185,31 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
     def __init__(self, specs: Iterator[dict[str, Any]], changing: Iterable[str] = ()) -> None:
         super().__init__(metric=SCORE, mode="max")
         self._specs = specs
+        self._next = next(specs, None)
+        self.has_room: Callable[[], bool] = lambda: True
         self._changing = tuple(changing)
         """Parameters that population-based training looks for, and changes, beside the trial."""
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all have been handed out."""
+        return self._next is None
+
+    def left(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A trial may have come to its end; nothing is learned."""
+
     def suggest(self, trial_id: str) -> Any:
-        spec = next(self._specs, None)
-        if spec is None:
+        if self._next is None:
             return Searcher.FINISHED
+        if not self.has_room():
+            return None
+        spec, self._next = self._next, next(self._specs, None)
         return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
 
     def as_space(self) -> dict[str, Any]:
         """All that would be handed out, as a grid: population-based training does not take searchers."""
         own = {path: tune.sample_from(partial(parameter_of, path)) for path in self._changing}
-        return {"spec": tune.grid_search(list(self._specs)), **own}
+        return {"spec": tune.grid_search([] if self._next is None else [self._next, *self._specs]), **own}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing is learned."""
@@ -222,10 +234,23 @@ class Suggested(Listed):
         self._inner = inner
         self._left = limit
         self._make_spec = make_spec
+        self._learned: set[str] = set()
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._left == 0
+
+    def left(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Later trials are suggested from what it has scored; what it scores when it is taken up comes too late."""
+        if trial_id not in self._learned:
+            self._learned.add(trial_id)
+            self._inner.on_trial_complete(trial_id, result=result)
 
     def suggest(self, trial_id: str) -> Any:
-        if self._left == 0:
+        if self.is_exhausted:
             return Searcher.FINISHED
+        if not self.has_room():
+            return None
         found = self._inner.suggest(trial_id)
         if not isinstance(found, dict):
             return found
@@ -233,10 +258,12 @@ class Suggested(Listed):
         return {"spec": self._make_spec(found)}
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
-        self._inner.on_trial_result(trial_id, result)
+        if trial_id not in self._learned:
+            self._inner.on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        self._inner.on_trial_complete(trial_id, result=result, error=error)
+        if trial_id not in self._learned:
+            self._inner.on_trial_complete(trial_id, result=result, error=error)
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
@@ -247,19 +274,15 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         return {**config, "spec": trial.config["spec"]}, operations
 
 
-def make_scheduler(search: Search, domains: Mapping[str, Domain]) -> TrialScheduler:
-    """Ray Tune's scheduler of the recipe's name; its time is counted in evaluations.
+def make_scheduler(search: Search, domains: Mapping[str, Domain], concurrent: int) -> TrialScheduler:
+    """The scheduler of the recipe's name; its time is counted in evaluations.
 
     Args:
         domains: of what population-based training may change.
+        concurrent: trials at a time.
     """
     if search.scheduler == "asha":
-        return ASHAScheduler(
-            time_attr="training_iteration",
-            grace_period=search.grace,
-            reduction_factor=search.reduction,
-            max_t=MOST_EVALUATIONS,
-        )
+        return Halving(search.grace, search.reduction, SCORE, WORST, concurrent)
     if search.scheduler == "pbt":
         return Population(
             time_attr="training_iteration",
@@ -306,6 +329,8 @@ def run_trials(
             stack.enter_context(context)
         trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources.actor)
         is_population = isinstance(scheduler, Population)
+        if isinstance(scheduler, Halving):
+            scheduler.source, searcher.has_room = searcher, scheduler.has_room
         Tuner(
             trainable,
             param_space=searcher.as_space() if is_population else {},
@@ -315,7 +340,7 @@ def run_trials(
                 num_samples=1 if is_population else -1,
                 search_alg=None if is_population else searcher,
                 scheduler=scheduler,
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=None if isinstance(scheduler, Halving) else concurrent,
                 reuse_actors=True,
                 time_budget_s=seconds,
             ),

@@ -15,11 +15,9 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
-from orchestrator.training.assemble import check_structure
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
 from orchestrator.training.run_directory import RunDirectory, write_atomically
-from orchestrator.training.trainer import choose_metric
 from orchestrator.training.worker import output_to, ray_session, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
@@ -91,6 +89,10 @@ def check(recipe: Recipe, strict: bool = False) -> Prepared:
 
 def check_model(prepared: Prepared) -> Prepared:
     """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
+    # These need torch, which takes seconds to import: Ray starts meanwhile.
+    from orchestrator.training.assemble import check_structure
+    from orchestrator.training.trainer import choose_metric
+
     choose_metric(prepared)
     check_structure(prepared)
     return prepared

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from tiny_models import build
 
+from orchestrator import models
 from orchestrator.errors import ModelError
 from orchestrator.models import find_source, fingerprint
 from orchestrator.models.hub import explain
@@ -262,3 +263,10 @@ def hub_info(files):
 
     siblings = [{"rfilename": name} for name in files]
     return ModelInfo(id="owner/tiny", sha="c" * 40, siblings=siblings, cardData={"license": "mit"}, tags=[])
+
+
+def test_all_names_of_the_room_are_found_and_no_others() -> None:
+    assert {name for names in models._HOMES.values() for name in names} == set(models.__all__)
+    assert all(getattr(models, name) is not None for name in models.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        models.nothing  # noqa: B018

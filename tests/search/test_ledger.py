@@ -268,7 +268,7 @@ def test_the_table_is_written_over_best_first_with_the_time_left(
     run_some(Ledger(directory, ACCURACY, 4, screen), directory)
     last = screen.getvalue().rpartition("\033[4A")[2]
     lines = [line.replace("\033[K", "") for line in last.splitlines()]
-    assert lines[0].startswith("3/4 trials ended, 1 running, ")
+    assert lines[0].startswith("3/4 trials ended, 1 in progress, ")
     assert lines[1].split() == ["0001", "accuracy", "0.9000", "1", "evaluations", "finished", "learning_rate=0.1"]
     assert lines[2].split()[0] == "0002"
     assert lines[3] == "  1 failed; their reasons are in trials.jsonl"

@@ -12,7 +12,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.search import run as searches
+from orchestrator.search import course
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun
 
@@ -116,8 +116,8 @@ def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: Search
 def test_a_finished_search_is_told_again_without_a_trial(
     finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searches.tuning, "run_trials", lambda *_: pytest.fail("trials were run"))
-    monkeypatch.setattr(searches, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
+    monkeypatch.setattr(course.tuning, "run_trials", lambda *_: pytest.fail("trials were run"))
+    monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
     began = time.process_time()
     again = run_search(recipe, finished.directory, "search.concurrent=2", "search.seconds=5")

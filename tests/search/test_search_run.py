@@ -10,9 +10,10 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import RunFailed
+from orchestrator.search.course import choose_winner
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.records import SearchDirectory, append_row
-from orchestrator.search.run import choose_winner, default_output
+from orchestrator.search.run import default_output
 from orchestrator.training.prepare import prepare
 
 RATE = "train.learning_rate"
