@@ -10,6 +10,7 @@ from importlib.resources import files
 from orchestrator.report.charts.base import Chart
 from orchestrator.report.colours import colour_rules
 from orchestrator.report.markup import Child, Markup, element, join
+from orchestrator.report.records import RecipeText
 
 
 def page(title: str, parts: Iterable[Markup]) -> str:
@@ -43,6 +44,12 @@ def digest(text: str) -> str:
 
 def read_part(name: str) -> str:
     return (files("orchestrator.report") / name).read_text(encoding="utf-8")
+
+
+def kicker(what: str, recipe: RecipeText) -> str:
+    """The line above the title: what the page is of, the task, the source."""
+    words = [what, recipe.get("target.task"), recipe.get("source.model")]
+    return " \N{MIDDLE DOT} ".join(str(word) for word in words if word)
 
 
 def header(kicker: str, heading: str, lead: Child) -> Markup:

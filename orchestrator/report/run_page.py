@@ -6,7 +6,7 @@ from orchestrator.report.charts.training import training_charts
 from orchestrator.report.class_sections import class_sections
 from orchestrator.report.markup import Child, Markup, element, escape, join
 from orchestrator.report.numbers import count, duration, metric, moment, number, plain
-from orchestrator.report.page import banner, code, figures, folded, header, listed, page, section, tiles
+from orchestrator.report.page import banner, code, figures, folded, header, kicker, listed, page, section, tiles
 from orchestrator.report.records import Run, as_dict, finite_values, texts_of
 from orchestrator.report.tables import Column, pairs, table
 
@@ -24,7 +24,7 @@ def run_page(run: Run) -> str:
     charts = training_charts(run, main, number(run.result.get("best_step")))
     notes = [*texts_of(run.record.get("notes")), *texts_of(run.record.get("warnings"))]
     parts = [
-        header(kicker(run), name, lead(run, main)),
+        header(kicker("Run", run.recipe), name, lead(run, main)),
         state_banner(run),
         tiles(key_figures(run, main)),
         section("How it learned", figures(charts)) if charts else None,
@@ -34,11 +34,6 @@ def run_page(run: Run) -> str:
         circumstances(run),
     ]
     return page(f"{name}: run", [part for part in parts if part is not None])
-
-
-def kicker(run: Run) -> str:
-    words = ["Run", run.recipe.get("target.task"), run.recipe.get("source.model")]
-    return " \N{MIDDLE DOT} ".join(str(word) for word in words if word)
 
 
 def main_metric(run: Run) -> str:

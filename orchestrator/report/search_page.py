@@ -16,7 +16,19 @@ from orchestrator.report.charts.single import single
 from orchestrator.report.class_sections import class_sections
 from orchestrator.report.markup import Child, Markup, element, escape, join
 from orchestrator.report.numbers import count, difference, duration, file_size, metric, moment, number, plain
-from orchestrator.report.page import banner, code, figures, folded, header, listed, page, section, sentence, tiles
+from orchestrator.report.page import (
+    banner,
+    code,
+    figures,
+    folded,
+    header,
+    kicker,
+    listed,
+    page,
+    section,
+    sentence,
+    tiles,
+)
 from orchestrator.report.records import Search, Trial, texts_of
 from orchestrator.report.tables import pairs
 from orchestrator.report.trial_tables import failures, parameter_table, seed_scores, seed_table, trial_table
@@ -39,7 +51,7 @@ def search_page(search: Search) -> str:
     failed = failures(search)
     notes = all_notes(search)
     parts = [
-        header(kicker(search), name, lead(search)),
+        header(kicker("Search", search.recipe), name, lead(search)),
         banner(state) if state else None,
         tiles(key_figures(search)),
         leader_section(search),
@@ -51,11 +63,6 @@ def search_page(search: Search) -> str:
         circumstances(search),
     ]
     return page(f"{name}: search", [part for part in parts if part is not None])
-
-
-def kicker(search: Search) -> str:
-    words = ["Search", search.recipe.get("target.task"), search.recipe.get("source.model")]
-    return " \N{MIDDLE DOT} ".join(str(word) for word in words if word)
 
 
 def scores_of(search: Search) -> list[float]:

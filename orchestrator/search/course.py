@@ -16,7 +16,7 @@ from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
 from orchestrator.search import tuning
 from orchestrator.search.ledger import Ledger
-from orchestrator.search.outcome import Spec
+from orchestrator.search.outcome import BEST_WEIGHTS, Spec
 from orchestrator.search.pack import pack_trials
 from orchestrator.search.plan import Plan
 from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows, score_of
@@ -60,7 +60,21 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
     directory.update_record(
         status="finished", seconds=seconds, winner={**winner, "metrics": result["metrics"]}, ended=time.time()
     )
+    drop_weights(plan, directory)
     write_report(directory.root)
+
+
+def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
+    """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
+    kept = best_first(read_rows(directory.rows), plan.metric)[: weights_kept(plan)]
+    for row in read_rows(directory.rows):
+        if row["id"] not in {best["id"] for best in kept}:
+            (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
+
+
+def weights_kept(plan: Plan) -> int:
+    """Of how many of the best trials the weights are kept."""
+    return max(1, plan.search.reseed_top)
 
 
 def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, seconds_before: float) -> None:
@@ -116,7 +130,6 @@ def run_trials(
     resources = trial_resources(plan.prepared.recipe, have)
     concurrent = num_concurrent(plan, have, resources)
     cores = os.cpu_count() or 1
-    keep = max(1, plan.search.reseed_top)
     directory.update_record(concurrent=concurrent, cores=cores)
     tuning.run_trials(
         searcher,
@@ -127,7 +140,7 @@ def run_trials(
             directory.root,
             plan.boundaries,
             plan.metric,
-            keep,
+            weights_kept(plan),
             max(1, cores // concurrent),
         ),
         ledger,

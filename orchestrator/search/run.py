@@ -20,10 +20,11 @@ from orchestrator.training.progress import own_stream
 from orchestrator.training.run import create_directory, refuse_changes, set_aside
 from orchestrator.training.worker import output_to, ray_cluster
 
+BUDGET = ("seconds", "reseed_top", "reseeds")
 FREE_TO_CHANGE = {
     "train": {"keep", "log_every", "cache_prefix"},
     "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
-    "search": {"seconds", "concurrent", "reseed_top", "reseeds"},
+    "search": {"concurrent", *BUDGET},
 }
 
 
@@ -76,7 +77,9 @@ def search(
         create_directory(directory)
         stack.enter_context(directory.locked())
         refuse_changes(plan.prepared, directory, FREE_TO_CHANGE)
-        if directory.result.exists() and directory.read_record().get("status") == "finished":
+        budget = {name: getattr(plan.search, name) for name in BUDGET}
+        record = directory.read_record()
+        if directory.result.exists() and record.get("status") == "finished" and record.get("budget") == budget:
             return finished(plan.prepared.warnings, directory)
         shown = None
         if screen is not None:
@@ -84,6 +87,7 @@ def search(
             stack.enter_context(output_to(directory.logs / "command.log"))
         wait_for_cluster()
         course.begin_record(plan, directory)
+        directory.update_record(budget=budget)
         try:
             course.run(plan, directory, shown)
         except (KeyboardInterrupt, RunFailed) as error:

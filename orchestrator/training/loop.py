@@ -6,6 +6,7 @@ pass on seed, step, pass and worker. So a run that starts again at a checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
+from orchestrator.models.pick import evaluating
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
 from orchestrator.training.engine import Engine
@@ -115,12 +117,14 @@ def take_step(
     for number, hands in enumerate(passes):
         mine = hands[engine.rank]
         seed_dropout(plan.seed, index, number, engine.rank)
-        # A worker without examples computes on one that counts for nothing: gradients are summed with all workers.
+        # A worker without examples computes on one that counts for nothing: gradients are summed with all workers. In
+        # evaluation mode, so that statistics do not learn from it.
         batch = feed.batch(mine if len(mine) else rows[:1], stream)
         labels = batch.pop("labels")
         weight = 1.0 / num_targets if len(mine) else 0.0
-        loss = task.loss(engine.model(**batch), labels) * weight
-        engine.backward(loss, last=number == len(passes) - 1)
+        with contextlib.nullcontext() if len(mine) else evaluating(engine.module):
+            loss = task.loss(engine.model(**batch), labels) * weight
+            engine.backward(loss, last=number == len(passes) - 1)
         total += loss.detach()
     norm = engine.step(plan.rate_factor(index))
     return float(engine.sum_over_workers(total)), norm

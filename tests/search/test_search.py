@@ -120,7 +120,7 @@ def test_a_finished_search_is_told_again_without_a_trial(
     monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
     began = time.process_time()
-    again = run_search(recipe, finished.directory, "search.concurrent=2", "search.seconds=5")
+    again = run_search(recipe, finished.directory, "search.concurrent=2")
     assert time.process_time() - began < 3.0
     assert (again.record, again.rows, again.result) == (finished.record, finished.rows, finished.result)
     after = times_of(finished.directory)
@@ -168,6 +168,17 @@ def test_a_search_whose_winners_weights_were_lost_trains_it_again(
     assert again.result["best_step"] == finished.result["best_step"]
     for split in ("select", "test"):
         assert again.result["metrics"][split] == pytest.approx(finished.result["metrics"][split], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_more_seeds_can_be_asked_of_a_finished_search(finished: SearchRun, recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.directory, tmp_path / "s")
+    metrics = {row["id"]: tmp_path / "s" / "trials" / row["id"] / "metrics.jsonl" for row in finished.rows}
+    before = {id: path.stat().st_mtime_ns for id, path in metrics.items()}
+    again = run_search(recipe, tmp_path / "s", "search.reseed_top=2", "search.reseeds=1")
+    assert len(again.rows) == len(finished.rows) + 2
+    assert len(again.record["winner"]["seeds"]) == 2
+    assert {id: path.stat().st_mtime_ns for id, path in metrics.items()} == before
 
 
 @pytest.mark.parametrize(

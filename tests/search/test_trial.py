@@ -143,6 +143,24 @@ def test_an_interrupted_trial_tells_what_it_had_and_goes_on_with_the_same_losses
     assert all(torch.equal(value, expected_weights[name]) for name, value in found.items())
 
 
+def test_a_trial_that_is_left_after_each_evaluation_takes_the_same_course(
+    whole: tuple[list[Report], RunDirectory], bench: Bench, folder: RunDirectory
+) -> None:
+    expected, undisturbed = whole
+    for number in range(1, EPOCHS):
+        trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+        reports = [trial.advance() for _ in range(number)]
+        trial.stop()
+        assert without_times([report.row for report in reports]) == without_times(
+            [report.row for report in expected[:number]]
+        )
+    run_to_the_end(Trial(bench, Spec("0000", PARAMETERS), folder))
+    assert without_times(folder.read_metrics()) == without_times(undisturbed.read_metrics())
+    expected_weights = load_file(undisturbed.root / BEST_WEIGHTS)
+    found = load_file(folder.root / BEST_WEIGHTS)
+    assert all(torch.equal(value, expected_weights[name]) for name, value in found.items())
+
+
 def test_what_came_after_the_last_checkpoint_is_done_again(
     whole: tuple[list[Report], RunDirectory], bench: Bench, folder: RunDirectory
 ) -> None:
