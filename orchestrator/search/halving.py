@@ -61,6 +61,10 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         """Whether another trial may begin."""
         return self._controller is None or self._num_active() < self.concurrent
 
+    def is_over(self) -> bool:
+        """Whether no trial runs, and none will be taken up again."""
+        return not self._waiting and (self._controller is None or not self._num_active())
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self._controller = tune_controller
 

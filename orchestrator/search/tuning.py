@@ -187,6 +187,8 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
         self._specs = specs
         self._next = next(specs, None)
         self.has_room: Callable[[], bool] = lambda: True
+        self.is_over: Callable[[], bool] = lambda: True
+        """Whether nothing will be taken up again. Until then Ray Tune must not know the end, or it lets actors go."""
         self._changing = tuple(changing)
         """Parameters that population-based training looks for, and changes, beside the trial."""
 
@@ -199,10 +201,11 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
         """A trial may have come to its end; nothing is learned."""
 
     def suggest(self, trial_id: str) -> Any:
-        if self._next is None:
-            return Searcher.FINISHED
+        if self.is_exhausted:
+            return Searcher.FINISHED if self.is_over() else None
         if not self.has_room():
             return None
+        assert self._next is not None
         spec, self._next = self._next, next(self._specs, None)
         return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
 
@@ -248,7 +251,7 @@ class Suggested(Listed):
 
     def suggest(self, trial_id: str) -> Any:
         if self.is_exhausted:
-            return Searcher.FINISHED
+            return Searcher.FINISHED if self.is_over() else None
         if not self.has_room():
             return None
         found = self._inner.suggest(trial_id)
@@ -330,7 +333,8 @@ def run_trials(
         trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources.actor)
         is_population = isinstance(scheduler, Population)
         if isinstance(scheduler, Halving):
-            scheduler.source, searcher.has_room = searcher, scheduler.has_room
+            scheduler.source = searcher
+            searcher.has_room, searcher.is_over = scheduler.has_room, scheduler.is_over
         Tuner(
             trainable,
             param_space=searcher.as_space() if is_population else {},

@@ -158,7 +158,7 @@ def test_trials_are_scored_stopped_and_failed_as_those_of_one_worker(
     write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
 ) -> None:
     overrides = ["train.steps=60", "train.evaluate_every=10", rates(GOOD, POOR, TOO_HIGH), "search.concurrent=1"]
-    asha = ["search.metric=loss", "search.scheduler=asha", "search.grace=1", "search.reduction=2"]
+    asha = ["search.metric=loss", "search.scheduler=asha", "search.grace=3", "search.reduction=2"]
     found = run(write_recipe(), tmp_path / "two", *overrides, *asha)
     rows = {row["parameters"]["train.learning_rate"]: row for row in found.rows}
     assert {rate: row["status"] for rate, row in rows.items()} == {
