@@ -88,16 +88,21 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     own = sum(trial_seconds(plan, parameters, pace) for parameters in known)
     repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
     notes = []
-    if plan.search.scheduler == "asha":
-        notes.append("asha stops trials early: the time is that of an average course")
     model_bytes = 4 * plan.num_parameters
+    # A checkpoint with the optimizer and the best weights, and those weights once more.
+    waiting = [5 * share_trained(plan, parameters) * model_bytes for parameters in known]
+    if plan.search.scheduler == "asha":
+        notes.append("asha leaves trials early: the time is that of an average course")
     return Estimate(
         trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
         concurrent=concurrent,
         seconds=SECONDS_TO_BEGIN + (shared + own * (1 + repeats)) / concurrent,
         cache_bytes=sum(pace.sizes.values()),
-        # The winner's model, weights that may win, and a checkpoint with the optimizer for each running trial.
-        disk_bytes=model_bytes * (1 + max(1, plan.search.reseed_top) + 4 * concurrent),
+        # The winner's model, weights that may win, and what trials wait with that may go on: under asha, all of them.
+        disk_bytes=int(
+            model_bytes * (1 + max(1, plan.search.reseed_top))
+            + sum(sorted(waiting)[-(len(known) if plan.search.scheduler == "asha" else concurrent) :])
+        ),
         free_bytes=shutil.disk_usage(cache_folder()).free,
         notes=notes,
     )
@@ -106,8 +111,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
 def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
     """What one trial takes by itself, its features stored where there can be any."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
-    depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
-    share = 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
+    share = share_trained(plan, parameters)
     steps = steps_of(replace(plan.prepared, recipe=recipe))
     num_examples = steps.total_steps / steps.order.steps_per_epoch * len(plan.prepared.encoded("train"))
     every = recipe.train.evaluate_every
@@ -117,6 +121,13 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
     computed = share * (num_examples * pace.step + scored * pace.forward)
     frozen = 0.0 if pace.sizes else (1 - share) * (num_examples + scored) * pace.forward
     return SECONDS_OF_A_TRIAL + part * (computed + frozen)
+
+
+def share_trained(plan: Plan, parameters: dict[str, Any]) -> float:
+    """The share of the model's layers that a trial trains."""
+    recipe = trial_recipe(plan.prepared.recipe, parameters)
+    depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
+    return 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
 
 
 def mean_share(evaluations: int, grace: int, reduction: int) -> float:

@@ -88,7 +88,7 @@ def test_trials_that_are_repeated_with_other_seeds_count(estimate_of: Callable[.
 
 def test_what_stops_trials_early_is_said(estimate_of: Callable[..., Estimate]) -> None:
     (note,) = estimate_of("search.scheduler=asha").notes
-    assert "asha stops trials early" in note
+    assert "asha leaves trials early" in note
 
 
 def test_trials_that_are_not_known_are_counted_too(estimate_of: Callable[..., Estimate]) -> None:
