@@ -79,7 +79,7 @@ def weights_kept(plan: Plan) -> int:
 
 def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, seconds_before: float) -> None:
     """The trials of the space."""
-    ledger = Ledger(directory, plan.metric, plan.num_trials, screen)
+    ledger = Ledger(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
     if plan.known is None:
         searcher: Any = suggesting(plan, directory, ledger)
     else:

@@ -36,12 +36,21 @@ class Ledger:
 
     Args:
         num_trials: how many there will be, for the time left.
+        end_together: those that are left end when all is over, so that nothing can be told of the time.
     """
 
-    def __init__(self, directory: SearchDirectory, metric: MainMetric, num_trials: int, screen: TextIO | None) -> None:
+    def __init__(
+        self,
+        directory: SearchDirectory,
+        metric: MainMetric,
+        num_trials: int,
+        screen: TextIO | None,
+        end_together: bool = False,
+    ) -> None:
         self.directory = directory
         self.metric = metric
         self.num_trials = num_trials
+        self.end_together = end_together
         self.running: dict[str, Entry] = {}
         self.rows = read_rows(directory.rows)
         self.table = None if screen is None else LiveTable(screen)
@@ -135,7 +144,7 @@ class Ledger:
         ended = len(self.rows)
         done_now = ended - self._before
         elapsed = time.monotonic() - self._started
-        left = elapsed / done_now * (self.num_trials - ended) if done_now else None
+        left = elapsed / done_now * (self.num_trials - ended) if done_now and not self.end_together else None
         running = sum(entry.began is not None for entry in self.running.values())
         head = f"{ended}/{self.num_trials} trials ended, {running} in progress"
         head += f", {format_seconds(elapsed)}" + (f", about {format_seconds(left)} left" if left else "")

@@ -292,6 +292,15 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
     assert "accuracy 0.9000" in line
 
 
+def test_where_trials_end_together_no_time_is_told(directory: SearchDirectory) -> None:
+    for end_together in (False, True):
+        ledger = Ledger(directory, ACCURACY, 9, None, end_together)
+        ledger.expect(f"000{end_together:d}", {})
+        ledger.told(f"000{end_together:d}", evaluation(8, 0.5))
+        ledger.ended(f"000{end_together:d}", True, None)
+        assert (" left" in ledger._lines()[0]) is not end_together
+
+
 def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
     ledger: Ledger, directory: SearchDirectory
 ) -> None:
