@@ -156,8 +156,9 @@ def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], 
 def _is_picked_alone(read: Tensor, pick: Pick) -> bool:
     if read.shape[1] < 2:
         return False
+    # No gradient tells nothing: what a new adapter's zeros hide now will matter as soon as they have learned.
     picked = pick.take(read[..., None].float())
-    return bool(read.sum() == picked.sum())
+    return bool(read.sum() == picked.sum() == len(read))
 
 
 def _look(pick: Pick) -> Callable[..., None]:

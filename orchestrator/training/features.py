@@ -42,10 +42,7 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     inputs = feed.batch(some)
     inputs.pop("labels", None)
-    # With adapters in the last layer the gradients were found to be others (parity with the Trainer fails), so it
-    # computes all positions.
-    has_adapter = prepared.recipe.transfer.adapter is not None
-    pick = None if has_adapter else models.find_pick(parts.module, parts.blocks, inputs)
+    pick = models.find_pick(parts.module, parts.blocks, inputs)
     if pick is not None:
         models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
     boundary = boundary_of(parts)

@@ -21,7 +21,16 @@ from tiny_families import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from orchestrator.models import Pick, find_pick, freeze_blocks, pick_in_last_layer, resolve_depth
+from orchestrator.models import (
+    Pick,
+    adapted_blocks,
+    add_adapter,
+    find_pick,
+    freeze_blocks,
+    pick_in_last_layer,
+    resolve_depth,
+)
+from orchestrator.recipe import Adapter
 
 READ = {
     "bert": "first",
@@ -124,6 +133,31 @@ def test_logits_and_gradients_stay_when_the_last_layer_computes_one_position(nam
         family.model.eval()
         assert agree(family.model(**inputs).logits, logits)
         family.model.train()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_adapters_that_do_nothing_yet_are_not_taken_for_parts_that_matter_nowhere(name: str) -> None:
+    family = make(name)
+    turn_dropout_off(family.model)
+    depth = resolve_depth(1, family.num_layers)
+    freeze_blocks(family.model, family.blocks, depth)
+    model = add_adapter(family.model, family.blocks, depth, Adapter(type="lora", r=2, dropout=0.0))
+    blocks = adapted_blocks(model, family.blocks)
+    reference = copy.deepcopy(model).train()
+    pick = find_pick(model, blocks, family.inputs)
+    assert pick is not None
+    assert pick_in_last_layer(model, blocks, family.inputs, pick)
+    model.train()
+    # Their second matrices begin as zeros; this is what they may have learned.
+    generator = torch.Generator().manual_seed(3)
+    for (path, value), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if "lora_B" in path:
+            value.data.normal_(0.0, 0.1, generator=generator)
+            other.data.copy_(value)
+    logits, gradients = gradients_of(model, family.inputs)
+    expected_logits, expected = gradients_of(reference, family.inputs)
+    assert agree(logits, expected_logits)
+    assert all_agree(gradients, expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
