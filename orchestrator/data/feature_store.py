@@ -186,8 +186,9 @@ class FeatureStore:
 
     def finish(self, key: str) -> Rows:
         """Give a complete entry its final name; whoever of its writers comes first does it."""
-        with self._alone(), contextlib.suppress(FileNotFoundError):  # Another process was first.
-            self._partial(key).rename(self.folder / key)
+        with self._alone():
+            if not (self.folder / key).exists():  # Another process may have been first.
+                self._partial(key).rename(self.folder / key)
         return Rows(self.folder / key)
 
     def make_room(self, num_bytes: int, but: frozenset[str] = frozenset()) -> str | None:

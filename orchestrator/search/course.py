@@ -66,9 +66,10 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
 
 def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
     """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
-    kept = best_first(read_rows(directory.rows), plan.metric)[: weights_kept(plan)]
-    for row in read_rows(directory.rows):
-        if row["id"] not in {best["id"] for best in kept}:
+    rows = read_rows(directory.rows)
+    kept = {row["id"] for row in best_first(rows, plan.metric)[: weights_kept(plan)]}
+    for row in rows:
+        if row["id"] not in kept:
             (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
 
 

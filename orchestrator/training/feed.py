@@ -30,10 +30,14 @@ class Feed:
         return len(self.encoded)
 
     @property
+    def is_even(self) -> bool:
+        """Whether the features of each example have the same shape, most often that of one vector."""
+        return self.features is not None and self.features.layout.lengths is None
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Positions that the model computes of each example; 1 where the features are one vector."""
-        pooled = self.features is not None and self.features.layout.lengths is None
-        return np.ones(len(self), np.int64) if pooled else self.encoded.lengths
+        """What padding costs in: positions of each example, or 1 where features are even and none is padded."""
+        return np.ones(len(self), np.int64) if self.is_even else self.encoded.lengths
 
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """The model's inputs for these rows, with `labels` where the split has them.

@@ -133,7 +133,7 @@ def take_step(
 def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> list[list[npt.NDArray[np.int64]]]:
     """The passes of a step, each with the rows of every worker."""
     # Where the cut decides what is dropped out, it must not depend on whether features are stored.
-    lengths = feed.encoded.lengths if drops_out(engine.module) else feed.lengths
+    lengths = feed.lengths if feed.is_even and not drops_out(engine.module) else feed.encoded.lengths
     return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, engine.cost_of_pass)
 
 
