@@ -32,7 +32,7 @@ MAY_KNOW = {
     },
     "__init__": {*FOUNDATION, "training", "search"},
 }
-KNOWS_RAY = {"training/worker.py", "search/tuning.py", "search/halving.py", "search/ending.py"}
+KNOWS_RAY = {"training/worker.py", *(f"search/{name}.py" for name in ("tuning", "searchers", "halving", "ending"))}
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},
     "data": {"torch"},

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import statistics
 import time
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TextIO
 
 from orchestrator.errors import RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
-from orchestrator.search import tuning
+from orchestrator.search.here import Here, can_run_here
 from orchestrator.search.ledger import Ledger
 from orchestrator.search.outcome import BEST_WEIGHTS, Spec
-from orchestrator.search.pack import pack_trials
+from orchestrator.search.pack import NoFeatures
+from orchestrator.search.packing import pack_trials
 from orchestrator.search.plan import Plan
-from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows, score_of
-from orchestrator.search.resources import num_concurrent, trial_resources
-from orchestrator.search.space import decode, trial_recipe
+from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id
+from orchestrator.search.space import trial_recipe
 from orchestrator.search.winner import keep_winner
-from orchestrator.search.workplace import make_workplace
 from orchestrator.training.run_directory import write_atomically
 
 SEED = "train.seed"
-SUGGESTED = "suggested.jsonl"
+
+
+class Place(Protocol):
+    """Where trials run."""
+
+    @property
+    def num_packs(self) -> int:
+        """How many packs trials of like heads become at most; 0 where none may be packed."""
+
+    def run_trials(
+        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    ) -> None:
+        """Run trials until there are no more or time is up; without `specs`, those that an algorithm suggests."""
 
 
 def begin_record(plan: Plan, directory: SearchDirectory) -> None:
@@ -43,16 +51,29 @@ def begin_record(plan: Plan, directory: SearchDirectory) -> None:
         space=plan.space.written(),
         identity=plan.prepared.identity,
         warnings=[str(warning) for warning in plan.prepared.warnings],
+        budget=plan.budget,
     )
 
 
-def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
-    """Run what has not been run yet, choose the winner and leave its model."""
+def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]) -> None:
+    """Run what has not been run yet, choose the winner and leave its model.
+
+    Args:
+        wait_for_cluster: called when it is known that Ray is needed.
+    """
     started = time.monotonic()
     before = directory.read_record().get("seconds", 0.0)
-    run_all(plan, directory, screen, before)
+    limit = plan.search.seconds
+    left = None if limit is None else max(1.0, limit - before)
+    place = choose_place(plan, directory, wait_for_cluster, can_run_here(plan))
+    begin_record(plan, directory)
+    try:
+        run_all(plan, directory, screen, place, left)
+    except NoFeatures:
+        place = choose_place(plan, directory, wait_for_cluster, False)
+        run_all(plan, directory, screen, place, left)
     if plan.search.reseed_top and plan.search.reseeds:
-        reseed(plan, directory, screen)
+        reseed(plan, directory, screen, place)
     winner = choose_winner(plan, directory)
     write_atomically(directory.best, dump_recipe(trial_recipe(plan.prepared.recipe, winner["parameters"])))
     result = keep_winner(plan.prepared, plan.metric, directory, winner)
@@ -67,93 +88,41 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
 def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
     """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
     rows = read_rows(directory.rows)
-    kept = {row["id"] for row in best_first(rows, plan.metric)[: weights_kept(plan)]}
+    kept = {row["id"] for row in best_first(rows, plan.metric)[: plan.weights_kept]}
     for row in rows:
         if row["id"] not in kept:
             (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
 
 
-def weights_kept(plan: Plan) -> int:
-    """Of how many of the best trials the weights are kept."""
-    return max(1, plan.search.reseed_top)
+def choose_place(plan: Plan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_here: bool) -> Place:
+    """What runs the trials."""
+    if is_here:
+        return Here(plan, directory)
+    wait_for_cluster()
+    from orchestrator.search.on_ray import OnRay  # Ray Tune takes seconds to import.
+
+    return OnRay(plan, directory)
 
 
-def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, seconds_before: float) -> None:
+def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place, seconds: float | None) -> None:
     """The trials of the space."""
     ledger = Ledger(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
-    if plan.known is None:
-        searcher: Any = suggesting(plan, directory, ledger)
-    else:
-        searcher = tuning.Listed(list_trials(plan, plan.known, ledger), plan.changing)
-    limit = plan.search.seconds
-    left = None if limit is None else max(1.0, limit - seconds_before)
-    run_trials(plan, directory, ledger, searcher, plan.search, left)
+    specs = None if plan.known is None else list_trials(plan, plan.known, ledger, place.num_packs)
+    place.run_trials(ledger, specs, plan.search, seconds)
+    ledger.out_of_time()
 
 
-def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """What Ray Tune hands to its actors: trials that train only the head are packed."""
+def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger, num_packs: int) -> Iterator[dict[str, Any]]:
+    """What a place is told to run: trials that train only the head are packed."""
     specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(known)]
-    have = tuning.cluster_resources()
-    recipe = plan.prepared.recipe
-    # Population-based training changes rates midway, so each of its trials is one of its own.
-    num_packs = 0 if plan.search.scheduler == "pbt" else num_concurrent(plan, have, trial_resources(recipe, have))
-    packs, others = pack_trials(recipe, specs, num_packs) if num_packs else ([], specs)
+    packs, others = pack_trials(plan.prepared.recipe, specs, num_packs) if num_packs else ([], specs)
     for number, pack in enumerate(packs):
         yield ledger.expect_pack(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
     for spec in sorted(others, key=lambda spec: spec.id):
         yield ledger.expect(spec.id, spec.parameters)
 
 
-def trial_id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def suggesting(plan: Plan, directory: SearchDirectory, ledger: Ledger) -> Any:
-    """TPE. What an earlier attempt had suggested is suggested again first, and its scores are told again."""
-    recorded = directory.root / SUGGESTED
-    points = read_rows(recorded)
-    inner = tuning.optuna_searcher(plan.space.optuna_define, plan.search.seed, points)
-    count = itertools.count()
-
-    def make_spec(config: dict[str, Any]) -> dict[str, Any]:
-        number = next(count)
-        if number >= len(points):
-            append_row(recorded, {name: value for name, value in config.items() if name != "parameters"})
-        return ledger.expect(trial_id(number), decode(config))
-
-    return tuning.Suggested(inner, plan.search.trials, make_spec)
-
-
-def run_trials(
-    plan: Plan, directory: SearchDirectory, ledger: Ledger, searcher: Any, how: Search, seconds: float | None = None
-) -> None:
-    have = tuning.cluster_resources()
-    resources = trial_resources(plan.prepared.recipe, have)
-    concurrent = num_concurrent(plan, have, resources)
-    cores = os.cpu_count() or 1
-    directory.update_record(concurrent=concurrent, cores=cores)
-    tuning.run_trials(
-        searcher,
-        tuning.make_scheduler(how, plan.changing, concurrent),
-        partial(
-            make_workplace,
-            plan.prepared,
-            directory.root,
-            plan.boundaries,
-            plan.metric,
-            weights_kept(plan),
-            max(1, cores // concurrent),
-        ),
-        ledger,
-        concurrent,
-        resources,
-        directory.logs / "ray",
-        seconds,
-    )
-    ledger.out_of_time()
-
-
-def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> None:
+def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place) -> None:
     """Train the best trials again with other seeds."""
     base = plan.prepared.recipe.train.seed
     best = best_first(original_rows(directory), plan.metric)[: plan.search.reseed_top]
@@ -163,8 +132,8 @@ def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None) -> Non
         for offset in range(1, plan.search.reseeds + 1)
     ]
     ledger = Ledger(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
-    searcher = tuning.Listed(ledger.expect(id, parameters) for id, parameters in specs)
-    run_trials(plan, directory, ledger, searcher, Search())
+    place.run_trials(ledger, (ledger.expect(id, parameters) for id, parameters in specs), Search())
+    ledger.out_of_time()
 
 
 def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.search.bench import Bench
-from orchestrator.search.tuning import Report
+from orchestrator.search.running import Report
 from orchestrator.training.hooks import Memory, judge
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 

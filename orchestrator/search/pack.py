@@ -4,70 +4,40 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from orchestrator.recipe import Recipe, dump_recipe
-from orchestrator.recipe.schema import Train
+from orchestrator.recipe import dump_recipe
 from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.heads import Head, Heads
 from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory
-from orchestrator.search.space import trial_recipe
+from orchestrator.search.running import Report
 from orchestrator.search.trial import Trial
-from orchestrator.search.tuning import Report
 from orchestrator.training.features import boundary_of
 from orchestrator.training.run_directory import RunDirectory, finite
 
-# Heads in one pack may differ in these parts of `train`, which say how fast they learn.
-MAY_DIFFER = {"learning_rate", "weight_decay", "schedule", "warmup_ratio"}
-SMALLEST = 2
 
-
-def pack_trials(recipe: Recipe, specs: Iterable[Spec], num_packs: int) -> tuple[list[list[Spec]], list[Spec]]:
-    """Which trials can be trained together, and the others.
-
-    Args:
-        num_packs: how many packs each group of like trials becomes, at most: as many as run at a time.
-    """
-    groups: dict[str, list[Spec]] = {}
-    others = []
-    for spec in specs:
-        trial = trial_recipe(recipe, spec.parameters)
-        if trains_only_the_head(trial):
-            groups.setdefault(likeness(trial), []).append(spec)
-        else:
-            others.append(spec)
-    packs = []
-    for group in groups.values():
-        count = max(1, min(num_packs, len(group) // SMALLEST))
-        packs += [group[start::count] for start in range(count)]
-    others += [spec for pack in packs if len(pack) < SMALLEST for spec in pack]
-    return [pack for pack in packs if len(pack) >= SMALLEST], others
-
-
-def trains_only_the_head(recipe: Recipe) -> bool:
-    one_process = recipe.scale.workers == 1 and recipe.scale.zero_stage == 0 and recipe.scale.engine != "deepspeed"
-    frozen = recipe.transfer.freeze == "all" and recipe.transfer.adapter is None
-    return one_process and frozen and recipe.train.cache_prefix is not False
-
-
-def likeness(recipe: Recipe) -> str:
-    """Equal for trials that differ only in how fast they learn."""
-    plain: dict[str, Any] = recipe.model_dump(mode="json", exclude={"name": True, "train": MAY_DIFFER, "search": True})
-    assert Train.model_fields.keys() >= MAY_DIFFER
-    return json.dumps(plain, sort_keys=True)
+class NoFeatures(RuntimeError):
+    """The output of the frozen blocks is not stored."""
 
 
 class Pack:
-    """The trials of a pack in progress: all of them in one step."""
+    """The trials of a pack in progress: all of them in one step.
 
-    def __init__(self, bench: Bench, specs: Sequence[Spec], directory: SearchDirectory) -> None:
+    Args:
+        only_on_features: raise NoFeatures where there are none, rather than train the heads one after another.
+    """
+
+    def __init__(
+        self, bench: Bench, specs: Sequence[Spec], directory: SearchDirectory, only_on_features: bool = False
+    ) -> None:
         self.bench = bench
         self.directory = directory
+        self.only_on_features = only_on_features
         self.specs = [spec for spec in specs if read_outcome(directory.trial(spec.id)) is None]
 
     def advance(self) -> Report:
@@ -75,7 +45,9 @@ class Pack:
         if self.specs:
             try:
                 self._train_together()
-            except TRIAL_ERRORS:
+            except TRIAL_ERRORS as error:
+                if self.only_on_features and isinstance(error, NoFeatures):
+                    raise
                 self._train_in_turn()
         return Report(None, True, {})
 
@@ -95,7 +67,7 @@ class Pack:
         with self.bench.session(self.specs[0].parameters, first) as session:
             assert boundary_of(session.parts) is not None
             if session.feeds["train"].features is None:
-                raise RuntimeError("there are no features")
+                raise NoFeatures
             recipes = [trial_inputs(self.bench.prepared, spec.parameters).recipe for spec in self.specs]
             heads = Heads(session, recipes).train()
         seconds = (time.monotonic() - began) / len(heads)

@@ -9,6 +9,7 @@ from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.schema import Search
 from orchestrator.search.domains import Domain
+from orchestrator.search.records import BUDGET
 from orchestrator.search.space import FREEZE, Space
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assemble import assemble, check_structure
@@ -34,6 +35,15 @@ class Plan:
     @property
     def num_trials(self) -> int:
         return self.search.trials if self.known is None else len(self.known)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        return {name: getattr(self.search, name) for name in BUDGET}
+
+    @property
+    def weights_kept(self) -> int:
+        """Of how many of the best trials the weights are kept."""
+        return max(1, self.search.reseed_top)
 
     @property
     def boundaries(self) -> list[int]:

@@ -10,6 +10,9 @@ from typing import Any
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.run_directory import RunDirectory, finite
 
+BUDGET = ("seconds", "reseed_top", "reseeds")
+"""What a finished search may be given more of, in `search`."""
+
 
 class SearchDirectory(RunDirectory):
     """A search's directory (design, section 5): its trials are run directories."""
@@ -29,6 +32,10 @@ class SearchDirectory(RunDirectory):
 
     def trial(self, id: str) -> RunDirectory:
         return RunDirectory(self.trials / id)
+
+
+def trial_id(number: int) -> str:
+    return f"{number:04d}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,21 +6,23 @@ import contextlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import Problem, RunFailed
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
-from orchestrator.search.records import SearchDirectory, read_rows
+from orchestrator.search.records import BUDGET, SearchDirectory, read_rows
+from orchestrator.search.space import FREEZE
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
 from orchestrator.training.run import create_directory, refuse_changes, set_aside
 from orchestrator.training.worker import output_to, ray_cluster
 
-BUDGET = ("seconds", "reseed_top", "reseeds")
 FREE_TO_CHANGE = {
     "train": {"keep", "log_every", "cache_prefix"},
     "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
@@ -66,8 +68,8 @@ def search(
     directory = SearchDirectory((output or default_output(recipe)).absolute())
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
-        wait_for_cluster = stack.enter_context(ray_cluster(num_processes(recipe), modules_to_preload(recipe)))
-        # These need torch and Ray Tune, which take seconds to import: Ray starts meanwhile.
+        wait_for_cluster = cluster_when_needed(recipe, stack)
+        # These need torch, which takes seconds to import: Ray starts meanwhile.
         from orchestrator.search import course
         from orchestrator.search.plan import make_plan
 
@@ -77,24 +79,42 @@ def search(
         create_directory(directory)
         stack.enter_context(directory.locked())
         refuse_changes(plan.prepared, directory, FREE_TO_CHANGE)
-        budget = {name: getattr(plan.search, name) for name in BUDGET}
         record = directory.read_record()
-        if directory.result.exists() and record.get("status") == "finished" and record.get("budget") == budget:
+        if directory.result.exists() and record.get("status") == "finished" and record.get("budget") == plan.budget:
             return finished(plan.prepared.warnings, directory)
         shown = None
         if screen is not None:
             shown = stack.enter_context(own_stream(screen))
             stack.enter_context(output_to(directory.logs / "command.log"))
-        wait_for_cluster()
-        course.begin_record(plan, directory)
-        directory.update_record(budget=budget)
         try:
-            course.run(plan, directory, shown)
+            course.run(plan, directory, shown, wait_for_cluster)
         except (KeyboardInterrupt, RunFailed) as error:
             directory.update_record(status="failed" if isinstance(error, RunFailed) else "interrupted")
             write_report(directory.root)
             raise
         return finished(plan.prepared.warnings, directory)
+
+
+def cluster_when_needed(recipe: Recipe, stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Start Ray in the background; returns what waits for it. Where it may not be needed, that starts it, too."""
+    cluster = ray_cluster(num_processes(recipe), modules_to_preload(recipe))
+    if not freezes_all(recipe):
+        return stack.enter_context(cluster)
+
+    def start_and_wait() -> None:
+        stack.enter_context(cluster)()
+
+    return start_and_wait
+
+
+def freezes_all(recipe: Recipe) -> bool:
+    """Whether every trial freezes the whole body, as far as the recipe tells; the default space has other depths."""
+    space = recipe.search.space if recipe.search is not None else None
+    if space is None:
+        return False
+    if FREEZE in space:
+        return all(case.choice == ["all"] for case in cases_of(space[FREEZE]))
+    return recipe.transfer.freeze == "all"
 
 
 def num_processes(recipe: Recipe) -> int:
@@ -104,7 +124,7 @@ def num_processes(recipe: Recipe) -> int:
 
 def modules_to_preload(recipe: Recipe) -> tuple[str, ...]:
     """What trials need, imported while the data are read. Trials of several workers bring processes that need none."""
-    return ("orchestrator.search.workplace", *import_ahead.MODULES) if recipe.scale.workers == 1 else ()
+    return ("orchestrator.search.on_ray", *import_ahead.MODULES) if recipe.scale.workers == 1 else ()
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -1,4 +1,4 @@
-"""Ray Tune: which trial runs where and when. With `halving.py` and `ending.py`, all here that knows Ray.
+"""Ray Tune: which trial runs where and when. With `searchers.py`, `halving.py` and `ending.py`, all that knows Ray.
 
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
 and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
@@ -10,28 +10,24 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import Searcher
 
-from orchestrator.errors import ClusterError
 from orchestrator.recipe.schema import Search
 from orchestrator.search.domains import Choice, Domain
 from orchestrator.search.ending import Sweeper, interruptible
 from orchestrator.search.halving import Halving
 from orchestrator.search.resources import TrialResources
+from orchestrator.search.running import Listener, Workplace
+from orchestrator.search.searchers import SCORE, Listed, Unsaved
 
-SCORE = "score"  # What Ray Tune is told: high is good.
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 MAX_RESTARTS = 2  # Of a trial whose process died.
 VARIABLES = {
@@ -43,45 +39,6 @@ VARIABLES = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `interruptible` listens instead.
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # When all ends: a trial may be minutes from its next evaluation.
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a trial tells after an evaluation."""
-
-    score: float | None
-    """High is good; None where there is no number."""
-    is_last: bool
-    row: dict[str, Any]
-    """The evaluation, as in metrics.jsonl."""
-    reason: str | None = None
-    """Why it failed."""
-
-
-class RunningTrial(Protocol):
-    """A trial, as an actor sees it."""
-
-    def advance(self) -> Report:
-        """Go on to the next evaluation."""
-
-    def stop(self) -> None:
-        """The scheduler, or the time limit, has had enough of it."""
-
-    def save(self, folder: Path) -> None:
-        """Write what another trial can go on from."""
-
-    def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Go on from what another trial wrote, with other parameters."""
-
-
-class Workplace(Protocol):
-    """Makes trials; sent to each actor once."""
-
-    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
-        """A trial; or several that are trained as one, where `members` holds the parameters of each by its id."""
-
-    def close(self) -> None:
-        """No more trials begin here: let go of everything."""
 
 
 class Actor(Trainable):  # type: ignore[misc]
@@ -133,24 +90,6 @@ def mutated(config: dict[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in config.items() if path != "spec"}
 
 
-class Listener(Protocol):
-    """What the search does with what trials tell; called in the process of the command."""
-
-    def began(self, id: str) -> None: ...
-
-    def told(self, id: str, row: dict[str, Any]) -> None:
-        """An evaluation; where parameters change midway, `parameters` in it are those that it was trained with."""
-
-    def ended(self, id: str, is_last: bool, reason: str | None) -> None: ...
-
-
-class Unsaved:
-    """Of which Ray Tune's snapshots hold nothing: they are not read again."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
 class Messenger(Unsaved, Callback):  # type: ignore[misc]
     """Hands on what Ray Tune says."""
 
@@ -177,96 +116,6 @@ class Messenger(Unsaved, Callback):  # type: ignore[misc]
 def id_of(trial: Any) -> str:
     found: str = trial.config["spec"]["id"]
     return found
-
-
-class Listed(Unsaved, Searcher):  # type: ignore[misc]
-    """Hands out trials that are known beforehand."""
-
-    def __init__(self, specs: Iterator[dict[str, Any]], changing: Iterable[str] = ()) -> None:
-        super().__init__(metric=SCORE, mode="max")
-        self._specs = specs
-        self._next = next(specs, None)
-        self.has_room: Callable[[], bool] = lambda: True
-        self.is_over: Callable[[], bool] = lambda: True
-        """Whether nothing will be taken up again. Until then Ray Tune must not know the end, or it lets actors go."""
-        self._changing = tuple(changing)
-        """Parameters that population-based training looks for, and changes, beside the trial."""
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether all have been handed out."""
-        return self._next is None
-
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A trial may have come to its end; nothing is learned."""
-
-    def suggest(self, trial_id: str) -> Any:
-        if self.is_exhausted:
-            return Searcher.FINISHED if self.is_over() else None
-        if not self.has_room():
-            return None
-        assert self._next is not None
-        spec, self._next = self._next, next(self._specs, None)
-        return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
-
-    def as_space(self) -> dict[str, Any]:
-        """All that would be handed out, as a grid: population-based training does not take searchers."""
-        own = {path: tune.sample_from(partial(parameter_of, path)) for path in self._changing}
-        return {"spec": tune.grid_search([] if self._next is None else [self._next, *self._specs]), **own}
-
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing is learned."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing is kept: the trials' directories are."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
-
-
-def parameter_of(path: str, config: dict[str, Any]) -> Any:
-    """The value that a trial begins with."""
-    return config["spec"]["parameters"][path]
-
-
-class Suggested(Listed):
-    """Hands out trials that another searcher suggests from what earlier ones scored."""
-
-    def __init__(self, inner: Searcher, limit: int, make_spec: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        super().__init__(iter(()))
-        self._inner = inner
-        self._left = limit
-        self._make_spec = make_spec
-        self._learned: set[str] = set()
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self._left == 0
-
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Later trials are suggested from what it has scored; what it scores when it is taken up comes too late."""
-        if trial_id not in self._learned:
-            self._learned.add(trial_id)
-            self._inner.on_trial_complete(trial_id, result=result)
-
-    def suggest(self, trial_id: str) -> Any:
-        if self.is_exhausted:
-            return Searcher.FINISHED if self.is_over() else None
-        if not self.has_room():
-            return None
-        found = self._inner.suggest(trial_id)
-        if not isinstance(found, dict):
-            return found
-        self._left -= 1
-        return {"spec": self._make_spec(found)}
-
-    def on_trial_result(self, trial_id: str, result: Any) -> None:
-        if trial_id not in self._learned:
-            self._inner.on_trial_result(trial_id, result)
-
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        if trial_id not in self._learned:
-            self._inner.on_trial_complete(trial_id, result=result, error=error)
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
@@ -392,23 +241,3 @@ def variables(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster."""
-    return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-
-
-def optuna_searcher(define: Callable[[Any], dict[str, Any]], seed: int, points: Sequence[dict[str, Any]]) -> Searcher:
-    """TPE, through Ray Tune's wrapper of Optuna.
-
-    Args:
-        define: as Optuna's define-by-run objective, for `OptunaSearch(space=...)`.
-        points: what to suggest first: the trials of a search that goes on.
-    """
-    try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(space=define, metric=SCORE, mode="max", seed=seed, points_to_evaluate=list(points) or None)
-    except (ImportError, AssertionError) as error:
-        raise ClusterError("search.algorithm is tpe, which needs Optuna\n    -> pip install optuna") from error

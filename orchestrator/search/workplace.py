@@ -20,11 +20,11 @@ from orchestrator.search.outcome import Spec
 from orchestrator.search.pack import Pack
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.resources import trial_resources
+from orchestrator.search.running import RunningTrial
 from orchestrator.search.trial import Trial
-from orchestrator.search.tuning import RunningTrial, cluster_resources
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.worker import run_crew
+from orchestrator.training.worker import cluster_resources, run_crew
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,13 @@ class Workplace:
     directory: SearchDirectory
     foreman: Foreman | None = None
     """Of the workers, where a trial has several."""
+    only_on_features: bool = False
+    """Of packs."""
 
     def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
         if members is not None:
-            return Pack(self.bench, [Spec(*member) for member in members.items()], self.directory)
+            specs = [Spec(*member) for member in members.items()]
+            return Pack(self.bench, specs, self.directory, self.only_on_features)
         spec, run = Spec(id, parameters), self.directory.trial(id)
         if self.foreman is not None:
             return NestedTrial(self.bench, spec, run, self.foreman)
@@ -51,7 +54,13 @@ class Workplace:
 
 
 def make_workplace(
-    prepared: Prepared, root: Path, boundaries: Sequence[int], metric: MainMetric, keep: int, num_threads: int
+    prepared: Prepared,
+    root: Path,
+    boundaries: Sequence[int],
+    metric: MainMetric,
+    keep: int,
+    num_threads: int,
+    only_on_features: bool = False,
 ) -> Workplace:
     """Set up a process for trials.
 
@@ -59,6 +68,7 @@ def make_workplace(
         boundaries: freeze boundaries of the search's trials.
         keep: of how many of the best trials the weights are kept.
         num_threads: for each trial.
+        only_on_features: have packs raise NoFeatures where there are none.
     """
     torch.set_num_threads(num_threads)
     transformers_logging.set_verbosity_error()
@@ -76,4 +86,5 @@ def make_workplace(
             return Crew(folder, partial(run_crew, prepared, work, resources, folder))
 
         foreman = Foreman(hire)
-    return Workplace(Bench(prepared, boundaries, directory.rows, metric, keep), directory, foreman)
+    bench = Bench(prepared, boundaries, directory.rows, metric, keep)
+    return Workplace(bench, directory, foreman, only_on_features)

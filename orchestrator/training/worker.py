@@ -180,6 +180,19 @@ def scaling(recipe: Recipe) -> Any:
     return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources)
 
 
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs of the cluster."""
+    import ray
+
+    return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+
+
+def has_cluster() -> bool:
+    """Whether this process is told of a Ray cluster, or is in one already."""
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+
+
 def too_few(recipe: Recipe, kind: str, each: int, have: int) -> Problem:
     """What the cluster lacks of one kind of resource, for workers that want `each` of it."""
     workers = recipe.scale.workers

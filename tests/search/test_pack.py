@@ -16,7 +16,8 @@ from orchestrator.recipe import Recipe
 from orchestrator.search import pack as packs
 from orchestrator.search.bench import Bench
 from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
-from orchestrator.search.pack import Pack, pack_trials, trains_only_the_head
+from orchestrator.search.pack import Pack
+from orchestrator.search.packing import pack_trials, trains_only_the_head
 from orchestrator.search.records import SearchDirectory, append_row
 from orchestrator.search.trial import Trial
 from orchestrator.tasks.base import MainMetric

@@ -116,7 +116,7 @@ def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: Search
 def test_a_finished_search_is_told_again_without_a_trial(
     finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(course.tuning, "run_trials", lambda *_: pytest.fail("trials were run"))
+    monkeypatch.setattr(course, "choose_place", lambda *_: pytest.fail("trials were run"))
     monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
     began = time.process_time()

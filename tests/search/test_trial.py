@@ -18,8 +18,8 @@ from orchestrator.search import trial as trials
 from orchestrator.search.bench import Bench
 from orchestrator.search.outcome import BEST_WEIGHTS, OUTCOME, Spec, history, read_outcome
 from orchestrator.search.records import append_row
+from orchestrator.search.running import Report
 from orchestrator.search.trial import Trial
-from orchestrator.search.tuning import Report
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.run_directory import RunDirectory

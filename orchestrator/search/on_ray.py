@@ -1,0 +1,84 @@
+"""Trials in Ray Tune's actors, as many at a time as there is room for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from orchestrator.recipe.schema import Search
+from orchestrator.search import tuning
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.plan import Plan
+from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
+from orchestrator.search.resources import num_concurrent, trial_resources
+from orchestrator.search.searchers import Listed, Suggested, optuna_searcher
+from orchestrator.search.space import decode
+from orchestrator.search.workplace import make_workplace
+from orchestrator.training.worker import cluster_resources
+
+SUGGESTED = "suggested.jsonl"
+
+
+class OnRay:
+    """Runs the trials of a search on the Ray cluster that this process is in."""
+
+    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+        self.plan = plan
+        self.directory = directory
+        have = cluster_resources()
+        self.resources = trial_resources(plan.prepared.recipe, have)
+        self.concurrent = num_concurrent(plan, have, self.resources)
+
+    @property
+    def num_packs(self) -> int:
+        """How many packs trials of like heads become; population-based training, which changes rates, wants none."""
+        return 0 if self.plan.search.scheduler == "pbt" else self.concurrent
+
+    def run_trials(
+        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    ) -> None:
+        """Run trials until there are no more or time is up.
+
+        Args:
+            specs: None where Optuna suggests them.
+        """
+        plan = self.plan
+        changing = plan.changing if how.scheduler == "pbt" else {}
+        cores = os.cpu_count() or 1
+        self.directory.update_record(concurrent=self.concurrent, cores=cores)
+        tuning.run_trials(
+            self._suggesting(ledger) if specs is None else Listed(specs, changing),
+            tuning.make_scheduler(how, changing, self.concurrent),
+            partial(
+                make_workplace,
+                plan.prepared,
+                self.directory.root,
+                plan.boundaries,
+                plan.metric,
+                plan.weights_kept,
+                max(1, cores // self.concurrent),
+            ),
+            ledger,
+            self.concurrent,
+            self.resources,
+            self.directory.logs / "ray",
+            seconds,
+        )
+
+    def _suggesting(self, ledger: Ledger) -> Suggested:
+        """TPE. What an earlier attempt had suggested is suggested again first, and its scores are told again."""
+        plan, recorded = self.plan, self.directory.root / SUGGESTED
+        points = read_rows(recorded)
+        inner = optuna_searcher(plan.space.optuna_define, plan.search.seed, points)
+        count = itertools.count()
+
+        def make_spec(config: dict[str, Any]) -> dict[str, Any]:
+            number = next(count)
+            if number >= len(points):
+                append_row(recorded, {name: value for name, value in config.items() if name != "parameters"})
+            return ledger.expect(trial_id(number), decode(config))
+
+        return Suggested(inner, plan.search.trials, make_spec)

@@ -1,0 +1,141 @@
+"""Searches whose trials train only their heads: in the process of the command, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from orchestrator.errors import RunFailed
+from orchestrator.search import here, on_ray, run
+from orchestrator.search.records import read_rows
+from orchestrator.search.run import SearchRun, freezes_all
+
+FREEZE, RATE = "transfer.freeze", "train.learning_rate"
+WriteToy = Callable[..., Path]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process without a cluster, which the tests' process may have."""
+    monkeypatch.setattr(here, "has_cluster", lambda: False)
+
+
+@pytest.fixture
+def no_ray(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ray_cluster", lambda *_: None)  # Entering it would be an error.
+
+
+@pytest.fixture
+def write(tmp_path: Path, write_toy: WriteToy, tiny_bert: Path, small_data: Path) -> Callable[..., Path]:
+    def write(*, freeze: Any = "all", rates: Any = (1.0e-3, 3.0e-2), **search: Any) -> Path:
+        space = {RATE: {"choice": list(rates)}}
+        settings = {"space": space, "trials": 6, **search}
+        return write_toy(tmp_path / "recipe.yaml", tiny_bert, small_data, transfer={"freeze": freeze}, search=settings)
+
+    return write
+
+
+def search(recipe: Path, output: Path, *overrides: str) -> SearchRun:
+    return orchestrator.search(orchestrator.load_recipe(recipe, list(overrides)), output=output)
+
+
+def test_heads_are_searched_without_ray_to_the_scores_of_their_recipes(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None
+) -> None:
+    found = search(write(), tmp_path / "search")
+    assert found.counts == {"finished": 2}
+    assert (found.record["status"], found.record["concurrent"]) == ("finished", 1)
+    again = orchestrator.train(orchestrator.load_recipe(str(found.directory / "best.yaml")), tmp_path / "run")
+    for split in ("select", "test"):
+        assert found.result["metrics"][split] == pytest.approx(again.result["metrics"][split], rel=1e-5, abs=1e-5)
+
+
+def test_the_best_are_trained_with_other_seeds_without_ray(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None
+) -> None:
+    found = search(write(reseed_top=1, reseeds=2), tmp_path / "search")
+    winner = found.record["winner"]["id"]
+    assert [row["id"] for row in found.rows] == ["0000", "0001", f"{winner}-seed-1", f"{winner}-seed-2"]
+    assert [seed["seed"] for seed in found.record["winner"]["seeds"]] == [0, 1, 2]
+
+
+def test_an_interrupted_search_of_heads_goes_on(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(reseed_top=1, reseeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(here.Here, "_run", interrupt_at("-seed-1", here.Here._run))
+        with pytest.raises(KeyboardInterrupt):
+            search(recipe, tmp_path / "search")
+    assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
+    before = read_rows(tmp_path / "search" / "trials.jsonl")
+    found = search(recipe, tmp_path / "search")
+    assert [row["id"] for row in before] == ["0000", "0001"]
+    assert found.rows[:2] == before
+    assert (found.record["status"], found.record["attempts"], len(found.rows)) == ("finished", 2, 3)
+
+
+def interrupt_at(id: str, run: Callable[..., None]) -> Callable[..., None]:
+    def interrupted(self: here.Here, ledger: Any, spec: dict[str, Any], until: float) -> None:
+        if spec["id"].endswith(id):
+            raise KeyboardInterrupt
+        run(self, ledger, spec, until)
+
+    return interrupted
+
+
+def test_time_that_is_up_ends_a_search_of_heads(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, *[1e9] * 1000])
+    monkeypatch.setattr(here, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
+    with pytest.raises(RunFailed, match="time was up before the first evaluation"):
+        search(write(seconds=100), tmp_path / "search")
+
+
+def test_heads_that_have_no_features_are_left_to_ray(
+    write: Callable[..., Path], tmp_path: Path, alone: None, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
+    used = []
+    monkeypatch.setattr(on_ray.OnRay, "run_trials", noted(used, on_ray.OnRay.run_trials))
+    found = search(write(), tmp_path / "search", "train.epochs=1")
+    assert len(used) == 1
+    assert found.counts == {"finished": 2}
+
+
+def noted(calls: list[Any], function: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        calls.append(arguments)
+        function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("transfer", "settings", "expected"),
+    [
+        ({"freeze": "all"}, {"space": {RATE: {"choice": [1e-3]}}}, True),
+        ({"freeze": 1}, {"space": {RATE: {"choice": [1e-3]}}}, False),
+        ({"freeze": 1}, {"space": {FREEZE: {"choice": ["all"]}}}, True),
+        ({"freeze": "all"}, {"space": {FREEZE: {"choice": [1, "all"]}}}, False),
+        ({"freeze": "all"}, {}, False),  # The default space searches depths.
+    ],
+)
+def test_ray_starts_at_once_unless_all_trials_freeze_the_body(
+    write_recipe: Callable[..., Path], transfer: Any, settings: Any, expected: bool
+) -> None:
+    recipe = orchestrator.load_recipe(write_recipe(transfer=transfer, search=settings))
+    assert freezes_all(recipe) is expected
+
+
+def test_a_cluster_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.training.worker import has_cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    assert has_cluster()
