@@ -12,8 +12,15 @@ import pyarrow.compute as pc
 from orchestrator.data.examples import SourceFile
 from orchestrator.data.images import convert_images
 from orchestrator.data.messages import show_name, show_names
+from orchestrator.data.turns import convert_turns
 from orchestrator.errors import DataError, Problem, nearest
 from orchestrator.recipe.origin import Origin
+
+NEEDS = {
+    "text": "text",
+    "label": "text, numbers, or lists of text or of whole numbers",
+    "turns": "text, or lists of objects such as {role, content}",
+}
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,9 @@ class Column:
     """A column that a task reads, by the task's own name for it."""
 
     name: str
-    kind: Literal["text", "label", "image"]
+    kind: Literal["text", "label", "image", "turns"]
     """`text` holds text; `label` holds text, whole numbers, numbers, or lists of text or of whole numbers;
-    `image` holds pictures, or their paths."""
+    `image` holds pictures, or their paths; `turns` holds text, or conversations: lists of objects, one a turn."""
     required: bool = True
     aliases: tuple[str, ...] = ()
     """Names that it goes by in common data sets, tried in this order when the recipe maps none."""
@@ -68,6 +75,11 @@ def match_columns(
             matched[column.name] = wanted[0]
         elif column.required or column.name in mapping:
             problems.append(_missing(mapping.get(column.name, column.name), column, found, place))
+    if not matched and not problems:
+        known = [column.name for column in columns]
+        what = f"there is none of the columns {show_names(known)}; the columns are {show_names(found)}"
+        remedy = f"map them in the recipe, `target.columns: {{{known[0]}: THE_DATA_COLUMN}}`"
+        problems.append(Problem(what, place, remedy))
     return matched, problems
 
 
@@ -87,10 +99,12 @@ def convert_column(values: pa.ChunkedArray, column: Column, source: str, file: S
     """
     if column.kind == "image":
         return convert_images(values, column.name, source, file)
+    if column.kind == "turns" and (found := convert_turns(values)) is not None:
+        return found
     wanted = plain_type(values.type)
     fits = wanted is not None and (column.kind == "label" or wanted == pa.string())
     if wanted == pa.list_(pa.float64()) or not fits:
-        needs = "text" if column.kind == "text" else "text, numbers, or lists of text or of whole numbers"
+        needs = NEEDS[column.kind]
         what = f"the column {show_name(source)} holds {describe_type(values.type)}; {column.name} must be {needs}"
         remedy = f"turn its values into {needs}, or map {column.name} to another column in `target.columns`"
         raise DataError(Problem(what, file.place, remedy))

@@ -123,7 +123,9 @@ def near_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArra
 
 
 def _keys(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.struct_field(column, "digest") if column.type == IMAGE else column
+    if column.type == IMAGE:
+        return pc.struct_field(column, "digest")
+    return pc.binary_join(column, "\x1e") if pa.types.is_list(column.type) else column  # The turns of a conversation.
 
 
 def _has_pictures(examples: Examples, columns: Sequence[str]) -> bool:

@@ -32,6 +32,12 @@ class Ragged:
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.offsets)
 
+    def sums(self) -> npt.NDArray[np.int64]:
+        """Of the numbers of each row; shape [num_rows]."""
+        running = np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])
+        totals: npt.NDArray[np.int64] = running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return totals
+
     def pad(self, rows: npt.NDArray[np.int64], fill: int) -> npt.NDArray[np.int64]:
         """Rows side by side, filled up on the right; shape [len(rows), longest of them]."""
         starts, lengths = self.offsets[rows], self.lengths[rows]

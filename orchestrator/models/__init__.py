@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.models.prefix import Prefix
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
+    from orchestrator.models.token_loss import answer_with_losses
 
 __all__ = [
     "Block",
@@ -43,6 +44,7 @@ __all__ = [
     "Unsplit",
     "adapted_blocks",
     "add_adapter",
+    "answer_with_losses",
     "find_blocks",
     "find_pick",
     "find_source",
@@ -111,6 +113,7 @@ _HOMES = {
         "Unsplit",
         "split_model",
     ),
+    "token_loss": ("answer_with_losses",),
 }
 
 

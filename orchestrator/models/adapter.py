@@ -17,7 +17,7 @@ from orchestrator.recipe import Adapter
 ADAPTER_NAME = "default"
 
 
-def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> Any:
+def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trains_head: bool = True) -> Any:
     """Wrap a model so that only adapters in the layers above the boundary, and the head, are trained.
 
     The stem and the tail get no adapter. The head is trained whole, on a copy that is saved with the adapter; so is
@@ -25,6 +25,7 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> A
 
     Args:
         depth: what is frozen; no adapter goes below it.
+        trains_head: False to leave the source's own head as it is.
 
     Returns:
         A `peft.PeftModel`.
@@ -40,7 +41,7 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> A
             Problem(what, "transfer.head.layers", "set transfer.head.layers to [], or transfer.adapter to null")
         )
     targets = _find_targets(model, blocks, depth, adapter)
-    saved = _find_saved_modules(model, blocks)
+    saved = _find_saved_modules(model, blocks) if trains_head else []
     config = peft.LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,

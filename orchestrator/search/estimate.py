@@ -19,6 +19,8 @@ from orchestrator import models
 from orchestrator.data.cache import cache_folder
 from orchestrator.models import Prefix
 from orchestrator.recipe import Recipe
+from orchestrator.search.here import can_run_here
+from orchestrator.search.packing import trains_only_the_head
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.resources import num_concurrent, resources_here, trial_resources
 from orchestrator.search.space import trial_recipe
@@ -35,8 +37,10 @@ from orchestrator.training.prefix_cache import PrefixCache, model_identity, open
 from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
 
 STEPS_TIMED = 3
-SECONDS_TO_BEGIN = 12.0  # Ray, and a process for each trial at a time.
+SECONDS_TO_BEGIN = 12.0  # Imports, Ray, and a process for each trial at a time.
+SECONDS_TO_BEGIN_HERE = 8.0  # Imports.
 SECONDS_OF_A_TRIAL = 0.4  # Building the model, writing the records.
+SECONDS_OF_A_HEAD = 0.05  # Of one among others on the same features.
 
 
 @dataclass
@@ -74,8 +78,8 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     """
     prepared = encode_inputs(read_inputs(recipe, strict), strict)
     plan = make_plan(prepared)
-    have = resources_here(recipe)
-    concurrent = num_concurrent(plan, have, trial_resources(recipe, have))
+    have, is_here = resources_here(recipe), can_run_here(plan)
+    concurrent = 1 if is_here else num_concurrent(plan, have, trial_resources(recipe, have))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:
@@ -96,7 +100,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     return Estimate(
         trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
         concurrent=concurrent,
-        seconds=SECONDS_TO_BEGIN + (shared + own * (1 + repeats)) / concurrent,
+        seconds=(SECONDS_TO_BEGIN_HERE if is_here else SECONDS_TO_BEGIN) + (shared + own * (1 + repeats)) / concurrent,
         cache_bytes=sum(pace.sizes.values()),
         # The winner's model, weights that may win, and what trials wait with that may go on: under asha, all of them.
         disk_bytes=int(
@@ -120,7 +124,8 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
     part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
     computed = share * (num_examples * pace.step + scored * pace.forward)
     frozen = 0.0 if pace.sizes else (1 - share) * (num_examples + scored) * pace.forward
-    return SECONDS_OF_A_TRIAL + part * (computed + frozen)
+    begin = SECONDS_OF_A_HEAD if pace.sizes and trains_only_the_head(recipe) else SECONDS_OF_A_TRIAL
+    return begin + part * (computed + frozen)
 
 
 def share_trained(plan: Plan, parameters: dict[str, Any]) -> float:

@@ -81,10 +81,14 @@ class Task(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Section]]
     """What `target.options` may hold."""
+    hub_tag: ClassVar[str | None] = None
+    """What model hubs call the task, where that is not its name."""
     auto_class: ClassVar[str]
     """The class of `transformers` that makes the model with the task's head."""
     processor_class: ClassVar[str]
     """The class of `transformers` that loads the processor."""
+    has_new_head: ClassVar[bool] = True
+    """Whether the head is the task's own; otherwise the source's is kept, and frozen beside an adapter."""
     options: Any
     """What `target.options` holds, as an instance of `Options`."""
     label_names: tuple[str, ...]

@@ -31,12 +31,12 @@ from orchestrator.tasks.shared.labels import (
     single_label_metrics,
     softmax,
 )
+from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-LONGEST_LENGTH_TOLD = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 
 
 class TextOptions(Section):
@@ -174,8 +174,7 @@ class TextClassification(Task):
         models.fit_to_tokenizer(model, processor, source)
 
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
-        limits = [processor.model_max_length, getattr(config, "max_position_embeddings", None)]
-        longest = min((limit for limit in limits if limit and 0 < limit < LONGEST_LENGTH_TOLD), default=None)
+        longest = longest_input(processor, config)
         if longest is None or self.options.max_length <= longest:
             return []
         return [
@@ -315,13 +314,6 @@ def check_label_kind(problem_type: ProblemType, examples: Examples) -> list[Prob
     what += "a list of labels for each text" if wants_lists else "one label for each text"
     remedy = "write the labels so, map `label` to another column, or remove target.options.problem_type"
     return [Problem(what, examples.where(0), remedy)]
-
-
-def tokenizer_state(tokenizer: Any) -> str:
-    """Everything that decides what a tokenizer makes of a text, for the cache's key."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return f"{type(tokenizer).__name__} {words} {tokenizer.special_tokens_map} {tokenizer.model_input_names}"
 
 
 def multi_label_metrics(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> dict[str, float]:

@@ -49,8 +49,10 @@ def assemble(prepared: Prepared) -> Parts:
     loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed)
     module = loaded.model
     body = module.base_model
-    with models.seeded(seed):
-        new = models.set_head(module, transfer.head, loaded.new_parameters)
+    new = loaded.new_parameters
+    if prepared.task.has_new_head:
+        with models.seeded(seed):
+            new = models.set_head(module, transfer.head, new)
     prepared.task.fit_model(module, prepared.processor, prepared.source)
     blocks = find_blocks(prepared, module, new)
     where = recipe.origin.where("transfer.freeze")
@@ -58,7 +60,7 @@ def assemble(prepared: Prepared) -> Parts:
     frozen = models.freeze_blocks(module, blocks, depth)
     if transfer.adapter is not None:
         with models.seeded(seed):
-            module = models.add_adapter(module, blocks, depth, transfer.adapter)
+            module = models.add_adapter(module, blocks, depth, transfer.adapter, prepared.task.has_new_head)
         blocks = models.adapted_blocks(module, blocks)
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})

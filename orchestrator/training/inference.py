@@ -103,9 +103,9 @@ def config_changes(description: dict[str, Any]) -> dict[str, Any]:
 def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> Predicted:
     """Predict for all examples. They are encoded some at a time: pictures take far more memory than their files."""
     task = trained.task
-    has_labels = any(
-        column.kind == "label" and column.name in examples.table.column_names for column in task.columns(task.options)
-    )
+    labels = [column.name for column in task.columns(task.options) if column.kind == "label"]
+    # A language model's targets are the texts themselves.
+    has_labels = not labels or any(name in examples.table.column_names for name in labels)
     rows, parts, targets = [], [], []
     total, num_targets = 0.0, 0
     for start in range(0, len(examples), EXAMPLES_TOGETHER):

@@ -19,7 +19,7 @@ model = {auto_class}.from_pretrained("path/to/this/folder"{remote})
 _ADAPTER = """from peft import {peft_class}
 from transformers import {processor_class}
 
-model = {peft_class}.from_pretrained("path/to/this/folder", num_labels={num_labels})
+model = {peft_class}.from_pretrained("path/to/this/folder"{labels})
 {processor} = {processor_class}.from_pretrained("path/to/this/folder")"""
 # For tasks that peft has no class for.
 _ADAPTER_ON_SOURCE = """from peft import PeftConfig, PeftModel
@@ -28,8 +28,7 @@ from transformers import {auto_class}, {processor_class}
 adapter = PeftConfig.from_pretrained("path/to/this/folder")
 source = {auto_class}.from_pretrained(
     adapter.base_model_name_or_path,
-    revision=adapter.revision,
-    num_labels={num_labels},
+    revision=adapter.revision{labels},
     ignore_mismatched_sizes=True,  # the head is the adapter's
 )
 model = PeftModel.from_pretrained(source, "path/to/this/folder")
@@ -41,7 +40,7 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
     recipe, source = prepared.recipe, prepared.source
     front = {
         "library_name": "peft" if recipe.transfer.adapter else "transformers",
-        "pipeline_tag": recipe.target.task,
+        "pipeline_tag": prepared.task.hub_tag or recipe.target.task,
         "base_model": source.name,
         **({"license": source.licence} if source.licence else {}),
     }
@@ -87,7 +86,9 @@ def adapter_code(task: Task) -> str:
 
     peft_class = task.auto_class.replace("AutoModel", "AutoPeftModel")
     template = _ADAPTER if hasattr(peft, peft_class) else _ADAPTER_ON_SOURCE
-    return template.format(peft_class=peft_class, num_labels=task.config_changes().get("num_labels"), **_names(task))
+    num_labels = task.config_changes().get("num_labels")
+    labels = "" if num_labels is None else f", num_labels={num_labels}"
+    return template.format(peft_class=peft_class, labels=labels, **_names(task))
 
 
 def _names(task: Task) -> dict[str, str]:

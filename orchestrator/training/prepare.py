@@ -107,7 +107,7 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     """The splits that the recipe's data come in, missing ones cut, limits applied."""
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
-    grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image")]
+    grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image", "turns")]
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
     return splits.limit_examples(whole, recipe.target.limit, stratify, recipe.target.split.seed)
 

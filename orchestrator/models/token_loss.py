@@ -1,0 +1,163 @@
+"""A causal language model that answers with the loss of each target token instead of logits.
+
+Logits are the largest thing that such a model computes: targets x vocabulary, several times over. Here they exist for a
+few targets at a time, in the forward pass and once more in the backward pass (Chen et al. 2016, "Training deep nets
+with sublinear memory cost"), and only where there is a target.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from orchestrator.models.pick import FAILURES, evaluating, is_close
+
+IGNORED = -100
+"""What stands for no target."""
+NUMBERS_TOGETHER = 2**24  # Logits at a time.
+
+
+def answer_with_losses(model: Any) -> None:
+    """Have `model(**inputs, target_ids=...)` hold, in place of `logits`, the loss and whether the target is the token
+    that the model thinks likeliest: fp32 of shape [batch, positions, 2], 0 where there is no target.
+
+    `target_ids`, shape [batch, positions], holds the token to predict at each position, or IGNORED. Without it the
+    model is as it was.
+    """
+    _Losses(model).install()
+
+
+class _Losses:
+    """What stands in for the forward functions of a model and of its output layer."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layer = model.get_output_embeddings()
+        self.targets: Tensor | None = None
+        self.is_direct = False
+        """Whether losses come from the output layer, without logits of all targets at a time."""
+
+    def install(self) -> None:
+        # Functions rather than hooks: peft calls the model that it wraps without its hooks.
+        whole = self.model.forward
+
+        @functools.wraps(whole)
+        def forward(*args: Any, target_ids: Tensor | None = None, **inputs: Any) -> Any:
+            if target_ids is None:
+                return whole(*args, **inputs)
+            self.targets = target_ids
+            try:
+                output = whole(*args, **inputs)
+            finally:
+                self.targets = None
+            if not self.is_direct:
+                output.logits = losses_of_logits(output.logits, target_ids)
+            return output
+
+        self.model.forward = forward
+        if type(self.layer) is nn.Linear and not self.layer.weight.is_meta:
+            self._replace_output_layer()
+            self.is_direct = self._agrees()
+
+    def _replace_output_layer(self) -> None:
+        whole = self.layer.forward
+
+        def forward(hidden: Tensor) -> Tensor:
+            if self.targets is None or not self.is_direct:
+                logits: Tensor = whole(hidden)
+                return logits
+            return losses_of_hidden(hidden, self.layer.weight, self.layer.bias, self.targets)
+
+        self.layer.forward = forward
+
+    def _agrees(self) -> bool:
+        """Whether the losses are those of the model's own logits, which some models scale or bend afterwards."""
+        ids = torch.arange(1, 9, device=self.layer.weight.device).remainder(len(self.layer.weight))[None]
+        targets = ids.flip(1)
+        with torch.no_grad(), evaluating(self.model):
+            try:
+                whole = self.model(input_ids=ids, target_ids=targets).logits
+                self.is_direct = True
+                direct = self.model(input_ids=ids, target_ids=targets).logits
+            except FAILURES:
+                return False
+        return is_close(direct[..., 0], whole[..., 0])
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """What `answer_with_losses` promises, from logits of shape [batch, positions, vocabulary]."""
+    counts = targets != IGNORED
+    kept = logits[counts].float()
+    losses = functional.cross_entropy(kept, targets[counts], reduction="none")
+    return _spread(losses, kept.detach().argmax(-1) == targets[counts], counts)
+
+
+def losses_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The same from what the output layer reads, of shape [batch, positions, width]."""
+    counts = targets != IGNORED
+    losses, hits = _LinearCrossEntropy.apply(hidden[counts], weight, bias, targets[counts])  # type: ignore[no-untyped-call]
+    return _spread(losses, hits, counts)
+
+
+def _spread(losses: Tensor, hits: Tensor, counts: Tensor) -> Tensor:
+    result = losses.new_zeros(*counts.shape, 2)
+    result[counts] = torch.stack([losses, hits.to(losses.dtype)], -1)
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy after a linear layer, some rows at a time.
+
+    With logits z = W h + b and p = softmax(z), the gradient by z is p - onehot(target), times what comes from above.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (fp32) and hits (bool), both of shape [rows], of `hidden`, [rows, width]."""
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        hits = torch.empty_like(targets, dtype=torch.bool)
+        normalizers = torch.empty_like(losses)
+        ctx.logits_type = hidden.dtype
+        for part in _parts(len(targets), weight.shape[0]):
+            logits = functional.linear(hidden[part], weight, bias)
+            ctx.logits_type = logits.dtype  # Under autocast another than that of the weights.
+            logits = logits.float()
+            normalizers[part] = logits.logsumexp(-1)
+            losses[part] = normalizers[part] - logits.gather(1, targets[part, None])[:, 0]
+            hits[part] = logits.argmax(-1) == targets[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, from_losses: Tensor, from_hits: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        narrow, matrix = hidden.to(ctx.logits_type), weight.to(ctx.logits_type)
+        offset = None if bias is None else bias.to(ctx.logits_type)
+        hidden_gradient = torch.empty_like(hidden) if of_hidden else None
+        weight_gradient = torch.zeros_like(weight) if of_weight else None
+        bias_gradient = torch.zeros_like(bias) if of_bias else None
+        for part in _parts(len(targets), weight.shape[0]):
+            logits = functional.linear(narrow[part], matrix, offset).float()
+            gradient = logits.sub_(normalizers[part, None]).exp_()
+            gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
+            gradient = gradient.mul_(from_losses[part, None]).to(ctx.logits_type)
+            if hidden_gradient is not None:
+                hidden_gradient[part] = (gradient @ matrix).to(hidden.dtype)
+            if weight_gradient is not None:
+                weight_gradient += gradient.T @ narrow[part]
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+        return hidden_gradient, weight_gradient, bias_gradient, None
+
+
+def _parts(num_rows: int, width: int) -> list[slice]:
+    size = max(1, NUMBERS_TOGETHER // width)
+    return [slice(start, start + size) for start in range(0, num_rows, size)]

@@ -1,0 +1,257 @@
+"""Causal language modelling: texts, completions and conversations, the loss on the tokens that are to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from orchestrator.data import overlap
+from orchestrator.data.columns import Column
+from orchestrator.data.conversations import (
+    COLUMNS,
+    Form,
+    Sample,
+    check_samples,
+    columns_of,
+    explain_forms,
+    find_form,
+    read_samples,
+)
+from orchestrator.data.examples import Examples
+from orchestrator.data.ragged import Ragged
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe import Recipe
+from orchestrator.recipe.schema import Section
+from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
+from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
+from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
+from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
+
+if TYPE_CHECKING:
+    from orchestrator.models import SourceModel
+
+IGNORED = -100  # As models.token_loss has it, which needs torch.
+
+
+class CausalOptions(Section):
+    """Options of `causal-lm`."""
+
+    form: Form | None = None
+    """What the data hold: `messages`, `sharegpt`, `prompt-completion`, `alpaca`, `text`; null: their columns decide."""
+    max_length: Annotated[int, Field(gt=1)] = 1024
+    """Examples are cut at this many tokens."""
+    train_on: TrainOn = "completions"
+    """What is learned: `completions` and the answers of assistants, the `last` answer alone, or `all`. Texts without a
+    prompt are always learned whole."""
+    chat_template: str | None = None
+    """`plain` or `chatml`, or a file with a Jinja template; null: the tokenizer's own."""
+    system: str | None = None
+    """A system prompt for conversations that have none."""
+
+
+@dataclass
+class EncodedTokens(Encoded):
+    """Token ids of each example, and which of them are learned."""
+
+    ids: Ragged
+    learned: Ragged
+    """1 where a token is learned."""
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        self.lengths = self.ids.lengths
+        self.num_targets = self.learned.sums()
+
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+        ids = self.ids.pad(rows, self.pad_token_id)
+        learned = self.learned.pad(rows, 0) > 0
+        # The model at one position predicts the next one.
+        targets = np.full_like(ids, IGNORED)
+        targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORED)
+        lengths = self.lengths[rows]
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        return {"input_ids": ids, "attention_mask": mask, "target_ids": targets, "labels": self.num_targets[rows]}
+
+    def targets(self) -> Arrays:
+        return {"num_targets": self.num_targets}
+
+
+class CausalLanguageModelling(Task):
+    """The next token, through `AutoModelForCausalLM`."""
+
+    name = "causal-lm"
+    hub_tag = "text-generation"
+    Options = CausalOptions
+    auto_class = "AutoModelForCausalLM"
+    processor_class = "AutoTokenizer"
+    has_new_head = False
+    label_names = ()
+    metrics_shown: Sequence[str] = ("nll", "perplexity", "token_accuracy")
+    main_metric = MainMetric("nll", higher_is_better=False)
+
+    def __init__(self, options: CausalOptions, form: Form | None) -> None:
+        self.options = options
+        self.form = form
+
+    @classmethod
+    def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
+        return columns_of(options.form)
+
+    @classmethod
+    def check(cls, options: CausalOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
+        train = splits["train"]
+        form = options.form or find_form(train.table.column_names)
+        if form is None:
+            return [explain_forms(train.table.column_names, train.files[0].place)]
+        problems = check_samples(splits, form)
+        names = [column.name for column in COLUMNS[form] if column.name in train.table.column_names]
+        return problems or overlap.check_overlap(splits, names)
+
+    @classmethod
+    def stratify_by(cls, options: CausalOptions, train: Examples) -> str | None:
+        return None
+
+    @classmethod
+    def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> CausalLanguageModelling:
+        return cls(options, options.form or find_form(splits["train"].table.column_names))
+
+    @classmethod
+    def restore(cls, options: CausalOptions, config: Any) -> CausalLanguageModelling:
+        return cls(options, options.form)
+
+    def metric_directions(self) -> dict[str, bool]:
+        return {"nll": False, "perplexity": False, "loss": False, "token_accuracy": True}
+
+    def describe(self) -> str:
+        return "the next token"
+
+    def check_inputs(self, examples: Examples) -> list[Problem]:
+        form = self.form_of(examples)
+        if form is None:
+            return [explain_forms(examples.table.column_names, examples.files[0].place)]
+        return check_samples({"": examples}, form)
+
+    def form_of(self, examples: Examples) -> Form | None:
+        return self.form or find_form(examples.table.column_names)
+
+    def config_changes(self) -> dict[str, Any]:
+        return {}
+
+    def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
+        from orchestrator import models
+
+        tokenizer, problems = models.load_tokenizer(source)
+        if self.options.chat_template is not None:
+            tokenizer.chat_template = read_template(self.options.chat_template)
+        elif not tokenizer.chat_template:
+            tokenizer.chat_template = SHIPPED["plain"]
+            if self.form in ("messages", "sharegpt", "alpaca"):
+                what = f"{source.name!r} has no chat template; `plain` is used, and saved with the model"
+                remedy = "set target.options.chat_template to another one (chatml, a file)"
+                problems = [*problems, Problem(what, source.where, remedy, fatal=False)]
+        return tokenizer, problems
+
+    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
+        from orchestrator import models
+
+        models.fit_to_tokenizer(model, processor, source)
+        models.answer_with_losses(model)
+
+    def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
+        problems = []
+        named = self.options.chat_template
+        if named is not None and read_template(named) is None:
+            where = recipe.origin.where("target.options.chat_template")
+            problems.append(Problem(f"there is no chat template {named!r}", where, "use plain or chatml, or a file"))
+        if recipe.transfer.head.layers:
+            where = recipe.origin.where("transfer.head.layers")
+            what = "a language model keeps its output layer, so it takes no extra head layers"
+            problems.append(Problem(what, where, "set transfer.head.layers to []"))
+        if not processor.is_fast:
+            what = f"the tokenizer of {recipe.source.model} does not tell which characters its tokens come from"
+            remedy = "use a source model with a tokenizer.json"
+            problems.append(Problem(what, recipe.origin.where("source.model"), remedy))
+        longest = longest_input(processor, config)
+        if longest is not None and self.options.max_length > longest:
+            what = f"max_length is {self.options.max_length}, but {recipe.source.model} reads at most {longest} tokens"
+            where = recipe.origin.where("target.options.max_length")
+            problems.append(Problem(what, where, f"set target.options.max_length to {longest} or less"))
+        return problems
+
+    def cache_parts(self, processor: Any) -> list[Any]:
+        return [
+            self.name,
+            self.form,
+            self.options.model_dump(mode="json"),
+            processor.chat_template,
+            tokenizer_state(processor),
+        ]
+
+    def encode(self, examples: Examples, processor: Any) -> pa.Table:
+        form = self.form_of(examples)
+        assert form is not None
+        samples = [self._with_system(sample) for sample in read_samples(examples, form)]
+        template = Template.of(processor, processor.chat_template)
+        try:
+            return encode_samples(samples, processor, template, self.options.train_on, self.options.max_length)
+        except CannotEncode as error:
+            remedy = "set target.options.chat_template to a template that suits the data, or mend the data"
+            raise DataError(Problem(str(error), examples.where(error.row), remedy)) from error
+
+    def _with_system(self, sample: Sample) -> Sample:
+        if self.options.system is None or not sample.turns or sample.turns[0]["role"] in ("system", "developer"):
+            return sample
+        turns = ({"role": "system", "content": self.options.system}, *sample.turns)
+        return Sample(turns, sample.num_given + 1 if sample.num_given else 0)
+
+    def wrap(self, table: pa.Table, processor: Any) -> EncodedTokens:
+        return EncodedTokens(Ragged.of(table["input_ids"]), Ragged.of(table["learned"]), processor.pad_token_id)
+
+    def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
+        where = recipe.origin.where("target.options.max_length")
+        cut = int((encoded.lengths >= self.options.max_length).sum())
+        empty = int((encoded.num_targets == 0).sum())
+        problems = []
+        if cut:
+            what = (
+                f"{cut} of {len(encoded)} examples of {split} reach {self.options.max_length} tokens and are cut there"
+            )
+            problems.append(Problem(what, where, "raise target.options.max_length if their ends matter", fatal=False))
+        if empty:
+            what = f"{empty} of {len(encoded)} examples of {split} have no token left to learn"
+            remedy = "raise target.options.max_length, or remove them: they teach and score nothing"
+            problems.append(Problem(what, where, remedy, fatal=empty == len(encoded)))
+        return problems
+
+    def example_inputs(self, processor: Any) -> dict[str, Any]:
+        import torch
+
+        return {"input_ids": torch.tensor([[1, 2, 3, 1]])}
+
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        return outputs.logits[..., 0].sum()
+
+    def predict(self, outputs: Any) -> dict[str, Any]:
+        sums = outputs.logits.double().sum(1)
+        return {"nll": sums[:, 0], "hits": sums[:, 1]}
+
+    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+        num_targets = max(1, int(targets["num_targets"].sum()))
+        nll = float(predictions["nll"].sum()) / num_targets
+        hits = float(predictions["hits"].sum()) / num_targets
+        return {"nll": nll, "perplexity": float(np.exp(min(nll, 700.0))), "token_accuracy": hits}
+
+    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+        return {"num_targets": int(targets["num_targets"].sum())}
+
+    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+        return {"nll": [float(value) for value in predictions["nll"]]}
+
+
+TASK = CausalLanguageModelling

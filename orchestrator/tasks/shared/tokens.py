@@ -1,0 +1,113 @@
+"""Token ids of texts and conversations, and which of them are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from orchestrator.data.conversations import Sample
+from orchestrator.tasks.shared.chat import Span, Template, TrainOn, render_sample
+
+TEXTS_TOGETHER = 1024
+
+
+class CannotEncode(ValueError):
+    """The chat template does not suit an example."""
+
+    def __init__(self, why: str, row: int) -> None:
+        super().__init__(why)
+        self.row = row
+
+
+def encode_samples(
+    samples: Sequence[Sample], tokenizer: Any, template: Template, train_on: TrainOn, max_length: int
+) -> pa.Table:
+    """`input_ids` and `learned` (1 or 0 for each token, never 1 for the first), both lists of uneven length.
+
+    Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says.
+
+    Raises:
+        CannotEncode: the template fails on an example.
+    """
+    ids: list[npt.NDArray[np.int32]] = []
+    learned: list[npt.NDArray[np.int8]] = []
+    for start in range(0, len(samples), TEXTS_TOGETHER):
+        some = samples[start : start + TEXTS_TOGETHER]
+        written = [write(sample, template, train_on, start + row) for row, sample in enumerate(some)]
+        for is_chat in (False, True):
+            rows = [row for row, sample in enumerate(some) if bool(sample.turns) == is_chat]
+            if not rows:
+                continue
+            assert len(rows) == len(some), "a split holds conversations or texts"
+            encoded = tokenizer(
+                [text for text, _ in written],
+                add_special_tokens=not is_chat,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                truncation=False,
+                padding=False,
+            )
+            for (text, spans), own, offsets in zip(
+                written, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            ):
+                kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
+                row_ids = np.array(own, np.int32)
+                if not is_chat:
+                    row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
+                kept[:1] = 0
+                ids.append(row_ids[:max_length])
+                learned.append(kept[:max_length])
+    return pa.table({"input_ids": as_lists(ids, pa.int32()), "learned": as_lists(learned, pa.int8())})
+
+
+def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tuple[str, list[Span]]:
+    """The text of an example, and the stretches that are learned."""
+    if not sample.turns:
+        text = sample.prompt + sample.completion
+        return text, [(0 if train_on == "all" else len(sample.prompt), len(text))]
+    from jinja2 import TemplateError
+
+    try:
+        return render_sample(sample, template, train_on)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise CannotEncode(f"the chat template fails: {error}", row) from error
+
+
+def learned_tokens(text: str, spans: Sequence[Span], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+    """1 for each token inside a span. One that begins before it is inside where only spaces are before the span, which
+    many tokenizers put at the beginning of a word.
+
+    Args:
+        offsets: first character of each token and the one after its last; shape [num_tokens, 2].
+    """
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    learned = np.zeros(len(offsets), np.int8)
+    for start, end in spans:
+        inside = (ends > start) & (ends <= end) & (begins < ends)
+        for token in np.flatnonzero(inside & (begins < start)):
+            inside[token] = text[begins[token] : start].isspace()
+        learned[inside] = 1
+    return learned
+
+
+def end_text(
+    ids: npt.NDArray[np.int32], learned: npt.NDArray[np.int8], end: int | None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
+    """With the end-of-text token, learned, unless it is there or the tokenizer has none."""
+    if end is None:
+        return ids, learned
+    if len(ids) and ids[-1] == end:
+        learned[-1] = 1
+        return ids, learned
+    return np.append(ids, np.int32(end)), np.append(learned, np.int8(1))
+
+
+def as_lists(rows: Sequence[npt.NDArray[Any]], type_: pa.DataType) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type_))

@@ -1,0 +1,142 @@
+"""Texts, completions, instructions and conversations, in the forms that people keep them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.data.conversations import Sample, check_samples, columns_of, find_form, read_samples
+from orchestrator.data.examples import Examples
+from orchestrator.data.sources import open_files
+
+Rows = list[dict[str, Any]]
+Open = Callable[..., Examples]
+
+
+@pytest.fixture
+def open_rows(tmp_path: Path) -> Open:
+    def open_rows(rows: Rows, form: Any = None, name: str = "train.jsonl") -> Examples:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return open_files([path], columns_of(form), {})
+
+    return open_rows
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+FORMS: dict[str, tuple[Rows, Sample]] = {
+    "text": ([{"text": "once"}], Sample(completion="once")),
+    "prompt-completion": ([{"prompt": "1+1=", "completion": "2"}], Sample(prompt="1+1=", completion="2")),
+    "alpaca": (
+        [{"instruction": "Add.", "input": "1 1", "output": "2"}],
+        Sample((turn("user", "Add.\n\n1 1"), turn("assistant", "2")), num_given=1),
+    ),
+    "messages": (
+        [{"messages": [turn("user", "hi"), turn("assistant", "ho")]}],
+        Sample((turn("user", "hi"), turn("assistant", "ho"))),
+    ),
+    "sharegpt": (
+        [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}],
+        Sample((turn("user", "hi"), turn("assistant", "ho"))),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_known_by_its_columns_and_read(form: Any, open_rows: Open) -> None:
+    rows, expected = FORMS[form]
+    for given in (None, form):
+        examples = open_rows(rows, given)
+        assert find_form(examples.table.column_names) == form
+        assert check_samples({"train": examples}, form) == []
+        assert read_samples(examples, form) == [expected]
+
+
+def test_prompts_and_completions_may_be_conversations(open_rows: Open) -> None:
+    rows = [{"prompt": [turn("user", "hi")], "completion": [turn("assistant", "ho")]}]
+    examples = open_rows(rows)
+    assert check_samples({"train": examples}, "prompt-completion") == []
+    expected = Sample((turn("user", "hi"), turn("assistant", "ho")), num_given=1)
+    assert read_samples(examples, "prompt-completion") == [expected]
+
+
+def test_an_instruction_may_have_no_input_and_a_system_prompt(open_rows: Open) -> None:
+    rows = [{"instruction": "Sing.", "input": "", "output": "la", "system": "You sing."}]
+    (sample,) = read_samples(open_rows(rows), "alpaca")
+    assert sample.turns == (turn("system", "You sing."), turn("user", "Sing."), turn("assistant", "la"))
+    assert sample.num_given == 2
+
+
+def test_keys_that_only_some_turns_have_are_kept_there_alone(open_rows: Open) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock", "arguments": {"zone": "UTC"}}]}
+    rows = [
+        {"messages": [turn("user", "time?"), call, {"role": "tool", "content": "noon", "name": "clock"}]},
+        {"messages": [turn("user", "hi"), turn("assistant", "ho")]},
+    ]
+    samples = read_samples(open_rows(rows), "messages")
+    assert [list(sample.turns) for sample in samples] == [row["messages"] for row in rows]
+
+
+def test_a_conversation_wins_over_the_text_beside_it() -> None:
+    assert find_form(["text", "messages", "prompt"]) == "messages"
+    assert find_form(["prompt", "text"]) == "text"
+    assert find_form(["prompt"]) is None
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        ("messages", {"messages": None}, "is missing (null)"),
+        ("messages", {"messages": []}, "has no turns"),
+        ("messages", {"messages": [turn("user", "hi")]}, "has no assistant turn"),
+        (
+            "messages",
+            {"messages": [turn("human", "hi"), turn("assistant", "ho")]},
+            'unknown role in 1 of 2 rows: .*"human"',
+        ),
+        ("messages", {"messages": [{"role": "user"}, turn("assistant", "ho")]}, "a turn without content"),
+        ("messages", {"messages": [{"content": "hi"}, turn("assistant", "ho")]}, "a turn without its keys"),
+        ("messages", {"messages": [turn("user", "hi"), turn("assistant", " ")]}, "a blank assistant turn"),
+        ("messages", {"messages": [None, turn("assistant", "ho")]}, "a turn that is null"),
+        ("sharegpt", {"conversations": [{"from": "robot", "value": "hi"}]}, 'unknown role in 1 of 2 rows: .*"robot"'),
+        ("prompt-completion", {"prompt": "1+1=", "completion": " "}, "completion is blank in 1 of 2 rows"),
+        ("prompt-completion", {"prompt": "1+1=", "completion": None}, r"completion is missing \(null\) in 1 of 2"),
+        ("alpaca", {"instruction": "", "input": "", "output": "x"}, "instruction is blank in 1 of 2 rows"),
+        ("text", {"text": "\0"}, "holds NUL characters"),
+    ],
+)
+def test_what_cannot_be_learned_is_told_with_its_row(
+    form: Any, row: dict[str, Any], expected: str, open_rows: Open
+) -> None:
+    import re
+
+    (good,), _ = FORMS[form]
+    (problem,) = check_samples({"train": open_rows([good, row], form)}, form)
+    assert problem.fatal
+    assert re.search(re.escape(expected) if "*" not in expected and "\\" not in expected else expected, problem.what)
+    assert str(problem.where).endswith("train.jsonl:2")
+    assert problem.remedy
+
+
+def test_many_mistakes_are_told_once(open_rows: Open) -> None:
+    rows = [{"messages": [turn("user", "hi")]} for _ in range(5)]
+    (problem,) = check_samples({"train": open_rows(rows)}, "messages")
+    assert "in 5 of 5 rows" in problem.what
+    assert "and 2 more" in problem.what
+
+
+def test_a_prompt_may_be_empty(open_rows: Open) -> None:
+    examples = open_rows([{"prompt": "", "completion": "all of it"}])
+    assert check_samples({"train": examples}, "prompt-completion") == []
+
+
+def test_text_where_conversations_belong_is_refused(open_rows: Open) -> None:
+    (problem,) = check_samples({"train": open_rows([{"messages": "user: hi"}])}, "messages")
+    assert "messages holds text" in problem.what

@@ -1,0 +1,227 @@
+"""Causal language modelling: which tokens count, what a run learns, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import orchestrator
+from orchestrator.errors import InputError
+from orchestrator.tasks.causal_lm import IGNORED
+from orchestrator.training.assemble import assemble
+from orchestrator.training.inference import evaluate
+from orchestrator.training.prepare import Prepared, prepare
+
+WriteRecipe = Callable[..., Path]
+ANSWERS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack"}
+
+
+def conversation(animal: str, number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"what does the {animal} say, number {number}?"},
+        {"role": "assistant", "content": f"{ANSWERS[animal]}!"},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": f"{ANSWERS[animal]} {ANSWERS[animal]}"},
+    ]
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    animals = list(ANSWERS)
+    for split, (start, count) in {"train": (0, 48), "select": (48, 12), "test": (60, 12)}.items():
+        rows = [
+            {"messages": conversation(animals[number % 4], number) + conversation(animals[number % 3], number)}
+            for number in range(start, start + count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Path:
+    """A folder with a Llama of 3 layers, 32 wide, random weights, untied, and a tokenizer of bytes."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write(write_recipe: WriteRecipe, tiny_llama: Path, chats: Path) -> WriteRecipe:
+    def write(options: dict[str, Any] | None = None, data: Any = None, **sections: Any) -> Path:
+        target = {"task": "causal-lm", "data": data or str(chats), "options": {"max_length": 512, **(options or {})}}
+        source = sections.pop("source", {"model": str(tiny_llama)})
+        return write_recipe(source=source, target=target, **sections)
+
+    return write
+
+
+def prepared_of(path: Path) -> Prepared:
+    return prepare(orchestrator.load_recipe(path))
+
+
+def learned_text(prepared: Prepared, row: int) -> list[str]:
+    """The stretches of an example that are learned, decoded."""
+    encoded = prepared.encoded("train")
+    batch = encoded.batch(np.array([row]))
+    targets = batch["target_ids"][0]
+    groups: list[list[int]] = []
+    for position, token in enumerate(targets):
+        if token != IGNORED:
+            if position == 0 or targets[position - 1] == IGNORED:
+                groups.append([])
+            groups[-1].append(int(token))
+    return [prepared.processor.decode(group) for group in groups]
+
+
+def test_of_a_conversation_the_answers_and_their_ends_are_learned(write: WriteRecipe) -> None:
+    prepared = prepared_of(write())
+    expected = [" meow!", " meow meow", " meow!", " meow meow"]
+    assert learned_text(prepared, 0) == [f"{text}<|endoftext|>" for text in expected]
+    assert any("plain" in problem.what for problem in prepared.warnings)
+
+
+def test_what_is_learned_can_be_chosen(write: WriteRecipe) -> None:
+    assert learned_text(prepared_of(write({"train_on": "last"})), 0) == [" meow meow<|endoftext|>"]
+    (everything,) = learned_text(prepared_of(write({"train_on": "all"})), 0)
+    assert everything.startswith("ser: what does the cat say")
+
+
+def test_a_text_is_learned_to_its_end_and_a_completion_after_its_prompt(write: WriteRecipe, tmp_path: Path) -> None:
+    rows = {
+        "texts": [{"text": f"once upon a time {number}"} for number in range(40)],
+        "pairs": [{"prompt": f"{number} and 1 is", "completion": f" {number + 1}"} for number in range(40)],
+    }
+    found = {}
+    for name, lines in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+        prepared = prepared_of(write(data=str(path)))
+        found[name] = learned_text(prepared, 0)
+    assert found["texts"][0].startswith("nce upon a time")
+    assert found["texts"][0].endswith("<|endoftext|>")
+    assert found["pairs"] == [" 1<|endoftext|>"]
+
+
+def test_the_loss_is_the_mean_over_the_learned_tokens_as_transformers_has_it(write: WriteRecipe) -> None:
+    prepared = prepared_of(write())
+    parts = assemble(prepared)
+    batch = {name: torch.from_numpy(value) for name, value in prepared.encoded("train").batch(np.arange(6)).items()}
+    counts = batch.pop("labels")
+    ours = prepared.task.loss(parts.module(**batch), counts) / counts.sum()
+    targets = batch.pop("target_ids")
+    labels = torch.cat([torch.full_like(targets[:, :1], IGNORED), targets[:, :-1]], 1)
+    theirs = parts.module(**batch, labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "transfer", [{}, {"freeze": 1}, {"freeze": "all"}, {"freeze": 1, "adapter": {"type": "lora", "r": 4}}]
+)
+def test_it_learns_to_answer(transfer: dict[str, Any], write: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write(transfer=transfer, train={"epochs": 4, "learning_rate": 1.0e-2})
+    run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
+    before, after = run.result["before"]["test"], run.result["metrics"]["test"]
+    assert before["nll"] == pytest.approx(np.log(257), rel=0.1)
+    # An adapter alone can do little for a model that knows nothing.
+    assert after["nll"] < before["nll"] - (0.2 if "adapter" in transfer else 0.5)
+    assert after["perplexity"] == pytest.approx(np.exp(after["nll"]))
+    assert after["loss"] == pytest.approx(after["nll"], rel=1e-5)
+    assert after["token_accuracy"] > before["token_accuracy"]
+
+
+def test_what_was_trained_loads_with_plain_transformers_or_peft(write: WriteRecipe, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, transfer in {"whole": {}, "adapter": {"adapter": {"type": "lora", "r": 4}}}.items():
+        recipe = write(transfer=transfer, train={"epochs": 1})
+        run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / name)
+        folder = run.directory / "model"
+        loader = peft.AutoPeftModelForCausalLM if transfer else AutoModelForCausalLM
+        model, tokenizer = loader.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        turns = [{"role": "user", "content": "what does the cat say?"}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+        scored = evaluate(run.directory, None, "test")
+        assert scored["metrics"]["nll"] == pytest.approx(run.result["metrics"]["test"]["nll"], rel=1e-4)
+
+
+def test_frozen_blocks_are_computed_once(write: WriteRecipe, tmp_path: Path) -> None:
+    losses = {}
+    for cached in (True, False):
+        recipe = write(transfer={"freeze": 2}, train={"epochs": 2, "cache_prefix": cached, "log_every": 1})
+        run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / str(cached))
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        losses[cached] = [row["loss"] for row in rows if row["split"] == "train"]
+        assert not json.loads((run.directory / "run.json").read_text()).get("notes")
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+
+
+def test_examples_that_lose_their_answers_are_told(write: WriteRecipe) -> None:
+    warnings = prepared_of(write({"max_length": 60})).warnings
+    assert any("reach 60 tokens and are cut there" in problem.what for problem in warnings)
+    with pytest.raises(InputError, match="48 of 48 examples of train have no token left to learn"):
+        prepared_of(write({"max_length": 30}))
+
+
+@pytest.mark.parametrize(
+    ("options", "sections", "expected"),
+    [
+        ({"chat_template": "chatlm"}, {}, "there is no chat template 'chatlm'"),
+        ({"max_length": 513}, {}, "reads at most 512 tokens"),
+        ({}, {"transfer": {"head": {"layers": [8]}}}, "takes no extra head layers"),
+        ({"form": "alpaca"}, {}, "there is no column instruction"),
+    ],
+)
+def test_wrong_recipes_are_refused(
+    options: dict[str, Any], sections: dict[str, Any], expected: str, write: WriteRecipe
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        prepared_of(write(options, **sections))
+
+
+def test_data_of_no_form_are_refused(write: WriteRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question_text": "a"}\n' * 20, encoding="utf-8")
+    with pytest.raises(InputError, match="there is none of the columns messages, conversations, prompt"):
+        prepared_of(write(data=str(path)))
+    path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in "abcdefghijklmnopqrst"), encoding="utf-8")
+    with pytest.raises(InputError, match="the data have only prompt of the columns that are known"):
+        prepared_of(write(data=str(path)))
+
+
+def test_a_template_that_fails_on_an_example_is_told_with_its_row(write: WriteRecipe, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('no system, please') }}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"train.jsonl:1.*\n?.*no system, please|no system, please"):
+        prepared_of(write({"chat_template": str(template)}))
+
+
+def test_a_system_prompt_is_put_before_conversations_without_one(write: WriteRecipe) -> None:
+    prepared = prepared_of(write({"system": "you are a farm", "train_on": "all"}))
+    assert "ystem: you are a farm" in learned_text(prepared, 0)[0]
