@@ -6,7 +6,7 @@ once, outside the trials; batches are padded to their longest text; nothing is s
 
     python benchmarks/plain_tune.py SETTINGS.json
 
-Prints one line of JSON: seconds inside `Tuner.fit`, and each trial's best accuracy.
+Prints one line of JSON: seconds inside `Tuner.fit`, each trial's best accuracy and its last loss on *select*.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def train_function(config: dict[str, Any], settings: dict[str, Any], data: dict[
 
     if settings["nothing"]:
         assert transformers.Trainer is not None
-        tune.report({"accuracy": float(config["trial"]["number"])})
+        tune.report({"accuracy": float(config["trial"]["number"]), "loss": 0.0})
         return
     torch.set_num_threads(1)
     trial = config["trial"]
@@ -128,7 +128,11 @@ def main() -> None:
     ).fit()
     seconds = time.perf_counter() - began
     best = [
-        {**result.config["trial"], "accuracy": max(result.metrics_dataframe["accuracy"], default=None)}
+        {
+            **result.config["trial"],
+            "accuracy": max(result.metrics_dataframe["accuracy"], default=None),
+            "loss": float(result.metrics_dataframe["loss"].iloc[-1]),
+        }
         for result in results
         if result.metrics_dataframe is not None
     ]

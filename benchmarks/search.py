@@ -116,8 +116,8 @@ class Bench:
     assets: Path
     share: int
     minilm: bool
-    scores: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Accuracy of each trial, by workload and side."""
+    scores: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    """Best accuracy and last loss of each trial on *select*, by workload and side."""
 
     def prepare(self, workload: Workload) -> Path:
         """The model and the data of a workload, made once."""
@@ -211,7 +211,9 @@ class Bench:
             rows = [json.loads(line) for line in (Path(output) / "s" / "trials.jsonl").read_text().splitlines()]
         # An ASHA-stopped trial has not seen what the peer's saw.
         self.scores[f"{name} ours {precision}"] = {
-            int(row["id"]): row["metrics"]["accuracy"] for row in rows if row["status"] == "finished"
+            int(row["id"]): (row["metrics"]["accuracy"], row["history"][-1]["loss"])
+            for row in rows
+            if row["status"] == "finished"
         }
         return seconds
 
@@ -253,7 +255,9 @@ class Bench:
         if nothing:
             return float(found["fit_seconds"])
         if not claim.peer_asha:
-            self.scores[f"{claim.workload} peer"] = {trial["number"]: trial["accuracy"] for trial in found["trials"]}
+            self.scores[f"{claim.workload} peer"] = {
+                trial["number"]: (trial["accuracy"], trial["loss"]) for trial in found["trials"]
+            }
         return seconds + (share - 1) * found["fit_seconds"]
 
     def share_of(self, num_trials: int, num_depths: int) -> int:
@@ -275,11 +279,14 @@ class Bench:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return seconds, json.loads(done.stdout.strip().splitlines()[-1])
 
-    def differing(self, name: str) -> tuple[int, float]:
-        """How many trials ran on both sides, and by how much their accuracies differ at most."""
+    def differing(self, name: str) -> tuple[int, float, float]:
+        """How many trials ran on both sides, and by how much their accuracies and their losses differ at most."""
         ours, peer = self.scores.get(f"{name} ours fp32", {}), self.scores.get(f"{name} peer", {})
         both = ours.keys() & peer.keys()
-        return len(both), max((abs(ours[number] - peer[number]) for number in both), default=0.0)
+        accuracy, loss = (
+            max((abs(ours[number][which] - peer[number][which]) for number in both), default=0.0) for which in (0, 1)
+        )
+        return len(both), accuracy, loss
 
 
 def measure(bench: Bench, claim: Claim, num_repeats: int) -> Ratio:
@@ -308,10 +315,14 @@ def main() -> int:
         ratios = [measure(bench, claim, options.repeats) for claim in claims]
         agreements = {name: bench.differing(name) for name in WORKLOADS if any(name == c.workload for c in claims)}
     print_table(["claim", "target", "median ratio", "minimum", "ours (s)", "peer (s)", ""], [r.cells() for r in ratios])
-    for name, (count, difference) in agreements.items():
-        print(f"{name}: {count} trials ran to the end on both sides; accuracies differ by at most {difference:.1e}")
-    write_json(options.json, {"ratios": [asdict(ratio) for ratio in ratios], "agreements": agreements})
-    return int(not (all(r.ok for r in ratios) and all(d <= SAME_SCORE for _, d in agreements.values())))
+    for name, (count, accuracy, loss) in agreements.items():
+        print(
+            f"{name}: {count} trials ran to the end on both sides; accuracies differ by at most {accuracy:.1e}", end=""
+        )
+        print(f", last losses by {loss:.1e}")
+    found = {"ratios": [asdict(ratio) for ratio in ratios], "agreements": agreements, "scores": bench.scores}
+    write_json(options.json, found)
+    return int(not (all(r.ok for r in ratios) and all(d <= SAME_SCORE for _, d, _ in agreements.values())))
 
 
 if __name__ == "__main__":
