@@ -47,6 +47,8 @@ def build_parser() -> tuple[Parser, list[str]]:
         return added
 
     verb("validate", run_validate, "Check a recipe, its data and its source model; start nothing.", recipe, strict)
+    preview = verb("preview", run_preview, "Show examples as the model reads them; start nothing.", recipe, strict)
+    preview.add_argument("--count", type=int, default=3, metavar="N", help="how many examples (default: 3)")
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
     train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
@@ -61,6 +63,8 @@ def build_parser() -> tuple[Parser, list[str]]:
     add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; results are the same")
+    chat = verb("chat", run_chat, "Talk with a trained language model.", model)
+    chat.add_argument("--system", metavar="TEXT", help="a system prompt (default: the recipe's)")
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
@@ -180,6 +184,19 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def run_preview(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from orchestrator.training.preview import as_record, preview
+
+    found = preview(recipe, options.count, options.strict)
+    show.problems(found.prepared.warnings, sys.stderr)
+    if not options.json:
+        show.previewed(found, sys.stdout)
+    return as_record(found)
+
+
 def run_train(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.recipe import load_recipe
 
@@ -247,6 +264,15 @@ def run_predict(options: argparse.Namespace) -> dict[str, Any]:
     if output is not None and not options.json:
         print(f"{count:,} predictions are in {output}")
     return {"status": "predicted", "rows": count, "output": str(output)}
+
+
+def run_chat(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.training.chat import chat
+
+    if options.json:
+        raise InputError(Problem("a conversation is no JSON object", remedy="use: orchestrator predict"))
+    chat(options.model, sys.stdin, sys.stdout, options.system)
+    return {"status": "ended"}
 
 
 def run_export(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.search.estimate import Estimate
     from orchestrator.search.run import SearchRun
     from orchestrator.training.prepare import Prepared
+    from orchestrator.training.preview import Preview
     from orchestrator.training.run import Run
 
 
@@ -55,6 +56,25 @@ def validated(prepared: Prepared, out: TextIO) -> None:
         ],
         out,
     )
+
+
+def previewed(found: Preview, out: TextIO) -> None:
+    """Examples with what is learned of them marked, by colour in a terminal and else by brackets; lengths below."""
+    begin, end = ("\033[32m", "\033[0m") if out.isatty() else ("[[", "]]")
+    for example in found.examples:
+        out.write(f"{clean(example.where)}: {example.length:,} tokens, {example.num_targets:,} learned\n")
+        for text, is_learned in example.pieces:
+            out.write(f"{begin}{clean(text)}{end}" if is_learned else clean(text))
+        out.write("\n\n" if example.pieces else "")
+    rows = [
+        (
+            name,
+            f"{split.examples:,} examples of {split.shortest:,} to {split.longest:,} tokens, median {split.median:,}; "
+            f"{split.targets:,} of {split.tokens:,} learned; {split.num_longest:,} of the longest length",
+        )
+        for name, split in found.splits.items()
+    ]
+    table([*rows, ("padding", f"{found.padding:.1%} of the positions in training")], out)
 
 
 def trained(recipe: Recipe, run: Run, out: TextIO) -> None:

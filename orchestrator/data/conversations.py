@@ -49,6 +49,7 @@ COLUMNS: dict[Form, tuple[Column, ...]] = {
     "text": (Column("text", "text", aliases=("content",)),),
 }
 """What each form reads. Where the data have the columns of several, the first one is taken."""
+ANSWERS = ("completion", "output")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ def find_form(names: Sequence[str]) -> Form | None:
     """The form whose columns these are."""
     for form, columns in COLUMNS.items():
         if all(column.name in names for column in columns if column.required):
+            return form
+    return None
+
+
+def prompt_columns(form: Form | None) -> tuple[Column, ...]:
+    """The columns without those that hold answers: all that a model needs to write some."""
+    return tuple(column for column in columns_of(form) if column.name not in ANSWERS)
+
+
+def find_prompt_form(names: Sequence[str]) -> Form | None:
+    """As `find_form`, without answers."""
+    for form in COLUMNS:
+        if all(column.name in names for column in prompt_columns(form) if column.required):
             return form
     return None
 
@@ -117,6 +131,22 @@ def read_samples(examples: Examples, form: Form) -> list[Sample]:
     return [_from_pair(*pair) for pair in zip(table["prompt"], table["completion"], strict=True)]
 
 
+def read_prompts(examples: Examples, form: Form) -> list[Sample]:
+    """The examples as far as they are given; those of conversations end before the last answer."""
+    table = examples.table
+    for name in ANSWERS:
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        if name in {column.name for column in COLUMNS[form]}:
+            table = table.append_column(name, pa.array([""] * len(examples), pa.string()))
+    whole = read_samples(Examples(table, examples.rows, examples.files), form)
+    return [sample if form in ("messages", "sharegpt", "text") else _before_answer(sample) for sample in whole]
+
+
+def _before_answer(sample: Sample) -> Sample:
+    return Sample(turns=sample.turns[: sample.num_given], num_given=sample.num_given, prompt=sample.prompt)
+
+
 def _turns(row: Sequence[str | None]) -> tuple[Turn, ...]:
     return tuple(turn for turn in read_turns(row) if turn is not None)
 
@@ -146,13 +176,18 @@ def check_samples(splits: Mapping[str, Examples], form: Form) -> list[Problem]:
     return [problem for split in splits.values() for problem in _check_split(split, form)]
 
 
-def _check_split(examples: Examples, form: Form) -> list[Problem]:
+def check_prompts(examples: Examples, form: Form) -> list[Problem]:
+    """The same for examples that a model is to answer."""
+    return _check_split(examples, form, needs_answers=False)
+
+
+def _check_split(examples: Examples, form: Form, needs_answers: bool = True) -> list[Problem]:
     problems: list[Problem] = []
     for column in COLUMNS[form]:
         if column.name not in examples.table.column_names:
             continue
         if pa.types.is_list(examples.table.column(column.name).type):
-            problems += _check_turns(examples, column.name, form)
+            problems += _check_turns(examples, column.name, form, needs_answers and column.name != "prompt")
         elif form in ("messages", "sharegpt"):
             what = f"{column.name} holds text; it must hold lists of objects, one a turn"
             problems.append(Problem(what, examples.where(0), 'write [{"role": "user", "content": ...}, ...]'))
@@ -164,10 +199,9 @@ def _check_split(examples: Examples, form: Form) -> list[Problem]:
     return problems
 
 
-def _check_turns(examples: Examples, column: str, form: Form) -> list[Problem]:
+def _check_turns(examples: Examples, column: str, form: Form, needs_answer: bool) -> list[Problem]:
     """What is wrong with conversations, each kind of mistake with up to three of its rows."""
     found: dict[str, list[tuple[int, str]]] = {}
-    needs_answer = column != "prompt"
     for row, turns in enumerate(examples.table.column(column).to_pylist()):
         for kind, detail in _mistakes(turns, form, needs_answer):
             found.setdefault(kind, []).append((row, detail))

@@ -50,6 +50,7 @@ class _Losses:
             if target_ids is None:
                 return whole(*args, **inputs)
             self.targets = target_ids
+            inputs.setdefault("use_cache", False)  # With a cache, transformers does not look for packed texts.
             try:
                 output = whole(*args, **inputs)
             finally:

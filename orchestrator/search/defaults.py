@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.recipe.schema import Case, Recipe, Search
+from orchestrator.tasks import find_task
 
 SMALL = 50_000_000
 LARGE = 1_000_000_000
@@ -78,8 +79,10 @@ def default_depths(recipe: Recipe) -> list[int | str]:
         return []
     grid = search.algorithm == "grid"
     count = min(MAX_DEPTHS, round(math.sqrt(search.trials))) if grid else MAX_DEPTHS
-    # With an adapter, or rates that fall with the depth, some blocks must be left to train.
-    whole = transfer.adapter is None and transfer.layer_decay is None
+    # With an adapter, or rates that fall with the depth, some blocks must be left to train; so they must where the head
+    # is the source's own, which may even be its embeddings.
+    has_new_head = find_task(recipe.target.task).has_new_head
+    whole = transfer.adapter is None and transfer.layer_decay is None and has_new_head
     parts = max(count - 1, 1) if whole else count
     shares: list[int | str] = [f"{100 * index // parts}%" for index in range(1, count - 1 if whole else count)]
     lowest: int | str = "stem" if recipe.target.task.partition("-")[0] in ("audio", "speech") else 0

@@ -54,6 +54,9 @@ class Encoded(ABC):
     augments: bool = False
     """Whether training batches are changed at random."""
 
+    packs: bool = False
+    """Whether `packed_batch` may take the place of `batch` in training, where the model keeps packed examples apart."""
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -65,6 +68,10 @@ class Encoded(ABC):
             stream: seed and epoch, where examples may be changed at random. What is drawn for an example depends on
                 these and its row alone, however batches are cut. None changes nothing.
         """
+
+    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        """The same examples with several of them in one row: what the model computes of each stays as it is."""
+        raise NotImplementedError
 
     def beside_features(self, rows: npt.NDArray[np.int64]) -> Arrays:
         """What a batch holds besides what only the stem reads, for when stored features take the stem's place."""
@@ -132,7 +139,16 @@ class Task(ABC):
 
     @abstractmethod
     def check_inputs(self, examples: Examples) -> list[Problem]:
-        """What is wrong with examples to predict for; they need no labels."""
+        """What is wrong with examples to score, or to predict for; they need no labels."""
+
+    @classmethod
+    def prompt_columns(cls, options: Any) -> tuple[Column, ...]:
+        """The columns that predictions are made from."""
+        return tuple(column for column in cls.columns(options) if column.kind != "label")
+
+    def check_prompts(self, examples: Examples) -> list[Problem]:
+        """What is wrong with examples that hold nothing but `prompt_columns`."""
+        return self.check_inputs(examples)
 
     @abstractmethod
     def config_changes(self) -> dict[str, Any]:
@@ -169,6 +185,14 @@ class Task(ABC):
     @abstractmethod
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         """Inputs (tensors) of one example that pass through every block, to find the order of the blocks."""
+
+    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+        """An example as the model reads it: stretches of text, each with whether it is learned; for people to read."""
+        return []
+
+    def generate(self, model: Any, processor: Any, examples: Examples, batch_size: int) -> dict[str, list[Any]] | None:
+        """What the model writes for each example, as columns; None where the task's predictions are computed."""
+        return None
 
     @abstractmethod
     def loss(self, outputs: Any, labels: Any) -> Any:

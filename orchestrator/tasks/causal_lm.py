@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -17,13 +18,18 @@ from orchestrator.data.conversations import (
     COLUMNS,
     Form,
     Sample,
+    check_prompts,
     check_samples,
     columns_of,
     explain_forms,
     find_form,
+    find_prompt_form,
+    prompt_columns,
+    read_prompts,
     read_samples,
 )
 from orchestrator.data.examples import Examples
+from orchestrator.data.packing import best_fit
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
@@ -32,6 +38,7 @@ from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
 from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
 from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
 from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
+from orchestrator.tasks.shared.writing import as_prompt, end_tokens, write_answers
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
@@ -51,8 +58,12 @@ class CausalOptions(Section):
     prompt are always learned whole."""
     chat_template: str | None = None
     """`plain` or `chatml`, or a file with a Jinja template; null: the tokenizer's own."""
+    pack: bool = True
+    """Put several examples into one row in training, so that little is padding; the losses stay the same."""
     system: str | None = None
     """A system prompt for conversations that have none."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    """How much `predict` and `chat` write at most."""
 
 
 @dataclass
@@ -63,6 +74,7 @@ class EncodedTokens(Encoded):
     learned: Ragged
     """1 where a token is learned."""
     pad_token_id: int
+    packs: bool
 
     def __post_init__(self) -> None:
         self.lengths = self.ids.lengths
@@ -77,6 +89,26 @@ class EncodedTokens(Encoded):
         lengths = self.lengths[rows]
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         return {"input_ids": ids, "attention_mask": mask, "target_ids": targets, "labels": self.num_targets[rows]}
+
+    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        packed = best_fit(lengths.tolist(), width)
+        ids = np.full((len(packed), width), self.pad_token_id, np.int64)
+        # Where positions begin anew, transformers' masks let nothing pass. Padding is a text of its own.
+        positions = np.zeros_like(ids)
+        targets = np.full_like(ids, IGNORED)
+        for line, examples in enumerate(packed):
+            end = 0
+            for example in examples:
+                start, end = end, end + int(lengths[example])
+                part = slice(int(self.ids.offsets[rows[example]]), int(self.ids.offsets[rows[example] + 1]))
+                own, learned = self.ids.values[part], self.learned.values[part] > 0
+                ids[line, start:end] = own
+                positions[line, start:end] = np.arange(end - start)
+                targets[line, start : end - 1] = np.where(learned[1:], own[1:], IGNORED)
+            positions[line, end:] = np.arange(width - end)
+        return {"input_ids": ids, "position_ids": positions, "target_ids": targets, "labels": self.num_targets[rows]}
 
     def targets(self) -> Arrays:
         return {"num_targets": self.num_targets}
@@ -136,6 +168,16 @@ class CausalLanguageModelling(Task):
         if form is None:
             return [explain_forms(examples.table.column_names, examples.files[0].place)]
         return check_samples({"": examples}, form)
+
+    @classmethod
+    def prompt_columns(cls, options: CausalOptions) -> tuple[Column, ...]:
+        return prompt_columns(options.form)
+
+    def check_prompts(self, examples: Examples) -> list[Problem]:
+        form = self.options.form or find_prompt_form(examples.table.column_names)
+        if form is None:
+            return [explain_forms(examples.table.column_names, examples.files[0].place)]
+        return check_prompts(examples, form)
 
     def form_of(self, examples: Examples) -> Form | None:
         return self.form or find_form(examples.table.column_names)
@@ -211,7 +253,8 @@ class CausalLanguageModelling(Task):
         return Sample(turns, sample.num_given + 1 if sample.num_given else 0)
 
     def wrap(self, table: pa.Table, processor: Any) -> EncodedTokens:
-        return EncodedTokens(Ragged.of(table["input_ids"]), Ragged.of(table["learned"]), processor.pad_token_id)
+        ids, learned = (Ragged.of(table[name]) for name in ("input_ids", "learned"))
+        return EncodedTokens(ids, learned, processor.pad_token_id, self.options.pack)
 
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
         where = recipe.origin.where("target.options.max_length")
@@ -228,6 +271,23 @@ class CausalLanguageModelling(Task):
             remedy = "raise target.options.max_length, or remove them: they teach and score nothing"
             problems.append(Problem(what, where, remedy, fatal=empty == len(encoded)))
         return problems
+
+    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+        batch = encoded.batch(np.array([row]))
+        ids, learned = batch["input_ids"][0], np.concatenate([[False], batch["target_ids"][0][:-1] != IGNORED])
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+        return [(processor.decode(ids[start:end]), bool(learned[start])) for start, end in pairwise(edges)]
+
+    def generate(self, model: Any, processor: Any, examples: Examples, batch_size: int) -> dict[str, list[Any]]:
+        form = self.options.form or find_prompt_form(examples.table.column_names)
+        assert form is not None
+        template = Template.of(processor, processor.chat_template)
+        samples = [self._with_system(sample) for sample in read_prompts(examples, form)]
+        prompts = [as_prompt(sample, template) for sample in samples]
+        is_chat = any(sample.turns for sample in samples)
+        ends = end_tokens(processor, template)
+        length = self.options.max_new_tokens
+        return {"prediction": write_answers(model, processor, prompts, is_chat, ends, batch_size, length)}
 
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch

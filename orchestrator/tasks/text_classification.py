@@ -240,6 +240,20 @@ class TextClassification(Task):
             )
         ]
 
+    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+        batch = encoded.batch(np.array([row]))
+        text = processor.decode(batch["input_ids"][0])
+        if "labels" not in batch:
+            return [(text, False)]
+        label = batch["labels"][0]
+        if self.problem_type == "single_label_classification":
+            shown = self.label_names[int(label)]
+        elif self.problem_type == "multi_label_classification":
+            shown = ", ".join(name for name, on in zip(self.label_names, label, strict=True) if on)
+        else:
+            shown = f"{float(label):g}"
+        return [(f"{text} -> ", False), (shown, True)]
+
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from orchestrator import models
 from orchestrator.models import Prefix, Unsplit
+from orchestrator.models.pick import FAILURES, evaluating, is_close
 from orchestrator.training.assemble import Parts
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
@@ -55,6 +56,25 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     beside = feed.beside(some)
     beside.pop("labels", None)
     return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pick)
+
+
+def can_pack(feed: Feed, module: nn.Module) -> bool:
+    """Whether the model keeps examples apart that stand in one row, tried out on a few."""
+    if not feed.encoded.packs:
+        return False
+    order = np.argsort(feed.encoded.lengths, kind="stable")
+    # The short ones share a row beside the longest.
+    some = np.unique(order[[0, len(order) // 10, len(order) // 4, len(order) // 2]])
+    found = []
+    with torch.no_grad(), evaluating(module):
+        for arrays in (feed.encoded.batch(some), feed.encoded.packed_batch(some)):
+            batch = {name: torch.from_numpy(values).to(feed.device) for name, values in arrays.items()}
+            batch.pop("labels")
+            try:
+                found.append(module(**batch).logits.sum((0, 1))[:1])
+            except FAILURES:
+                return False
+    return is_close(found[1], found[0])
 
 
 def is_wanted(prepared: Prepared, parts: Parts, plan: Plan, boundary: int) -> bool:

@@ -25,6 +25,8 @@ class Feed:
     """What floating inputs are turned into; None leaves them."""
     features: Rows | None = None
     """Stored output of the frozen blocks, one row an example."""
+    packs: bool = False
+    """Whether training batches hold several examples in one row."""
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -45,6 +47,8 @@ class Feed:
         Args:
             stream: seed and epoch of what is drawn for training examples; None where nothing is.
         """
+        if self.packs and self.features is None and stream is not None:
+            return self._to_device(self.encoded.packed_batch(rows))
         if self.features is None:
             return self._to_device(self.encoded.batch(rows, stream))
         batch = self.beside(rows)

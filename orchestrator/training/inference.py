@@ -198,17 +198,19 @@ def predict(
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
     trained = load_trained(folder)
-    columns = [column for column in trained.task.columns(trained.task.options) if column.kind != "label"]
+    columns = trained.task.prompt_columns(trained.task.options)
     mapping = recipe_of(trained, None, overrides).target.columns
     if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):
         given, mapping = open_pictures(Path(data)), {}
     else:
         given = read_rows(data)
     examples = rename_columns(given, columns, mapping)
-    problems = trained.task.check_inputs(examples)
+    problems = trained.task.check_prompts(examples)
     if problems:
         raise DataError(problems)
-    added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
+    added = trained.task.generate(trained.model, trained.processor, examples, batch_size)
+    if added is None:
+        added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
     kept = {name: without_bytes(given.table[name]) for name in given.table.column_names if name not in added}
     write_predicted(pa.table({**kept, **added}), output, out)
     return len(examples)

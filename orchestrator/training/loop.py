@@ -25,6 +25,7 @@ from orchestrator.tasks import Task
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 
+NEVER = 10**12
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -134,7 +135,9 @@ def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> 
     """The passes of a step, each with the rows of every worker."""
     # Where the cut decides what is dropped out, it must not depend on whether features are stored.
     lengths = feed.lengths if feed.is_even and not drops_out(engine.module) else feed.encoded.lengths
-    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, engine.cost_of_pass)
+    # Where examples are packed there is no padding to save by further passes.
+    cost = NEVER if feed.packs and feed.features is None else engine.cost_of_pass
+    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost)
 
 
 def drops_out(module: nn.Module) -> bool:

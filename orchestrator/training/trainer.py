@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assemble import Parts, assemble
@@ -16,7 +18,7 @@ from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_d
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import Scored, score
 from orchestrator.training.export import export_model, write_predictions
-from orchestrator.training.features import make_feeds, split_at_boundary
+from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.loop import Plan, make_plan, training_steps
@@ -91,6 +93,7 @@ def open_session(
     precision = choose_precision(recipe, device)
     plan = make_plan(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
     split = split_at_boundary(prepared, parts, plan)
+    packs = can_pack(Feed(prepared.encoded("train"), torch.device(parts.body.device)), parts.module)
     with build_engine(parts.module, parts.groups, recipe, precision) as engine:
         store = CheckpointStore(
             directory.checkpoints,
@@ -101,6 +104,7 @@ def open_session(
         )
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)
+        session.feeds["train"].packs = packs
         yield session
 
 

@@ -225,3 +225,18 @@ def test_a_template_that_fails_on_an_example_is_told_with_its_row(write: WriteRe
 def test_a_system_prompt_is_put_before_conversations_without_one(write: WriteRecipe) -> None:
     prepared = prepared_of(write({"system": "you are a farm", "train_on": "all"}))
     assert "ystem: you are a farm" in learned_text(prepared, 0)[0]
+
+
+def test_packed_examples_have_the_losses_that_they_have_by_themselves(write: WriteRecipe) -> None:
+    prepared = prepared_of(write({"train_on": "all"}))
+    encoded, parts = prepared.encoded("train"), assemble(prepared)
+    rows = np.arange(9)
+    padded, packed = encoded.batch(rows), encoded.packed_batch(rows)
+    assert (packed["target_ids"] != IGNORED).sum() == (padded["target_ids"] != IGNORED).sum()
+    assert packed["input_ids"].size <= padded["input_ids"].size
+    losses = []
+    for arrays in (padded, packed):
+        batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        batch.pop("labels")
+        losses.append(parts.module(**batch).logits[..., 0].sum())
+    torch.testing.assert_close(losses[1], losses[0])

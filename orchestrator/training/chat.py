@@ -1,0 +1,76 @@
+"""Talk with a trained language model in a terminal, its answers shown as they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import TextStreamer
+
+from orchestrator.errors import InputError, Problem
+from orchestrator.tasks.shared.chat import Template
+from orchestrator.tasks.shared.writing import end_tokens
+from orchestrator.training.inference import load_trained
+
+FORGET, LEAVE = "/new", ("/quit", "/exit")
+
+
+class Screen(TextStreamer):  # type: ignore[misc]
+    """Writes what the model says, word by word."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        # A model may have learned to write what a terminal would obey.
+        self.out.write("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
+        self.out.write("\n" if stream_end else "")
+        self.out.flush()
+
+
+def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None) -> None:
+    """Answer each line until there are no more; `/new` starts over, `/quit` ends.
+
+    Raises:
+        InputError: the directory holds no trained language model.
+    """
+    trained = load_trained(folder)
+    if trained.task.auto_class != "AutoModelForCausalLM":
+        what = f"a model for {trained.task.name} does not talk"
+        raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
+    tokenizer, options = trained.processor, trained.task.options
+    template = Template.of(tokenizer, tokenizer.chat_template)
+    ends = end_tokens(tokenizer, template)
+    system = system or options.system
+    begin = [{"role": "system", "content": system}] if system else []
+    turns = list(begin)
+    ask = "> " if lines.isatty() else ""
+    if ask:
+        out.write(f"{trained.folder}: {FORGET} starts over, {LEAVE[0]} or Ctrl-D ends\n")
+    while True:
+        out.write(ask)
+        out.flush()
+        line = lines.readline()
+        said = line.strip()
+        if not line or said in LEAVE:
+            return
+        if said == FORGET:
+            turns = list(begin)
+        elif said:
+            turns.append({"role": "user", "content": said})
+            prompt = template.render(turns, add_generation_prompt=True)[0]
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(trained.device)
+            with torch.no_grad():
+                written = trained.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=options.max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends or None,
+                    pad_token_id=tokenizer.pad_token_id,
+                    streamer=Screen(tokenizer, out),
+                )
+            answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            turns.append({"role": "assistant", "content": answer})

@@ -1,0 +1,113 @@
+"""What a model will be fed, before anything is trained: examples with their learned tokens marked, lengths, padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator.data.batches import BatchOrder, deal
+from orchestrator.data.packing import best_fit
+from orchestrator.recipe import Recipe
+from orchestrator.tasks import Encoded
+from orchestrator.training.engine import TOKENS_PER_PASS_ON_CPU, micro_batch_size
+from orchestrator.training.loop import NEVER
+from orchestrator.training.prepare import Prepared, prepare
+
+Pieces = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example."""
+
+    where: str
+    """Its place in the data."""
+    length: int
+    num_targets: int
+    pieces: Pieces
+    """Stretches of its text, each with whether it is learned."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A split in numbers; lengths are in tokens, or in whatever unit padding costs."""
+
+    examples: int
+    shortest: int
+    median: int
+    longest: int
+    tokens: int
+    targets: int
+    num_longest: int
+    """Examples of the longest length: where many have it, they were cut."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    prepared: Prepared
+    examples: list[Shown]
+    splits: dict[str, Lengths]
+    padding: float
+    """The share of an epoch's positions that hold nothing but padding."""
+
+
+def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
+    """The first examples of *train* as the model reads them, and the lengths of all; nothing is started.
+
+    Raises:
+        InputError: recipe, data or source are wrong.
+    """
+    prepared = prepare(recipe, strict)
+    encoded = {name: prepared.encoded(name) for name in prepared.tables}
+    train = encoded["train"]
+    examples = [
+        Shown(
+            prepared.examples["train"].where(row),
+            int(train.lengths[row]),
+            int(train.num_targets[row]),
+            prepared.task.pieces(train, row, prepared.processor),
+        )
+        for row in range(min(count, len(train)))
+    ]
+    lengths = {name: measure(split) for name, split in encoded.items()}
+    return Preview(prepared, examples, lengths, padding_share(recipe, train))
+
+
+def measure(encoded: Encoded) -> Lengths:
+    lengths = encoded.lengths
+    longest = int(lengths.max())
+    return Lengths(
+        examples=len(encoded),
+        shortest=int(lengths.min()),
+        median=int(np.median(lengths)),
+        longest=longest,
+        tokens=int(lengths.sum()),
+        targets=int(encoded.num_targets.sum()),
+        num_longest=int((lengths == longest).sum()),
+    )
+
+
+def padding_share(recipe: Recipe, encoded: Encoded) -> float:
+    """As an epoch is dealt to the recipe's workers on processors, packed where examples are."""
+    train, workers = recipe.train, recipe.scale.workers
+    order = BatchOrder(encoded.lengths, train.global_batch_size, train.group_by_length, train.seed)
+    cost = NEVER if encoded.packs else TOKENS_PER_PASS_ON_CPU
+    positions = 0
+    for rows in order.epoch(0):
+        for hands in deal(rows, encoded.lengths, workers, micro_batch_size(recipe), cost):
+            for lengths in (encoded.lengths[mine] for mine in hands if len(mine)):
+                width = int(lengths.max())
+                positions += width * (len(best_fit(lengths.tolist(), width)) if encoded.packs else len(lengths))
+    return 1.0 - float(encoded.lengths.sum()) / positions
+
+
+def as_record(found: Preview) -> dict[str, Any]:
+    """For `--json`."""
+    return {
+        "examples": [vars(example) for example in found.examples],
+        "splits": {name: vars(lengths) for name, lengths in found.splits.items()},
+        "padding": found.padding,
+        "warnings": [str(warning) for warning in found.prepared.warnings],
+    }
