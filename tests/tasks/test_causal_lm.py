@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import orchestrator
 from orchestrator.errors import InputError
 from orchestrator.tasks.causal_lm import IGNORED
 from orchestrator.training.assemble import assemble
-from orchestrator.training.inference import evaluate
+from orchestrator.training.chat import chat
+from orchestrator.training.inference import evaluate, predict
 from orchestrator.training.prepare import Prepared, prepare
 
 WriteRecipe = Callable[..., Path]
@@ -240,3 +242,69 @@ def test_packed_examples_have_the_losses_that_they_have_by_themselves(write: Wri
         batch.pop("labels")
         losses.append(parts.module(**batch).logits[..., 0].sum())
     torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_packing_changes_no_loss_of_a_run(write: WriteRecipe, tmp_path: Path) -> None:
+    losses = {}
+    for pack in (True, False):
+        recipe = write({"pack": pack, "train_on": "all"}, train={"epochs": 1, "log_every": 1})
+        run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / str(pack))
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        losses[pack] = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, write_toy: WriteRecipe, tiny_llama: Path, chats: Path) -> Path:
+    """A run that has learned what animals say."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_toy(
+        folder / "recipe.yaml",
+        tiny_llama,
+        chats,
+        target={"task": "causal-lm", "data": str(chats), "options": {"max_length": 512, "max_new_tokens": 12}},
+        train={"epochs": 25, "learning_rate": 1.0e-2, "evaluate_every": 150},
+    )
+    return orchestrator.train(orchestrator.load_recipe(recipe), folder / "run").directory
+
+
+def test_it_writes_answers_to_prompts_whatever_the_batch(trained: Path, tmp_path: Path) -> None:
+    rows = [{"messages": conversation(animal, number)[:1]} for number, animal in enumerate([*ANSWERS, "cat"])]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = []
+    for batch_size in (1, 3):
+        output = tmp_path / f"{batch_size}.jsonl"
+        assert predict(trained, str(data), output, batch_size, io.StringIO()) == 5
+        found.append([json.loads(line)["prediction"] for line in output.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][4] == "meow!"
+    assert len(set(found[0])) > 1
+
+
+def test_prompts_and_instructions_are_answered_too(trained: Path, tmp_path: Path) -> None:
+    for number, row in enumerate([{"prompt": "what does"}, {"instruction": "say moo"}, {"text": "Assistant:"}]):
+        data = tmp_path / f"{number}.jsonl"
+        data.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        out = io.StringIO()
+        assert predict(trained, str(data), None, 4, out) == 1
+        assert json.loads(out.getvalue())["prediction"]
+    data.write_text(json.dumps({"question": "what?"}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="none of the columns"):
+        predict(trained, str(data), None, 4, io.StringIO())
+
+
+def test_one_can_talk_with_it(trained: Path) -> None:
+    out = io.StringIO()
+    chat(
+        trained,
+        io.StringIO("what does the cat say, number 3?\n\n/new\nwhat does the dog say, number 5?\n/quit\nx\n"),
+        out,
+    )
+    assert out.getvalue().splitlines() == ["meow!", "woof!"]
+
+
+def test_only_language_models_talk(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+    run = orchestrator.train(orchestrator.load_recipe(write_recipe(train={"epochs": 1})), tmp_path / "run")
+    with pytest.raises(InputError, match="a model for text-classification does not talk"):
+        chat(run.directory, io.StringIO("hi\n"), io.StringIO())

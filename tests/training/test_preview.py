@@ -1,0 +1,55 @@
+"""Examples as the model reads them, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator import load_recipe
+from orchestrator.cli import main
+from orchestrator.training.preview import preview
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def language_recipe(write_recipe: WriteRecipe, tiny_gpt2: Path, tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{number} and 1 is", "completion": " " + "1" * (number % 7 + 1)} for number in range(80)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    target = {"task": "causal-lm", "data": str(data), "options": {"max_length": 20}}
+    return write_recipe(source={"model": str(tiny_gpt2)}, target=target)
+
+
+def test_what_is_learned_is_marked(language_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(language_recipe), "--count", "2"]) == 0
+    out = capsys.readouterr().out
+    first = out.splitlines()[:2]
+    assert "sums.jsonl:" in first[0]
+    assert "tokens," in first[0]
+    assert first[1].count("[[") == first[1].count("]]") == 1
+    assert first[1].split("[[")[0].endswith(" and 1 is")
+    assert "padding" in out.splitlines()[-1]
+
+
+def test_lengths_and_padding_are_counted(language_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = preview(load_recipe(language_recipe))
+    train = found.splits["train"]
+    assert train.shortest <= train.median <= train.longest <= 20
+    assert train.targets < train.tokens
+    assert 0.0 <= found.padding < 0.5
+    unpacked = preview(load_recipe(language_recipe, ["target.options.pack=false"]))
+    assert found.padding <= unpacked.padding
+    assert main(["preview", str(language_recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["examples"] == train.examples
+
+
+def test_labels_are_shown_behind_their_texts(write_recipe: WriteRecipe) -> None:
+    (example, *_) = preview(load_recipe(write_recipe())).examples
+    (text, is_learned), (label, is_label) = example.pieces
+    assert (is_learned, is_label) == (False, True)
+    assert "[CLS]" in text
+    assert label in ("animal", "fruit", "vehicle")
