@@ -38,6 +38,7 @@ from orchestrator.training.loop import make_plan
 from orchestrator.training.prepare import prepare
 
 NUM_STEPS, BATCH_SIZE, MAX_LENGTH, NUM_TRAIN = 30, 8, 256, 160
+LONGEST_PROMPT = 200  # Characters.
 TRL_BOUND, SPREAD_BOUND = 1e-5, 1e-4
 MARKED = (
     "{% for m in messages %}{{ m.role }}: "
@@ -106,7 +107,9 @@ class Bench:
         self.folder = folder
         self.source = assets / "model_llama_stories260k"
         lines = (assets / "alpaca_en_demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines[: NUM_TRAIN + 20]]
+        # TRL drops examples whose completions are cut off, which would shift its order of examples.
+        rows = [row for row in map(json.loads, lines) if len(row["instruction"] + row["input"]) < LONGEST_PROMPT]
+        rows = rows[: NUM_TRAIN + 20]
         for form in set(FORMS.values()):
             written = [json.dumps(as_form(row, form)) + "\n" for row in rows]
             (folder / f"{form}-train.jsonl").write_text("".join(written[:NUM_TRAIN]), encoding="utf-8")

@@ -22,8 +22,12 @@ class Screen(TextStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, out: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.out = out
+        self.has_begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.has_begun:
+            text = text.lstrip()
+            self.has_begun = bool(text)
         # A model may have learned to write what a terminal would obey.
         self.out.write("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
         self.out.write("\n" if stream_end else "")

@@ -288,7 +288,9 @@ def test_prompts_and_instructions_are_answered_too(trained: Path, tmp_path: Path
         data.write_text(json.dumps(row) + "\n", encoding="utf-8")
         out = io.StringIO()
         assert predict(trained, str(data), None, 4, out) == 1
-        assert json.loads(out.getvalue())["prediction"]
+        answered = json.loads(out.getvalue())
+        assert isinstance(answered.pop("prediction"), str)
+        assert answered == row
     data.write_text(json.dumps({"question": "what?"}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="none of the columns"):
         predict(trained, str(data), None, 4, io.StringIO())
