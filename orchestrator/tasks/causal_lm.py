@@ -103,7 +103,7 @@ class EncodedTokens(Encoded):
             for example in examples:
                 start, end = end, end + int(lengths[example])
                 part = slice(int(self.ids.offsets[rows[example]]), int(self.ids.offsets[rows[example] + 1]))
-                own, learned = self.ids.values[part], self.learned.values[part] > 0
+                own, learned = self.ids.values[part], self.learned.values[part].astype(bool)
                 ids[line, start:end] = own
                 positions[line, start:end] = np.arange(end - start)
                 targets[line, start : end - 1] = np.where(learned[1:], own[1:], IGNORED)
