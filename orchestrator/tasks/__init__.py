@@ -37,4 +37,5 @@ def find_task(name: str, where: str | None = None) -> type[Task]:
 def read_options(recipe: Recipe) -> tuple[type[Task], Any]:
     """The recipe's task and its options, checked; raises RecipeError with every wrong option."""
     task = find_task(recipe.target.task, recipe.origin.where("target.task"))
-    return task, check_section(task.Options, recipe.target.options, "target.options", recipe.origin)
+    options = check_section(task.Options, recipe.target.options, "target.options", recipe.origin)
+    return task, task.locate(options, recipe.origin.folder)

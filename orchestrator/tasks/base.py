@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -103,6 +104,11 @@ class Task(ABC):
     metrics_shown: Sequence[str]
     """Metrics for the table that a person sees, the main one first."""
     main_metric: MainMetric
+
+    @classmethod
+    def locate(cls, options: Any, folder: Path) -> Any:
+        """The options with files that they name as the recipe means them: relative to its folder."""
+        return options
 
     @classmethod
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class CausalOptions(Section):
     """What is learned: `completions` and the answers of assistants, the `last` answer alone, or `all`. Texts without a
     prompt are always learned whole."""
     chat_template: str | None = None
-    """`plain` or `chatml`, or a file with a Jinja template; null: the tokenizer's own."""
+    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own."""
     pack: bool = True
     """Put several examples into one row in training, so that little is padding; the losses stay the same."""
     system: str | None = None
@@ -132,6 +133,13 @@ class CausalLanguageModelling(Task):
         self.form = form
 
     @classmethod
+    def locate(cls, options: CausalOptions, folder: Path) -> CausalOptions:
+        named = options.chat_template
+        if named is None or named in SHIPPED:
+            return options
+        return options.model_copy(update={"chat_template": str(folder / named)})
+
+    @classmethod
     def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
         return columns_of(options.form)
 
@@ -155,7 +163,8 @@ class CausalLanguageModelling(Task):
 
     @classmethod
     def restore(cls, options: CausalOptions, config: Any) -> CausalLanguageModelling:
-        return cls(options, options.form)
+        # The template was saved with the tokenizer; its file may be gone.
+        return cls(options.model_copy(update={"chat_template": None}), options.form)
 
     def metric_directions(self) -> dict[str, bool]:
         return {"nll": False, "perplexity": False, "loss": False, "token_accuracy": True}
@@ -210,7 +219,7 @@ class CausalLanguageModelling(Task):
         named = self.options.chat_template
         if named is not None and read_template(named) is None:
             where = recipe.origin.where("target.options.chat_template")
-            problems.append(Problem(f"there is no chat template {named!r}", where, "use plain or chatml, or a file"))
+            problems.append(Problem(f"there is no chat template {named}", where, "use plain or chatml, or a file"))
         if recipe.transfer.head.layers:
             where = recipe.origin.where("transfer.head.layers")
             what = "a language model keeps its output layer, so it takes no extra head layers"

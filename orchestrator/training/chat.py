@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.tasks.shared.chat import Template
+from orchestrator.tasks.shared.tokenizers import longest_input
 from orchestrator.tasks.shared.writing import end_tokens
 from orchestrator.training.inference import load_trained
 
@@ -46,7 +47,7 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None) ->
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
     tokenizer, options = trained.processor, trained.task.options
     template = Template.of(tokenizer, tokenizer.chat_template)
-    ends = end_tokens(tokenizer, template)
+    ends, longest = end_tokens(tokenizer, template), longest_input(tokenizer, trained.model.config)
     system = system or options.system
     begin = [{"role": "system", "content": system}] if system else []
     turns = list(begin)
@@ -66,6 +67,8 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None) ->
             turns.append({"role": "user", "content": said})
             prompt = template.render(turns, add_generation_prompt=True)[0]
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(trained.device)
+            if longest is not None:  # What was said long ago is forgotten.
+                ids = ids[:, -max(1, longest - options.max_new_tokens) :]
             with torch.no_grad():
                 written = trained.model.generate(
                     input_ids=ids,

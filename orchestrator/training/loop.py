@@ -112,7 +112,8 @@ def take_step(
 ) -> tuple[float, float]:
     """One optimizer step on the global batch `rows`; returns its loss and the norm of its gradient."""
     passes = cut(engine, feed, plan, rows)
-    num_targets = int(feed.encoded.num_targets[rows].sum())
+    # Of texts that were cut there may be nothing left to learn.
+    num_targets = max(1, int(feed.encoded.num_targets[rows].sum()))
     stream = (plan.seed, index // plan.order.steps_per_epoch)
     total = torch.zeros((), device=engine.device)
     for number, hands in enumerate(passes):

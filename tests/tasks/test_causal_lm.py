@@ -194,7 +194,7 @@ def test_examples_that_lose_their_answers_are_told(write: WriteRecipe) -> None:
 @pytest.mark.parametrize(
     ("options", "sections", "expected"),
     [
-        ({"chat_template": "chatlm"}, {}, "there is no chat template 'chatlm'"),
+        ({"chat_template": "chatlm"}, {}, "there is no chat template .*/chatlm"),
         ({"max_length": 513}, {}, "reads at most 512 tokens"),
         ({}, {"transfer": {"head": {"layers": [8]}}}, "takes no extra head layers"),
         ({"form": "alpaca"}, {}, "there is no column instruction"),
@@ -310,3 +310,31 @@ def test_only_language_models_talk(tmp_path: Path, write_recipe: WriteRecipe) ->
     run = orchestrator.train(orchestrator.load_recipe(write_recipe(train={"epochs": 1})), tmp_path / "run")
     with pytest.raises(InputError, match="a model for text-classification does not talk"):
         chat(run.directory, io.StringIO("hi\n"), io.StringIO())
+
+
+def test_a_template_file_lies_beside_the_recipe_and_is_saved_with_the_model(write: WriteRecipe, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        encoding="utf-8",
+    )
+    recipe = write({"chat_template": "mine.jinja"}, train={"epochs": 1})
+    run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
+    template.unlink()
+    scored = evaluate(run.directory, None, "test")
+    assert scored["metrics"]["nll"] == pytest.approx(run.result["metrics"]["test"]["nll"], rel=1e-4)
+
+
+def test_a_batch_that_has_nothing_to_learn_is_no_error(write: WriteRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": "x" * (100 if number % 4 == 0 else 5) + str(number), "completion": "yes"} for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = write({"max_length": 40}, data=str(path), train={"epochs": 1, "global_batch_size": 1, "log_every": 1})
+    run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
+    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in lines if row["split"] == "train"]
+    assert 0.0 in losses
+    assert max(losses) > 1.0

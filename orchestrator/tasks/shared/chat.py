@@ -93,10 +93,8 @@ def render_sample(sample: Sample, template: Template, train_on: TrainOn) -> tupl
     learned = [number for number in answers if number >= sample.num_given]
     if train_on == "last":
         learned = learned[-1:]
-    if template.has_marks and len(marked) == len(answers):
+    if len(marked) == len(answers):
         return text, [span for number, span in zip(answers, marked, strict=True) if number in learned]
-    if template.has_marks:
-        raise ValueError(f"the template marks {len(marked)} answers where there are {len(answers)}")
     return text, [find_answer(sample.turns, number, text, template) for number in learned]
 
 

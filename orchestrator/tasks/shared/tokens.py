@@ -30,38 +30,35 @@ def encode_samples(
 
     Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says.
 
+    Args:
+        samples: all of them conversations, or all texts.
+
     Raises:
         CannotEncode: the template fails on an example.
     """
     ids: list[npt.NDArray[np.int32]] = []
     learned: list[npt.NDArray[np.int8]] = []
+    is_chat = any(sample.turns for sample in samples)
     for start in range(0, len(samples), TEXTS_TOGETHER):
         some = samples[start : start + TEXTS_TOGETHER]
         written = [write(sample, template, train_on, start + row) for row, sample in enumerate(some)]
-        for is_chat in (False, True):
-            rows = [row for row, sample in enumerate(some) if bool(sample.turns) == is_chat]
-            if not rows:
-                continue
-            assert len(rows) == len(some), "a split holds conversations or texts"
-            encoded = tokenizer(
-                [text for text, _ in written],
-                add_special_tokens=not is_chat,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                truncation=False,
-                padding=False,
-            )
-            for (text, spans), own, offsets in zip(
-                written, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            ):
-                kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
-                row_ids = np.array(own, np.int32)
-                if not is_chat:
-                    row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
-                kept[:1] = 0
-                ids.append(row_ids[:max_length])
-                learned.append(kept[:max_length])
+        encoded = tokenizer(
+            [text for text, _ in written],
+            add_special_tokens=not is_chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+        )
+        for (text, spans), own, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
+            row_ids = np.array(own, np.int32)
+            if not is_chat:
+                row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
+            kept[:1] = 0
+            ids.append(row_ids[:max_length])
+            learned.append(kept[:max_length])
     return pa.table({"input_ids": as_lists(ids, pa.int32()), "learned": as_lists(learned, pa.int8())})
 
 

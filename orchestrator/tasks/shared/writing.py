@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from orchestrator.data.conversations import Sample
 from orchestrator.tasks.shared.chat import Template, render_sample
 from orchestrator.tasks.shared.tokenizers import longest_input
+
+ANSWER = "so be it"
 
 
 def as_prompt(sample: Sample, template: Template) -> str:
@@ -24,9 +27,14 @@ def as_prompt(sample: Sample, template: Template) -> str:
 
 def end_tokens(tokenizer: Any, template: Template) -> list[int]:
     """Tokens after which nothing more is written: the end of a text, and what closes an answer."""
-    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    text, (span,) = render_sample(Sample(turns=turns), template, "completions")
-    closing = tokenizer(text[slice(*span)].strip().removeprefix("b").strip(), add_special_tokens=False)["input_ids"]
+    from jinja2 import TemplateError
+
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER})
+    closing: list[int] = []
+    with contextlib.suppress(TemplateError, ValueError):
+        text, (span,) = render_sample(Sample(turns=turns), template, "completions")
+        after = text[slice(*span)].partition(ANSWER)[2].strip()
+        closing = tokenizer(after, add_special_tokens=False)["input_ids"]
     known = [tokenizer.eos_token_id, *(closing if len(closing) == 1 else [])]
     return sorted({token for token in known if token is not None})
 
