@@ -1,9 +1,10 @@
-"""Are loss and gradient norm of every step those of TRL's SFTTrainer, and the same however the work is spread?
+"""Are loss and gradient norm of every step those of TRL's trainers, and the same however the work is spread?
 
 The model is a Llama of 260,000 parameters that tells children's stories, tuned to the instructions of alpaca_en_demo in
-30 steps in fp32 on processors: full tuning and LoRA; texts, completions, and the answers of conversations. TRL gets our
-initial weights and our order of examples; templates, tokens, masks, padding, loss and optimizer are its own. Ours runs
-(a) with examples padded, as TRL's are, and packed, and (b) on two Ray workers.
+30 steps in fp32 on processors: full tuning and LoRA; texts, completions, the answers of conversations (SFTTrainer), and
+preferences between two answers (DPOTrainer). TRL gets our initial weights and our order of examples; templates, tokens,
+masks, padding, loss and optimizer are its own. Ours runs (a) with examples padded, as TRL's are, and packed, and (b) on
+two Ray workers.
 
 TRL finds answers only by the marks of a template; ours does without them in "answers, unmarked".
 
@@ -47,7 +48,13 @@ MARKED = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-FORMS = {"texts": "text", "completions": "prompt-completion", "answers": "messages", "answers, unmarked": "messages"}
+FORMS = {
+    "texts": "text",
+    "completions": "prompt-completion",
+    "answers": "messages",
+    "answers, unmarked": "messages",
+    "preferences": "preference",
+}
 METHODS = ("full", "lora")
 ADAPTER = {"type": "lora", "r": 8, "alpha": 16}
 SPREADS: dict[str, dict[str, Any]] = {
@@ -111,7 +118,8 @@ class Bench:
         rows = [row for row in map(json.loads, lines) if len(row["instruction"] + row["input"]) < LONGEST_PROMPT]
         rows = rows[: NUM_TRAIN + 20]
         for form in set(FORMS.values()):
-            written = [json.dumps(as_form(row, form)) + "\n" for row in rows]
+            others = [*rows[1:], rows[0]]
+            written = [json.dumps(as_form(*pair, form)) + "\n" for pair in zip(rows, others, strict=True)]
             (folder / f"{form}-train.jsonl").write_text("".join(written[:NUM_TRAIN]), encoding="utf-8")
             (folder / f"{form}-select.jsonl").write_text("".join(written[NUM_TRAIN:]), encoding="utf-8")
         (folder / "marked.jinja").write_text(MARKED, encoding="utf-8")
@@ -119,15 +127,16 @@ class Bench:
 
     def recipe(self, case: str, method: str, packs: bool, spread: str | None = None) -> Recipe:
         form = FORMS[case]
-        options = {"max_length": MAX_LENGTH, "pack": packs, "form": form}
+        options: dict[str, Any] = {"max_length": MAX_LENGTH}
+        if form != "preference":
+            options |= {"pack": packs, "form": form}
         if form == "messages":
-            name = "unmarked" if "unmarked" in case else "marked"
-            options["chat_template"] = str(self.folder / f"{name}.jinja")
+            options["chat_template"] = "unmarked.jinja" if "unmarked" in case else "marked.jinja"
         recipe = {
             "name": "parity",
             "source": {"model": str(self.source)},
             "target": {
-                "task": "causal-lm",
+                "task": "preference" if form == "preference" else "causal-lm",
                 "data": {split: str(self.folder / f"{form}-{split}.jsonl") for split in ("train", "select")},
                 "split": {"test": 0},
                 "options": options,
@@ -135,7 +144,8 @@ class Bench:
             "transfer": {"adapter": ADAPTER if method == "lora" else None},
             "train": {
                 "steps": NUM_STEPS,
-                "learning_rate": 3.0e-3 if method == "lora" else 1.0e-3,
+                # Preferences want a tenth of the rate; at more, rounding grows faster than what is learned.
+                "learning_rate": (3.0e-3 if method == "lora" else 1.0e-3) / (10 if form == "preference" else 1),
                 "warmup_ratio": 0.1,
                 "weight_decay": 0.0,
                 "global_batch_size": BATCH_SIZE,
@@ -181,7 +191,9 @@ class Bench:
         losses: list[float] = []
         norms: list[float] = []
 
-        class InOrder(trl.SFTTrainer):  # type: ignore[misc]
+        is_preference = case == "preferences"
+
+        class InOrder(trl.DPOTrainer if is_preference else trl.SFTTrainer):  # type: ignore[misc]
             def _get_train_sampler(self, *_: Any) -> Any:
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -197,7 +209,7 @@ class Bench:
         train = recipe.train
         InOrder(
             model=model,
-            args=trl.SFTConfig(
+            args=(trl.DPOConfig if is_preference else trl.SFTConfig)(
                 output_dir=str(self.folder / "trl"),
                 max_steps=NUM_STEPS,
                 per_device_train_batch_size=BATCH_SIZE,
@@ -207,7 +219,7 @@ class Bench:
                 weight_decay=train.weight_decay,
                 max_grad_norm=train.max_grad_norm,
                 max_length=MAX_LENGTH,
-                assistant_only_loss=FORMS[case] == "messages",
+                **({} if is_preference else {"assistant_only_loss": FORMS[case] == "messages"}),
                 gradient_checkpointing=False,
                 logging_steps=1,
                 logging_nan_inf_filter=False,
@@ -223,12 +235,15 @@ class Bench:
         return list(zip(losses, norms, strict=True))
 
 
-def as_form(row: dict[str, str], form: str) -> dict[str, Any]:
+def as_form(row: dict[str, str], other: dict[str, str], form: str) -> dict[str, Any]:
+    """A row in the words of a form; `other` has an answer that does not belong."""
     asked = f"{row['instruction']}\n{row['input']}".strip()
     if form == "messages":
         return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]}
     if form == "text":
         return {"text": f"{asked}\n{row['output']}"}
+    if form == "preference":
+        return {"prompt": f"{asked}\n", "chosen": row["output"], "rejected": other["output"]}
     return {"prompt": f"{asked}\n", "completion": row["output"]}
 
 
@@ -239,6 +254,8 @@ def run_all(bench: Bench, cases: list[str], spreads: list[str]) -> list[Row]:
             name, theirs = f"{case}, {method}", bench.theirs(case, method)
             alone = bench.ours(case, method, packs=False)
             rows.append(compare(f"{name}, padded", alone, "TRL", theirs, TRL_BOUND))
+            if case == "preferences":
+                continue
             packed = bench.ours(case, method, packs=True)
             rows.append(compare(f"{name}, packed", packed, "TRL", theirs, TRL_BOUND))
             for spread in spreads if case == "completions" else []:

@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +211,19 @@ class Bench:
             rows = [json.loads(line) for line in (Path(output) / "s" / "trials.jsonl").read_text().splitlines()]
         # An ASHA-stopped trial has not seen what the peer's saw.
         self.scores[f"{name} ours {precision}"] = {
-            int(row["id"]): (row["metrics"]["accuracy"], row["history"][-1]["loss"])
+            self.number_of(workload, row["parameters"]): (row["metrics"]["accuracy"], row["history"][-1]["loss"])
             for row in rows
             if row["status"] == "finished"
         }
         return seconds
+
+    def number_of(self, workload: Workload, parameters: dict[str, Any]) -> int:
+        """Our trials are in the order of the recipe's keys, the peer's in that of the workload."""
+        given = {path.rpartition(".")[2]: value for path, value in parameters.items()}
+        return next(trial["number"] for trial in self.trials(workload) if given.items() <= trial.items())
+
+    def trials(self, workload: Workload) -> list[dict[str, Any]]:
+        return replace(workload, depths=self.depths(workload)).trials()
 
     def peer(self, claim: Claim) -> float:
         """Seconds of theirs; of a share of the trials the time inside `fit` is multiplied."""
@@ -236,7 +244,7 @@ class Bench:
         if not nothing:
             workload = WORKLOADS[claim.workload]
             folder = self.prepare(workload)
-            trials = [trial for trial in workload.trials() if trial["freeze"] in self.depths(workload)]
+            trials = self.trials(workload)
             share = 1 if claim.peer_asha else self.share_of(len(trials), len(self.depths(workload)))
             order = BatchOrder(np.ones(workload.num_train, np.int64), BATCH_SIZE, False, 0)
             settings |= {

@@ -128,7 +128,7 @@ def read_samples(examples: Examples, form: Form) -> list[Sample]:
             strict=True,
         )
         return [_from_alpaca(*row) for row in rows]
-    return [_from_pair(*pair) for pair in zip(table["prompt"], table["completion"], strict=True)]
+    return [sample_of_pair(*pair) for pair in zip(table["prompt"], table["completion"], strict=True)]
 
 
 def read_prompts(examples: Examples, form: Form) -> list[Sample]:
@@ -163,7 +163,8 @@ def _from_alpaca(instruction: str, context: str | None, output: str, system: str
     return Sample(turns=turns, num_given=len(turns) - 1)
 
 
-def _from_pair(prompt: str | list[str], completion: str | list[str]) -> Sample:
+def sample_of_pair(prompt: str | list[str], completion: str | list[str]) -> Sample:
+    """A prompt and what is to follow it, each as text or as turns."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return Sample(prompt=prompt, completion=completion)
     given = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _turns(prompt)
@@ -187,7 +188,7 @@ def _check_split(examples: Examples, form: Form, needs_answers: bool = True) -> 
         if column.name not in examples.table.column_names:
             continue
         if pa.types.is_list(examples.table.column(column.name).type):
-            problems += _check_turns(examples, column.name, form, needs_answers and column.name != "prompt")
+            problems += check_turns(examples, column.name, form, needs_answers and column.name != "prompt")
         elif form in ("messages", "sharegpt"):
             what = f"{column.name} holds text; it must hold lists of objects, one a turn"
             problems.append(Problem(what, examples.where(0), 'write [{"role": "user", "content": ...}, ...]'))
@@ -199,7 +200,7 @@ def _check_split(examples: Examples, form: Form, needs_answers: bool = True) -> 
     return problems
 
 
-def _check_turns(examples: Examples, column: str, form: Form, needs_answer: bool) -> list[Problem]:
+def check_turns(examples: Examples, column: str, form: Form, needs_answer: bool) -> list[Problem]:
     """What is wrong with conversations, each kind of mistake with up to three of its rows."""
     found: dict[str, list[tuple[int, str]]] = {}
     for row, turns in enumerate(examples.table.column(column).to_pylist()):

@@ -55,6 +55,12 @@ class Encoded(ABC):
     augments: bool = False
     """Whether training batches are changed at random."""
 
+    rows_per_example: int = 1
+    """Rows of a batch that each example takes."""
+
+    reference: npt.NDArray[np.float64] | None = None
+    """What the source makes of the examples, for tasks that need it; batches hold it as `labels`."""
+
     packs: bool = False
     """Whether `packed_batch` may take the place of `batch` in training, where the model keeps packed examples apart."""
 
@@ -95,6 +101,8 @@ class Task(ABC):
     """The class of `transformers` that makes the model with the task's head."""
     processor_class: ClassVar[str]
     """The class of `transformers` that loads the processor."""
+    needs_reference: ClassVar[bool] = False
+    """Whether the loss asks what the source made of an example: its `predict`, which has one entry."""
     has_new_head: ClassVar[bool] = True
     """Whether the head is the task's own; otherwise the source's is kept, and frozen beside an adapter."""
     options: Any

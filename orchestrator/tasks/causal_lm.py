@@ -261,7 +261,10 @@ class CausalLanguageModelling(Task):
         turns = ({"role": "system", "content": self.options.system}, *sample.turns)
         return Sample(turns, sample.num_given + 1 if sample.num_given else 0)
 
-    def wrap(self, table: pa.Table, processor: Any) -> EncodedTokens:
+    def wrap(self, table: pa.Table, processor: Any) -> Encoded:
+        return self._wrap_texts(table, processor)
+
+    def _wrap_texts(self, table: pa.Table, processor: Any) -> EncodedTokens:
         ids, learned = (Ragged.of(table[name]) for name in ("input_ids", "learned"))
         return EncodedTokens(ids, learned, processor.pad_token_id, self.options.pack)
 

@@ -14,6 +14,8 @@ from orchestrator.tasks.base import Arrays
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 
+Gathered = list[tuple[list[Any], list[Arrays], float]]
+"""Rows, predictions and summed loss of each worker."""
 EVALUATION_BATCH_FACTOR = 2  # Without gradients, twice the examples fit into the same memory.
 
 
@@ -40,6 +42,18 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scor
 
     All workers call this, and each takes part in every forward pass, for models that are sharded over them.
     """
+    gathered = predict_share(engine, task, feed, micro_batch_size)
+    predictions, metrics = {}, {}
+    if engine.rank == 0:
+        predictions = in_order(gathered)
+        num_targets = int(feed.encoded.num_targets.sum())
+        metrics = {"loss": sum(share[2] for share in gathered) / num_targets}
+        metrics.update(task.metrics(predictions, feed.encoded.targets()))
+    return Scored(engine.from_first_worker(metrics), predictions)
+
+
+def predict_share(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Gathered:
+    """Predict this worker's share of a split; returns those of all workers, on worker 0."""
     engine.model.eval()
     rows, parts, total = [], [], 0.0
     batch_size = micro_batch_size * EVALUATION_BATCH_FACTOR
@@ -50,17 +64,18 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scor
             rows.append(mine)
             parts.append(predictions)
             total += loss
-    gathered = engine.gather((rows, parts, total))
-    predictions, metrics = {}, {}
-    if engine.rank == 0:
-        predictions = in_order(gathered)
-        num_targets = int(feed.encoded.num_targets.sum())
-        metrics = {"loss": sum(share[2] for share in gathered) / num_targets}
-        metrics.update(task.metrics(predictions, feed.encoded.targets()))
-    return Scored(engine.from_first_worker(metrics), predictions)
+    gathered: Gathered = engine.gather((rows, parts, total))
+    return gathered
 
 
-def in_order(gathered: list[tuple[list[Any], list[Arrays], float]]) -> Arrays:
+def refer_to_source(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> None:
+    """Have the split hold what the model, not trained yet, makes of its examples. All workers call this."""
+    gathered = predict_share(engine, task, feed, micro_batch_size)
+    (found,) = in_order(gathered).values() if engine.rank == 0 else (None,)
+    feed.encoded.reference = engine.from_first_worker(found)
+
+
+def in_order(gathered: Gathered) -> Arrays:
     """Predictions of all workers put back into the order of the split."""
     rows = np.concatenate([part for share in gathered for part in share[0]])
     order = np.argsort(rows, kind="stable")

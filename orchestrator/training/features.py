@@ -49,6 +49,8 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     boundary = boundary_of(parts)
     if boundary is None or not is_wanted(prepared, parts, plan, boundary):
         return None
+    if encoded.rows_per_example > 1:
+        return Unsplit("an example is several texts")
     if encoded.augments:
         return Unsplit("training examples are changed at random")
     if prepared.recipe.scale.zero_stage == 3:

@@ -153,7 +153,9 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
     if problems:
         raise DataError(problems)
     scored = predict_examples(trained, examples)
-    metrics = {"loss": scored.loss, **trained.task.metrics(scored.predictions, scored.targets)}
+    metrics = trained.task.metrics(scored.predictions, scored.targets)
+    if not trained.task.needs_reference:  # The source is not at hand.
+        metrics = {"loss": scored.loss, **metrics}
     details = trained.task.details(scored.predictions, scored.targets)
     where = data or f"{split} of {recipe.name}"
     return {

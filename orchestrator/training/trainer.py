@@ -16,7 +16,7 @@ from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
-from orchestrator.training.evaluation import Scored, score
+from orchestrator.training.evaluation import Scored, refer_to_source, score
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
@@ -105,6 +105,10 @@ def open_session(
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)
         session.feeds["train"].packs = packs
+        if prepared.task.needs_reference:
+            session.tell("asking the source")
+            for feed in session.feeds.values():
+                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size)
         yield session
 
 

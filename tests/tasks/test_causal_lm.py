@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,9 +329,8 @@ def test_a_template_file_lies_beside_the_recipe_and_is_saved_with_the_model(writ
 
 def test_a_batch_that_has_nothing_to_learn_is_no_error(write: WriteRecipe, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    rows = [
-        {"prompt": "x" * (100 if number % 4 == 0 else 5) + str(number), "completion": "yes"} for number in range(40)
-    ]
+    letters = string.ascii_letters[:40]
+    rows = [{"prompt": letter * (100 if place % 2 else 5), "completion": "yes"} for place, letter in enumerate(letters)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = write({"max_length": 40}, data=str(path), train={"epochs": 1, "global_batch_size": 1, "log_every": 1})
     run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")

@@ -1,0 +1,182 @@
+"""Preference tuning: of two answers to a prompt, the chosen one is to become likelier (Rafailov et al. 2023, DPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from orchestrator.data import overlap
+from orchestrator.data.columns import Column
+from orchestrator.data.examples import Examples
+from orchestrator.data.preferences import SIDES, check_pairs, read_pairs
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe import Recipe
+from orchestrator.tasks.base import Arrays, Encoded, MainMetric
+from orchestrator.tasks.causal_lm import CausalLanguageModelling, CausalOptions, EncodedTokens
+from orchestrator.tasks.shared.chat import Template
+from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
+
+
+class PreferenceOptions(CausalOptions):
+    """Options of `preference`."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to its source: the temperature of the preference."""
+
+
+@dataclass
+class EncodedPairs(Encoded):
+    """Two answers to each prompt, as texts of their own."""
+
+    sides: tuple[EncodedTokens, EncodedTokens]
+    """Chosen, rejected."""
+    reference: npt.NDArray[np.float64] | None = None
+
+    rows_per_example = 2
+
+    def __post_init__(self) -> None:
+        self.lengths = np.maximum(*(side.lengths for side in self.sides))
+        self.num_targets = np.ones(len(self.lengths), np.int64)
+
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+        """All chosen answers, then all rejected ones; `labels` are the source's log-probabilities of them."""
+        batches = [side.batch(rows) for side in self.sides]
+        width = max(batch["input_ids"].shape[1] for batch in batches)
+        fill = {"input_ids": self.sides[0].pad_token_id, "attention_mask": 0, "target_ids": -100}
+        joined: Arrays = {
+            name: np.concatenate([widen(batch[name], width, value) for batch in batches])
+            for name, value in fill.items()
+        }
+        if self.reference is not None:
+            joined["labels"] = self.reference[rows]
+        return joined
+
+    def targets(self) -> Arrays:
+        nothing = np.full((len(self), 2), np.nan)
+        return {"reference": nothing if self.reference is None else self.reference}
+
+
+class PreferenceTuning(CausalLanguageModelling):
+    """The better of two answers, through `AutoModelForCausalLM`."""
+
+    name = "preference"
+    Options = PreferenceOptions
+    metrics_shown: Sequence[str] = ("accuracy", "margin")
+    main_metric = MainMetric("accuracy", higher_is_better=True)
+    needs_reference = True
+    options: PreferenceOptions
+
+    @classmethod
+    def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
+        return (
+            Column("prompt", "turns", required=False, aliases=("question", "instruction")),
+            Column("chosen", "turns"),
+            Column("rejected", "turns"),
+        )
+
+    @classmethod
+    def check(cls, options: CausalOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
+        problems = [problem for split in splits.values() for problem in check_pairs(split)]
+        names = [name for name in ("prompt", *SIDES) if name in splits["train"].table.column_names]
+        return problems or overlap.check_overlap(splits, names)
+
+    @classmethod
+    def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> PreferenceTuning:
+        return cls(options, "prompt-completion")
+
+    @classmethod
+    def restore(cls, options: CausalOptions, config: Any) -> PreferenceTuning:
+        return cls(options.model_copy(update={"chat_template": None}), "prompt-completion")
+
+    def metric_directions(self) -> dict[str, bool]:
+        return {"accuracy": True, "margin": True, "loss": False}
+
+    def describe(self) -> str:
+        return "the better of two answers"
+
+    def check_inputs(self, examples: Examples) -> list[Problem]:
+        return check_pairs(examples)
+
+    def encode(self, examples: Examples, processor: Any) -> pa.Table:
+        template = Template.of(processor, processor.chat_template)
+        columns: dict[str, Any] = {}
+        for side, samples in zip(SIDES, read_pairs(examples), strict=True):
+            given = [self._with_system(sample) for sample in samples]
+            try:
+                table = encode_samples(given, processor, template, "completions", self.options.max_length)
+            except CannotEncode as error:
+                remedy = "set target.options.chat_template to a template that suits the data, or mend the data"
+                raise DataError(Problem(str(error), examples.where(error.row), remedy)) from error
+            columns |= {f"{side}_{name}": table[name] for name in table.column_names}
+        return pa.table(columns)
+
+    def wrap(self, table: pa.Table, processor: Any) -> EncodedPairs:
+        def side(name: str) -> EncodedTokens:
+            names = {f"{name}_{part}": part for part in ("input_ids", "learned")}
+            return self._wrap_texts(table.select(list(names)).rename_columns(list(names.values())), processor)
+
+        return EncodedPairs((side("chosen"), side("rejected")))
+
+    def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
+        assert isinstance(encoded, EncodedPairs)
+        found = [super(PreferenceTuning, self).check_encoded(split, side, recipe) for side in encoded.sides]
+        return [
+            replace(problem, what=f"{side} answers: {problem.what}")
+            for side, problems in zip(SIDES, found, strict=True)
+            for problem in problems
+        ]
+
+    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+        assert isinstance(encoded, EncodedPairs)
+        shown = [
+            [(f"\n{side}: ", False), *self._pieces_of(each, row, processor)] for side, each in self._named(encoded)
+        ]
+        return list(chain.from_iterable(shown))
+
+    def _pieces_of(self, encoded: EncodedTokens, row: int, processor: Any) -> list[tuple[str, bool]]:
+        return super().pieces(encoded, row, processor)
+
+    @staticmethod
+    def _named(encoded: EncodedPairs) -> list[tuple[str, EncodedTokens]]:
+        return list(zip(SIDES, encoded.sides, strict=True))
+
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        from torch.nn import functional
+
+        gained = log_probabilities(outputs) - labels
+        return -functional.logsigmoid(self.options.beta * (gained[:, 0] - gained[:, 1])).sum()
+
+    def predict(self, outputs: Any) -> dict[str, Any]:
+        return {"log_probabilities": log_probabilities(outputs)}
+
+    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+        """`margin` is the mean of beta times what the chosen answer has gained over the rejected one, in nats."""
+        gained = predictions["log_probabilities"] - np.nan_to_num(targets["reference"], nan=0.0)
+        margins = self.options.beta * (gained[:, 0] - gained[:, 1])
+        return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
+
+    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+        return {}
+
+    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+        found = predictions["log_probabilities"]
+        return {side: [float(value) for value in found[:, number]] for number, side in enumerate(SIDES)}
+
+
+TASK = PreferenceTuning
+
+
+def log_probabilities(outputs: Any) -> Any:
+    """Of the answers, as the model has them; shape [examples, 2]. In fp64: their differences are small."""
+    return -outputs.logits[..., 0].double().sum(1).view(2, -1).T
+
+
+def widen(values: npt.NDArray[Any], width: int, fill: int) -> npt.NDArray[Any]:
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)

@@ -1,0 +1,118 @@
+"""Preference tuning: the loss of the paper, the source as its reference, what a run learns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import orchestrator
+from orchestrator.tasks.preference import PreferenceOptions, PreferenceTuning
+from orchestrator.training.assemble import assemble
+from orchestrator.training.inference import evaluate
+from orchestrator.training.prepare import prepare
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe_of(write_recipe: WriteRecipe, tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Uneven answers; the chosen one says yes."""
+    rows = [
+        {"prompt": f"is {number} a number?", "chosen": " yes" * (number % 3 + 1), "rejected": " no, never"}
+        for number in range(60)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def write(**sections: Any) -> Path:
+        target = {"task": "preference", "data": str(data), "options": {"max_length": 48}}
+        return write_recipe(source={"model": str(tiny_gpt2)}, target=target, **sections)
+
+    return write
+
+
+def test_the_loss_is_that_of_the_paper() -> None:
+    task = PreferenceTuning(PreferenceOptions(beta=0.5), None)
+    losses = torch.tensor([[1.0, 2.0], [3.0, 0.5], [4.0, 4.0], [1.0, 1.0]])  # Two chosen answers, two rejected ones.
+    outputs = SimpleNamespace(logits=torch.stack([losses, torch.zeros_like(losses)], -1))
+    reference = torch.tensor([[-4.0, -6.0], [-3.0, -3.0]])
+    gains = torch.tensor([(-3.0 + 4.0) - (-8.0 + 6.0), (-3.5 + 3.0) - (-2.0 + 3.0)])
+    expected = -torch.log(torch.sigmoid(0.5 * gains)).sum()
+    torch.testing.assert_close(task.loss(outputs, reference), expected.double())
+    metrics = task.metrics(
+        {name: values.numpy() for name, values in task.predict(outputs).items()}, {"reference": reference.numpy()}
+    )
+    assert metrics == {"accuracy": 0.5, "margin": pytest.approx(float(0.5 * gains.mean()))}
+
+
+def test_only_answers_count_each_with_its_end(recipe_of: Callable[..., Path]) -> None:
+    prepared = prepare(orchestrator.load_recipe(recipe_of()))
+    pieces = prepared.task.pieces(prepared.encoded("train"), 0, prepared.processor)
+    learned = [text for text, is_learned in pieces if is_learned]
+    assert learned[0].startswith(" yes")
+    assert learned == [learned[0], " no, never<|endoftext|>"]
+    assert learned[0].endswith("<|endoftext|>")
+
+
+@pytest.mark.parametrize("transfer", [{}, {"adapter": {"type": "lora", "r": 4}}])
+def test_it_learns_to_prefer_and_begins_at_its_source(
+    transfer: dict[str, Any], recipe_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(transfer=transfer, train={"epochs": 3, "learning_rate": 5.0e-3, "log_every": 1})
+    run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-2)  # Nothing is gained yet, dropout aside.
+    assert losses[-1] < losses[0]
+    assert run.result["before"]["test"]["margin"] == pytest.approx(0.0, abs=1e-4)
+    assert run.result["metrics"]["test"]["accuracy"] == 1.0
+    assert run.result["metrics"]["test"]["margin"] > 0.0
+    scored = evaluate(run.directory, None, "test")["metrics"]
+    assert "loss" not in scored
+
+
+def test_a_killed_run_goes_on_with_the_same_reference(recipe_of: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"epochs": 2, "learning_rate": 5.0e-3, "log_every": 1, "save_every": 4}
+    recipe = orchestrator.load_recipe(recipe_of(train=settings))
+    whole = orchestrator.train(recipe, tmp_path / "whole")
+    half = tmp_path / "half"
+
+    def losses_of(folder: Path) -> list[float]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if row["split"] == "train"]
+
+    shutil.copytree(whole.directory, half)
+    (half / "result.json").unlink()
+    for folder in sorted((half / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    again = orchestrator.train(recipe, half)
+    assert again.resumed
+    assert losses_of(half) == pytest.approx(losses_of(whole.directory), rel=1e-6)
+
+
+def test_frozen_blocks_of_pairs_are_computed_each_time_and_that_is_said(
+    recipe_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(transfer={"freeze": 1}, train={"epochs": 2})
+    run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
+    assert any("an example is several texts" in note for note in run.notes)
+
+
+def test_each_pair_has_the_numbers_that_it_has_alone(recipe_of: Callable[..., Path]) -> None:
+    prepared = prepare(orchestrator.load_recipe(recipe_of()))
+    encoded = prepared.encoded("train")
+    batch = {name: torch.from_numpy(value) for name, value in encoded.batch(np.arange(4)).items()}
+    assert batch["input_ids"].shape[0] == 8
+    found = prepared.task.predict(assemble(prepared).module(**batch))["log_probabilities"]
+    for row in range(4):
+        alone = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).items()}
+        one = prepared.task.predict(assemble(prepared).module(**alone))["log_probabilities"]
+        torch.testing.assert_close(found[row], one[0])
