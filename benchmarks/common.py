@@ -68,6 +68,17 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None
         print(first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others), sep="  ", flush=True)
 
 
+def start_quietly(with_ray: bool) -> None:
+    """Have transformers say nothing; and start one Ray cluster for all runs: its start is not what is compared."""
+    import ray
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if with_ray:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
 def write_json(path: Path | None, results: Any) -> None:
     if path is not None:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ from common import (
     print_table,
     read_train_rows,
     source_folder,
+    start_quietly,
     train_quietly,
     write_json,
 )
@@ -255,14 +256,7 @@ def main() -> int:
     parser.add_argument("--spreads", nargs="*", choices=SPREADS, default=list(SPREADS))
     parser.add_argument("--json", type=Path, help="write the numbers, with every step's loss, to this file")
     options = parser.parse_args()
-    import ray
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if options.spreads:
-        # One cluster for all runs on two workers: starting Ray is not what is compared.
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_quietly(bool(options.spreads))
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         rows = run_all(Bench(Path(folder)), options.methods, options.spreads)
     titles = ("configuration / against", "largest relative difference", "bound", "first loss", "last loss", "")

@@ -30,7 +30,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import yaml
-from common import batch_rows, print_table, read_train_rows, train_quietly, write_json
+from common import batch_rows, print_table, read_train_rows, start_quietly, train_quietly, write_json
 
 import orchestrator
 from orchestrator.recipe import Recipe
@@ -271,13 +271,7 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "shared" / "assets")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
-    import ray
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if options.spreads:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_quietly(bool(options.spreads))
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         rows = run_all(Bench(Path(folder), options.assets), options.cases, options.spreads)
     titles = ("configuration / against", "loss", "gradient norm", "bound", "first loss", "last loss", "")

@@ -19,6 +19,7 @@ from orchestrator.models.pick import FAILURES, evaluating, is_close
 IGNORED = -100
 """What stands for no target."""
 NUMBERS_TOGETHER = 2**24  # Logits at a time.
+ENLARGED = 64.0
 
 
 def answer_with_losses(model: Any) -> None:
@@ -75,17 +76,23 @@ class _Losses:
 
         self.layer.forward = forward
 
+    @torch.no_grad()
     def _agrees(self) -> bool:
         """Whether the losses are those of the model's own logits, which some models scale or bend afterwards."""
-        ids = torch.arange(1, 9, device=self.layer.weight.device).remainder(len(self.layer.weight))[None]
-        targets = ids.flip(1)
-        with torch.no_grad(), evaluating(self.model):
-            try:
+        weight = self.layer.weight
+        ids = torch.arange(1, 9, device=weight.device).remainder(len(weight))[None]
+        targets, kept = ids.flip(1), weight.clone()
+        # The small logits of a model that knows nothing are hardly bent yet.
+        weight.mul_(ENLARGED)
+        try:
+            with evaluating(self.model):
                 whole = self.model(input_ids=ids, target_ids=targets).logits
                 self.is_direct = True
                 direct = self.model(input_ids=ids, target_ids=targets).logits
-            except FAILURES:
-                return False
+        except FAILURES:
+            return False
+        finally:
+            weight.copy_(kept)
         return is_close(direct[..., 0], whole[..., 0])
 
 
