@@ -137,11 +137,15 @@ def estimated(recipe: Recipe, expected: Estimate, out: TextIO) -> None:
 
 
 def scores_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """A row for each split that was scored."""
+    """A row for each split that was scored; the last one also as it was before the first step, where that is known."""
+    found = dict(result["metrics"])
+    last = list(found)[-1]
+    if (result.get("before") or {}).get(last):
+        found[f"{last} before"] = result["before"][last]
     shown = (*result["metrics_shown"], "loss")
     return [
-        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
-        for split, metrics in result["metrics"].items()
+        (split, "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
+        for split, metrics in found.items()
     ]
 
 

@@ -55,6 +55,17 @@ def test_paths_below_here_are_shown_short(tmp_path: Path, monkeypatch: pytest.Mo
     assert show.short_path(Path("/elsewhere")) == "/elsewhere"
 
 
+def test_scores_stand_beside_those_before_the_first_step() -> None:
+    result = {
+        "metrics_shown": ["nll"],
+        "metrics": {"select": {"nll": 2.5, "loss": 2.5}, "test": {"nll": 2.0, "loss": 2.0}},
+        "before": {"select": {"nll": 4.5, "loss": 4.5}, "test": {"nll": 4.0, "loss": 4.0}},
+    }
+    rows = show.scores_of(result)
+    assert rows[-1] == ("test before", "nll 4.0000  loss 4.0000")
+    assert rows[:2] == show.scores_of({**result, "before": None})
+
+
 def test_findings_show_the_remedy_below() -> None:
     out = io.StringIO()
     show.findings([Finding("ray", "2.60.0"), Finding("torch", "missing", "pip install torch")], out)

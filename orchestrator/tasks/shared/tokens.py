@@ -50,6 +50,7 @@ def encode_samples(
             return_token_type_ids=False,
             truncation=False,
             padding=False,
+            verbose=False,  # Of texts that are longer than the model reads: they are cut below.
         )
         for (text, spans), own, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
