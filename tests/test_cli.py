@@ -118,7 +118,7 @@ def test_data_and_overrides_are_told_apart(arguments: list[str], data: str | Non
     [
         ([], "no command is given"),
         (["tran"], "did you mean train?"),
-        (["xyz"], "validate, train"),
+        (["xyz"], "validate, preview, train"),
         (["train"], "required: recipe"),
         (["train", "nowhere.yaml"], "orchestrator recipes"),
         (["train", "x.yaml", "--output"], "--output"),

@@ -16,15 +16,13 @@ from orchestrator.data import overlap
 from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
 from orchestrator.data.preferences import SIDES, check_pairs, read_pairs
-from orchestrator.errors import DataError, Problem
+from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
-from orchestrator.tasks.causal_lm import CausalLanguageModelling, CausalOptions, EncodedTokens
-from orchestrator.tasks.shared.chat import Template
-from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
+from orchestrator.tasks.shared.language import EncodedTokens, LanguageOptions, LanguageTask
 
 
-class PreferenceOptions(CausalOptions):
+class PreferenceOptions(LanguageOptions):
     """Options of `preference`."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -63,7 +61,7 @@ class EncodedPairs(Encoded):
         return {"reference": nothing if self.reference is None else self.reference}
 
 
-class PreferenceTuning(CausalLanguageModelling):
+class PreferenceTuning(LanguageTask):
     """The better of two answers, through `AutoModelForCausalLM`."""
 
     name = "preference"
@@ -71,10 +69,13 @@ class PreferenceTuning(CausalLanguageModelling):
     metrics_shown: Sequence[str] = ("accuracy", "margin")
     main_metric = MainMetric("accuracy", higher_is_better=True)
     needs_reference = True
-    options: PreferenceOptions
+    form = "prompt-completion"
+
+    def __init__(self, options: PreferenceOptions) -> None:
+        self.options = options
 
     @classmethod
-    def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
+    def columns(cls, options: PreferenceOptions) -> tuple[Column, ...]:
         return (
             Column("prompt", "turns", required=False, aliases=("question", "instruction")),
             Column("chosen", "turns"),
@@ -82,18 +83,18 @@ class PreferenceTuning(CausalLanguageModelling):
         )
 
     @classmethod
-    def check(cls, options: CausalOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
+    def check(cls, options: PreferenceOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
         problems = [problem for split in splits.values() for problem in check_pairs(split)]
         names = [name for name in ("prompt", *SIDES) if name in splits["train"].table.column_names]
         return problems or overlap.check_overlap(splits, names)
 
     @classmethod
-    def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> PreferenceTuning:
-        return cls(options, "prompt-completion")
+    def prepare(cls, options: PreferenceOptions, splits: Mapping[str, Examples]) -> PreferenceTuning:
+        return cls(options)
 
     @classmethod
-    def restore(cls, options: CausalOptions, config: Any) -> PreferenceTuning:
-        return cls(options.model_copy(update={"chat_template": None}), "prompt-completion")
+    def restore(cls, options: PreferenceOptions, config: Any) -> PreferenceTuning:
+        return cls(cls.without_template(options))
 
     def metric_directions(self) -> dict[str, bool]:
         return {"accuracy": True, "margin": True, "loss": False}
@@ -105,22 +106,16 @@ class PreferenceTuning(CausalLanguageModelling):
         return check_pairs(examples)
 
     def encode(self, examples: Examples, processor: Any) -> pa.Table:
-        template = Template.of(processor, processor.chat_template)
         columns: dict[str, Any] = {}
         for side, samples in zip(SIDES, read_pairs(examples), strict=True):
-            given = [self._with_system(sample) for sample in samples]
-            try:
-                table = encode_samples(given, processor, template, "completions", self.options.max_length)
-            except CannotEncode as error:
-                remedy = "set target.options.chat_template to a template that suits the data, or mend the data"
-                raise DataError(Problem(str(error), examples.where(error.row), remedy)) from error
+            table = self.encode_texts(samples, examples, processor, "completions")
             columns |= {f"{side}_{name}": table[name] for name in table.column_names}
         return pa.table(columns)
 
     def wrap(self, table: pa.Table, processor: Any) -> EncodedPairs:
         def side(name: str) -> EncodedTokens:
             names = {f"{name}_{part}": part for part in ("input_ids", "learned")}
-            return self._wrap_texts(table.select(list(names)).rename_columns(list(names.values())), processor)
+            return self.wrap_texts(table.select(list(names)).rename_columns(list(names.values())), processor, False)
 
         return EncodedPairs((side("chosen"), side("rejected")))
 

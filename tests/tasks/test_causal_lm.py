@@ -15,7 +15,7 @@ import torch
 
 import orchestrator
 from orchestrator.errors import InputError
-from orchestrator.tasks.causal_lm import IGNORED
+from orchestrator.tasks.shared.language import IGNORED
 from orchestrator.training.assemble import assemble
 from orchestrator.training.chat import chat
 from orchestrator.training.inference import evaluate, predict

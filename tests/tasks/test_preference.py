@@ -40,7 +40,7 @@ def recipe_of(write_recipe: WriteRecipe, tiny_gpt2: Path, tmp_path: Path) -> Cal
 
 
 def test_the_loss_is_that_of_the_paper() -> None:
-    task = PreferenceTuning(PreferenceOptions(beta=0.5), None)
+    task = PreferenceTuning(PreferenceOptions(beta=0.5))
     losses = torch.tensor([[1.0, 2.0], [3.0, 0.5], [4.0, 4.0], [1.0, 1.0]])  # Two chosen answers, two rejected ones.
     outputs = SimpleNamespace(logits=torch.stack([losses, torch.zeros_like(losses)], -1))
     reference = torch.tensor([[-4.0, -6.0], [-3.0, -3.0]])

@@ -1,0 +1,253 @@
+"""What tasks of language models share: options, tokens with what is learned of them, prompts, the model's losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from orchestrator.data.columns import Column
+from orchestrator.data.conversations import (
+    Form,
+    Sample,
+    check_prompts,
+    explain_forms,
+    find_prompt_form,
+    prompt_columns,
+    read_prompts,
+)
+from orchestrator.data.examples import Examples
+from orchestrator.data.packing import best_fit
+from orchestrator.data.ragged import Ragged
+from orchestrator.errors import DataError, Problem
+from orchestrator.recipe import Recipe
+from orchestrator.recipe.schema import Section
+from orchestrator.tasks.base import Arrays, Encoded, Task
+from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
+from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
+from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
+from orchestrator.tasks.shared.writing import as_prompt, end_tokens, write_answers
+
+if TYPE_CHECKING:
+    from orchestrator.models import SourceModel
+
+IGNORED = -100  # As models.token_loss has it, which needs torch.
+
+
+class LanguageOptions(Section):
+    """Options of every task of a language model."""
+
+    max_length: Annotated[int, Field(gt=1)] = 1024
+    """Examples are cut at this many tokens."""
+    chat_template: str | None = None
+    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own."""
+    system: str | None = None
+    """A system prompt for conversations that have none."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    """How much `predict` and `chat` write at most."""
+
+
+Options = TypeVar("Options", bound=LanguageOptions)
+
+
+@dataclass
+class EncodedTokens(Encoded):
+    """Token ids of each example, and which of them are learned."""
+
+    ids: Ragged
+    learned: Ragged
+    """1 where a token is learned."""
+    pad_token_id: int
+    packs: bool
+
+    def __post_init__(self) -> None:
+        self.lengths = self.ids.lengths
+        self.num_targets = self.learned.sums()
+
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+        ids = self.ids.pad(rows, self.pad_token_id)
+        learned = self.learned.pad(rows, 0) > 0
+        # The model at one position predicts the next one.
+        targets = np.full_like(ids, IGNORED)
+        targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORED)
+        lengths = self.lengths[rows]
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        return {"input_ids": ids, "attention_mask": mask, "target_ids": targets, "labels": self.num_targets[rows]}
+
+    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        packed = best_fit(lengths.tolist(), width)
+        ids = np.full((len(packed), width), self.pad_token_id, np.int64)
+        # Where positions begin anew, transformers' masks let nothing pass. Padding is a text of its own.
+        positions = np.zeros_like(ids)
+        targets = np.full_like(ids, IGNORED)
+        for line, examples in enumerate(packed):
+            end = 0
+            for example in examples:
+                start, end = end, end + int(lengths[example])
+                part = slice(int(self.ids.offsets[rows[example]]), int(self.ids.offsets[rows[example] + 1]))
+                own, learned = self.ids.values[part], self.learned.values[part].astype(bool)
+                ids[line, start:end] = own
+                positions[line, start:end] = np.arange(end - start)
+                targets[line, start : end - 1] = np.where(learned[1:], own[1:], IGNORED)
+            positions[line, end:] = np.arange(width - end)
+        return {"input_ids": ids, "position_ids": positions, "target_ids": targets, "labels": self.num_targets[rows]}
+
+    def targets(self) -> Arrays:
+        return {"num_targets": self.num_targets}
+
+
+class LanguageTask(Task):
+    """A task of `AutoModelForCausalLM`, whose output layer is the source's."""
+
+    hub_tag = "text-generation"
+    auto_class = "AutoModelForCausalLM"
+    processor_class = "AutoTokenizer"
+    has_new_head = False
+    label_names = ()
+    form: Form | None
+    """What the data hold; None where they are not known."""
+
+    @classmethod
+    def locate(cls, options: LanguageOptions, folder: Path) -> LanguageOptions:
+        named = options.chat_template
+        if named is None or named in SHIPPED:
+            return options
+        return options.model_copy(update={"chat_template": str(folder / named)})
+
+    @staticmethod
+    def without_template(options: Options) -> Options:
+        """The options of a trained model: the template was saved with its tokenizer, and its file may be gone."""
+        return options.model_copy(update={"chat_template": None})
+
+    @classmethod
+    def stratify_by(cls, options: Any, train: Examples) -> str | None:
+        return None
+
+    @classmethod
+    def prompt_columns(cls, options: Any) -> tuple[Column, ...]:
+        return prompt_columns(getattr(options, "form", None))
+
+    def check_prompts(self, examples: Examples) -> list[Problem]:
+        form = self.form or find_prompt_form(examples.table.column_names)
+        if form is None:
+            return [explain_forms(examples.table.column_names, examples.files[0].place)]
+        return check_prompts(examples, form)
+
+    def config_changes(self) -> dict[str, Any]:
+        return {}
+
+    def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
+        from orchestrator import models
+
+        tokenizer, problems = models.load_tokenizer(source)
+        if self.options.chat_template is not None:
+            tokenizer.chat_template = read_template(self.options.chat_template)
+        elif not tokenizer.chat_template:
+            tokenizer.chat_template = SHIPPED["plain"]
+            if self.form in ("messages", "sharegpt", "alpaca"):
+                what = f"{source.name!r} has no chat template; `plain` is used, and saved with the model"
+                remedy = "set target.options.chat_template to another one (chatml, a file)"
+                problems = [*problems, Problem(what, source.where, remedy, fatal=False)]
+        return tokenizer, problems
+
+    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
+        from orchestrator import models
+
+        models.fit_to_tokenizer(model, processor, source)
+        models.answer_with_losses(model)
+
+    def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
+        problems = []
+        named = self.options.chat_template
+        if named is not None and read_template(named) is None:
+            where = recipe.origin.where("target.options.chat_template")
+            problems.append(Problem(f"there is no chat template {named}", where, "use plain or chatml, or a file"))
+        if recipe.transfer.head.layers:
+            where = recipe.origin.where("transfer.head.layers")
+            what = "a language model keeps its output layer, so it takes no extra head layers"
+            problems.append(Problem(what, where, "set transfer.head.layers to []"))
+        if not processor.is_fast:
+            what = f"the tokenizer of {recipe.source.model} does not tell which characters its tokens come from"
+            remedy = "use a source model with a tokenizer.json"
+            problems.append(Problem(what, recipe.origin.where("source.model"), remedy))
+        longest = longest_input(processor, config)
+        if longest is not None and self.options.max_length > longest:
+            what = f"max_length is {self.options.max_length}, but {recipe.source.model} reads at most {longest} tokens"
+            where = recipe.origin.where("target.options.max_length")
+            problems.append(Problem(what, where, f"set target.options.max_length to {longest} or less"))
+        return problems
+
+    def cache_parts(self, processor: Any) -> list[Any]:
+        return [
+            self.name,
+            self.form,
+            self.options.model_dump(mode="json"),
+            processor.chat_template,
+            tokenizer_state(processor),
+        ]
+
+    def encode_texts(self, samples: list[Sample], examples: Examples, processor: Any, train_on: TrainOn) -> pa.Table:
+        """Token ids, and which are learned; raises DataError where the template fails on an example."""
+        template = Template.of(processor, processor.chat_template)
+        given = [self._with_system(sample) for sample in samples]
+        try:
+            return encode_samples(given, processor, template, train_on, self.options.max_length)
+        except CannotEncode as error:
+            remedy = "set target.options.chat_template to a template that suits the data, or mend the data"
+            raise DataError(Problem(str(error), examples.where(error.row), remedy)) from error
+
+    def _with_system(self, sample: Sample) -> Sample:
+        if self.options.system is None or not sample.turns or sample.turns[0]["role"] in ("system", "developer"):
+            return sample
+        turns = ({"role": "system", "content": self.options.system}, *sample.turns)
+        return Sample(turns, sample.num_given + 1 if sample.num_given else 0)
+
+    def wrap_texts(self, table: pa.Table, processor: Any, packs: bool) -> EncodedTokens:
+        ids, learned = (Ragged.of(table[name]) for name in ("input_ids", "learned"))
+        return EncodedTokens(ids, learned, processor.pad_token_id, packs)
+
+    def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
+        where = recipe.origin.where("target.options.max_length")
+        cut = int((encoded.lengths >= self.options.max_length).sum())
+        empty = int((encoded.num_targets == 0).sum())
+        problems = []
+        if cut:
+            what = (
+                f"{cut} of {len(encoded)} examples of {split} reach {self.options.max_length} tokens and are cut there"
+            )
+            problems.append(Problem(what, where, "raise target.options.max_length if their ends matter", fatal=False))
+        if empty:
+            what = f"{empty} of {len(encoded)} examples of {split} have no token left to learn"
+            remedy = "raise target.options.max_length, or remove them: they teach and score nothing"
+            problems.append(Problem(what, where, remedy, fatal=empty == len(encoded)))
+        return problems
+
+    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+        batch = encoded.batch(np.array([row]))
+        ids, learned = batch["input_ids"][0], np.concatenate([[False], batch["target_ids"][0][:-1] != IGNORED])
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+        return [(processor.decode(ids[start:end]), bool(learned[start])) for start, end in pairwise(edges)]
+
+    def generate(self, model: Any, processor: Any, examples: Examples, batch_size: int) -> dict[str, list[Any]]:
+        form = self.form or find_prompt_form(examples.table.column_names)
+        assert form is not None
+        template = Template.of(processor, processor.chat_template)
+        samples = [self._with_system(sample) for sample in read_prompts(examples, form)]
+        prompts = [as_prompt(sample, template) for sample in samples]
+        is_chat = any(sample.turns for sample in samples)
+        ends = end_tokens(processor, template)
+        length = self.options.max_new_tokens
+        return {"prediction": write_answers(model, processor, prompts, is_chat, ends, batch_size, length)}
+
+    def example_inputs(self, processor: Any) -> dict[str, Any]:
+        import torch
+
+        return {"input_ids": torch.tensor([[1, 2, 3, 1]])}
