@@ -338,3 +338,13 @@ def test_a_batch_that_has_nothing_to_learn_is_no_error(write: WriteRecipe, tmp_p
     losses = [row["loss"] for row in lines if row["split"] == "train"]
     assert 0.0 in losses
     assert max(losses) > 1.0
+
+
+def test_two_workers_learn_what_one_learns(write: WriteRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    losses = {}
+    for workers in (1, 2):
+        recipe = write(train={"steps": 5, "log_every": 1, "evaluate_every": 5}, scale={"workers": workers})
+        run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / str(workers))
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        losses[workers] = [row["loss"] for row in rows]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)

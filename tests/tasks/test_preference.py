@@ -116,3 +116,25 @@ def test_each_pair_has_the_numbers_that_it_has_alone(recipe_of: Callable[..., Pa
         alone = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).items()}
         one = prepared.task.predict(assemble(prepared).module(**alone))["log_probabilities"]
         torch.testing.assert_close(found[row], one[0])
+
+
+def test_two_workers_share_the_reference(
+    recipe_of: Callable[..., Path], tiny_gpt2: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    from transformers import AutoConfig
+
+    # Dropout differs from worker to worker.
+    still = shutil.copytree(tiny_gpt2, tmp_path / "still")
+    config = AutoConfig.from_pretrained(still)
+    config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
+    config.save_pretrained(still)
+    losses = {}
+    for workers in (1, 2):
+        settings = {"steps": 4, "log_every": 1, "evaluate_every": 4, "learning_rate": 5.0e-3}
+        recipe = orchestrator.load_recipe(
+            recipe_of(train=settings, scale={"workers": workers}), [f"source.model={still}"]
+        )
+        run = orchestrator.train(recipe, tmp_path / str(workers))
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        losses[workers] = [row["loss"] for row in rows]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
