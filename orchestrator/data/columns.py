@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from orchestrator.data.examples import SourceFile
 from orchestrator.data.images import convert_images
 from orchestrator.data.messages import show_name, show_names
-from orchestrator.data.turns import convert_turns
+from orchestrator.data.turns import convert_turns, is_list
 from orchestrator.errors import DataError, Problem, nearest
 from orchestrator.recipe.origin import Origin
 
@@ -132,7 +132,7 @@ def plain_type(type_: pa.DataType) -> pa.DataType | None:
     text_like = types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
     if text_like or types.is_boolean(type_) or types.is_null(type_):
         return pa.string()
-    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+    if is_list(type_):
         inner = plain_type(type_.value_type)
         return None if inner is None or types.is_list(inner) else pa.list_(inner)
     return None
@@ -143,7 +143,7 @@ def describe_type(type_: pa.DataType) -> str:
     types = pa.types
     if types.is_dictionary(type_):
         return describe_type(type_.value_type)
-    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+    if is_list(type_):
         return f"lists of {describe_type(type_.value_type)}"
     words = {
         "whole numbers": types.is_integer(type_),

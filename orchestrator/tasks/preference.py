@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from orchestrator.data.preferences import SIDES, check_pairs, read_pairs
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
-from orchestrator.tasks.shared.language import EncodedTokens, LanguageOptions, LanguageTask
+from orchestrator.tasks.shared.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
 
 
 class PreferenceOptions(LanguageOptions):
@@ -47,7 +46,7 @@ class EncodedPairs(Encoded):
         """All chosen answers, then all rejected ones; `labels` are the source's log-probabilities of them."""
         batches = [side.batch(rows) for side in self.sides]
         width = max(batch["input_ids"].shape[1] for batch in batches)
-        fill = {"input_ids": self.sides[0].pad_token_id, "attention_mask": 0, "target_ids": -100}
+        fill = {"input_ids": self.sides[0].pad_token_id, "attention_mask": 0, "target_ids": IGNORED}
         joined: Arrays = {
             name: np.concatenate([widen(batch[name], width, value) for batch in batches])
             for name, value in fill.items()
@@ -130,17 +129,10 @@ class PreferenceTuning(LanguageTask):
 
     def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         assert isinstance(encoded, EncodedPairs)
-        shown = [
-            [(f"\n{side}: ", False), *self._pieces_of(each, row, processor)] for side, each in self._named(encoded)
-        ]
-        return list(chain.from_iterable(shown))
-
-    def _pieces_of(self, encoded: EncodedTokens, row: int, processor: Any) -> list[tuple[str, bool]]:
-        return super().pieces(encoded, row, processor)
-
-    @staticmethod
-    def _named(encoded: EncodedPairs) -> list[tuple[str, EncodedTokens]]:
-        return list(zip(SIDES, encoded.sides, strict=True))
+        shown: list[tuple[str, bool]] = []
+        for side, each in zip(SIDES, encoded.sides, strict=True):
+            shown += [(f"\n{side}: ", False), *super().pieces(each, row, processor)]
+        return shown
 
     def loss(self, outputs: Any, labels: Any) -> Any:
         from torch.nn import functional
