@@ -91,9 +91,10 @@ def open_session(
     metric = metric or choose_metric(prepared)
     parts = assemble(prepared)
     precision = choose_precision(recipe, device)
-    plan = make_plan(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
+    train = prepared.encoded("train")
+    plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
     split = split_at_boundary(prepared, parts, plan)
-    packs = can_pack(Feed(prepared.encoded("train"), torch.device(parts.body.device)), parts.module)
+    packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
     with build_engine(parts.module, parts.groups, recipe, precision) as engine:
         store = CheckpointStore(
             directory.checkpoints,
