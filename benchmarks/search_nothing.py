@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.recipe.schema import Search
-from orchestrator.search import tuning
 from orchestrator.search.resources import TrialResources
+from orchestrator.search.running import Report
+from orchestrator.search.searchers import Listed
+from orchestrator.search.tuning import make_scheduler, run_trials
 from orchestrator.training.worker import ray_cluster
 
 NUM_TRIALS = 16
@@ -32,8 +34,8 @@ class Nothing:
     def __init__(self, number: float) -> None:
         self.number = number
 
-    def advance(self) -> tuning.Report:
-        return tuning.Report(self.number, True, {"score": self.number})
+    def advance(self) -> Report:
+        return Report(self.number, True, {"score": self.number})
 
     def stop(self) -> None: ...
 
@@ -80,9 +82,9 @@ def main() -> None:
         time.sleep(SECONDS_OF_READING)
         specs = ({"id": f"{number:04d}", "parameters": {"number": number}} for number in range(NUM_TRIALS))
         began = time.perf_counter()
-        tuning.run_trials(
-            tuning.Listed(specs),
-            tuning.make_scheduler(Search(), {}, cores),
+        run_trials(
+            Listed(specs),
+            make_scheduler(Search(), {}, cores),
             Workplace,
             count,
             cores,

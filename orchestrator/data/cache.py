@@ -45,12 +45,9 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
     Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
     cannot be written or is full, the table is built in memory; one that comes in batches is in memory only then.
     """
-    try:
-        folder = cache_folder() / "tables"
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+    path = _path(key)
+    if path is None:
         return as_table(build())
-    path = folder / f"{key}.arrow"
     table = _load(path)
     if table is not None:
         return table
@@ -65,9 +62,25 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
     return built if isinstance(built, pa.Table) else as_table(build())
 
 
+def kept_table(key: str) -> pa.Table | None:
+    """The table that `cached_table` keeps under `key`; None where there is none."""
+    path = _path(key)
+    return None if path is None else _load(path)
+
+
 def as_table(built: Built) -> pa.Table:
     """All batches as one table."""
     return built if isinstance(built, pa.Table) else built.read_all()
+
+
+def _path(key: str) -> Path | None:
+    """Where a table is kept; None where none can be."""
+    try:
+        folder = cache_folder() / "tables"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+        return None
+    return folder / f"{key}.arrow"
 
 
 def _load(path: Path) -> pa.Table | None:

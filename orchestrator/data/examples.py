@@ -33,6 +33,10 @@ class SourceFile:
     """The place of each row, for data that lie in a file each."""
     folder: Path | None = None
     """What paths in the data are relative to, and may not lead out of; None where they may name no files."""
+    part: int = 0
+    """Which entry of the recipe's list it belongs to."""
+    count: int | None = None
+    """How many examples of that entry are drawn; None for all."""
 
     def where(self, row: int) -> str:
         """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""

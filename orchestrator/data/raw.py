@@ -34,11 +34,15 @@ class RawFile:
     """The place of each row, for data that lie in a file each."""
     folder: Path | None = None
     """What paths in the data are relative to, and may not lead out of."""
+    part: int = 0
+    """Which entry of the recipe's list it belongs to."""
+    count: int | None = None
+    """How many examples of that entry are drawn; None for all."""
 
     @property
     def source(self) -> SourceFile:
         """What is kept of the file once its columns are read."""
-        return SourceFile(self.place, self.num_rows, self.lines, self.row_places, self.folder)
+        return SourceFile(self.place, self.num_rows, self.lines, self.row_places, self.folder, self.part, self.count)
 
 
 def read_utf8(path: Path) -> str:

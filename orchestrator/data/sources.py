@@ -18,11 +18,12 @@ from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, 
 from orchestrator.data.hub import open_hub
 from orchestrator.data.image_folders import read_class_folders, read_pictures
 from orchestrator.data.messages import show_name
+from orchestrator.data.mixing import draw_counts
 from orchestrator.data.raw import RawFile
 from orchestrator.data.readers import missing_path, read_file
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.origin import Origin
-from orchestrator.recipe.paths import resolve_path
+from orchestrator.recipe.paths import resolve_path, split_count
 from orchestrator.recipe.schema import Data, Recipe
 
 _Open = Callable[[], list[RawFile]]
@@ -43,7 +44,7 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
         raise DataError([*problems, *error.problems]) from error
     for split, open_source in sources.items():
         try:
-            splits[split] = _read(open_source(), columns, mapping)
+            splits[split] = draw_counts(_read(open_source(), columns, mapping), recipe.target.split.seed)
         except DataError as error:
             problems.extend(error.problems)
     problems.extend(_uneven_columns(splits))
@@ -135,7 +136,7 @@ def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
             found = find_splits(path)
             return {split: partial(_read_files, files) for split, files in found.items()}
         return {split: partial(_read_named, path, value, origin, split) for split, value in named.items()}
-    if not path.exists():
+    if not split_count(path)[0].exists():
         problem = missing_path(path)
         raise DataError(Problem(f"{problem.what} ({origin.where(place)})", problem.where, problem.remedy))
     return {"train": partial(_read_files, [path])}
@@ -164,10 +165,12 @@ def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str
 def _read_files(paths: Sequence[Path]) -> list[RawFile]:
     files: list[RawFile] = []
     problems: list[Problem] = []
-    for path in paths:
+    for part, given in enumerate(paths):
+        path, count = split_count(given)
         try:
             for file in folder_files(path) if path.is_dir() else [path]:
                 raw = read_class_folders(file) if file.is_dir() else read_file(file)
+                raw = replace(raw, part=part, count=count)
                 names = find_label_list(file)
                 files.append(_with_names(raw, names) if names else raw)
         except DataError as error:

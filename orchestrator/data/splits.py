@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.mixing import draw
 from orchestrator.data.overlap import near_keys, text_keys
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Limit, Split
@@ -74,14 +74,9 @@ def limit_examples(
     return limited
 
 
-def _draw(keys: Iterable[object], seed: int) -> list[bytes]:
-    """A random-looking rank for each key, the same with every version of every library."""
-    return [blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
-
-
 def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
     """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
-    ranks_by_hash = _draw(range(len(classes)), seed)
+    ranks_by_hash = draw(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
     ranks = np.zeros(len(classes), dtype=np.int64)
     seen: dict[int, int] = {}
@@ -91,9 +86,9 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
     sizes = np.array([seen[int(number)] for number in classes], dtype=np.float64)
     # Spreads the members of a class evenly over the order.
     places = (ranks + 0.5) / sizes
-    draw = np.empty(len(classes), dtype=np.int64)
-    draw[order] = np.arange(len(classes))
-    ordered = np.lexsort((draw, places, ranks > 0))
+    places_drawn = np.empty(len(classes), dtype=np.int64)
+    places_drawn[order] = np.arange(len(classes))
+    ordered = np.lexsort((places_drawn, places, ranks > 0))
     return ordered if per_class is None else ordered[ranks[ordered] < per_class]
 
 
@@ -123,7 +118,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
         # A quarter of a class that differs in digits alone is a template: told apart by them, or little could be cut.
         most = sum(map(len, groups)) / 4
         units = [unit for group in groups for unit in (_group(group, exact) if len(group) > most else [group])]
-        ranks = _draw((exact[unit[0]] for unit in units), seed)
+        ranks = draw([exact[unit[0]] for unit in units], seed)
         drawn.append([unit for _, unit in sorted(zip(ranks, units, strict=True))])
     return drawn
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter
+    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_untrained
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.prefix import Prefix
+    from orchestrator.models.quantize import check_quantization, quantized_layers
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.token_loss import answer_with_losses
@@ -45,9 +46,11 @@ __all__ = [
     "adapted_blocks",
     "add_adapter",
     "answer_with_losses",
+    "check_quantization",
     "find_blocks",
     "find_pick",
     "find_source",
+    "find_untrained",
     "fingerprint",
     "fit_to_tokenizer",
     "freeze_blocks",
@@ -57,6 +60,7 @@ __all__ = [
     "load_tokenizer",
     "open_folder",
     "pick_in_last_layer",
+    "quantized_layers",
     "resolve_depth",
     "seeded",
     "set_head",
@@ -68,6 +72,7 @@ _HOMES = {
     "adapter": (
         "adapted_blocks",
         "add_adapter",
+        "find_untrained",
     ),
     "blocks": (
         "Block",
@@ -103,6 +108,10 @@ _HOMES = {
         "pick_in_last_layer",
     ),
     "prefix": ("Prefix",),
+    "quantize": (
+        "check_quantization",
+        "quantized_layers",
+    ),
     "source": (
         "SourceModel",
         "find_source",

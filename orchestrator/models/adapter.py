@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,8 +21,8 @@ ADAPTER_NAME = "default"
 def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trains_head: bool = True) -> Any:
     """Wrap a model so that only adapters in the layers above the boundary, and the head, are trained.
 
-    The stem and the tail get no adapter. The head is trained whole, on a copy that is saved with the adapter; so is
-    whatever else the source did not have. Adapters are drawn from the caller's random stream.
+    The stem and the tail get no adapter. The head is trained whole, on a copy that is saved with the adapter; so are
+    `modules_to_save`, and whatever else the source did not have. Adapters are drawn from the caller's random stream.
 
     Args:
         depth: what is frozen; no adapter goes below it.
@@ -31,7 +32,7 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trai
         A `peft.PeftModel`.
 
     Raises:
-        ModelError: targets that match nothing, or nothing above the boundary; extra head layers.
+        ModelError: names that match nothing, or nothing above the boundary; extra head layers.
     """
     import peft
 
@@ -40,8 +41,9 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trai
         raise ModelError(
             Problem(what, "transfer.head.layers", "set transfer.head.layers to [], or transfer.adapter to null")
         )
-    targets = _find_targets(model, blocks, depth, adapter)
-    saved = _find_saved_modules(model, blocks) if trains_head else []
+    head = _find_saved_modules(model, blocks) if trains_head else []
+    saved = [*head, *(name for name in _find_named_modules(model, blocks, depth, adapter) if name not in head)]
+    targets = [name for name in _find_targets(model, blocks, depth, adapter) if name not in saved]
     config = peft.LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -51,6 +53,7 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trai
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         target_modules=targets,
         modules_to_save=saved,
+        ensure_weight_tying=_ties(model, saved),
     )
     wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     _check_trained(wrapped, targets, saved)
@@ -67,8 +70,10 @@ def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
     for wrapper, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             prefix = f"{wrapper}."
-            owner = next(owners[name] for name in list(owners) if name.startswith(prefix))
-            owners.update({f"{prefix}{name}": owner for name, _ in module.named_parameters()})
+            # None: what is tied to another module has its parameters there.
+            owner = next((owners[name] for name in list(owners) if name.startswith(prefix)), None)
+            if owner is not None:
+                owners.update({f"{prefix}{name}": owner for name, _ in module.named_parameters()})
     # The wrapper around the whole model puts a prefix of its own before each name.
     names = [name for name, _ in model.get_base_model().named_parameters()]
     prefixed = dict(zip(names, (name for name, _ in model.named_parameters()), strict=True))
@@ -89,7 +94,6 @@ def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) ->
         return [names[module] for module in modules if f"{names[module]}.weight" not in new]
 
     everywhere, above = linear_names(blocks.layers), linear_names(blocks.layers[depth.num_layers :])
-    place = "transfer.adapter.targets"
     if not everywhere:
         what = f"the layers of {type(model).__name__} hold no linear modules, which adapters go into"
         raise ModelError(Problem(what, "transfer.adapter", "set transfer.adapter to null"))
@@ -98,23 +102,53 @@ def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) ->
         raise ModelError(Problem(what, "transfer.adapter", "lower transfer.freeze, or set transfer.adapter to null"))
     if isinstance(adapter.targets, str):
         return above
-    problems = list(_check_target_names(adapter.targets, everywhere, above, place))
+    return _matching(adapter.targets, everywhere, above, "linear module", "transfer.adapter.targets")
+
+
+def _find_named_modules(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> list[str]:
+    """Full names of the modules that the recipe has trained whole."""
+    frozen = {module for block in depth.frozen_blocks(blocks) for module in block.modules}
+    inside = {module for block in blocks.in_order() for module in block.modules}
+    # What holds other modules with weights is no module that peft copies well.
+    everywhere = {
+        name: module
+        for name, module in model.named_modules()
+        if module in inside and any(True for _ in module.parameters(recurse=False))
+    }
+    above = [name for name, module in everywhere.items() if module not in frozen]
+    return _matching(adapter.modules_to_save, list(everywhere), above, "module", "transfer.adapter.modules_to_save")
+
+
+def _matching(wanted: list[str], everywhere: list[str], above: list[str], kind: str, place: str) -> list[str]:
+    """The names above the boundary that end as is wanted; raises ModelError where any of what is wanted ends none."""
+    problems = list(_check_names(wanted, everywhere, above, kind, place))
     if problems:
         raise ModelError(problems)
-    return [name for name in above if _last_part(name) in adapter.targets]
+    return [name for name in above if _last_part(name) in wanted]
 
 
-def _check_target_names(targets: list[str], everywhere: list[str], above: list[str], where: str) -> Iterator[Problem]:
+def _check_names(
+    wanted: list[str], everywhere: list[str], above: list[str], kind: str, where: str
+) -> Iterator[Problem]:
     valid = sorted({_last_part(name) for name in everywhere})
     trainable = sorted({_last_part(name) for name in above})
-    for target in targets:
-        if target not in valid:
-            close = nearest(target, valid)
+    for name in wanted:
+        if name not in valid:
+            close = nearest(name, valid)
             hint = f"did you mean {close}? " if close else ""
-            yield Problem(f"{target!r} matches no linear module", where, f"{hint}this model has: {', '.join(valid)}")
-        elif target not in trainable:
+            yield Problem(f"{name!r} matches no {kind}", where, f"{hint}this model has: {', '.join(valid)}")
+        elif name not in trainable:
             remedy = f"lower transfer.freeze, or use: {', '.join(trainable)}"
-            yield Problem(f"{target!r} matches no linear module above the freeze boundary", where, remedy)
+            yield Problem(f"{name!r} matches no {kind} above the freeze boundary", where, remedy)
+
+
+def _ties(model: Any, saved: list[str]) -> bool:
+    """Whether one of the modules shares its weights with another."""
+    weights = [weight for name in saved for weight in model.get_submodule(name).parameters(recurse=False)]
+    shared = [
+        name for name, weight in model.named_parameters(remove_duplicate=False) if any(weight is w for w in weights)
+    ]
+    return len(shared) > len(weights)
 
 
 def _last_part(name: str) -> str:
@@ -134,6 +168,24 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
         what = f"the weights lack {loose[0]}, a part of a module whose other parts they have, so no adapter fits it"
         raise ModelError(Problem(what, "transfer.adapter", "use complete weights, or set transfer.adapter to null"))
     return found
+
+
+def find_untrained(model: Any) -> Iterator[str]:
+    """Names of the parts of an adapter that training has left as they were; and of those that are empty."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            # A LoRA begins with this factor at zero.
+            for part, weight in module.lora_B[ADAPTER_NAME].named_parameters():
+                if not weight.any():
+                    yield f"{name}.lora_B.{part}"
+        elif isinstance(module, ModulesToSaveWrapper):
+            before = dict(module.original_module.named_parameters())
+            for part, weight in module.modules_to_save[ADAPTER_NAME].named_parameters():
+                if weight.numel() == 0 or torch.equal(weight, before[part].to(weight)):
+                    yield f"{name}.{part}"
 
 
 def _check_trained(wrapped: Any, targets: list[str], saved: list[str]) -> None:

@@ -72,7 +72,7 @@ def resolve_depth(freeze: int | str, num_layers: int, where: str | None = None) 
 
 
 def freeze_blocks(model: Any, blocks: Blocks, depth: Depth) -> Frozen:
-    """Set `requires_grad` of every parameter: off in the frozen blocks, on everywhere else.
+    """Set `requires_grad` of every parameter: off in the frozen blocks and of weights in 4 bits, on everywhere else.
 
     Raises:
         ModelError: nothing is left to train.
@@ -82,10 +82,11 @@ def freeze_blocks(model: Any, blocks: Blocks, depth: Depth) -> Frozen:
     parameters = dict(model.named_parameters())
     if not parameters.keys() - names:
         raise ModelError(Problem("every parameter of the model is frozen", "transfer.freeze", "lower transfer.freeze"))
+    trained = {name for name, parameter in parameters.items() if name not in names and parameter.is_floating_point()}
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in names)
+        parameter.requires_grad_(name in trained)
     for name, parameter in parameters.items():
-        assert parameter.requires_grad == (name not in names), f"requires_grad of {name} is wrong"
+        assert parameter.requires_grad == (name in trained), f"requires_grad of {name} is wrong"
     modules = [module for block in frozen_blocks for module in block.modules]
     # Modules around layers have code of their own, which may drop what the stem made.
     around = blocks.containers if depth.stem else ()

@@ -19,6 +19,7 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.deep_head import DeepHead, with_deep_head
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.hub import LOADING_ERRORS, explain
+from orchestrator.models.quantize import keep_quantized_weights, quantization
 from orchestrator.models.source import SourceModel
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -97,7 +98,9 @@ def load_image_processor(source: SourceModel) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(source.location, backend="pil", **_hub_arguments(source))
 
 
-def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: bool, seed: int) -> LoadedModel:
+def load_model(
+    source: SourceModel, auto_class: str, config: Any, from_scratch: bool, seed: int, quantize: str | None = None
+) -> LoadedModel:
     """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
 
     What the source lacks, or has in another shape (a head for other labels), is drawn under `seed`; the caller's random
@@ -110,6 +113,7 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
     Args:
         config: from `load_config`.
         from_scratch: draw all weights instead of loading any.
+        quantize: `nf4` for linear weights in 4 bits, all but those of the head and of the output layer.
 
     Raises:
         ModelError: the weights cannot be loaded, or do not belong to the model's body.
@@ -128,8 +132,10 @@ def load_model(source: SourceModel, auto_class: str, config: Any, from_scratch: 
             ignore_mismatched_sizes=True,  # the shapes are checked below, where head and body are told apart
             output_loading_info=True,
             adapter_kwargs={"local_files_only": source.is_offline},
+            **({} if quantize is None else quantization(quantize, _outline(loader, config, source))),
             **_hub_arguments(source),
         )
+        keep_quantized_weights(model)
         _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
         new = (set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}) & set(names.values())
@@ -172,6 +178,12 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
     if issubclass(loader, transformers.PreTrainedModel):
         return loader._from_config(config, dtype=torch.float32)
     return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+
+
+def _outline(loader: Any, config: Any, source: SourceModel) -> Any:
+    """The model without weights."""
+    with torch.device("meta"):
+        return _build(loader, config, source)
 
 
 def _calm_batch_norms(model: nn.Module, momentum: float) -> None:

@@ -8,6 +8,7 @@ with sublinear memory cost"), and only where there is a target.
 from __future__ import annotations
 
 import functools
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class _Losses:
         self.targets: Tensor | None = None
         self.is_direct = False
         """Whether losses come from the output layer, without logits of all targets at a time."""
+        self.has_answered = False
+        """Whether they did in this pass: the layer may have been replaced by another one."""
 
     def install(self) -> None:
         # Functions rather than hooks: peft calls the model that it wraps without its hooks.
@@ -50,13 +53,13 @@ class _Losses:
         def forward(*args: Any, target_ids: Tensor | None = None, **inputs: Any) -> Any:
             if target_ids is None:
                 return whole(*args, **inputs)
-            self.targets = target_ids
+            self.targets, self.has_answered = target_ids, False
             inputs.setdefault("use_cache", False)  # With a cache, transformers does not look for packed texts.
             try:
                 output = whole(*args, **inputs)
             finally:
                 self.targets = None
-            if not self.is_direct:
+            if not self.has_answered:
                 output.logits = losses_of_logits(output.logits, target_ids)
             return output
 
@@ -66,15 +69,14 @@ class _Losses:
             self.is_direct = self._agrees()
 
     def _replace_output_layer(self) -> None:
-        whole = self.layer.forward
-
-        def forward(hidden: Tensor) -> Tensor:
+        def forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
             if self.targets is None or not self.is_direct:
-                logits: Tensor = whole(hidden)
-                return logits
-            return losses_of_hidden(hidden, self.layer.weight, self.layer.bias, self.targets)
+                return nn.Linear.forward(layer, hidden)
+            self.has_answered = True
+            return losses_of_hidden(hidden, layer.weight, layer.bias, self.targets)
 
-        self.layer.forward = forward
+        # A method of the layer: that of a copy, which peft makes of what is trained whole, has the copy's weights.
+        self.layer.forward = MethodType(forward, self.layer)
 
     @torch.no_grad()
     def _agrees(self) -> bool:

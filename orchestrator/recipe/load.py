@@ -15,7 +15,7 @@ from orchestrator.recipe.catalog import find_recipe
 from orchestrator.recipe.mistakes import Mistake, find_mistakes, leave_out
 from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.overrides import apply_overrides
-from orchestrator.recipe.paths import path_exists, resolve_path
+from orchestrator.recipe.paths import path_exists, resolve_path, split_count
 from orchestrator.recipe.reading import read_text, read_yaml, resolve_scalar
 from orchestrator.recipe.reference import shape_of
 from orchestrator.recipe.rules import SPLITS, check_rules
@@ -113,7 +113,7 @@ def _settle_overridden_paths(recipe: Recipe) -> Recipe:
 
     def absolute(place: str, text: str) -> str:
         path = resolve_path(text, Origin()) if any(_is_within(place, key) for key in recipe.origin.overrides) else None
-        return str(path) if path is not None and path_exists(path) else text
+        return str(path) if path is not None and path_exists(split_count(path)[0]) else text
 
     return _map_paths(recipe, absolute)
 

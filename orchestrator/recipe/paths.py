@@ -15,6 +15,8 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 
+_COUNT = re.compile("[1-9][0-9]*")
+
 
 def resolve_path(text: str, origin: Origin) -> Path | None:
     """The absolute path that `text` names, or None when it is a Hub id or `package:NAME/PATH`.
@@ -37,6 +39,14 @@ def resolve_path(text: str, origin: Origin) -> Path | None:
     if _looks_like_path(text) or path_exists(path):
         return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
     return None
+
+
+def split_count(path: Path) -> tuple[Path, int | None]:
+    """A path, and how many examples are to be drawn from it: `train.jsonl#500`."""
+    name, _, count = path.name.rpartition("#")
+    if not (name and _COUNT.fullmatch(count)) or path_exists(path):
+        return path, None
+    return path.with_name(name), int(count)
 
 
 def show_path(path: Path) -> str:

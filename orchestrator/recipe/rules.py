@@ -141,6 +141,20 @@ def _path_and_files_are_not_mixed(recipe: Recipe) -> Iterator[Finding]:
                 )
 
 
+def _each_file_has_a_weight(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.target.data
+    if not isinstance(data, Data) or data.weights is None:
+        return
+    files = [data.train] if isinstance(data.train, str) else data.train or []
+    paths = ("target.data.weights", "target.data.train")
+    if data.path is not None:
+        what = "`target.data.weights` weighs files, but `target.data.path` names them together"
+        yield Finding((*paths, "target.data.path"), what, "name each file in `target.data.train`, without `path`")
+    elif len(files) != len(data.weights):
+        what = f"`target.data.weights` has {len(data.weights)} numbers for {len(files)} entries of `target.data.train`"
+        yield Finding(paths, what, "give one number for each")
+
+
 def _only_hub_data_have_configurations(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.target.data
     if not isinstance(data, Data) or (data.path is not None and _is_hub_id(data.path, recipe)):
@@ -223,21 +237,36 @@ def _scratch_trains_everything(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def _adapter_targets_are_distinct(recipe: Recipe) -> Iterator[Finding]:
+def _adapter_modules_are_distinct(recipe: Recipe) -> Iterator[Finding]:
     adapter = recipe.transfer.adapter
-    if adapter is None or isinstance(adapter.targets, str):
+    if adapter is None:
         return
-    if not adapter.targets:
+    targets = adapter.targets if isinstance(adapter.targets, list) else None
+    if targets == []:
         yield Finding(
             ("transfer.adapter.targets",), "`transfer.adapter.targets` is empty", "name modules, or `all-linear`"
         )
-    for name, count in Counter(adapter.targets).items():
-        if count > 1:
-            yield Finding(
-                ("transfer.adapter.targets",),
-                f"`transfer.adapter.targets` names {name!r} {count} times",
-                "name it once",
-            )
+    for key, names in (("targets", targets or []), ("modules_to_save", adapter.modules_to_save)):
+        place = f"transfer.adapter.{key}"
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield Finding((place,), f"`{place}` names {name!r} {count} times", "name it once")
+    for name in sorted({*adapter.modules_to_save} & {*(targets or [])}):
+        yield Finding(
+            ("transfer.adapter.modules_to_save", "transfer.adapter.targets"),
+            f"{name!r} is in `transfer.adapter.targets` and in `transfer.adapter.modules_to_save`",
+            "remove it from one of them: what is trained whole needs no adapter",
+        )
+
+
+def _quantized_weights_stay_whole(recipe: Recipe) -> Iterator[Finding]:
+    adapter = recipe.transfer.adapter
+    if adapter is not None and adapter.quantize is not None and recipe.scale.zero_stage == 3:
+        yield Finding(
+            ("transfer.adapter.quantize", "scale.zero_stage"),
+            f"`transfer.adapter.quantize` is {adapter.quantize}, but `scale.zero_stage` 3 cannot spread 4-bit weights",
+            "set `scale.zero_stage` to 2 or less, or `transfer.adapter.quantize` to null",
+        )
 
 
 def _torch_engine_stays_plain(recipe: Recipe) -> Iterator[Finding]:
@@ -278,13 +307,15 @@ _RULES = (
     _only_hub_models_have_revisions,
     _data_has_a_train_split,
     _path_and_files_are_not_mixed,
+    _each_file_has_a_weight,
     _only_hub_data_have_configurations,
     _cut_leaves_training_data,
     _training_has_a_length,
     _batch_divides,
     _frozen_body_has_nothing_to_tune,
     _scratch_trains_everything,
-    _adapter_targets_are_distinct,
+    _adapter_modules_are_distinct,
+    _quantized_weights_stay_whole,
     _torch_engine_stays_plain,
     _offload_fits_the_stage,
 )

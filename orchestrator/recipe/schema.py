@@ -69,7 +69,10 @@ class Data(Section):
     revision: Text | None = None
     """Hub revision of the data set."""
     train: Text | list[Text] | None = None
-    """File(s) to train on, or the name of the split when `path` is given."""
+    """File(s) to train on, or the name of the split when `path` is given. `FILE#500` draws 500 of a file's examples."""
+    weights: list[Positive] | None = None
+    """How much of an epoch each of the files of `train` makes up: `[3, 1]` for three quarters and one. An epoch stays
+    as long as all examples together: those of one file are repeated, of the other drawn. null: each example once."""
     select: Text | list[Text] | None = None
     """File(s) or split that stops early and picks the best checkpoint; cut from *train* when missing."""
     test: Text | list[Text] | None = None
@@ -143,6 +146,11 @@ class Adapter(Section):
     """`all-linear`, or the last parts of module names, such as `[query, value]`."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r); `dora` (Liu et al. 2024) learns magnitudes too."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4` holds the frozen linear weights in 4 bits (Dettmers et al. 2023, QLoRA); needs the extra `quant`."""
+    modules_to_save: list[Text] = Field(default_factory=list)
+    """Modules above the freeze boundary that are trained whole beside the adapter, by the last parts of their names:
+    `[embed_tokens, lm_head]` to learn new tokens."""
 
 
 class Transfer(Section):

@@ -10,6 +10,7 @@ from orchestrator.report.page import banner, code, figures, folded, header, kick
 from orchestrator.report.records import Run, as_dict, finite_values, texts_of
 from orchestrator.report.tables import Column, pairs, table
 
+LONGEST_ANSWER = 400  # Characters.
 _STATES = {
     "running": "The run is not finished; this is what it has recorded so far.",
     "interrupted": "The run was interrupted. Run the same command again to go on from its last checkpoint.",
@@ -29,6 +30,7 @@ def run_page(run: Run) -> str:
         tiles(key_figures(run, main)),
         section("How it learned", figures(charts)) if charts else None,
         results(run),
+        answers(run),
         *class_sections(run.result, len(charts) + 1, "Classes on"),
         section("Notes", listed(notes)) if notes else None,
         circumstances(run),
@@ -127,6 +129,22 @@ def results(run: Run) -> Markup | None:
     return section(
         "Scores", table([Column("metric"), *(Column(name, numeric=True) for name in columns)], rows, fitted=True)
     )
+
+
+def answers(run: Run) -> Markup | None:
+    """What the model wrote, beside the answers in the data."""
+    given = run.result.get("samples")
+    found = [sample for sample in given if isinstance(sample, dict)] if isinstance(given, list) else []
+    if not found:
+        return None
+    shown = {"source": "example", "expected": "in the data", "before": "before", "written": "after"}
+    keys = [key for key in shown if any(sample.get(key) is not None for sample in found)]
+    rows = [[shorten(str(sample.get(key) or "")) for key in keys] for sample in found]
+    return section("Answers", table([Column(shown[key]) for key in keys], rows))
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} ..."
 
 
 def circumstances(run: Run) -> Markup:

@@ -204,9 +204,28 @@ class Task(ABC):
         """An example as the model reads it: stretches of text, each with whether it is learned; for people to read."""
         return []
 
-    def generate(self, model: Any, processor: Any, examples: Examples, batch_size: int) -> dict[str, list[Any]] | None:
-        """What the model writes for each example, as columns; None where the task's predictions are computed."""
+    @property
+    def num_written(self) -> int:
+        """Examples of each reported split that the model writes answers for, which are scored; 0 for none."""
+        return 0
+
+    def generate(
+        self, model: Any, processor: Any, examples: Examples, batch_size: int, in_step: bool = False
+    ) -> dict[str, list[Any]] | None:
+        """What the model writes for each example, as columns; None where the task's predictions are computed.
+
+        Args:
+            in_step: several workers write, each as often as the others, with a model that may be spread over them.
+        """
         return None
+
+    def expected_answers(self, examples: Examples) -> list[str]:
+        """What the data have where the model writes."""
+        raise NotImplementedError
+
+    def score_answers(self, expected: Sequence[str], written: Sequence[str]) -> dict[str, float]:
+        """Metrics of what the model has written."""
+        raise NotImplementedError
 
     @abstractmethod
     def loss(self, outputs: Any, labels: Any) -> Any:

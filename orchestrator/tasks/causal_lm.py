@@ -23,6 +23,7 @@ from orchestrator.data.examples import Examples
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
+from orchestrator.tasks.shared.answers import Generation, check_generation, expected_answers, score_answers
 from orchestrator.tasks.shared.chat import TrainOn
 from orchestrator.tasks.shared.language import LanguageOptions, LanguageTask
 
@@ -37,6 +38,8 @@ class CausalOptions(LanguageOptions):
     prompt are always learned whole."""
     pack: bool = True
     """Put several examples into one row in training, so that little is padding; the losses stay the same."""
+    generate: Generation | None = None
+    """Have the model write answers too, and score them; null for no."""
 
 
 class CausalLanguageModelling(LanguageTask):
@@ -44,12 +47,13 @@ class CausalLanguageModelling(LanguageTask):
 
     name = "causal-lm"
     Options = CausalOptions
-    metrics_shown: Sequence[str] = ("nll", "perplexity", "token_accuracy")
     main_metric = MainMetric("nll", higher_is_better=False)
 
     def __init__(self, options: CausalOptions, form: Form | None) -> None:
         self.options = options
         self.form = form
+        written = options.generate.metrics if options.generate is not None else []
+        self.metrics_shown = ("nll", "perplexity", "token_accuracy", *written)
 
     @classmethod
     def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
@@ -62,6 +66,8 @@ class CausalLanguageModelling(LanguageTask):
         if form is None:
             return [explain_forms(train.table.column_names, train.files[0].place)]
         problems = check_samples(splits, form)
+        if options.generate is not None and not problems:
+            problems = check_generation(options.generate, splits, form, recipe)
         names = [column.name for column in COLUMNS[form] if column.name in train.table.column_names]
         return problems or overlap.check_overlap(splits, names)
 
@@ -87,6 +93,19 @@ class CausalLanguageModelling(LanguageTask):
 
     def form_of(self, examples: Examples) -> Form | None:
         return self.form or find_form(examples.table.column_names)
+
+    @property
+    def num_written(self) -> int:
+        return 0 if self.options.generate is None else self.options.generate.examples
+
+    def expected_answers(self, examples: Examples) -> list[str]:
+        form = self.form_of(examples)
+        assert form is not None
+        return expected_answers(examples, form)
+
+    def score_answers(self, expected: Sequence[str], written: Sequence[str]) -> dict[str, float]:
+        assert self.options.generate is not None
+        return score_answers(self.options.generate, expected, written)
 
     def encode(self, examples: Examples, processor: Any) -> pa.Table:
         form = self.form_of(examples)

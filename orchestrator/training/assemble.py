@@ -32,8 +32,8 @@ class Parts:
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
 
     def count_parameters(self) -> dict[str, int]:
-        """Numbers of parameters; sharded ones (ZeRO-3) at their full size."""
-        sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in self.module.parameters()]
+        """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
+        sizes = [(_size(value), value.requires_grad) for value in self.module.parameters()]
         return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
 
@@ -46,7 +46,8 @@ def assemble(prepared: Prepared) -> Parts:
     recipe = prepared.recipe
     transfer, seed = recipe.transfer, recipe.train.seed
     config = models.load_config(prepared.source, **prepared.task.config_changes())
-    loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed)
+    quantize = transfer.adapter.quantize if transfer.adapter is not None else None
+    loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize)
     module = loaded.model
     body = module.base_model
     new = loaded.new_parameters
@@ -68,6 +69,12 @@ def assemble(prepared: Prepared) -> Parts:
         body.config.use_cache = False
     head_is_new = bool(new) or transfer.from_scratch
     return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new)
+
+
+def _size(parameter: Any) -> int:
+    in_bits = getattr(parameter, "quant_state", None)
+    whole = parameter.numel() if in_bits is None else in_bits.shape.numel()
+    return int(getattr(parameter, "ds_numel", whole))
 
 
 def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, Any]]:
@@ -97,6 +104,9 @@ def check_structure(prepared: Prepared) -> Parts | None:
     Raises:
         ModelError: as `assemble`.
     """
+    adapter = prepared.recipe.transfer.adapter
+    if adapter is not None and adapter.quantize is not None:
+        models.check_quantization(prepared.recipe.origin.where("transfer.adapter.quantize"))
     scratch = prepared.recipe.transfer.model_copy(update={"from_scratch": True})
     recipe = prepared.recipe.model_copy(update={"transfer": scratch})
     # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.

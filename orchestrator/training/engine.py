@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from orchestrator.recipe import Recipe
 from orchestrator.training.precision import Precision
+from orchestrator.training.weight_formats import hold_frozen_in_bf16
 
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
@@ -38,6 +39,8 @@ class Engine(ABC):
     """What floating inputs must be turned into, where the weights themselves are in another format."""
     autocasts = False
     """Whether each forward pass makes bf16 weights of fp32 ones."""
+    rounds_weights = False
+    """Whether weights are held in fewer digits than the source has, so that a model to keep is to be built anew."""
 
     def __init__(self, module: nn.Module, accelerator: Any) -> None:
         self.module = module
@@ -62,6 +65,14 @@ class Engine(ABC):
     def statistics(self) -> dict[str, Tensor]:
         """What trained modules learn without gradients; the engine may have put other tensors in their place."""
         return dict(trained_statistics(self.module))
+
+    def narrow(self, recipe: Recipe) -> None:
+        """Under autocast, hold frozen weights in the format that they are computed with."""
+        adapter = recipe.transfer.adapter
+        # DoRA computes with the weights themselves, not only with what a layer makes of them.
+        if self.autocasts and not (adapter is not None and adapter.variant == "dora"):
+            hold_frozen_in_bf16(self.module)
+            self.rounds_weights = adapter is None  # What lies under an adapter is not saved with it.
 
     @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -141,6 +152,7 @@ class TorchEngine(Engine):
         super().__init__(module, accelerator)
         self.autocasts = precision == "bf16"
         self.max_grad_norm = recipe.train.max_grad_norm
+        self.narrow(recipe)
         module.to(self.device)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.model = accelerator.prepare_model(module)
@@ -212,6 +224,7 @@ class DeepSpeedEngine(Engine):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         config = deepspeed_config(recipe, precision, micro_batch_size(recipe))
+        self.autocasts = config["torch_autocast"]["enabled"]
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
         # Accelerate has DeepSpeed without a GPU see its process group only when the backend is named.
         backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
@@ -221,15 +234,16 @@ class DeepSpeedEngine(Engine):
             kwargs_handlers=[backend],
         )
         super().__init__(module, accelerator)
+        self.narrow(recipe)
         optimizer = torch.optim.AdamW(groups, fused=recipe.scale.offload == "none")
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         # Accelerate told transformers of ZeRO-3; a model loaded later, for the export, is not to be sharded.
         unset_hf_deepspeed_config()
+        self.rounds_weights = True  # Or spreads them over the workers.
         # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
         self.optimizer = optimizer
-        self.autocasts = config["torch_autocast"]["enabled"]
         self.float_type = torch.bfloat16 if config["bf16"]["enabled"] else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

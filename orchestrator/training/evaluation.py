@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from orchestrator.data.batches import evaluation_batches
+from orchestrator.data.cache import cached_table, content_key, kept_table
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.engine import Engine
@@ -16,6 +19,7 @@ from orchestrator.training.feed import Feed
 
 Gathered = list[tuple[list[Any], list[Arrays], float]]
 """Rows, predictions and summed loss of each worker."""
+REFERENCE_VERSION = "reference 1"  # Part of each key: raise it when the same is computed otherwise.
 EVALUATION_BATCH_FACTOR = 2  # Without gradients, twice the examples fit into the same memory.
 
 
@@ -68,11 +72,24 @@ def predict_share(engine: Engine, task: Task, feed: Feed, micro_batch_size: int)
     return gathered
 
 
-def refer_to_source(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> None:
-    """Have the split hold what the model, not trained yet, makes of its examples. All workers call this."""
-    gathered = predict_share(engine, task, feed, micro_batch_size)
-    (found,) = in_order(gathered).values() if engine.rank == 0 else (None,)
-    feed.encoded.reference = engine.from_first_worker(found)
+def refer_to_source(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, identity: Sequence[str]) -> None:
+    """Have the split hold what the model, not trained yet, makes of its examples. All workers call this.
+
+    Args:
+        identity: what that depends on. It is stored under this, and under how the examples are dealt out: sums over
+            other batches differ in their last bits.
+    """
+    key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size)
+    kept = kept_table(key) if engine.rank == 0 else None
+    found = engine.from_first_worker(None if kept is None else np.stack([column.to_numpy() for column in kept], 1))
+    if found is None:
+        gathered = predict_share(engine, task, feed, micro_batch_size)
+        (found,) = in_order(gathered).values() if engine.rank == 0 else (None,)
+        if found is not None:
+            table = pa.table({str(number): column for number, column in enumerate(found.T)})
+            cached_table(key, lambda: table)
+        found = engine.from_first_worker(found)
+    feed.encoded.reference = found
 
 
 def in_order(gathered: Gathered) -> Arrays:

@@ -12,32 +12,43 @@ import torch
 from torch import Tensor
 
 from orchestrator import models
+from orchestrator.errors import RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.assemble import Parts, assemble
-from orchestrator.training.engine import uses_deepspeed
 from orchestrator.training.model_card import model_card
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import write_json
 
 DESCRIPTION = "transfer.json"
+NAMED = 3
 
 
 def export_model(
-    prepared: Prepared, parts: Parts, weights: dict[str, Tensor], folder: Path, result: dict[str, Any]
+    prepared: Prepared,
+    parts: Parts,
+    weights: dict[str, Tensor],
+    folder: Path,
+    result: dict[str, Any],
+    rebuild: bool = False,
 ) -> None:
     """Write the model directory: safetensors, config, processor, model card. The folder appears whole or not at all.
 
     Args:
         weights: every trained parameter in fp32, by its name in `parts.module`.
         result: the run's result, for the card.
+        rebuild: the model in `parts` was rounded or spread over workers, so the weights are put into one built anew.
+
+    Raises:
+        RunFailed: a part of the adapter learned nothing.
     """
-    # DeepSpeed holds the weights rounded to bf16, or spread over workers: they are put into a model built anew.
-    module = assemble(prepared).module if uses_deepspeed(prepared.recipe) else parts.module
+    module = assemble(prepared).module if rebuild else parts.module
     here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, value in weights.items():
             here[name].copy_(value)
+    if prepared.recipe.transfer.adapter is not None:
+        refuse_untrained(module)
     # Gradient checkpointing turned it off; those who generate with the model want it as it was.
     if hasattr(module.config, "use_cache"):
         module.config.use_cache = models.load_config(prepared.source).use_cache
@@ -51,6 +62,18 @@ def export_model(
     (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def refuse_untrained(module: Any) -> None:
+    """Raise RunFailed where a part of the adapter is as it was before training, or empty."""
+    untrained = list(models.find_untrained(module))
+    if untrained:
+        some = ", ".join(untrained[:NAMED]) + (", ..." if len(untrained) > NAMED else "")
+        raise RunFailed(
+            f"{len(untrained)} parts of the adapter learned nothing ({some}), so no model was written\n"
+            "    -> if the model does not use those modules, leave them out of transfer.adapter; "
+            "else raise train.learning_rate or the number of steps"
+        )
 
 
 def describe_model(prepared: Prepared) -> dict[str, Any]:

@@ -20,17 +20,20 @@ from orchestrator.data import Examples, open_file, open_pictures, open_splits, r
 from orchestrator.data.cache import as_table
 from orchestrator.data.image_folders import is_picture
 from orchestrator.data.readers import READERS
-from orchestrator.errors import DataError, InputError, Problem
+from orchestrator.errors import DataError, InputError, Problem, RunFailed
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks import Task, find_task
 from orchestrator.tasks.base import Arrays
+from orchestrator.training.answers import sample, score_written
 from orchestrator.training.evaluation import in_order, predict_rows
 from orchestrator.training.export import DESCRIPTION, write_table
 from orchestrator.training.feed import Feed
 from orchestrator.training.model_card import card_of_merged
 
 EXAMPLES_TOGETHER = 2048
+ANSWERS_TOGETHER = 32
+LARGEST_ERROR_OF_MERGING = 1e-4  # Of the largest output; fp32 sums in another order.
 
 
 @dataclass
@@ -77,8 +80,14 @@ def load_trained(folder: Path) -> Trained:
     return Trained(inner, description, task, model.to(device).eval(), processor, device)
 
 
-def load_weights(folder: Path, description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
-    """The model of a folder; an adapter is put onto its source, which is found as the recipe says."""
+def load_weights(
+    folder: Path, description: dict[str, Any], auto_class: str, whole: bool = False
+) -> tuple[Any, SourceModel]:
+    """The model of a folder; an adapter is put onto its source, which is found as the recipe says.
+
+    Args:
+        whole: turn what the source's 4 bits stand for into fp32.
+    """
     if not (folder / "adapter_config.json").exists():
         source = models.open_folder(folder, str(folder))
         return models.load_model(
@@ -86,9 +95,13 @@ def load_weights(folder: Path, description: dict[str, Any], auto_class: str) -> 
         ).model, source
     from peft import PeftModel
 
-    source = models.find_source(parse_recipe(description["recipe"]))
+    recipe = parse_recipe(description["recipe"])
+    source = models.find_source(recipe)
     config = models.load_config(source, **config_changes(description))
-    base = models.load_model(source, auto_class, config, from_scratch=False, seed=0).model
+    adapter = recipe.transfer.adapter
+    base = models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model
+    if whole:
+        base.dequantize(torch.float32)
     return PeftModel.from_pretrained(base, folder), source
 
 
@@ -156,6 +169,11 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
     metrics = trained.task.metrics(scored.predictions, scored.targets)
     if not trained.task.needs_reference:  # The source is not at hand.
         metrics = {"loss": scored.loss, **metrics}
+    if trained.task.num_written:
+        some = sample(trained.task, examples)
+        written = trained.task.generate(trained.model, trained.processor, some, ANSWERS_TOGETHER)
+        assert written is not None
+        metrics |= score_written(trained.task, some, written["prediction"]).metrics
     details = trained.task.details(scored.predictions, scored.targets)
     where = data or f"{split} of {recipe.name}"
     return {
@@ -265,6 +283,7 @@ def export(folder: Path, output: Path, merge: bool) -> None:
 
     Raises:
         InputError: the output exists, or there is no adapter to merge.
+        RunFailed: the merged model would compute something else.
     """
     if output.exists():
         raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
@@ -276,9 +295,39 @@ def export(folder: Path, output: Path, merge: bool) -> None:
     else:
         if not hasattr(trained.model, "merge_and_unload"):
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
-        trained.model.merge_and_unload().save_pretrained(partial)
+        merged_weights(trained).save_pretrained(partial)
         trained.processor.save_pretrained(partial)
         card = (trained.folder / "README.md").read_text(encoding="utf-8")
         (partial / "README.md").write_text(card_of_merged(card, trained.task), encoding="utf-8")
         shutil.copy(trained.folder / DESCRIPTION, partial)
     partial.rename(output)
+
+
+def merged_weights(trained: Trained) -> Any:
+    """The model with its adapter folded in, which is not left as it was; weights in 4 bits become whole.
+
+    Raises:
+        RunFailed: it computes something else than before.
+    """
+    inputs = trained.task.example_inputs(trained.processor)
+    before = answer(trained.model, inputs)
+    model = trained.model
+    if any(True for _ in models.quantized_layers(model)):
+        # peft would round the sum to 4 bits again.
+        model, _ = load_weights(trained.folder, trained.description, trained.task.auto_class, whole=True)
+    merged = model.merge_and_unload().eval()
+    after = answer(merged, inputs)
+    error = float((after - before).abs().max() / before.abs().max())
+    if not error <= LARGEST_ERROR_OF_MERGING:
+        raise RunFailed(
+            f"with the adapter merged, the model's outputs differ by {error:.1e} of their size; nothing was written\n"
+            "    -> export it without --merge, and load it with peft"
+        )
+    return merged
+
+
+@torch.no_grad()
+def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What a model makes of one example, as numbers on the CPU."""
+    logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
+    return logits.float().cpu()

@@ -188,5 +188,7 @@ def open_store(recipe: Recipe) -> FeatureStore:
 def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) -> list[str]:
     """What the frozen blocks' output depends on, besides the examples."""
     seed = f"from scratch {recipe.train.seed}" if recipe.transfer.from_scratch else "pre-trained"
+    adapter = recipe.transfer.adapter
+    weights = [adapter.quantize] if adapter is not None and adapter.quantize is not None else []
     packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    return [source, seed, precision, str(engine.float_type), engine.device.type, *packages]
+    return [source, seed, *weights, precision, str(engine.float_type), engine.device.type, *packages]

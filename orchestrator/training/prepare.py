@@ -12,10 +12,12 @@ from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
 from orchestrator.data.images import name_pictures
+from orchestrator.data.mixing import weigh
 from orchestrator.data.sources import open_splits
 from orchestrator.errors import InputError, Problem, raise_if_fatal
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, read_options
 
 T = TypeVar("T")
@@ -108,8 +110,11 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
     grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image", "turns")]
+    seed = recipe.target.split.seed
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
-    return splits.limit_examples(whole, recipe.target.limit, stratify, recipe.target.split.seed)
+    limited = splits.limit_examples(whole, recipe.target.limit, stratify, seed)
+    weights = recipe.target.data.weights if isinstance(recipe.target.data, Data) else None
+    return limited if weights is None else {**limited, "train": weigh(limited["train"], weights, seed)}
 
 
 def encoding_key(task: Task, examples: Examples, processor: Any) -> str:

@@ -5,27 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrator.errors import Problem, RecipeError, nearest
-from orchestrator.tasks.base import MainMetric
+from orchestrator.tasks.base import Arrays, MainMetric
+from orchestrator.training.answers import Answer, write_answers
 from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
-from orchestrator.training.evaluation import Scored, refer_to_source, score
+from orchestrator.training.evaluation import refer_to_source, score
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.precision import Precision, choose_precision
+from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
+
+NUM_SAMPLES = 8
 
 
 @dataclass
@@ -89,6 +93,8 @@ def open_session(
     if progress is not None:
         progress.show(force=True, phase="loading the model")
     metric = metric or choose_metric(prepared)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
     parts = assemble(prepared)
     precision = choose_precision(recipe, device)
     train = prepared.encoded("train")
@@ -108,8 +114,9 @@ def open_session(
         session.feeds["train"].packs = packs
         if prepared.task.needs_reference:
             session.tell("asking the source")
-            for feed in session.feeds.values():
-                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size)
+            identity = model_identity(recipe, prepared.identity["source"], precision, engine)
+            for name, feed in session.feeds.items():
+                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, [*identity, prepared.keys[name]])
         yield session
 
 
@@ -132,12 +139,12 @@ def choose_metric(prepared: Prepared) -> MainMetric:
     return MainMetric(stopping.metric, known[stopping.metric])
 
 
-def score_before(session: Session) -> dict[str, Any] | None:
+def score_before(session: Session) -> dict[str, Reported] | None:
     """Scores before the first step, where the source's own head is kept; a new head knows nothing yet."""
     if session.parts.head_is_new:
         return None
     session.tell("scoring the source")
-    return {name: score_split(session, name).metrics for name in ("select", "test") if name in session.prepared.tables}
+    return {name: score_split(session, name) for name in ("select", "test") if name in session.prepared.tables}
 
 
 def resume(session: Session) -> Memory:
@@ -189,7 +196,7 @@ def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) ->
             break
 
 
-def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> None:
+def finish(session: Session, memory: Memory, before: dict[str, Reported] | None) -> None:
     """Take the best weights, score every split that is reported, and write model, predictions and result."""
     prepared, engine, directory = session.prepared, session.engine, session.directory
     session.tell("scoring the best checkpoint")
@@ -205,8 +212,9 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
     result = {
         "status": "finished",
         "metrics": {name: split.metrics for name, split in scored.items()},
-        "before": before,
+        "before": None if before is None else {name: split.metrics for name, split in before.items()},
         "details": {main: prepared.task.details(scored[main].predictions, prepared.encoded(main).targets())},
+        "samples": samples(before[main].answers if before else [], scored[main].answers),
         "steps": memory.step,
         "stopped_early": memory.stop,
         "seconds": memory.seconds,
@@ -216,7 +224,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Any] | None) -> N
         "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
         "parameters": session.parts.count_parameters(),
     }
-    export_model(prepared, session.parts, weights, directory.model, result)
+    export_model(prepared, session.parts, weights, directory.model, result, rebuild=engine.rounds_weights)
     write_predictions(prepared, main, scored[main].predictions, directory.predictions)
     if "test" in scored:
         row = {
@@ -251,6 +259,23 @@ def take_best_weights(session: Session, memory: Memory) -> int:
     return memory.step
 
 
-def score_split(session: Session, name: str) -> Scored:
-    prepared = session.prepared
-    return score(session.engine, prepared.task, session.feeds[name], session.plan.micro_batch_size)
+@dataclass
+class Reported:
+    """Everything that is known of a split; predictions and answers on worker 0 alone."""
+
+    metrics: dict[str, float]
+    predictions: Arrays
+    answers: list[Answer]
+
+
+def score_split(session: Session, name: str) -> Reported:
+    prepared, micro_batch = session.prepared, session.plan.micro_batch_size
+    scored = score(session.engine, prepared.task, session.feeds[name], micro_batch)
+    written = write_answers(session.engine, prepared.task, prepared.processor, prepared.examples[name], micro_batch)
+    return Reported({**scored.metrics, **written.metrics}, scored.predictions, written.answers)
+
+
+def samples(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str | None]]:
+    """Some of the answers that were written, side by side with those before the first step."""
+    earlier = {answer.source: answer.written for answer in before}
+    return [{**asdict(answer), "before": earlier.get(answer.source)} for answer in after[:NUM_SAMPLES]]

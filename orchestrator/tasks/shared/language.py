@@ -189,7 +189,7 @@ class LanguageTask(Task):
         return [
             self.name,
             self.form,
-            self.options.model_dump(mode="json"),
+            self.options.model_dump(mode="json", exclude={"generate", "max_new_tokens"}),
             processor.chat_template,
             tokenizer_state(processor),
         ]
@@ -236,7 +236,9 @@ class LanguageTask(Task):
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
         return [(processor.decode(ids[start:end]), bool(learned[start])) for start, end in pairwise(edges)]
 
-    def generate(self, model: Any, processor: Any, examples: Examples, batch_size: int) -> dict[str, list[Any]]:
+    def generate(
+        self, model: Any, processor: Any, examples: Examples, batch_size: int, in_step: bool = False
+    ) -> dict[str, list[Any]]:
         form = self.form or find_prompt_form(examples.table.column_names)
         assert form is not None
         template = Template.of(processor, processor.chat_template)
@@ -245,7 +247,7 @@ class LanguageTask(Task):
         is_chat = any(sample.turns for sample in samples)
         ends = end_tokens(processor, template)
         length = self.options.max_new_tokens
-        return {"prediction": write_answers(model, processor, prompts, is_chat, ends, batch_size, length)}
+        return {"prediction": write_answers(model, processor, prompts, is_chat, ends, batch_size, length, in_step)}
 
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch

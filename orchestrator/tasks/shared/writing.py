@@ -47,12 +47,14 @@ def write_answers(
     ends: list[int],
     batch_size: int,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt.
 
     Args:
         is_chat: the prompts hold the special tokens that belong there.
         ends: tokens that end an answer; they are not part of it.
+        in_step: go on until the other workers have ended too, for a model that is spread over them.
     """
     import torch
 
@@ -76,6 +78,8 @@ def write_answers(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
+                use_cache=True,
+                synced_gpus=in_step,
                 eos_token_id=ends or None,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -1,0 +1,96 @@
+"""Frozen weights held in bf16: nothing that the model computes changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import LlamaForCausalLM as Llama
+
+from orchestrator.recipe import parse_recipe
+from orchestrator.training.engine import build_engine
+from orchestrator.training.weight_formats import hold_frozen_in_bf16
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+IDS = {"input_ids": torch.tensor([[1, 2, 3, 1, 7]])}
+MODELS: dict[str, Any] = {
+    "llama": lambda: Llama(LlamaConfig(**SIZES)),
+    "llama, tied": lambda: Llama(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16)),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = MODELS[name]().eval()
+    for number, parameter in enumerate(model.parameters()):
+        # Away from what initialisation leaves at 0 and 1; the first half is frozen.
+        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.requires_grad_(number > len(list(model.parameters())) // 2)
+    return model
+
+
+def answers(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**IDS).logits.float()
+    logits.square().sum().backward()
+    return logits.detach(), [value.grad.clone() for value in model.parameters() if value.grad is not None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("is_stored_in_bf16", [False, True])
+def test_outputs_and_gradients_stay_the_same_to_the_bit(name: str, is_stored_in_bf16: bool) -> None:
+    model = build(name)
+    if is_stored_in_bf16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    expected, gradients = answers(model)
+    hold_frozen_in_bf16(model)
+    narrow = [value for value in model.parameters() if value.dtype == torch.bfloat16]
+    assert narrow
+    assert not any(value.requires_grad for value in narrow)
+    found, others = answers(model)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_an_embedding_follows_only_where_it_loses_nothing() -> None:
+    for is_stored_in_bf16 in (False, True):
+        model = build("llama")
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        if is_stored_in_bf16:
+            weight.data = weight.data.bfloat16().float()
+        hold_frozen_in_bf16(model)
+        assert weight.dtype == (torch.bfloat16 if is_stored_in_bf16 else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "is_narrow", "is_rebuilt"),
+    [
+        ({"freeze": "stem"}, True, True),
+        ({"adapter": {"type": "lora"}}, True, False),
+        ({"adapter": {"type": "lora", "variant": "dora"}}, False, False),
+    ],
+)
+def test_engines_hold_frozen_weights_so_but_not_under_dora(
+    transfer: dict[str, Any], is_narrow: bool, is_rebuilt: bool
+) -> None:
+    recipe = parse_recipe(
+        f"name: a\nsource: {{model: ./m}}\ntarget: {{task: causal-lm, data: ./d}}\ntransfer: {transfer}".replace(
+            "'", ""
+        )
+    )
+    model = build("llama")
+    groups = [{"params": [value for value in model.parameters() if value.requires_grad], "lr": 0.1, "initial_lr": 0.1}]
+    with build_engine(model, groups, recipe, "bf16") as engine:
+        assert any(value.dtype == torch.bfloat16 for value in model.parameters()) == is_narrow
+        assert engine.rounds_weights == is_rebuilt
+    with build_engine(
+        build("llama"), [{**groups[0], "params": [nn.Parameter(torch.zeros(1))]}], recipe, "fp32"
+    ) as engine:
+        assert all(value.dtype == torch.float32 for value in engine.module.parameters())
