@@ -10,11 +10,12 @@ Ray included (B4: of running the trials alone, which is all that B4 is about).
 | B4 | 16 trials of nothing that import torch and the Trainer; as it comes, and with reused actors |
 
 The encoder has 12 layers, 384 wide, of random weights (or is the real MiniLM, `--minilm`, with depths scaled to its 6
-layers); the data are BANKING77. By hand, B1 takes hours: `--peer-share 32` runs one of at most 32 of its trials, spread
-over all depths, and multiplies the time inside `Tuner.fit`; so for B2 and B3 without ASHA. Trials that ran to the end
-on both sides must have the same accuracy (fp32: to 1e-4).
+layers); the data are BANKING77, or AG News with its longer texts. By hand, B1 takes hours: `--peer-share 32` runs one
+of at most 32 of its trials, spread over all depths, and multiplies the time inside `Tuner.fit`; so for B2 and B3
+without ASHA. Trials that ran to the end on both sides must have the same accuracy (fp32: to 1e-4).
 
-    python benchmarks/search.py [--only B1 B2 ...] [--repeats 3] [--peer-share 32] [--minilm] [--assets DIR] [--json F]
+    python benchmarks/search.py [--only B1 B2 ...] [--repeats 3] [--peer-share 32] [--minilm] [--data ag_news]
+                                [--assets DIR] [--json F]
 
 Exits with 1 when a median misses its target or scores differ.
 """
@@ -116,6 +117,7 @@ class Bench:
     assets: Path
     share: int
     minilm: bool
+    data: str
     scores: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
     """Best accuracy and last loss of each trial on *select*, by workload and side."""
 
@@ -125,7 +127,9 @@ class Bench:
         if folder.exists():
             return folder
         folder.mkdir()
-        rows = [json.loads(line) for line in (self.assets / "banking77" / "train.jsonl").read_text().splitlines()]
+        lines = (self.assets / self.data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        given = [json.loads(line) for line in lines]
+        rows = [{"text": row["text"], "label": row.get("label_name", row["label"])} for row in given]
         random.Random(0).shuffle(rows)
         seen: set[str] = set()
         rows = [row for row in rows if not (row["text"].lower() in seen or seen.add(row["text"].lower()))]
@@ -314,12 +318,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-share", type=int, default=32, help="one of so many of the peer's trials is run")
     parser.add_argument("--minilm", action="store_true", help="the real MiniLM instead of 12 random layers")
+    parser.add_argument("--data", choices=["banking77", "ag_news"], default="banking77")
     parser.add_argument("--assets", type=Path, default=HERE.parent.parent / "shared" / "assets")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     claims = [claim for claim in CLAIMS if claim.workload in options.only or claim.text in options.only]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.assets, options.peer_share, options.minilm)
+        bench = Bench(Path(folder), options.assets, options.peer_share, options.minilm, options.data)
         ratios = [measure(bench, claim, options.repeats) for claim in claims]
         agreements = {name: bench.differing(name) for name in WORKLOADS if any(name == c.workload for c in claims)}
     print_table(["claim", "target", "median ratio", "minimum", "ours (s)", "peer (s)", ""], [r.cells() for r in ratios])

@@ -91,6 +91,13 @@ class Rows:
             line[: end - start] = self._values[start:end]
         return padded
 
+    def join(self, rows: Indices) -> npt.NDArray[Any]:
+        """These rows, of uneven length, one after the other; shape [1, sum of their lengths, *shape]."""
+        found = [
+            self._values[start:end] for start, end in zip(self._offsets[rows], self._offsets[rows + 1], strict=True)
+        ]
+        return np.concatenate(found)[None]
+
 
 class Writer:
     """An entry that is being computed, perhaps by several processes."""

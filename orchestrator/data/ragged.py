@@ -45,3 +45,7 @@ class Ragged:
         for line, start, length in zip(padded, starts, lengths, strict=True):
             line[:length] = self.values[start : start + length]
         return padded
+
+    def join(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
+        """Rows one after the other; shape [sum of their lengths]."""
+        return np.concatenate([self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows])

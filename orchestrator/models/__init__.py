@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.models.quantize import check_quantization, quantized_layers
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
+    from orchestrator.models.texts_in_a_row import attend_within_texts
     from orchestrator.models.token_loss import answer_with_losses
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "adapted_blocks",
     "add_adapter",
     "answer_with_losses",
+    "attend_within_texts",
     "check_quantization",
     "find_blocks",
     "find_pick",
@@ -122,6 +124,7 @@ _HOMES = {
         "Unsplit",
         "split_model",
     ),
+    "texts_in_a_row": ("attend_within_texts",),
     "token_loss": ("answer_with_losses",),
 }
 

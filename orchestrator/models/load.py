@@ -19,7 +19,7 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.deep_head import DeepHead, with_deep_head
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.hub import LOADING_ERRORS, explain
-from orchestrator.models.quantize import keep_quantized_weights, quantization
+from orchestrator.models.quantize import keep_quantized_weights, layers_outside_body, quantization, quantized_layers
 from orchestrator.models.source import SourceModel
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -124,17 +124,7 @@ def load_model(
             built = _build(loader, config, source).eval()
             _calm_batch_norms(built, HIGHEST_MOMENTUM)
             return LoadedModel(built, frozenset())
-        model, report = loader.from_pretrained(
-            source.location,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the shapes are checked below, where head and body are told apart
-            output_loading_info=True,
-            adapter_kwargs={"local_files_only": source.is_offline},
-            **({} if quantize is None else quantization(quantize, _outline(loader, config, source))),
-            **_hub_arguments(source),
-        )
+        model, report = _load_weights(loader, config, source, quantize)
         keep_quantized_weights(model)
         _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -180,10 +170,33 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
     return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
 
 
-def _outline(loader: Any, config: Any, source: SourceModel) -> Any:
-    """The model without weights."""
+def _load_weights(loader: Any, config: Any, source: SourceModel, quantize: str | None) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers reports of its weights."""
+
+    def load(**arguments: Any) -> tuple[Any, dict[str, Any]]:
+        found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
+            source.location,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the shapes are checked by the caller, where head and body are told apart
+            output_loading_info=True,
+            adapter_kwargs={"local_files_only": source.is_offline},
+            **arguments,
+            **_hub_arguments(source),
+        )
+        return found
+
+    if quantize is None:
+        return load()
     with torch.device("meta"):
-        return _build(loader, config, source)
+        whole = layers_outside_body(_build(loader, config, source))
+    model, report = load(**quantization(quantize, whole))
+    new = [
+        name for name, layer in quantized_layers(model).items() if getattr(layer.weight, "quant_state", None) is None
+    ]
+    # What the source does not have is drawn, and not quantized afterwards.
+    return load(**quantization(quantize, [*whole, *new])) if new else (model, report)
 
 
 def _calm_batch_norms(model: nn.Module, momentum: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.models.pick import FAILURES, evaluating, is_close
+from orchestrator.models.texts_in_a_row import spell_out
 
 IGNORED = -100
 """What stands for no target."""
@@ -54,7 +55,8 @@ class _Losses:
             if target_ids is None:
                 return whole(*args, **inputs)
             self.targets, self.has_answered = target_ids, False
-            inputs.setdefault("use_cache", False)  # With a cache, transformers does not look for packed texts.
+            inputs.setdefault("use_cache", False)
+            spell_out(inputs)
             try:
                 output = whole(*args, **inputs)
             finally:

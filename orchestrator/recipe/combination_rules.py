@@ -20,8 +20,9 @@ from orchestrator.recipe.conditions import (
     put_all,
     write_boundaries,
 )
+from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import value_at
-from orchestrator.recipe.rules import Finding, find_broken_rules, overlap
+from orchestrator.recipe.rules import find_broken_rules, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search, Train
 from orchestrator.recipe.wording import write_value
 

@@ -9,23 +9,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from orchestrator.errors import Problem, RecipeError
+from orchestrator.recipe.deepspeed_rules import find_deepspeed_mistakes
+from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
 from orchestrator.recipe.schema import Data, Recipe
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLITS = ("train", "select", "test")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A broken rule: the paths of the values in it (the first one written is its place), what is wrong, the remedy."""
-
-    paths: tuple[str, ...]
-    what: str
-    remedy: str
 
 
 def check_rules(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
@@ -318,4 +310,5 @@ _RULES = (
     _quantized_weights_stay_whole,
     _torch_engine_stays_plain,
     _offload_fits_the_stage,
+    find_deepspeed_mistakes,
 )

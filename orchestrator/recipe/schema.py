@@ -237,6 +237,9 @@ class Scale(Section):
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer (`all`: and the weights, with ZeRO-3) in main memory."""
+    deepspeed: dict[Text, Any] | None = None
+    """More of DeepSpeed's own configuration (its "Configuration JSON"), for experts: `{zero_optimization:
+    {offload_optimizer: {device: nvme, nvme_path: /local}}}`. What the recipe says elsewhere is not said again here."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Times a run goes on from its last checkpoint after a worker died; -1 without end."""
     storage: Text = "runs"

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from orchestrator.errors import Problem, nearest
 from orchestrator.recipe.combination_rules import find_in_combinations
 from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, place_of, put, put_in_order, said_in
+from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import dotted, find_mistakes
 from orchestrator.recipe.reference import shape_of
-from orchestrator.recipe.rules import Finding, overlap, tell
+from orchestrator.recipe.rules import overlap, tell
 from orchestrator.recipe.schema import Case, Recipe, Search
 from orchestrator.recipe.wording import explain_value, write_value
 

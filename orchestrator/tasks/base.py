@@ -77,7 +77,7 @@ class Encoded(ABC):
         """
 
     def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
-        """The same examples with several of them in one row: what the model computes of each stays as it is."""
+        """The same examples one after the other in a single row: what the model computes of each stays as it is."""
         raise NotImplementedError
 
     def beside_features(self, rows: npt.NDArray[np.int64]) -> Arrays:

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from orchestrator.errors import Problem, RecipeError
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.deepspeed_rules import OFFLOADS, without_auto
 from orchestrator.training.precision import Precision
 from orchestrator.training.weight_formats import hold_frozen_in_bf16
 
@@ -235,7 +237,8 @@ class DeepSpeedEngine(Engine):
         )
         super().__init__(module, accelerator)
         self.narrow(recipe)
-        optimizer = torch.optim.AdamW(groups, fused=recipe.scale.offload == "none")
+        is_offloaded = any(key in config["zero_optimization"] for key in OFFLOADS)
+        optimizer = torch.optim.AdamW(groups, fused=not is_offloaded)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         # Accelerate told transformers of ZeRO-3; a model loaded later, for the export, is not to be sharded.
         unset_hf_deepspeed_config()
@@ -298,6 +301,9 @@ def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> 
         zero["offload_param"] = {"device": "cpu"}
     if recipe.scale.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
+    given = without_auto(recipe.scale.deepspeed or {})
+    # What of it the recipe says too is refused when the recipe is read.
+    zero |= given.get("zero_optimization", {})
     workers = recipe.scale.workers
     accumulation = -(-recipe.train.global_batch_size // (micro_batch * workers))
     return {
@@ -313,7 +319,24 @@ def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> 
         # PyTorch's AdamW wherever the optimizer runs: DeepSpeed's own for the CPU has to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        **{key: value for key, value in given.items() if key != "zero_optimization"},
     }
+
+
+def check_deepspeed(recipe: Recipe) -> None:
+    """Raise RecipeError where DeepSpeed does not take what the recipe says about ZeRO in `scale.deepspeed`."""
+    from deepspeed.runtime.zero.config import get_zero_config
+    from pydantic import ValidationError
+
+    try:
+        get_zero_config(deepspeed_config(recipe, "fp32", 1))
+    except ValidationError as error:
+        where = recipe.origin.where("scale.deepspeed.zero_optimization")
+        found = [(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
+        raise RecipeError(
+            Problem(f"DeepSpeed does not take zero_optimization.{key} = {value!r}: {why}", where, "mend or remove it")
+            for key, why, value in found
+        ) from error
 
 
 def micro_batch_size(recipe: Recipe) -> int:

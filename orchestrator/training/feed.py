@@ -47,12 +47,16 @@ class Feed:
         Args:
             stream: seed and epoch of what is drawn for training examples; None where nothing is.
         """
-        if self.packs and self.features is None and stream is not None:
-            return self._to_device(self.encoded.packed_batch(rows))
-        if self.features is None:
-            return self._to_device(self.encoded.batch(rows, stream))
-        batch = self.beside(rows)
-        batch[FEATURES] = as_tensor(self.features.take(rows), self.features.note).to(self.device, non_blocking=True)
+        packs = self.packs and stream is not None
+        if packs:
+            batch = self._to_device(self.encoded.packed_batch(rows))
+        elif self.features is None:
+            batch = self._to_device(self.encoded.batch(rows, stream))
+        else:
+            batch = self.beside(rows)
+        if self.features is not None:
+            values = self.features.join(rows) if packs else self.features.take(rows)
+            batch[FEATURES] = as_tensor(values, self.features.note).to(self.device, non_blocking=True)
         return batch
 
     def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:

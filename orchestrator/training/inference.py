@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -95,14 +96,19 @@ def load_weights(
         ).model, source
     from peft import PeftModel
 
+    base, source = load_source(description, auto_class)
+    if whole:
+        base.dequantize(torch.float32)
+    return PeftModel.from_pretrained(base, folder), source
+
+
+def load_source(description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
+    """The source of a trained model; raises ModelError where it is not to be found any more."""
     recipe = parse_recipe(description["recipe"])
     source = models.find_source(recipe)
     config = models.load_config(source, **config_changes(description))
     adapter = recipe.transfer.adapter
-    base = models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model
-    if whole:
-        base.dequantize(torch.float32)
-    return PeftModel.from_pretrained(base, folder), source
+    return models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model, source
 
 
 def config_changes(description: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +119,14 @@ def config_changes(description: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64) -> Predicted:
-    """Predict for all examples. They are encoded some at a time: pictures take far more memory than their files."""
+def predict_examples(
+    trained: Trained, examples: Examples, batch_size: int = 64, reference: npt.NDArray[np.float64] | None = None
+) -> Predicted:
+    """Predict for all examples. They are encoded some at a time: pictures take far more memory than their files.
+
+    Args:
+        reference: what the source makes of them, for tasks that need it to score.
+    """
     task = trained.task
     labels = [column.name for column in task.columns(task.options) if column.kind == "label"]
     # A language model's targets are the texts themselves.
@@ -124,6 +136,8 @@ def predict_examples(trained: Trained, examples: Examples, batch_size: int = 64)
     for start in range(0, len(examples), EXAMPLES_TOGETHER):
         some = examples.take(range(start, min(start + EXAMPLES_TOGETHER, len(examples))))
         encoded = task.wrap(as_table(task.encode(some, trained.processor)), trained.processor)
+        if reference is not None:
+            encoded.reference = reference[start : start + EXAMPLES_TOGETHER]
         feed = Feed(encoded, trained.device)
         order = np.argsort(-encoded.lengths, kind="stable")
         for mine in np.split(order, range(batch_size, len(order), batch_size)):
@@ -165,10 +179,9 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)
-    scored = predict_examples(trained, examples)
-    metrics = trained.task.metrics(scored.predictions, scored.targets)
-    if not trained.task.needs_reference:  # The source is not at hand.
-        metrics = {"loss": scored.loss, **metrics}
+    reference = ask_source(trained, examples) if trained.task.needs_reference else None
+    scored = predict_examples(trained, examples, reference=reference)
+    metrics = {"loss": scored.loss, **trained.task.metrics(scored.predictions, scored.targets)}
     if trained.task.num_written:
         some = sample(trained.task, examples)
         written = trained.task.generate(trained.model, trained.processor, some, ANSWERS_TOGETHER)
@@ -183,6 +196,20 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
         "metrics": metrics,
         "details": details,
     }
+
+
+def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
+    """What the source makes of examples; raises ModelError where it is not to be found any more."""
+    task = trained.task
+    if hasattr(trained.model, "disable_adapter"):
+        with trained.model.disable_adapter():
+            asked = predict_examples(trained, examples)
+    else:
+        model, source = load_source(trained.description, task.auto_class)
+        task.fit_model(model, trained.processor, source)
+        asked = predict_examples(replace(trained, model=model.to(trained.device).eval()), examples)
+    (found,) = asked.predictions.values()
+    return np.asarray(found, np.float64)
 
 
 def recipe_of(trained: Trained, data: str | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -312,7 +339,7 @@ def merged_weights(trained: Trained) -> Any:
     inputs = trained.task.example_inputs(trained.processor)
     before = answer(trained.model, inputs)
     model = trained.model
-    if any(True for _ in models.quantized_layers(model)):
+    if models.quantized_layers(model):
         # peft would round the sum to 4 bits again.
         model, _ = load_weights(trained.folder, trained.description, trained.task.auto_class, whole=True)
     merged = model.merge_and_unload().eval()

@@ -137,7 +137,7 @@ def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> 
     # Where the cut decides what is dropped out, it must not depend on whether features are stored.
     lengths = feed.lengths if feed.is_even and not drops_out(engine.module) else feed.encoded.lengths
     # Where examples are packed there is no padding to save by further passes.
-    cost = NEVER if feed.packs and feed.features is None else engine.cost_of_pass
+    cost = NEVER if feed.packs else engine.cost_of_pass
     return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost)
 
 

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.batches import BatchOrder, deal
-from orchestrator.data.packing import best_fit
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine import TOKENS_PER_PASS_ON_CPU, micro_batch_size
-from orchestrator.training.loop import NEVER
 from orchestrator.training.prepare import Prepared, prepare
 
 Pieces = list[tuple[str, bool]]
@@ -90,16 +88,15 @@ def measure(encoded: Encoded) -> Lengths:
 
 
 def padding_share(recipe: Recipe, encoded: Encoded) -> float:
-    """As an epoch is dealt to the recipe's workers on processors, packed where examples are."""
+    """As an epoch is dealt to the recipe's workers on processors; none where examples are packed."""
+    if encoded.packs:
+        return 0.0
     train, workers = recipe.train, recipe.scale.workers
     order = BatchOrder(encoded.lengths, train.global_batch_size, train.group_by_length, train.seed)
-    cost = NEVER if encoded.packs else TOKENS_PER_PASS_ON_CPU
     positions = 0
     for rows in order.epoch(0):
-        for hands in deal(rows, encoded.lengths, workers, micro_batch_size(recipe), cost):
-            for lengths in (encoded.lengths[mine] for mine in hands if len(mine)):
-                width = int(lengths.max())
-                positions += width * (len(best_fit(lengths.tolist(), width)) if encoded.packs else len(lengths))
+        for hands in deal(rows, encoded.lengths, workers, micro_batch_size(recipe), TOKENS_PER_PASS_ON_CPU):
+            positions += sum(int(encoded.lengths[mine].max()) * len(mine) for mine in hands if len(mine))
     return 1.0 - float(encoded.lengths.sum()) / positions
 
 

@@ -91,9 +91,12 @@ def check_model(prepared: Prepared) -> Prepared:
     """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
     # These need torch, which takes seconds to import: Ray starts meanwhile.
     from orchestrator.training.assemble import check_structure
+    from orchestrator.training.engine import check_deepspeed
     from orchestrator.training.trainer import choose_metric
 
     choose_metric(prepared)
+    if prepared.recipe.scale.deepspeed is not None:
+        check_deepspeed(prepared.recipe)
     check_structure(prepared)
     return prepared
 

@@ -30,7 +30,7 @@ def hold_frozen_in_bf16(module: nn.Module) -> None:
                 weight.data = weight.data.bfloat16()
         if type(part) is nn.Embedding and part.weight.dtype == torch.bfloat16:
             part.register_forward_hook(_widen)
-    for layer in quantized_layers(module):
+    for layer in quantized_layers(module).values():
         layer.compute_dtype = torch.bfloat16
 
 

@@ -15,6 +15,7 @@ import torch
 
 import orchestrator
 from orchestrator.tasks.preference import PreferenceOptions, PreferenceTuning
+from orchestrator.training import evaluation
 from orchestrator.training.assemble import assemble
 from orchestrator.training.inference import evaluate
 from orchestrator.training.prepare import prepare
@@ -76,7 +77,29 @@ def test_it_learns_to_prefer_and_begins_at_its_source(
     assert run.result["metrics"]["test"]["accuracy"] == 1.0
     assert run.result["metrics"]["test"]["margin"] > 0.0
     scored = evaluate(run.directory, None, "test")["metrics"]
-    assert "loss" not in scored
+    for name, value in run.result["metrics"]["test"].items():
+        assert scored[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_what_the_source_makes_of_the_pairs_is_computed_once(
+    recipe_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    asked: list[int] = []
+    predict_share = evaluation.predict_share
+
+    def count(*arguments: Any) -> Any:
+        asked[-1] += 1
+        return predict_share(*arguments)
+
+    monkeypatch.setattr(evaluation, "predict_share", count)
+    results = []
+    for name in ("first", "second"):
+        asked.append(0)
+        recipe = recipe_of(train={"epochs": 1, "learning_rate": 4.0e-3})
+        results.append(orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / name).result["metrics"])
+    assert asked[0] - asked[1] == 3
+    assert results[0] == results[1]
 
 
 def test_a_killed_run_goes_on_with_the_same_reference(recipe_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,9 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
 from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
 
 from orchestrator import load_recipe, train
+from orchestrator.training.inference import evaluate, export
 
 # Dropout and shuffling are on (the model's and the recipe's defaults); 60 steps, a checkpoint every 10.
 SIXTY_STEPS = [
@@ -63,7 +67,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     expected, found = losses(one), losses(other)
     assert list(found) == list(expected) == list(range(1, 61))
     assert found == pytest.approx(expected, rel=1e-6)
-    weights, same = load_file(one / "model" / "model.safetensors"), load_file(other / "model" / "model.safetensors")
+    (name,) = (path.name for path in (one / "model").glob("*.safetensors"))
+    weights, same = load_file(one / "model" / name), load_file(other / "model" / name)
     for name, value in weights.items():
         assert same[name] == pytest.approx(value, rel=1e-6, abs=1e-8), name
 
@@ -114,6 +119,25 @@ def test_killed_deepspeed_worker_resumes_with_the_same_losses(
     write_recipe: Callable[..., Path], two_workers: Callable[..., Path], tmp_path: Path, stage: int
 ) -> None:
     check_killed_worker(write_recipe(), two_workers, tmp_path, f"scale.zero_stage={stage}")
+
+
+@pytest.mark.slow
+def test_killed_zero_3_run_with_an_adapter_exports_what_it_trained(
+    write_recipe: Callable[..., Path], two_workers: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(transfer={"freeze": "stem", "adapter": {"type": "lora", "r": 4}})
+    check_killed_worker(recipe, two_workers, tmp_path, "scale.zero_stage=3", "train.learning_rate=0.002")
+    directory = tmp_path / "killed"
+    result = json.loads((directory / "result.json").read_text())
+    assert evaluate(directory, None, "test")["metrics"]["loss"] == pytest.approx(
+        result["metrics"]["test"]["loss"], rel=1e-5
+    )
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(directory / "model").eval()
+    export(directory, tmp_path / "merged", merge=True)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[2, 9, 30, 41, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, atol=1e-6, rtol=1e-5)
 
 
 def start_command(recipe: Path, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:

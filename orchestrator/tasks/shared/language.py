@@ -23,7 +23,6 @@ from orchestrator.data.conversations import (
     read_prompts,
 )
 from orchestrator.data.examples import Examples
-from orchestrator.data.packing import best_fit
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
@@ -81,24 +80,18 @@ class EncodedTokens(Encoded):
         return {"input_ids": ids, "attention_mask": mask, "target_ids": targets, "labels": self.num_targets[rows]}
 
     def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+        ids, learned = (ragged.join(rows) for ragged in (self.ids, self.learned))
         lengths = self.lengths[rows]
-        width = int(lengths.max())
-        packed = best_fit(lengths.tolist(), width)
-        ids = np.full((len(packed), width), self.pad_token_id, np.int64)
-        # Where positions begin anew, transformers' masks let nothing pass. Padding is a text of its own.
-        positions = np.zeros_like(ids)
-        targets = np.full_like(ids, IGNORED)
-        for line, examples in enumerate(packed):
-            end = 0
-            for example in examples:
-                start, end = end, end + int(lengths[example])
-                part = slice(int(self.ids.offsets[rows[example]]), int(self.ids.offsets[rows[example] + 1]))
-                own, learned = self.ids.values[part], self.learned.values[part].astype(bool)
-                ids[line, start:end] = own
-                positions[line, start:end] = np.arange(end - start)
-                targets[line, start : end - 1] = np.where(learned[1:], own[1:], IGNORED)
-            positions[line, end:] = np.arange(width - end)
-        return {"input_ids": ids, "position_ids": positions, "target_ids": targets, "labels": self.num_targets[rows]}
+        starts = np.cumsum(lengths) - lengths
+        targets = np.where(learned.astype(bool), ids.astype(np.int64), IGNORED)
+        targets[starts] = IGNORED  # No text predicts the first token of the next one.
+        return {
+            "input_ids": ids[None].astype(np.int64),
+            "position_ids": (np.arange(len(ids)) - np.repeat(starts, lengths))[None],
+            "text_lengths": lengths,
+            "target_ids": np.append(targets[1:], IGNORED)[None],
+            "labels": self.num_targets[rows],
+        }
 
     def targets(self) -> Arrays:
         return {"num_targets": self.num_targets}
@@ -163,6 +156,7 @@ class LanguageTask(Task):
 
         models.fit_to_tokenizer(model, processor, source)
         models.answer_with_losses(model)
+        models.attend_within_texts(model)
 
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
         problems = []
