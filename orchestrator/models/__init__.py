@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.texts_in_a_row import attend_within_texts
-    from orchestrator.models.token_loss import answer_with_losses
+    from orchestrator.models.token_loss import answer_with_losses, losses_of
 
 __all__ = [
     "Block",
@@ -60,6 +60,7 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_tokenizer",
+    "losses_of",
     "open_folder",
     "pick_in_last_layer",
     "quantized_layers",
@@ -125,7 +126,10 @@ _HOMES = {
         "split_model",
     ),
     "texts_in_a_row": ("attend_within_texts",),
-    "token_loss": ("answer_with_losses",),
+    "token_loss": (
+        "answer_with_losses",
+        "losses_of",
+    ),
 }
 
 

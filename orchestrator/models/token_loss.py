@@ -34,6 +34,13 @@ def answer_with_losses(model: Any) -> None:
     _Losses(model).install()
 
 
+def losses_of(model: Any) -> _Losses | None:
+    """What `answer_with_losses` has put into a model; None where it has put nothing."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: _Losses | None = getattr(whole, "token_losses", None)
+    return found
+
+
 class _Losses:
     """What stands in for the forward functions of a model and of its output layer."""
 
@@ -66,9 +73,11 @@ class _Losses:
             return output
 
         self.model.forward = forward
-        if type(self.layer) is nn.Linear and not self.layer.weight.is_meta:
+        self.model.token_losses = self
+        if type(self.layer) is nn.Linear:
             self._replace_output_layer()
-            self.is_direct = self._agrees()
+            # Of an outline, which has no values, somebody else must know.
+            self.is_direct = not self.layer.weight.is_meta and self._agrees()
 
     def _replace_output_layer(self) -> None:
         def forward(layer: nn.Linear, hidden: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Parts:
     """Parameter groups for the optimizer."""
     head_is_new: bool
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
+    new_parameters: frozenset[str]
+    """Those that the source did not have, by their names before an adapter."""
 
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
@@ -43,14 +45,39 @@ def assemble(prepared: Prepared) -> Parts:
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
     """
-    recipe = prepared.recipe
-    transfer, seed = recipe.transfer, recipe.train.seed
+    transfer, seed = prepared.recipe.transfer, prepared.recipe.train.seed
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     quantize = transfer.adapter.quantize if transfer.adapter is not None else None
     loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize)
-    module = loaded.model
+    return put_together(prepared, loaded.model, loaded.new_parameters)
+
+
+def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset()) -> Parts | None:
+    """The parts without values, and without reading weights; None for architectures that look into their inputs.
+
+    Args:
+        new: names of the parameters that the source does not have.
+
+    Raises:
+        ModelError: as `assemble`.
+    """
+    config = models.load_config(prepared.source, **prepared.task.config_changes())
+    # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
+    with torch.device("meta"), contextlib.suppress(RuntimeError):
+        loaded = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0)
+        return put_together(prepared, loaded.model, new)
+    return None
+
+
+def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
+    """Head, frozen blocks and adapter on a loaded model.
+
+    Args:
+        new: names of the parameters that the source does not have.
+    """
+    recipe = prepared.recipe
+    transfer, seed = recipe.transfer, recipe.train.seed
     body = module.base_model
-    new = loaded.new_parameters
     if prepared.task.has_new_head:
         with models.seeded(seed):
             new = models.set_head(module, transfer.head, new)
@@ -68,7 +95,7 @@ def assemble(prepared: Prepared) -> Parts:
         # A decoder's key-value cache would be filled once more when its layers are computed again.
         body.config.use_cache = False
     head_is_new = bool(new) or transfer.from_scratch
-    return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new)
+    return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new, new)
 
 
 def _size(parameter: Any) -> int:
@@ -107,9 +134,4 @@ def check_structure(prepared: Prepared) -> Parts | None:
     adapter = prepared.recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None:
         models.check_quantization(prepared.recipe.origin.where("transfer.adapter.quantize"))
-    scratch = prepared.recipe.transfer.model_copy(update={"from_scratch": True})
-    recipe = prepared.recipe.model_copy(update={"transfer": scratch})
-    # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
-    with torch.device("meta"), contextlib.suppress(RuntimeError):
-        return assemble(replace(prepared, recipe=recipe))
-    return None
+    return assemble_outline(prepared)

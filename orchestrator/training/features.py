@@ -37,6 +37,10 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     Returns:
         Why they cannot be replaced, where it is wanted; None where nothing is frozen or wanted.
     """
+    boundary = boundary_of(parts)
+    is_asked = boundary is not None and is_wanted(prepared, parts, plan, boundary)
+    if prepared.recipe.scale.zero_stage == 3:
+        return Unsplit("ZeRO-3 spreads its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
     feed = Feed(encoded, torch.device(parts.body.device))
     order = np.argsort(encoded.lengths, kind="stable")
@@ -46,15 +50,12 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     pick = models.find_pick(parts.module, parts.blocks, inputs)
     if pick is not None:
         models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
-    boundary = boundary_of(parts)
-    if boundary is None or not is_wanted(prepared, parts, plan, boundary):
+    if boundary is None or not is_asked:
         return None
     if encoded.rows_per_example > 1:
         return Unsplit("an example is several texts")
     if encoded.augments:
         return Unsplit("training examples are changed at random")
-    if prepared.recipe.scale.zero_stage == 3:
-        return Unsplit("ZeRO-3 spreads its weights over the workers")
     beside = feed.beside(some)
     beside.pop("labels", None)
     return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pick)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.tasks.base import Arrays, MainMetric
 from orchestrator.training.answers import Answer, write_answers
-from orchestrator.training.assemble import Parts, assemble
+from orchestrator.training.assemble import Parts
 from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
-from orchestrator.training.engine import Engine, build_engine, micro_batch_size
+from orchestrator.training.engine import Engine, build_engine, deepspeed_config, micro_batch_size
 from orchestrator.training.evaluation import refer_to_source, score
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
@@ -28,6 +29,7 @@ from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
+from orchestrator.training.spreading import assemble_share, is_spread, spread
 
 NUM_SAMPLES = 8
 
@@ -95,12 +97,14 @@ def open_session(
     metric = metric or choose_metric(prepared)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
-    parts = assemble(prepared)
+    parts = assemble_share(prepared)
     precision = choose_precision(recipe, device)
     train = prepared.encoded("train")
     plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
     split = split_at_boundary(prepared, parts, plan)
     packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
+    if is_spread(recipe):
+        spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size), device)
     with build_engine(parts.module, parts.groups, recipe, precision) as engine:
         store = CheckpointStore(
             directory.checkpoints,
@@ -109,6 +113,7 @@ def open_session(
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
+        packs = share_findings(engine, parts, packs)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)
         session.feeds["train"].packs = packs
@@ -118,6 +123,16 @@ def open_session(
             for name, feed in session.feeds.items():
                 refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, [*identity, prepared.keys[name]])
         yield session
+
+
+def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:
+    """Have all workers know what the first one found out, where it alone has the whole model; returns its `packs`."""
+    losses = models.losses_of(parts.module)
+    mine = (packs, parts.head_is_new, losses is not None and losses.is_direct)
+    packs, parts.head_is_new, is_direct = engine.from_first_worker(mine)
+    if losses is not None:
+        losses.is_direct = is_direct
+    return packs
 
 
 def choose_metric(prepared: Prepared) -> MainMetric:

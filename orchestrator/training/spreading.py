@@ -1,0 +1,81 @@
+"""ZeRO-3 with one whole model among all workers: the first one loads it, the others have its outline, and every
+parameter is spread over all of them, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.recipe import Recipe
+from orchestrator.training.assemble import Parts, assemble, assemble_outline, make_groups
+from orchestrator.training.prepare import Prepared
+
+
+def is_spread(recipe: Recipe) -> bool:
+    """Whether the weights are spread over several workers."""
+    return recipe.scale.zero_stage == 3 and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def assemble_share(prepared: Prepared) -> Parts:
+    """The parts on the first worker, their outline on the others. All workers call this.
+
+    Where a model's structure shows only with its weights, every worker has them.
+    """
+    if not is_spread(prepared.recipe):
+        return assemble(prepared)
+    is_first = dist.get_rank() == 0
+    parts = assemble(prepared) if is_first else None
+    box = [None if parts is None else parts.new_parameters]
+    dist.broadcast_object_list(box, src=0)
+    if parts is not None:
+        return parts
+    assert box[0] is not None
+    return assemble_outline(prepared, box[0]) or assemble(prepared)
+
+
+def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:
+    """Spread the first worker's weights; other tensors of its model are copied. All workers call this.
+
+    Args:
+        config: DeepSpeed's.
+    """
+    import deepspeed
+
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    filled: dict[int, nn.Parameter] = {}
+
+    def fill(parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter, with room for its values where it is an outline; the same one for weights that are shared."""
+        if parameter.is_meta and id(parameter) not in filled:
+            room = torch.empty(parameter.shape, dtype=dtype, device=device)
+            filled[id(parameter)] = nn.Parameter(room, requires_grad=parameter.requires_grad)
+        return filled.get(id(parameter), parameter)
+
+    for module in parts.module.modules():
+        here = nn.Module()
+        for name, outline in module.named_parameters(recurse=False):
+            parameter = module._parameters[name] = fill(outline)
+            if not hasattr(parameter, "ds_id"):  # As DeepSpeed marks what it has spread already.
+                parameter.data = parameter.data.to(dtype)
+                here.register_parameter(name, parameter)
+        deepspeed.zero.Init(module=here, config_dict_or_path=config, dtype=dtype)
+        _copy_others(module, device)
+    parts.groups = make_groups(parts.module, parts.blocks, recipe)
+
+
+def _copy_others(module: nn.Module, device: torch.device) -> None:
+    """Copy the first worker's buffers, and tensors kept beside them, to the others."""
+    places: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+        (module._buffers, lambda value: value is not None),
+        (vars(module), lambda value: isinstance(value, Tensor)),
+    ]
+    for values, is_tensor in places:
+        for name in [name for name, value in values.items() if is_tensor(value)]:
+            value = torch.empty_like(values[name], device=device) if values[name].is_meta else values[name].to(device)
+            dist.broadcast(value, 0)
+            values[name] = value
