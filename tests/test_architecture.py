@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -94,3 +96,20 @@ def test_tasks_and_methods_stand_in_no_list() -> None:
     assert "orchestrator.tasks.text_classification" in plugins
     for path in FILES:
         assert not plugins & set(imported(path)), f"{path} names a task"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_use_names_that_exist(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "orchestrator":
+            home = importlib.import_module(str(node.module))
+            for alias in node.names:
+                found = getattr(home, alias.name, None)
+                assert found is not None, f"{node.module} has no {alias.name}"
+                if isinstance(found, ModuleType):
+                    modules[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id} has no {node.attr}"
