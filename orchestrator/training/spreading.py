@@ -46,6 +46,8 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
     """
     import deepspeed
 
+    # Without the name it does not look for the workers' group where there is no GPU.
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     filled: dict[int, nn.Parameter] = {}
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
+from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -123,7 +123,7 @@ def test_killed_deepspeed_worker_resumes_with_the_same_losses(
 
 @pytest.mark.slow
 def test_killed_zero_3_run_with_an_adapter_exports_what_it_trained(
-    write_recipe: Callable[..., Path], two_workers: Callable[..., Path], tmp_path: Path
+    write_recipe: Callable[..., Path], two_workers: Callable[..., Path], tiny_bert: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(transfer={"freeze": "stem", "adapter": {"type": "lora", "r": 4}})
     check_killed_worker(recipe, two_workers, tmp_path, "scale.zero_stage=3", "train.learning_rate=0.002")
@@ -132,7 +132,8 @@ def test_killed_zero_3_run_with_an_adapter_exports_what_it_trained(
     assert evaluate(directory, None, "test")["metrics"]["loss"] == pytest.approx(
         result["metrics"]["test"]["loss"], rel=1e-5
     )
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(directory / "model").eval()
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    loaded = PeftModel.from_pretrained(base, directory / "model").eval()
     export(directory, tmp_path / "merged", merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     ids = torch.tensor([[2, 9, 30, 41, 3]])

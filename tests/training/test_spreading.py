@@ -27,7 +27,6 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORKERS), rank=rank, world_size=WORKERS)
     import deepspeed
 
-    deepspeed.init_distributed("gloo")
     recipe = load_recipe(recipe_path)
     prepared = prepare(recipe)
     if rank > 0:
