@@ -4,7 +4,6 @@ parameter is spread over all of them, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,18 +65,33 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
                 parameter.data = parameter.data.to(dtype)
                 here.register_parameter(name, parameter)
         deepspeed.zero.Init(module=here, config_dict_or_path=config, dtype=dtype)
-        _copy_others(module, device)
+    _copy_others(parts.module, device)
     parts.groups = make_groups(parts.module, parts.blocks, recipe)
 
 
-def _copy_others(module: nn.Module, device: torch.device) -> None:
-    """Copy the first worker's buffers, and tensors kept beside them, to the others."""
-    places: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-        (module._buffers, lambda value: value is not None),
-        (vars(module), lambda value: isinstance(value, Tensor)),
+def _copy_others(model: nn.Module, device: torch.device) -> None:
+    """Copy the first worker's buffers, and tensors that its modules keep beside them, to the others."""
+    modules = dict(model.named_modules())
+
+    def homes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        return module._buffers, vars(module)
+
+    # Only the first worker's model has been run, and may have kept something.
+    found = [
+        (owner, kind, name, value.shape, value.dtype)
+        for owner, module in modules.items()
+        for kind, home in enumerate(homes(module))
+        for name, value in home.items()
+        if isinstance(value, Tensor)
     ]
-    for values, is_tensor in places:
-        for name in [name for name, value in values.items() if is_tensor(value)]:
-            value = torch.empty_like(values[name], device=device) if values[name].is_meta else values[name].to(device)
-            dist.broadcast(value, 0)
-            values[name] = value
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    for owner, kind, name, shape, dtype in box[0]:
+        home = homes(modules[owner])[kind]
+        is_first = dist.get_rank() == 0
+        value = (
+            home[name].detach().to(device).contiguous() if is_first else torch.empty(shape, dtype=dtype, device=device)
+        )
+        # As bytes: not every backend sends truth values.
+        dist.broadcast(value.view(torch.uint8) if dtype == torch.bool else value, 0)
+        home[name] = value
