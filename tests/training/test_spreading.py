@@ -55,6 +55,7 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "r": 4}])
 def test_others_than_the_first_worker_hold_their_share_alone(
     adapter: Any, write_recipe: Callable[..., Path], tmp_path: Path
