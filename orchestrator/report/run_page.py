@@ -139,6 +139,7 @@ def answers(run: Run) -> Markup | None:
         return None
     shown = {"source": "example", "expected": "in the data", "before": "before", "written": "after"}
     keys = [key for key in shown if any(sample.get(key) is not None for sample in found)]
+    found = [{**sample, "source": str(sample.get("source")).rpartition("/")[2]} for sample in found]
     rows = [[shorten(str(sample.get(key) or "")) for key in keys] for sample in found]
     return section("Answers", table([Column(shown[key]) for key in keys], rows))
 

@@ -4,6 +4,7 @@ parameter is spread over all of them, one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,14 +58,19 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
             filled[id(parameter)] = nn.Parameter(room, requires_grad=parameter.requires_grad)
         return filled.get(id(parameter), parameter)
 
+    convert: Callable[..., None] | None = None
     for module in parts.module.modules():
-        here = nn.Module()
         for name, outline in module.named_parameters(recurse=False):
             parameter = module._parameters[name] = fill(outline)
-            if not hasattr(parameter, "ds_id"):  # As DeepSpeed marks what it has spread already.
-                parameter.data = parameter.data.to(dtype)
-                here.register_parameter(name, parameter)
-        deepspeed.zero.Init(module=here, config_dict_or_path=config, dtype=dtype)
+            if hasattr(parameter, "ds_id"):  # As DeepSpeed marks what it has spread already.
+                continue
+            parameter.data = parameter.data.to(dtype)
+            if convert is None:
+                # Setting this up takes half a second, so it is done once: what is spread can spread others.
+                deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config, dtype=dtype)
+                convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
+            else:
+                convert(param_list=[parameter])
     _copy_others(parts.module, device)
     parts.groups = make_groups(parts.module, parts.blocks, recipe)
 
