@@ -364,7 +364,7 @@ def build_engine(
     before = {name: os.environ.get(name) for name in _ACCELERATE_VARIABLES}
     AcceleratorState._reset_state(reset_partial_state=True)  # Somebody else's, from before, in another precision.
     engine_class = DeepSpeedEngine if uses_deepspeed(recipe) else TorchEngine
-    with _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
+    with plain_linear(), _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
         try:
             yield engine_class(module, groups, recipe, precision)
         finally:
@@ -374,6 +374,16 @@ def build_engine(
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+@contextlib.contextmanager
+def plain_linear() -> Iterator[None]:
+    """On the way out, PyTorch's linear function: ZeRO-3 puts its own in that place, where it would stay for good."""
+    before = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = before
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from orchestrator.tasks.base import Arrays, MainMetric
 from orchestrator.training.answers import Answer, write_answers
 from orchestrator.training.assemble import Parts
 from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
-from orchestrator.training.engine import Engine, build_engine, deepspeed_config, micro_batch_size
+from orchestrator.training.engine import Engine, build_engine, deepspeed_config, micro_batch_size, plain_linear
 from orchestrator.training.evaluation import refer_to_source, score
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
@@ -73,7 +73,7 @@ def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_fir
         finish(session, memory, before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_session(
     prepared: Prepared,
     root: Path,
@@ -103,9 +103,11 @@ def open_session(
     plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
     split = split_at_boundary(prepared, parts, plan)
     packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
-    if is_spread(recipe):
-        spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size), device)
-    with build_engine(parts.module, parts.groups, recipe, precision) as engine:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_linear())
+        if is_spread(recipe):
+            spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size), device)
+        engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision))
         store = CheckpointStore(
             directory.checkpoints,
             engine.rank,
