@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.models.quantize import check_quantization, quantized_layers
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
-    from orchestrator.models.texts_in_a_row import attend_within_texts
+    from orchestrator.models.texts_in_a_row import attend_within_texts, takes_texts_in_a_row
     from orchestrator.models.token_loss import answer_with_losses, losses_of
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "set_head",
     "set_image_size",
     "split_model",
+    "takes_texts_in_a_row",
     "write_deep_head_code",
 ]
 _HOMES = {
@@ -125,7 +126,10 @@ _HOMES = {
         "Unsplit",
         "split_model",
     ),
-    "texts_in_a_row": ("attend_within_texts",),
+    "texts_in_a_row": (
+        "attend_within_texts",
+        "takes_texts_in_a_row",
+    ),
     "token_loss": (
         "answer_with_losses",
         "losses_of",

@@ -16,6 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "texts_in_a_row"
 LENGTHS = "text_lengths"
 """The input that holds the length of each text in the row; shape [texts]."""
+STAND_IN = (1, 1, 1, 1)
+"""The shape of what is given for a mask with them."""
 
 
 def attend_within_texts(model: Any) -> None:
@@ -27,13 +29,18 @@ def attend_within_texts(model: Any) -> None:
             config._attn_implementation = NAME
 
 
+def takes_texts_in_a_row(model: Any) -> bool:
+    """Whether `attend_within_texts` has changed the model."""
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
 def spell_out(inputs: dict[str, Any]) -> None:
     """Put what attention needs in the place of `text_lengths`, where inputs have it."""
     if LENGTHS in inputs:
         # Asked of the device once, not in every layer.
         inputs[LENGTHS] = inputs[LENGTHS].tolist()
         # A mask that transformers takes for one of the caller's own: it makes none, and nobody reads this one.
-        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        inputs["attention_mask"] = torch.ones(STAND_IN, dtype=torch.bool)
 
 
 def _attend(
@@ -42,6 +49,8 @@ def _attend(
     """As transformers' own function: query, key and value of shape [1, heads, tokens, width of a head]."""
     lengths = given.pop(LENGTHS, None)
     if lengths is None:
+        if attention_mask is not None and attention_mask.shape == STAND_IN and key.shape[2] > 1:
+            raise ValueError("the model did not hand on the lengths of the texts")
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return output, None
     window = given.get("sliding_window")

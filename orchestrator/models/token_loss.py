@@ -62,7 +62,7 @@ class _Losses:
             if target_ids is None:
                 return whole(*args, **inputs)
             self.targets, self.has_answered = target_ids, False
-            inputs.setdefault("use_cache", False)
+            inputs.setdefault("use_cache", False)  # Nothing is written, so no keys and values need be kept.
             spell_out(inputs)
             try:
                 output = whole(*args, **inputs)

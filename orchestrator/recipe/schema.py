@@ -150,7 +150,7 @@ class Adapter(Section):
     """`nf4` holds the frozen linear weights in 4 bits (Dettmers et al. 2023, QLoRA); needs the extra `quant`."""
     modules_to_save: list[Text] = Field(default_factory=list)
     """Modules above the freeze boundary that are trained whole beside the adapter, by the last parts of their names:
-    `[embed_tokens, lm_head]` to learn new tokens."""
+    `[embed_tokens, lm_head]`."""
 
 
 class Transfer(Section):

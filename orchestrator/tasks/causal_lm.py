@@ -23,7 +23,13 @@ from orchestrator.data.examples import Examples
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
-from orchestrator.tasks.shared.answers import Generation, check_generation, expected_answers, score_answers
+from orchestrator.tasks.shared.answers import (
+    Generation,
+    check_generation,
+    check_packages,
+    expected_answers,
+    score_answers,
+)
 from orchestrator.tasks.shared.chat import TrainOn
 from orchestrator.tasks.shared.language import LanguageOptions, LanguageTask
 
@@ -89,7 +95,8 @@ class CausalLanguageModelling(LanguageTask):
         form = self.form_of(examples)
         if form is None:
             return [explain_forms(examples.table.column_names, examples.files[0].place)]
-        return check_samples({"": examples}, form)
+        scored = self.options.generate
+        return [*check_samples({"": examples}, form), *(check_packages(scored) if scored is not None else [])]
 
     def form_of(self, examples: Examples) -> Form | None:
         return self.form or find_form(examples.table.column_names)

@@ -73,8 +73,8 @@ class Engine(ABC):
         adapter = recipe.transfer.adapter
         # DoRA computes with the weights themselves, not only with what a layer makes of them.
         if self.autocasts and not (adapter is not None and adapter.variant == "dora"):
-            hold_frozen_in_bf16(self.module)
-            self.rounds_weights = adapter is None  # What lies under an adapter is not saved with it.
+            # What lies under an adapter is not saved with it.
+            self.rounds_weights = hold_frozen_in_bf16(self.module) and adapter is None
 
     @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -364,7 +364,7 @@ def build_engine(
     before = {name: os.environ.get(name) for name in _ACCELERATE_VARIABLES}
     AcceleratorState._reset_state(reset_partial_state=True)  # Somebody else's, from before, in another precision.
     engine_class = DeepSpeedEngine if uses_deepspeed(recipe) else TorchEngine
-    with plain_linear(), _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
+    with _process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
         try:
             yield engine_class(module, groups, recipe, precision)
         finally:

@@ -63,7 +63,7 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
 
 def can_pack(feed: Feed, module: nn.Module) -> bool:
     """Whether the model keeps examples apart that stand in one row, tried out on a few."""
-    if not feed.encoded.packs:
+    if not (feed.encoded.packs and models.takes_texts_in_a_row(module)):
         return False
     order = np.argsort(feed.encoded.lengths, kind="stable")
     # The short ones share a row beside the longest.

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from orchestrator.models import answer_with_losses, attend_within_texts
+from orchestrator.models import answer_with_losses, attend_within_texts, takes_texts_in_a_row
 
 SIZES = {
     "vocab_size": 40,
@@ -117,6 +117,22 @@ def test_a_model_that_attends_otherwise_is_left_alone() -> None:
     model.set_attn_implementation("eager")
     attend_within_texts(model)
     assert model.config._attn_implementation == "eager"
+    assert not takes_texts_in_a_row(model)
+    changed = build("llama")
+    attend_within_texts(changed)
+    assert takes_texts_in_a_row(changed)
+
+
+def test_a_model_that_drops_the_lengths_on_the_way_is_found_out() -> None:
+    model = build("llama")
+    answer_with_losses(model)
+    attend_within_texts(model)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, given: (args, {k: v for k, v in given.items() if k != "text_lengths"}), with_kwargs=True
+        )
+    with pytest.raises(ValueError, match="did not hand on the lengths"):
+        model(**row())
 
 
 def test_a_saved_config_does_not_know_of_it(tmp_path: Any) -> None:

@@ -94,7 +94,14 @@ def test_plain_texts_have_no_answers(write: WriteRecipe, tmp_path: Path) -> None
         prepare(orchestrator.load_recipe(write({"generate": {}}, data=str(path))))
 
 
-def test_a_missing_package_is_named_with_its_remedy(write: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_remedy(
+    write: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = orchestrator.load_recipe(write({"generate": {"examples": 1, "metrics": ["rouge1", "exact_match"]}}))
+    run = orchestrator.train(recipe, tmp_path / "run")
     monkeypatch.setattr("orchestrator.tasks.shared.answers.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"rouge_score is not installed[\s\S]*transfer-orchestrator\[scores\]"):
-        prepare(orchestrator.load_recipe(write({"generate": {"metrics": ["rouge1", "exact_match"]}})))
+    named = r"rouge_score is not installed[\s\S]*transfer-orchestrator\[scores\]"
+    with pytest.raises(InputError, match=named):
+        prepare(recipe)
+    with pytest.raises(InputError, match=named):
+        evaluate(run.directory, None, "test")

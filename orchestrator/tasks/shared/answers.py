@@ -41,10 +41,7 @@ def check_generation(chosen: Generation, splits: Mapping[str, Examples], form: F
     place = recipe.origin.where("target.options.generate")
     if form == "text":
         return [Problem("plain texts have no answers to score", place, "set target.options.generate to null")]
-    problems = []
-    for package in sorted({_PACKAGES[name] for name in chosen.metrics if name in _PACKAGES}):
-        if find_spec(package) is None:
-            problems.append(Problem(f"the package {package} is not installed", place, EXTRA))
+    problems = check_packages(chosen, place)
     if chosen.answer is None:
         return problems
     where = recipe.origin.where("target.options.generate.answer")
@@ -64,6 +61,13 @@ def check_generation(chosen: Generation, splits: Mapping[str, Examples], form: F
                 what = f"{len(without)} answers of {name} hold nothing that {chosen.answer!r} matches: {places}"
                 problems.append(Problem(what, where, "mend the expression, or those answers"))
     return problems
+
+
+def check_packages(chosen: Generation, place: str | None = None) -> list[Problem]:
+    """Packages that the metrics need and that are not there."""
+    needed = sorted({_PACKAGES[name] for name in chosen.metrics if name in _PACKAGES})
+    missing = [package for package in needed if find_spec(package) is None]
+    return [Problem(f"the package {package} is not installed", place, EXTRA) for package in missing]
 
 
 def expected_answers(examples: Examples, form: Form) -> list[str]:
