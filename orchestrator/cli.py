@@ -276,7 +276,7 @@ def run_chat(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_export(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.training.inference import export
+    from orchestrator.training.merging import export
 
     export(options.model, options.output, options.merge)
     if not options.json:

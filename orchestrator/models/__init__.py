@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.models.image_processor import PictureMaker, set_image_size
     from orchestrator.models.load import (
         LoadedModel,
+        add_embeddings,
         fit_to_tokenizer,
         load_config,
         load_image_processor,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         load_tokenizer,
         seeded,
     )
+    from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
     from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.prefix import Prefix
     from orchestrator.models.quantize import check_quantization, quantized_layers
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "Blocks",
+    "Changes",
     "Depth",
     "Frozen",
     "LoadedModel",
@@ -46,9 +49,12 @@ __all__ = [
     "Unsplit",
     "adapted_blocks",
     "add_adapter",
+    "add_embeddings",
     "answer_with_losses",
     "attend_within_texts",
+    "begin_with_principal_parts",
     "check_quantization",
+    "extend_adapter",
     "find_blocks",
     "find_pick",
     "find_source",
@@ -64,6 +70,7 @@ __all__ = [
     "open_folder",
     "pick_in_last_layer",
     "quantized_layers",
+    "read_changes",
     "resolve_depth",
     "seeded",
     "set_head",
@@ -99,12 +106,19 @@ _HOMES = {
     ),
     "load": (
         "LoadedModel",
+        "add_embeddings",
         "fit_to_tokenizer",
         "load_config",
         "load_image_processor",
         "load_model",
         "load_tokenizer",
         "seeded",
+    ),
+    "low_rank": (
+        "Changes",
+        "begin_with_principal_parts",
+        "extend_adapter",
+        "read_changes",
     ),
     "pick": (
         "Pick",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import ModelError, Problem, nearest
@@ -170,16 +170,22 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
     return found
 
 
-def find_untrained(model: Any) -> Iterator[str]:
-    """Names of the parts of an adapter that training has left as they were; and of those that are empty."""
+def find_untrained(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
+    """Names of the parts of an adapter that training has left as they were; and of those that are empty.
+
+    Args:
+        taken: what the adapter began with, where that was not zero.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
-            # A LoRA begins with this factor at zero.
+            _, start = taken.get(name, (None, None))
             for part, weight in module.lora_B[ADAPTER_NAME].named_parameters():
-                if not weight.any():
+                # A LoRA begins with this factor at zero.
+                scaled = weight.detach() * module.scaling[ADAPTER_NAME]
+                if not weight.any() or (start is not None and torch.equal(scaled, start.to(scaled))):
                     yield f"{name}.lora_B.{part}"
         elif isinstance(module, ModulesToSaveWrapper):
             before = dict(module.original_module.named_parameters())

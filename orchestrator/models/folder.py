@@ -16,6 +16,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+MERGE = "fold it into its model with `orchestrator export --merge` and name the result"
 # What other tools write; all but .gguf can hold code that runs on loading.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
@@ -23,11 +25,36 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 def check_model_folder(folder: Path, where: str) -> list[Problem]:
     """Everything that keeps a folder from being loaded as a model. Only headers of the weights are read."""
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        # Beside a whole model too: transformers would put the adapter into it.
-        what = f"{show_path(folder)} holds an adapter ({ADAPTER_CONFIG_FILE}), not a plain model"
-        return [Problem(what, where, "fold it into its model with `orchestrator export --merge` and name the result")]
+        # Transformers would put the adapter into it.
+        what = f"{show_path(folder)} holds a whole model and an adapter ({ADAPTER_CONFIG_FILE})"
+        return [Problem(what, where, "keep each in a folder of its own")]
     found = [Problem(what, where, remedy) for what, remedy in _check_config(folder / CONFIG_FILE)]
     return found + [Problem(what, where, remedy) for what, remedy in _check_weights(folder)]
+
+
+def check_adapter_folder(folder: Path, where: str) -> list[Problem]:
+    """Everything that keeps a folder's adapter from being added to its model's weights as a plain LoRA."""
+    config, findings = _read_json_object(folder / ADAPTER_CONFIG_FILE)
+    if not (folder / ADAPTER_FILE).is_file():
+        findings.append((f"{show_path(folder)} has no {ADAPTER_FILE}", "name the folder that an adapter was saved to"))
+    else:
+        findings += _check_file(folder / ADAPTER_FILE, frozenset())
+    if config is not None and not findings:
+        with safe_open(folder / ADAPTER_FILE, framework="numpy") as weights:
+            others = [name for name in weights.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118
+        if config.get("peft_type") != "LORA" or others:
+            part = f"holds {others[0]}" if others else f"is of the type {config.get('peft_type')}"
+            findings.append(
+                (
+                    f"the adapter in {show_path(folder)} {part}, so it is no plain LoRA to go on from",
+                    MERGE,
+                )
+            )
+        if not isinstance(config.get("base_model_name_or_path"), str):
+            findings.append(
+                (f"{show_path(folder / ADAPTER_CONFIG_FILE)} names no base model", "write `base_model_name_or_path`")
+            )
+    return [Problem(what, where, remedy) for what, remedy in findings]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.deep_head import DeepHead, with_deep_head
+from orchestrator.models.folder import MERGE
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.hub import LOADING_ERRORS, explain
+from orchestrator.models.low_rank import add_changes, read_changes
 from orchestrator.models.quantize import keep_quantized_weights, layers_outside_body, quantization, quantized_layers
 from orchestrator.models.source import SourceModel
 
@@ -64,6 +66,8 @@ def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
     Raises:
         ModelError: it cannot be loaded, or has no token to pad with.
     """
+    if source.adapter is not None and (Path(source.adapter) / TOKENIZER_FILE).is_file():
+        source = replace(source, location=source.adapter, is_local=True, revision=None)
     with _plain_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source))
     # Without its files some tokenizers are built empty, and every word is unknown to them.
@@ -110,14 +114,17 @@ def load_model(
     Batch norms whose running statistics would follow the last batch (a momentum above 0.1) are given one of 0.01, which
     keeps most of what the source knew; from scratch 0.1, PyTorch's own, since there is nothing to keep.
 
+    An adapter that the source names is added to the weights.
+
     Args:
         config: from `load_config`.
         from_scratch: draw all weights instead of loading any.
         quantize: `nf4` for linear weights in 4 bits, all but those of the head and of the output layer.
 
     Raises:
-        ModelError: the weights cannot be loaded, or do not belong to the model's body.
+        ModelError: the weights cannot be loaded, or do not belong to the model's body; an adapter cannot be added.
     """
+    _check_adapter(source, auto_class)
     loader = _find_loader(auto_class, config, source)
     with _plain_errors(source), seeded(seed):
         if from_scratch:
@@ -132,6 +139,8 @@ def load_model(
         _check_body(model, source, report["mismatched_keys"], new)
         if load_config(source).id2label != config.id2label:
             new |= {names[parameter] for parameter in _draw_output_layer(model)}
+    if source.adapter is not None:
+        add_changes(model, read_changes(Path(source.adapter)), source.where)
     return LoadedModel(model, frozenset(new))
 
 
@@ -151,6 +160,19 @@ def fit_to_tokenizer(model: Any, tokenizer: Any, source: SourceModel) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def add_embeddings(model: Any, tokenizer: Any) -> None:
+    """Give tokens that the model has no embedding for the mean of all others (Hewitt 2021); so in its output layer."""
+    num_known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= num_known:
+        return
+    with seeded(0):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if part is not None:
+            with torch.no_grad():
+                part.weight[num_known:] = part.weight[:num_known].mean(0)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random draws inside follow `seed`; those after it go on as if nothing had been drawn."""
@@ -162,6 +184,13 @@ def seeded(seed: int) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def _check_adapter(source: SourceModel, auto_class: str) -> None:
+    """A head of the adapter's own would not be that of its base."""
+    if source.adapter is not None and auto_class != "AutoModelForCausalLM":
+        what = f"{source.name!r} is an adapter, and only language models go on from one"
+        raise ModelError(Problem(what, source.where, MERGE))
 
 
 def _build(loader: Any, config: Any, source: SourceModel) -> Any:

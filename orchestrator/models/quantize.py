@@ -9,10 +9,15 @@ from typing import Any
 from torch import nn
 
 from orchestrator.errors import ModelError, Problem
+from orchestrator.models.folder import MERGE
+from orchestrator.models.source import SourceModel
 
 
-def check_quantization(where: str) -> None:
-    """Raise ModelError where bitsandbytes is not installed."""
+def check_quantization(source: SourceModel, where: str) -> None:
+    """Raise ModelError where bitsandbytes is not installed, or the source is an adapter on whole weights."""
+    if source.adapter is not None:
+        what = f"{source.name!r} is an adapter, whose sum with its model 4 bits cannot hold"
+        raise ModelError(Problem(what, where, MERGE))
     if find_spec("bitsandbytes") is None:
         what = "4-bit weights need the package bitsandbytes, which is not installed"
         raise ModelError(Problem(what, where, "pip install 'transfer-orchestrator[quant]'"))

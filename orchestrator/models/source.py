@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from orchestrator.errors import ModelError, Problem, nearest, raise_if_fatal
-from orchestrator.models.folder import CONFIG_FILE, check_model_folder, weight_files
+from orchestrator.models.folder import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    check_adapter_folder,
+    check_model_folder,
+    weight_files,
+)
 from orchestrator.models.hub import look_up
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.paths import PACKAGE_PREFIX, resolve_path, show_path
@@ -39,6 +48,8 @@ class SourceModel:
     """Place of `source.model` in the recipe, for messages."""
     is_offline: bool = field(default=False, compare=False)
     """The Hub did not answer: only the local cache is asked from now on, because each try would take half a minute."""
+    adapter: str | None = None
+    """A folder with a LoRA that is added to the weights when they are loaded; `location` is that of its base model."""
 
 
 def find_source(recipe: Recipe) -> SourceModel:
@@ -55,9 +66,34 @@ def find_source(recipe: Recipe) -> SourceModel:
         return open_folder(folder, where, text, trust, package=_split_package_text(text)[0])
     local = resolve_path(text, recipe.origin)
     if local is not None:
-        return open_folder(local, where, text, trust)
-    found = look_up(text, recipe.source.revision, where)
-    return SourceModel(text, text, found.commit, False, trust, found.licence, where, not found.is_reachable)
+        opened = _open_adapter if _holds_adapter(local) else open_folder
+        return opened(local, where, text, trust)
+    return _open_hub(text, recipe.source.revision, where, trust)
+
+
+def _open_hub(name: str, revision: str | None, where: str, trust_remote_code: bool) -> SourceModel:
+    found = look_up(name, revision, where)
+    return SourceModel(name, name, found.commit, False, trust_remote_code, found.licence, where, not found.is_reachable)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists()
+
+
+def _open_adapter(folder: Path, where: str, name: str, trust_remote_code: bool) -> SourceModel:
+    """The base model of an adapter, which is to be added to it.
+
+    Raises:
+        ModelError: everything that is wrong with the adapter's folder, or with its base.
+    """
+    raise_if_fatal(check_adapter_folder(folder, where), ModelError)
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    if Path(base).is_absolute() or Path(base).is_dir():
+        found = open_folder(Path(base), f"{show_path(folder / ADAPTER_CONFIG_FILE)} ({where})")
+    else:
+        found = _open_hub(base, config.get("revision"), where, trust_remote_code)
+    return replace(found, name=name, where=where, trust_remote_code=trust_remote_code, adapter=str(folder))
 
 
 def open_folder(
@@ -83,13 +119,22 @@ def open_folder(
 def fingerprint(source: SourceModel) -> str:
     """What the model is, whatever it is called: runs are resumed, and results cached, only on the same one.
 
-    For a folder, SHA-256 of its config and its weights; for a Hub id, the id with its commit.
+    For a folder, SHA-256 of its config and its weights; for a Hub id, the id with its commit. With an adapter, both of
+    it and its base.
     """
-    if not source.is_local:
-        return f"{source.location}@{source.revision}"
-    total = hashlib.sha256()
     folder = Path(source.location)
-    for path in (folder / CONFIG_FILE, *weight_files(folder)):
+    base = f"{source.location}@{source.revision}"
+    if source.is_local:
+        base = _hash_files([folder / CONFIG_FILE, *weight_files(folder)])
+    if source.adapter is None:
+        return base
+    adapter = Path(source.adapter)
+    return f"{base}+{_hash_files([adapter / ADAPTER_CONFIG_FILE, adapter / ADAPTER_FILE])}"
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.name} {path.stat().st_size} {digest}\n".encode())

@@ -251,6 +251,24 @@ def _adapter_modules_are_distinct(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _adapter_begins_as_it_can(recipe: Recipe) -> Iterator[Finding]:
+    adapter = recipe.transfer.adapter
+    if adapter is None or adapter.init == "zero":
+        return
+    if adapter.variant == "dora":
+        yield Finding(
+            ("transfer.adapter.init", "transfer.adapter.variant"),
+            f"`transfer.adapter.init` is {adapter.init}, which is saved as a plain LoRA, but the variant is `dora`",
+            "set `transfer.adapter.init` to zero, or `transfer.adapter.variant` to lora or rslora",
+        )
+    if adapter.quantize is not None:
+        yield Finding(
+            ("transfer.adapter.init", "transfer.adapter.quantize"),
+            f"`transfer.adapter.init` is {adapter.init}, which changes the weights that `{adapter.quantize}` has fixed",
+            "set `transfer.adapter.init` to zero, or `transfer.adapter.quantize` to null",
+        )
+
+
 def _quantized_weights_stay_whole(recipe: Recipe) -> Iterator[Finding]:
     adapter = recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None and recipe.scale.zero_stage == 3:
@@ -307,6 +325,7 @@ _RULES = (
     _frozen_body_has_nothing_to_tune,
     _scratch_trains_everything,
     _adapter_modules_are_distinct,
+    _adapter_begins_as_it_can,
     _quantized_weights_stay_whole,
     _torch_engine_stays_plain,
     _offload_fits_the_stage,

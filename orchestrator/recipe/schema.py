@@ -52,7 +52,8 @@ class Source(Section):
     """The pre-trained model that knowledge is taken from."""
 
     model: Text
-    """Hub id, `./folder` (relative to the recipe), or `package:NAME/PATH` for weights in an installed package."""
+    """Hub id, `./folder` (relative to the recipe), or `package:NAME/PATH` for weights in an installed package. A folder
+    may hold a LoRA of a language model, which is added to its base; a new adapter is saved with it, for that base."""
     revision: Text | None = None
     """Hub revision; a full commit hash is required when `trust_remote_code` is true."""
     trust_remote_code: bool = False
@@ -146,6 +147,9 @@ class Adapter(Section):
     """`all-linear`, or the last parts of module names, such as `[query, value]`."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r); `dora` (Liu et al. 2024) learns magnitudes too."""
+    init: Literal["zero", "pissa"] = "zero"
+    """`zero` adds nothing at first; `pissa` (Meng et al. 2024) begins with the largest singular values of the weights,
+    which is often quicker to learn, and is saved as a LoRA of twice the rank."""
     quantize: Literal["nf4"] | None = None
     """`nf4` holds the frozen linear weights in 4 bits (Dettmers et al. 2023, QLoRA); needs the extra `quant`."""
     modules_to_save: list[Text] = Field(default_factory=list)

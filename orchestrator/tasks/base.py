@@ -176,6 +176,10 @@ class Task(ABC):
         """Tell the model what it must know of the processor; raises ModelError where the two do not fit."""
         # Most models need to know nothing.
 
+    def check_trained(self, model: Any, recipe: Recipe) -> list[Problem]:
+        """What is wrong with a model whose trained parameters are chosen."""
+        return []
+
     @abstractmethod
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
         """What in the recipe does not fit this source model."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from orchestrator import models
-from orchestrator.errors import ModelError, Problem
+from orchestrator.errors import ModelError, Problem, raise_if_fatal
 from orchestrator.models import Blocks, Frozen
 from orchestrator.recipe import Recipe
 from orchestrator.training.prepare import Prepared
@@ -32,6 +32,8 @@ class Parts:
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
     new_parameters: frozenset[str]
     """Those that the source did not have, by their names before an adapter."""
+    taken: models.Changes = field(default_factory=dict)
+    """What the adapter began with, and the weights that it lies on lack."""
 
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
@@ -86,16 +88,21 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     where = recipe.origin.where("transfer.freeze")
     depth = models.resolve_depth(transfer.freeze, len(blocks.layers), where)
     frozen = models.freeze_blocks(module, blocks, depth)
+    taken: models.Changes = {}
     if transfer.adapter is not None:
         with models.seeded(seed):
             module = models.add_adapter(module, blocks, depth, transfer.adapter, prepared.task.has_new_head)
+            if transfer.adapter.init == "pissa":
+                taken = models.begin_with_principal_parts(module)
         blocks = models.adapted_blocks(module, blocks)
+    raise_if_fatal(prepared.task.check_trained(module, recipe), ModelError)
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
         # A decoder's key-value cache would be filled once more when its layers are computed again.
         body.config.use_cache = False
     head_is_new = bool(new) or transfer.from_scratch
-    return Parts(module, body, blocks, frozen, make_groups(module, blocks, recipe), head_is_new, new)
+    groups = make_groups(module, blocks, recipe)
+    return Parts(module, body, blocks, frozen, groups, head_is_new, new, taken)
 
 
 def _size(parameter: Any) -> int:
@@ -133,5 +140,5 @@ def check_structure(prepared: Prepared) -> Parts | None:
     """
     adapter = prepared.recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None:
-        models.check_quantization(prepared.recipe.origin.where("transfer.adapter.quantize"))
+        models.check_quantization(prepared.source, prepared.recipe.origin.where("transfer.adapter.quantize"))
     return assemble_outline(prepared)

@@ -30,7 +30,7 @@ def export_model(
     weights: dict[str, Tensor],
     folder: Path,
     result: dict[str, Any],
-    rebuild: bool = False,
+    rebuild: bool,
 ) -> None:
     """Write the model directory: safetensors, config, processor, model card. The folder appears whole or not at all.
 
@@ -42,19 +42,22 @@ def export_model(
     Raises:
         RunFailed: a part of the adapter learned nothing.
     """
-    module = assemble(prepared).module if rebuild else parts.module
+    if rebuild:
+        parts = assemble(prepared)
+    module = parts.module
     here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, value in weights.items():
             here[name].copy_(value)
     if prepared.recipe.transfer.adapter is not None:
-        refuse_untrained(module)
+        refuse_untrained(parts)
     # Gradient checkpointing turned it off; those who generate with the model want it as it was.
     if hasattr(module.config, "use_cache"):
         module.config.use_cache = models.load_config(prepared.source).use_cache
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(partial)
+    extend_saved_adapter(prepared, parts, partial)
     prepared.processor.save_pretrained(partial)
     if prepared.recipe.transfer.head.layers:
         models.write_deep_head_code(module, partial, prepared.task.auto_class)
@@ -64,9 +67,18 @@ def export_model(
     partial.rename(folder)
 
 
-def refuse_untrained(module: Any) -> None:
+def extend_saved_adapter(prepared: Prepared, parts: Parts, folder: Path) -> None:
+    """Have a saved adapter say all that the model has beyond the base that others will load it onto."""
+    others = [{name: (first, -second) for name, (first, second) in parts.taken.items()}] if parts.taken else []
+    if prepared.source.adapter is not None:
+        others.append(models.read_changes(Path(prepared.source.adapter)))
+    if others and prepared.recipe.transfer.adapter is not None:
+        models.extend_adapter(folder, others)
+
+
+def refuse_untrained(parts: Parts) -> None:
     """Raise RunFailed where a part of the adapter is as it was before training, or empty."""
-    untrained = list(models.find_untrained(module))
+    untrained = list(models.find_untrained(parts.module, parts.taken))
     if untrained:
         some = ", ".join(untrained[:NAMED]) + (", ..." if len(untrained) > NAMED else "")
         raise RunFailed(

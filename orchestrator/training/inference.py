@@ -1,9 +1,8 @@
-"""Use a trained model: score it, predict, copy it out. One process, fp32, the same answers for any batch size."""
+"""Use a trained model: score it, predict. One process, fp32, the same answers for any batch size."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from orchestrator.data import Examples, open_file, open_pictures, open_splits, r
 from orchestrator.data.cache import as_table
 from orchestrator.data.image_folders import is_picture
 from orchestrator.data.readers import READERS
-from orchestrator.errors import DataError, InputError, Problem, RunFailed
+from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks import Task, find_task
@@ -30,11 +29,9 @@ from orchestrator.training.answers import sample, score_written
 from orchestrator.training.evaluation import in_order, predict_rows
 from orchestrator.training.export import DESCRIPTION, write_table
 from orchestrator.training.feed import Feed
-from orchestrator.training.model_card import card_of_merged
 
 EXAMPLES_TOGETHER = 2048
 ANSWERS_TOGETHER = 32
-LARGEST_ERROR_OF_MERGING = 1e-4  # Of the largest output; fp32 sums in another order.
 
 
 @dataclass
@@ -71,44 +68,50 @@ def load_trained(folder: Path) -> Trained:
         raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
     task_class = find_task(description["task"])
     options = task_class.Options.model_validate(description["options"])
-    model, source = load_weights(inner, description, task_class.auto_class)
+    model, source = load_base(inner, description, task_class.auto_class)
     task = task_class.restore(options, model.config)
     # The processor was saved beside the weights, also beside those of an adapter.
     here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
     processor, _ = task.load_processor(here)
     task.fit_model(model, processor, source)
+    model = put_adapter_on(model, inner)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(inner, description, task, model.to(device).eval(), processor, device)
 
 
-def load_weights(
-    folder: Path, description: dict[str, Any], auto_class: str, whole: bool = False
-) -> tuple[Any, SourceModel]:
-    """The model of a folder; an adapter is put onto its source, which is found as the recipe says.
-
-    Args:
-        whole: turn what the source's 4 bits stand for into fp32.
-    """
-    if not (folder / "adapter_config.json").exists():
+def load_base(folder: Path, description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
+    """The model of a folder; for one that holds an adapter, what it is to be put on."""
+    if not holds_adapter(folder):
         source = models.open_folder(folder, str(folder))
         return models.load_model(
             source, auto_class, models.load_config(source), from_scratch=False, seed=0
         ).model, source
+    # The adapter says all that was learned since.
+    source = replace(find_source_of(description), adapter=None)
+    return load_source(description, auto_class, source), source
+
+
+def put_adapter_on(base: Any, folder: Path) -> Any:
+    """The base with the folder's adapter on it, where there is one."""
     from peft import PeftModel
 
-    base, source = load_source(description, auto_class)
-    if whole:
-        base.dequantize(torch.float32)
-    return PeftModel.from_pretrained(base, folder), source
+    return PeftModel.from_pretrained(base, folder) if holds_adapter(folder) else base
 
 
-def load_source(description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
+def holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def find_source_of(description: dict[str, Any]) -> SourceModel:
     """The source of a trained model; raises ModelError where it is not to be found any more."""
-    recipe = parse_recipe(description["recipe"])
-    source = models.find_source(recipe)
+    return models.find_source(parse_recipe(description["recipe"]))
+
+
+def load_source(description: dict[str, Any], auto_class: str, source: SourceModel) -> Any:
+    """The source's weights, in the format that the model was trained on."""
     config = models.load_config(source, **config_changes(description))
-    adapter = recipe.transfer.adapter
-    return models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model, source
+    adapter = parse_recipe(description["recipe"]).transfer.adapter
+    return models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model
 
 
 def config_changes(description: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +204,12 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
 def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
     """What the source makes of examples; raises ModelError where it is not to be found any more."""
     task = trained.task
-    if hasattr(trained.model, "disable_adapter"):
+    source = find_source_of(trained.description)
+    if hasattr(trained.model, "disable_adapter") and source.adapter is None:
         with trained.model.disable_adapter():
             asked = predict_examples(trained, examples)
     else:
-        model, source = load_source(trained.description, task.auto_class)
+        model = load_source(trained.description, task.auto_class, source)
         task.fit_model(model, trained.processor, source)
         asked = predict_examples(replace(trained, model=model.to(trained.device).eval()), examples)
     (found,) = asked.predictions.values()
@@ -303,58 +307,3 @@ def read_rows(data: str) -> Examples:
             ) from None
     # Whoever writes rows into a pipe names files from where they are.
     return replace(given, files=tuple(replace(file, place=name, folder=Path.cwd()) for file in given.files))
-
-
-def export(folder: Path, output: Path, merge: bool) -> None:
-    """Copy a trained model to a folder of its own; with `merge`, an adapter becomes part of the source's weights.
-
-    Raises:
-        InputError: the output exists, or there is no adapter to merge.
-        RunFailed: the merged model would compute something else.
-    """
-    if output.exists():
-        raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
-    trained = load_trained(folder)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if not merge:
-        shutil.copytree(trained.folder, partial)
-    else:
-        if not hasattr(trained.model, "merge_and_unload"):
-            raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
-        merged_weights(trained).save_pretrained(partial)
-        trained.processor.save_pretrained(partial)
-        card = (trained.folder / "README.md").read_text(encoding="utf-8")
-        (partial / "README.md").write_text(card_of_merged(card, trained.task), encoding="utf-8")
-        shutil.copy(trained.folder / DESCRIPTION, partial)
-    partial.rename(output)
-
-
-def merged_weights(trained: Trained) -> Any:
-    """The model with its adapter folded in, which is not left as it was; weights in 4 bits become whole.
-
-    Raises:
-        RunFailed: it computes something else than before.
-    """
-    inputs = trained.task.example_inputs(trained.processor)
-    before = answer(trained.model, inputs)
-    model = trained.model
-    if models.quantized_layers(model):
-        # peft would round the sum to 4 bits again.
-        model, _ = load_weights(trained.folder, trained.description, trained.task.auto_class, whole=True)
-    merged = model.merge_and_unload().eval()
-    after = answer(merged, inputs)
-    error = float((after - before).abs().max() / before.abs().max())
-    if not error <= LARGEST_ERROR_OF_MERGING:
-        raise RunFailed(
-            f"with the adapter merged, the model's outputs differ by {error:.1e} of their size; nothing was written\n"
-            "    -> export it without --merge, and load it with peft"
-        )
-    return merged
-
-
-@torch.no_grad()
-def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """What a model makes of one example, as numbers on the CPU."""
-    logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
-    return logits.float().cpu()

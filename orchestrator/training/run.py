@@ -91,7 +91,7 @@ def check_model(prepared: Prepared) -> Prepared:
     """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
     # These need torch, which takes seconds to import: Ray starts meanwhile.
     from orchestrator.training.assemble import check_structure
-    from orchestrator.training.engine import check_deepspeed
+    from orchestrator.training.deepspeed_setup import check_deepspeed
     from orchestrator.training.trainer import choose_metric
 
     choose_metric(prepared)

@@ -17,7 +17,8 @@ from orchestrator.tasks.base import Arrays, MainMetric
 from orchestrator.training.answers import Answer, write_answers
 from orchestrator.training.assemble import Parts
 from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_damage
-from orchestrator.training.engine import Engine, build_engine, deepspeed_config, micro_batch_size, plain_linear
+from orchestrator.training.deepspeed_setup import deepspeed_config, plain_linear
+from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import refer_to_source, score
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary

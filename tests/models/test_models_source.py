@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
+from safetensors.torch import save_file
 from tiny_models import build
 
 from orchestrator import models
@@ -134,13 +135,26 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(sharded):
     assert "outside the model's folder" in refusal("./sharded", sharded.parent)
 
 
-def test_an_adapter_is_refused_with_the_way_to_merge_it(saved):
+def test_an_adapter_is_refused_beside_a_model_and_without_its_weights(saved):
     (saved / "adapter_config.json").write_text("{}")
-    beside_a_model = refusal("./bert", saved.parent)
+    assert "holds a whole model and an adapter" in refusal("./bert", saved.parent)
     (saved / "config.json").unlink()
-    for message in (beside_a_model, refusal("./bert", saved.parent)):
-        assert "holds an adapter" in message
-        assert "export --merge" in message
+    assert "has no adapter_model.safetensors" in refusal("./bert", saved.parent)
+
+
+def test_an_adapter_is_found_with_the_model_that_it_lies_on(saved):
+    adapter = saved.parent / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(saved)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 3)}, adapter / "adapter_model.safetensors")
+    source = find_source(recipe_for("./adapter", saved.parent))
+    assert (source.name, source.location, source.adapter) == ("./adapter", str(saved), str(adapter))
+    base = find_source(recipe_for("./bert", saved.parent))
+    before = fingerprint(source)
+    assert before.startswith(fingerprint(base))
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, adapter / "adapter_model.safetensors")
+    assert fingerprint(source) != before
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from orchestrator.errors import InputError, RunFailed
 from orchestrator.models import quantized_layers
 from orchestrator.training.assemble import assemble
 from orchestrator.training.export import refuse_untrained
-from orchestrator.training.inference import evaluate, export, load_trained
+from orchestrator.training.inference import evaluate, load_trained
+from orchestrator.training.merging import export
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
@@ -162,13 +163,13 @@ def test_all_linear_leaves_out_what_is_trained_whole(write: WriteRecipe) -> None
 
 
 def test_an_adapter_that_learned_nothing_is_not_written(write: WriteRecipe) -> None:
-    module = assemble(prepare(orchestrator.load_recipe(write(transfer={"adapter": LORA})))).module
+    parts = assemble(prepare(orchestrator.load_recipe(write(transfer={"adapter": LORA}))))
     with pytest.raises(RunFailed, match=r"21 parts of the adapter learned nothing \(.*lora_B\.weight, "):
-        refuse_untrained(module)
-    for name, weight in module.named_parameters():
+        refuse_untrained(parts)
+    for name, weight in parts.module.named_parameters():
         if "lora_B" in name:
             weight.data += 0.1
-    refuse_untrained(module)
+    refuse_untrained(parts)
 
 
 def test_a_merge_that_changes_what_is_computed_is_not_written(

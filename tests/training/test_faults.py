@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from orchestrator import load_recipe, train
-from orchestrator.training.inference import evaluate, export
+from orchestrator.training.inference import evaluate
+from orchestrator.training.merging import export
 
 # Dropout and shuffling are on (the model's and the recipe's defaults); 60 steps, a checkpoint every 10.
 SIXTY_STEPS = [

@@ -21,7 +21,8 @@ import yaml
 
 import orchestrator
 from orchestrator.errors import DataError, InputError
-from orchestrator.training.inference import evaluate, export, load_trained, predict
+from orchestrator.training.inference import evaluate, load_trained, predict
+from orchestrator.training.merging import export
 
 TRANSFERS: dict[str, dict[str, Any]] = {
     "full": {},

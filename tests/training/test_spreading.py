@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from orchestrator import load_recipe, models
-from orchestrator.training.engine import deepspeed_config
+from orchestrator.training.deepspeed_setup import deepspeed_config
 from orchestrator.training.prepare import prepare
 from orchestrator.training.spreading import assemble_share, spread
 

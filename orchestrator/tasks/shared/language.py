@@ -26,7 +26,7 @@ from orchestrator.data.examples import Examples
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
-from orchestrator.recipe.schema import Section
+from orchestrator.recipe.schema import Section, Text
 from orchestrator.tasks.base import Arrays, Encoded, Task
 from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
 from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
@@ -48,6 +48,9 @@ class LanguageOptions(Section):
     """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own."""
     system: str | None = None
     """A system prompt for conversations that have none."""
+    add_tokens: list[Text] = Field(default_factory=list)
+    """Tokens that the source's tokenizer lacks, such as `<tool>`. Each begins as the mean of all others, so embeddings
+    must be trained: without a frozen stem, or as `modules_to_save` of an adapter."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """How much `predict` and `chat` write at most."""
 
@@ -141,6 +144,7 @@ class LanguageTask(Task):
         from orchestrator import models
 
         tokenizer, problems = models.load_tokenizer(source)
+        tokenizer.add_tokens(self.options.add_tokens)
         if self.options.chat_template is not None:
             tokenizer.chat_template = read_template(self.options.chat_template)
         elif not tokenizer.chat_template:
@@ -154,9 +158,24 @@ class LanguageTask(Task):
     def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
         from orchestrator import models
 
+        if self.options.add_tokens:
+            models.add_embeddings(model, processor)
         models.fit_to_tokenizer(model, processor, source)
         models.answer_with_losses(model)
         models.attend_within_texts(model)
+
+    def check_trained(self, model: Any, recipe: Recipe) -> list[Problem]:
+        if not self.options.add_tokens:
+            return []
+        names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+        parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+        frozen = [names[part] for part in parts if not any(value.requires_grad for value in part.parameters())]
+        if not frozen:
+            return []
+        what = f"target.options.add_tokens adds {len(self.options.add_tokens)} tokens, but {' and '.join(frozen)} "
+        key = "transfer.freeze" if recipe.transfer.adapter is None else "transfer.adapter.modules_to_save"
+        remedy = "set it to 0" if recipe.transfer.adapter is None else f"set it to [{', '.join(frozen)}]"
+        return [Problem(f"{what}would not learn them", recipe.origin.where(key), f"{key}: {remedy}")]
 
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
         problems = []
