@@ -15,6 +15,7 @@ import torch
 from talk import ANSWERS, conversation
 
 import orchestrator
+from orchestrator.data.cache import as_table
 from orchestrator.errors import InputError
 from orchestrator.tasks.shared.language import IGNORED
 from orchestrator.training.assemble import assemble
@@ -164,6 +165,27 @@ def test_a_template_that_fails_on_an_example_is_told_with_its_row(write: WriteRe
     template = tmp_path / "template.jinja"
     template.write_text("{{ raise_exception('no system, please') }}", encoding="utf-8")
     with pytest.raises(InputError, match=r"train.jsonl:1.*\n?.*no system, please|no system, please"):
+        prepared_of(write({"chat_template": str(template)}))
+
+
+def test_encoding_in_parts_is_encoding_at_once(
+    write: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared = prepared_of(write({"system": "you are a farm"}))
+    examples, processor = prepared.examples["train"], prepared.processor
+    monkeypatch.setattr("orchestrator.tasks.shared.tokens.TEXTS_TOGETHER", 5)
+    in_parts = as_table(prepared.task.encode(examples, processor))
+    assert in_parts["input_ids"].num_chunks == 10
+    assert in_parts.equals(prepared.tables["train"])
+    whole, parts = prepared.encoded("train"), prepared.task.wrap(in_parts, processor)
+    for name, values in whole.packed_batch(np.arange(48)[::-1]).items():
+        np.testing.assert_array_equal(parts.packed_batch(np.arange(48)[::-1])[name], values)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'number 9?' in m.content %}{{ raise_exception('no nines') }}{% endif %}"
+        "{{ m.content }}\n{% endfor %}"
+    )
+    with pytest.raises(InputError, match=r"train.jsonl:10: the chat template fails: no nines"):
         prepared_of(write({"chat_template": str(template)}))
 
 
