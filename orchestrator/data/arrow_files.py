@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -15,6 +16,9 @@ from orchestrator.data.raw import RawFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 
 def read_parquet(path: Path) -> RawFile:
     """Open a Parquet file; columns are read when fetched.
@@ -22,21 +26,30 @@ def read_parquet(path: Path) -> RawFile:
     Raises:
         DataError: the file is empty, cut off or damaged, or has a column name twice.
     """
-    import pyarrow.parquet as pq
-
-    _check_size(path)
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(_damaged(path, "Parquet", error)) from None
+    file = open_parquet(path)
 
     def fetch(name: str) -> pa.ChunkedArray:
         try:
             return file.read(columns=[name]).column(name)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(_damaged(path, "Parquet", error)) from None
+            raise DataError(damaged(path, "Parquet", error)) from None
 
     return raw_table(show_path(path), file.schema_arrow, file.metadata.num_rows, fetch)
+
+
+def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    """The file, of which only the metadata are read; `options` are pyarrow's.
+
+    Raises:
+        DataError: the file is empty, cut off or damaged.
+    """
+    import pyarrow.parquet as pq
+
+    _check_size(path)
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(damaged(path, "Parquet", error)) from None
 
 
 def read_arrow(path: Path) -> RawFile:
@@ -45,16 +58,25 @@ def read_arrow(path: Path) -> RawFile:
     Raises:
         DataError: the file is empty, cut off or damaged, or has a column name twice.
     """
+    table = map_arrow(path)
+    return raw_table(show_path(path), table.schema, table.num_rows, partial(_validated, path, table))
+
+
+def map_arrow(path: Path) -> pa.Table:
+    """The table of an Arrow IPC file or stream, memory-mapped.
+
+    Raises:
+        DataError: the file is empty, cut off or damaged.
+    """
     _check_size(path)
     try:
         with pa.memory_map(str(path)) as source:
             # The file format begins with this mark; the stream format has none.
             opener = pa.ipc.open_file if source.read(6) == b"ARROW1" else pa.ipc.open_stream
             source.seek(0)
-            table = opener(source).read_all()
+            return opener(source).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(_damaged(path, "Arrow", error)) from None
-    return raw_table(show_path(path), table.schema, table.num_rows, partial(_validated, path, table))
+        raise DataError(damaged(path, "Arrow", error)) from None
 
 
 def raw_table(place: str, schema: pa.Schema, num_rows: int, fetch: Callable[[str], pa.ChunkedArray]) -> RawFile:
@@ -71,7 +93,7 @@ def _validated(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     try:
         column.validate(full=True)
     except pa.ArrowException as error:
-        raise DataError(_damaged(path, "Arrow", error)) from None
+        raise DataError(damaged(path, "Arrow", error)) from None
     return column
 
 
@@ -100,7 +122,8 @@ def _check_size(path: Path) -> None:
         raise DataError(Problem("the file is empty (0 bytes)", show_path(path), "write the file anew"))
 
 
-def _damaged(path: Path, format_: str, error: Exception) -> Problem:
+def damaged(path: Path, format_: str, error: Exception) -> Problem:
+    """What to say of a file that Arrow cannot read."""
     detail = show_name(str(error).splitlines()[0] if str(error) else type(error).__name__)
     what = f"the file is not whole {format_}: cut off, damaged or of another format ({detail})"
     return Problem(what, show_path(path), "copy or write the file anew")

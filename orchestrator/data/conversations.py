@@ -203,7 +203,7 @@ def _check_split(examples: Examples, form: Form, needs_answers: bool = True) -> 
 def check_turns(examples: Examples, column: str, form: Form, needs_answer: bool) -> list[Problem]:
     """What is wrong with conversations, each kind of mistake with up to three of its rows."""
     found: dict[str, list[tuple[int, str]]] = {}
-    for row, turns in enumerate(examples.table.column(column).to_pylist()):
+    for row, turns in enumerate(examples.values(column)):
         for kind, detail in _mistakes(turns, form, needs_answer):
             found.setdefault(kind, []).append((row, detail))
     problems = []

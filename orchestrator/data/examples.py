@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,29 @@ IMAGE = pa.struct(
     [pa.field("bytes", pa.large_binary()), pa.field("path", pa.string()), pa.field("digest", pa.string())]
 )
 """A picture: its bytes, or the full path of its file where there are none; and the SHA-256 of its content."""
+_BYTES_TOGETHER = 2**20
+_ROWS_TOGETHER = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class LinesAt:
+    """Lines (from 1) of rows of which only the bytes are known at which they begin; counted when asked for."""
+
+    path: Path
+    starts: Rows
+
+    def __getitem__(self, row: int) -> int:
+        return line_at(self.path, int(self.starts[row]))
+
+
+def line_at(path: Path, position: int) -> int:
+    """The line (from 1) of a file that the byte at `position` (from 0) is part of."""
+    line = 1
+    with path.open("rb") as file:
+        while position > 0 and (data := file.read(min(position, _BYTES_TOGETHER))):
+            line += data.count(b"\n")
+            position -= len(data)
+    return line
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +51,7 @@ class SourceFile:
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
     num_rows: int
-    lines: Rows | None
+    lines: Rows | LinesAt | None
     """Line (from 1) on which each row begins, for formats that have lines."""
     row_places: tuple[str, ...] | None = None
     """The place of each row, for data that lie in a file each."""
@@ -37,12 +61,16 @@ class SourceFile:
     """Which entry of the recipe's list it belongs to."""
     count: int | None = None
     """How many examples of that entry are drawn; None for all."""
+    row_numbers: Rows | None = None
+    """The number of each row in the file, where only some of its rows were read."""
 
     def where(self, row: int) -> str:
         """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
         if self.row_places is not None:
             return self.row_places[row]
-        return f"{self.place} row {row}" if self.lines is None else f"{self.place}:{self.lines[row]}"
+        if self.lines is not None:
+            return f"{self.place}:{self.lines[row]}"
+        return f"{self.place} row {row if self.row_numbers is None else self.row_numbers[row]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +92,15 @@ class Examples:
         """The examples at these positions, in this order."""
         positions = np.asarray(indices, dtype=np.int64)
         return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
+
+    def slice(self, start: int, stop: int) -> Examples:
+        """The examples from one position up to another, without a copy."""
+        return Examples(self.table.slice(start, stop - start), self.rows[start:stop], self.files, self.label_names)
+
+    def values(self, column: str) -> Iterator[Any]:
+        """The column as Python objects, of which few are made at a time."""
+        for start in range(0, len(self), _ROWS_TOGETHER):
+            yield from self.table.column(column).slice(start, _ROWS_TOGETHER).to_pylist()
 
     def where(self, row: int) -> str:
         """The place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""

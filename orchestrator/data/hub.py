@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,9 +16,12 @@ from orchestrator.data.arrow_files import raw_table
 from orchestrator.data.folders import SPLIT_WORDS
 from orchestrator.data.messages import show_name, show_names
 from orchestrator.data.raw import RawFile
+from orchestrator.data.streamed_files import StreamedTables
+from orchestrator.data.streaming import MAX_TURN, Draw, draw_files
 from orchestrator.errors import DataError, Problem
 
 _REACH_SECONDS = 3.0
+_SHARDS_TOGETHER = 8  # Each is a connection, and the first rows of one may be a large download.
 
 
 def open_hub(
@@ -28,24 +32,73 @@ def open_hub(
     Raises:
         DataError: no such data set, configuration or split; a gated one; no network and no local copy.
     """
-    options = {"path": path, "name": name, "revision": revision}
-    loaded: dict[str, Any] = {}
-    if named:
-        for split, hub_split in named.items():
-            loaded[split] = (hub_split, _load(options, hub_split, where))
-    else:
-        every = _load(options, None, where)
-        for split, words in SPLIT_WORDS.items():
-            found = [word for word in words if word in every]
-            if found:
-                loaded[split] = (found[0], every[found[0]])
-        if "train" not in loaded:
-            what = f"the data set {show_name(path)} has no split named train; it has {show_names(every)}"
-            raise DataError(Problem(what, where, f"write `data: {{path: {path}, train: SPLIT, test: SPLIT}}`"))
+    loaded = _load_splits({"path": path, "name": name, "revision": revision}, named, where)
     return {split: _raw_split(f"{path} {hub_split}", data) for split, (hub_split, data) in loaded.items()}
 
 
-def _load(options: Mapping[str, str | None], split: str | None, where: str) -> Any:
+def stream_hub(
+    path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
+) -> dict[str, Callable[[Draw | None], list[RawFile]]]:
+    """The same splits, each to be read as far as a draw says, or whole; nothing is downloaded but what is read.
+
+    Rows come from the beginnings of the split's shards (its files on the Hub), in turns: there is no reading from
+    anywhere else without all that stands before.
+
+    Raises:
+        DataError: as `open_hub`.
+    """
+    options = {"path": path, "name": name, "revision": revision, "streaming": True}
+    loaded = _load_splits(options, named, where)
+    return {split: partial(_read_shards, data, path, hub_split, where) for split, (hub_split, data) in loaded.items()}
+
+
+def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: str) -> dict[str, tuple[str, Any]]:
+    """For each split the Hub's name for it, and what `datasets` has loaded."""
+    if named:
+        return {split: (hub_split, _load(options, hub_split, where)) for split, hub_split in named.items()}
+    every = _load(options, None, where)
+    loaded = {}
+    for split, words in SPLIT_WORDS.items():
+        found = [word for word in words if word in every]
+        if found:
+            loaded[split] = (found[0], every[found[0]])
+    if "train" not in loaded:
+        path = options["path"]
+        what = f"the data set {show_name(path)} has no split named train; it has {show_names(every)}"
+        raise DataError(Problem(what, where, f"write `data: {{path: {path}, train: SPLIT, test: SPLIT}}`"))
+    return loaded
+
+
+def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: Draw | None) -> list[RawFile]:
+    """The rows of a streamed split, of each shard by itself, so that its rows can be counted."""
+    number = data.num_shards
+    files = []
+    for index in range(number):
+        place = f"{path} {hub_split}{f' shard {index}' if number > 1 else ''}"
+        explain = partial(_explain, path=path, where=where, reachable=True)
+        files.append(_stream_shard(data.shard(number, index), place, explain, plan))
+    if plan is not None:
+        return draw_files(files, [0] * number, plan, _SHARDS_TOGETHER)
+    return [file.raw(list(file.read(0, MAX_TURN))) for file in files]
+
+
+def _stream_shard(data: Any, place: str, explain: Callable[[Exception], Problem], plan: Draw | None) -> StreamedTables:
+    import datasets
+
+    schema = None if data.features is None else data.features.arrow_schema
+    if plan is not None and schema is not None:
+        data = data.select_columns([name for name in schema.names if name in plan.names] or schema.names[:1])
+
+    def read(_piece: int, turn: int) -> Iterator[pa.Table]:
+        try:
+            yield from data.with_format("arrow").iter(turn)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise DataError(explain(error)) from error
+
+    return StreamedTables(place, schema, [0], [1.0], read)
+
+
+def _load(options: Mapping[str, Any], split: str | None, where: str) -> Any:
     import datasets
 
     with _offline_unless_reachable() as reachable:

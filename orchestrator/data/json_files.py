@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data.examples import LinesAt, Rows
 from orchestrator.data.messages import show_name, show_value
 from orchestrator.data.raw import RawFile, bad_lines, read_utf8
 from orchestrator.errors import DataError, Problem
@@ -38,6 +39,58 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _decode = json.JSONDecoder(object_pairs_hook=_build_object).decode
 
 
+_FAULTS = {
+    "not UTF-8": "save the file as UTF-8 (it may be Latin-1 or Windows-1252)",
+    "not valid JSON": 'write one object a line, such as {"text": "...", "label": "..."}',
+    "not a JSON object": 'write each as an object: {"text": "...", "label": "..."}',
+    "with a key that stands twice": "keep one of the two",
+}
+
+
+class LineReader:
+    """Turns lines into objects, and notes those that hold none."""
+
+    def __init__(self) -> None:
+        self._faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in _FAULTS}
+
+    def read(self, line: str, number: int) -> dict[str, Any] | None:
+        """The object of a line; None where it holds none. `number` is what the line goes by."""
+        try:
+            row = _decode(line)
+        except (ValueError, RecursionError) as error:
+            self._faults["not valid JSON"].append((number, _explain(error)))
+            return None
+        if isinstance(row, _Repeated):
+            self._faults["with a key that stands twice"].append((number, show_value(row.key)))
+        elif isinstance(row, dict):
+            return row
+        else:
+            self._faults["not a JSON object"].append((number, show_value(line)))
+        return None
+
+    def read_bytes(self, line: bytes, number: int) -> dict[str, Any] | None:
+        """The same of a line that was not decoded yet."""
+        try:
+            return self.read(line.decode("utf-8"), number)
+        except UnicodeDecodeError as error:
+            self._faults["not UTF-8"].append((number, f"byte {error.start + 1} is {line[error.start]:#04x}"))
+            return None
+
+    def check(self, path: Path, line_of: Callable[[int], int] = int) -> None:
+        """Raise DataError where lines of the file held no object, each kind counted and shown by line.
+
+        Args:
+            line_of: the line (from 1) of what a line went by.
+        """
+        problems = [
+            bad_lines(path, kind, sorted(found), _FAULTS[kind], line_of)
+            for kind, found in self._faults.items()
+            if found
+        ]
+        if problems:
+            raise DataError(problems)
+
+
 def read_jsonl(path: Path) -> RawFile:
     """Read a file of one JSON object a line; blank lines are passed over.
 
@@ -46,35 +99,17 @@ def read_jsonl(path: Path) -> RawFile:
     """
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    malformed, others, repeated = [], [], []
+    reader = LineReader()
     # Not splitlines(): U+2028 and its like may stand inside a JSON text.
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line or line.isspace():
             continue
-        try:
-            row = _decode(line)
-        except (ValueError, RecursionError) as error:
-            malformed.append((number, _explain(error)))
-            continue
-        if type(row) is dict:
+        row = reader.read(line, number)
+        if row is not None:
             rows.append(row)
             lines.append(number)
-        elif isinstance(row, _Repeated):
-            repeated.append((number, show_value(row.key)))
-        else:
-            others.append((number, show_value(line)))
-    problems = []
-    if malformed:
-        remedy = 'write one object a line, such as {"text": "...", "label": "..."}'
-        problems.append(bad_lines(path, "not valid JSON", malformed, remedy))
-    if others:
-        remedy = 'write each as an object: {"text": "...", "label": "..."}'
-        problems.append(bad_lines(path, "not a JSON object", others, remedy))
-    if repeated:
-        problems.append(bad_lines(path, "with a key that stands twice", repeated, "keep one of the two"))
-    if problems:
-        raise DataError(problems)
-    return _raw_file(path, rows, np.array(lines, dtype=np.int64))
+    reader.check(path)
+    return raw_rows(path, rows, np.array(lines, dtype=np.int64), chain.from_iterable(rows))
 
 
 def read_json(path: Path) -> RawFile:
@@ -104,7 +139,7 @@ def read_json(path: Path) -> RawFile:
             raise DataError(Problem(f"the key {show_value(row.key)} stands twice", where, "keep one of the two"))
         if not isinstance(row, dict):
             raise DataError(Problem(f"{show_value(row)} is not an object", where, "write each example as an object"))
-    return _raw_file(path, rows, None)
+    return raw_rows(path, rows, None, chain.from_iterable(rows))
 
 
 def _explain(error: ValueError | RecursionError) -> str:
@@ -113,7 +148,14 @@ def _explain(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
-def _raw_file(path: Path, rows: list[dict[str, Any]], lines: np.ndarray[Any, np.dtype[np.int64]] | None) -> RawFile:
+def raw_rows(
+    path: Path, rows: Sequence[Mapping[str, Any]], lines: Rows | LinesAt | None, names: Iterable[str]
+) -> RawFile:
+    """A RawFile with objects as its rows.
+
+    Args:
+        names: of the columns, in their order; each may come several times.
+    """
     place = show_path(path)
 
     def where(row: int) -> str:
@@ -122,7 +164,7 @@ def _raw_file(path: Path, rows: list[dict[str, Any]], lines: np.ndarray[Any, np.
     def fetch(name: str) -> pa.ChunkedArray:
         return arrow_column([row.get(name) for row in rows], name, where)
 
-    return RawFile(place, tuple(dict.fromkeys(chain.from_iterable(rows))), len(rows), fetch, lines)
+    return RawFile(place, tuple(dict.fromkeys(names)), len(rows), fetch, lines)
 
 
 def arrow_column(values: list[Any], name: str, where: Callable[[int], str]) -> pa.ChunkedArray:

@@ -70,7 +70,7 @@ def check_pairs(examples: Examples) -> list[Problem]:
         problems += check_turns(examples, "prompt", "messages", False)
     if problems:
         return problems
-    chosen, rejected = (examples.table.column(side).to_pylist() for side in SIDES)
+    chosen, rejected = (examples.values(side) for side in SIDES)
     same = pa.chunked_array([pa.array(np.array([one == other for one, other in zip(chosen, rejected, strict=True)]))])
     alike = group_rows(examples, "chosen", same, "is the same as rejected", "remove these rows: they prefer nothing")
     return [] if alike is None else [Problem(alike.what, alike.where, alike.remedy, fatal=False)]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
-from orchestrator.data.examples import Rows, SourceFile
+from orchestrator.data.examples import LinesAt, Rows, SourceFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
 NUM_BAD_SHOWN = 5
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class RawFile:
     num_rows: int
     fetch: Callable[[str], pa.ChunkedArray]
     """The column of that name, in the file's own type. Raises DataError."""
-    lines: Rows | None = None
+    lines: Rows | LinesAt | None = None
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names that the file brings along, by column."""
@@ -38,11 +39,22 @@ class RawFile:
     """Which entry of the recipe's list it belongs to."""
     count: int | None = None
     """How many examples of that entry are drawn; None for all."""
+    row_numbers: Rows | None = None
+    """The number of each row in the file, where only some of its rows were read."""
 
     @property
     def source(self) -> SourceFile:
         """What is kept of the file once its columns are read."""
-        return SourceFile(self.place, self.num_rows, self.lines, self.row_places, self.folder, self.part, self.count)
+        return SourceFile(
+            place=self.place,
+            num_rows=self.num_rows,
+            lines=self.lines,
+            row_places=self.row_places,
+            folder=self.folder,
+            part=self.part,
+            count=self.count,
+            row_numbers=self.row_numbers,
+        )
 
 
 def read_utf8(path: Path) -> str:
@@ -53,9 +65,8 @@ def read_utf8(path: Path) -> str:
     """
     place = show_path(path)
     data = read_bytes(path)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(Problem("the file is UTF-16, not UTF-8", place, "save it as UTF-8"))
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    refuse_utf16(data, place)
+    data = data.removeprefix(BYTE_ORDER_MARK)
     nul = data.find(b"\0")
     if nul >= 0:
         what = f"the file holds {data.count(0)} NUL bytes, so it is damaged or not text"
@@ -69,11 +80,17 @@ def read_utf8(path: Path) -> str:
         raise DataError(Problem(what, where, "save the file as UTF-8 (it may be Latin-1 or Windows-1252)")) from None
 
 
-def read_bytes(path: Path) -> bytes:
-    """The contents of a file that has some."""
+def refuse_utf16(beginning: bytes, place: str) -> None:
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(Problem("the file is UTF-16, not UTF-8", place, "save it as UTF-8"))
+
+
+def read_bytes(path: Path, count: int = -1) -> bytes:
+    """The contents of a file that has some, or the first `count` bytes of them."""
     place = show_path(path)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(count)
     except OSError as error:
         raise DataError(Problem(f"the file cannot be read: {error.strerror}", place, "make it readable")) from error
     if not data:
@@ -81,13 +98,20 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def bad_lines(path: Path, kind: str, faults: list[tuple[int, str]], remedy: str) -> Problem:
-    """One problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has."""
-    shown = "; ".join(f"line {line}: {fault}" for line, fault in faults[:NUM_BAD_SHOWN])
+def bad_lines(
+    path: Path, kind: str, faults: Sequence[tuple[int, str]], remedy: str, line_of: Callable[[int], int] = int
+) -> Problem:
+    """One problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has.
+
+    Args:
+        line_of: turns what the faults have for a line into one.
+    """
+    lines = [line_of(number) for number, _ in faults[:NUM_BAD_SHOWN]]
+    shown = "; ".join(f"line {line}: {fault}" for line, (_, fault) in zip(lines, faults, strict=False))
     more = len(faults) - NUM_BAD_SHOWN
     count = f"{len(faults)} line{'s' if len(faults) > 1 else ''}"
     what = f"{count} {kind} ({shown}{f'; and {more} more' if more > 0 else ''})"
-    return Problem(what, f"{show_path(path)}:{faults[0][0]}", remedy)
+    return Problem(what, f"{show_path(path)}:{lines[0]}", remedy)
 
 
 def _line_of(data: bytes, position: int) -> int:

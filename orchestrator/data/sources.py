@@ -15,18 +15,21 @@ import pyarrow.compute as pc
 from orchestrator.data.columns import Column, check_mapping, convert_column, describe_type, match_columns, plain_type
 from orchestrator.data.examples import Examples
 from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
-from orchestrator.data.hub import open_hub
+from orchestrator.data.hub import open_hub, stream_hub
 from orchestrator.data.image_folders import read_class_folders, read_pictures
 from orchestrator.data.messages import show_name
 from orchestrator.data.mixing import draw_counts
 from orchestrator.data.raw import RawFile
 from orchestrator.data.readers import missing_path, read_file
+from orchestrator.data.streamed_files import stream_file
+from orchestrator.data.streaming import Draw, Streamed, draw_files, plan_draw
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.paths import resolve_path, split_count
 from orchestrator.recipe.schema import Data, Recipe
 
-_Open = Callable[[], list[RawFile]]
+_Open = Callable[[Draw | None], list[RawFile]]
+"""Opens a split: all of it, or as much as is to be drawn."""
 
 
 def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples]:
@@ -44,7 +47,8 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
         raise DataError([*problems, *error.problems]) from error
     for split, open_source in sources.items():
         try:
-            splits[split] = draw_counts(_read(open_source(), columns, mapping), recipe.target.split.seed)
+            plan = plan_draw(recipe, columns, sources) if split == "train" else None
+            splits[split] = draw_counts(_read(open_source(plan), columns, mapping), recipe.target.split.seed)
         except DataError as error:
             problems.extend(error.problems)
     problems.extend(_uneven_columns(splits))
@@ -129,8 +133,10 @@ def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
         named = {"train": "train", **named}
     if path is None:
         texts = {split: value if isinstance(value, str) else "+".join(value) for split, value in named.items()}
-        raws = open_hub(data.path, data.name, data.revision, texts, origin.where(place))
-        return {split: partial(list, [raw]) for split, raw in raws.items()}
+        hub = (data.path, data.name, data.revision, texts, origin.where(place))
+        if data.stream:
+            return stream_hub(*hub)
+        return {split: partial(_as_it_is, raw) for split, raw in open_hub(*hub).items()}
     if path.is_dir():
         if not named:
             found = find_splits(path)
@@ -149,7 +155,11 @@ def _written_out(split: str, value: str | list[str], origin: Origin) -> _Open:
     return partial(_read_files, paths)
 
 
-def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str) -> list[RawFile]:
+def _as_it_is(raw: RawFile, _plan: Draw | None) -> list[RawFile]:
+    return [raw]
+
+
+def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str, plan: Draw | None) -> list[RawFile]:
     """The splits of a local folder that go by these names."""
     paths: list[Path] = []
     for name in [value] if isinstance(value, str) else value:
@@ -159,30 +169,53 @@ def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str
             where = origin.where(f"target.data.{split}")
             raise DataError(Problem(what, where, "name a split that is there, without suffix"))
         paths.extend(found)
-    return _read_files(paths)
+    return _read_files(paths, plan)
 
 
-def _read_files(paths: Sequence[Path]) -> list[RawFile]:
-    files: list[RawFile] = []
+def _read_files(paths: Sequence[Path], plan: Draw | None = None) -> list[RawFile]:
+    if plan is not None:
+        return _stream_files(paths, plan)
+    raws: list[RawFile] = []
     problems: list[Problem] = []
     for part, given in enumerate(paths):
         path, count = split_count(given)
         try:
-            for file in folder_files(path) if path.is_dir() else [path]:
+            for file in _files_of(path):
                 raw = read_class_folders(file) if file.is_dir() else read_file(file)
-                raw = replace(raw, part=part, count=count)
-                names = find_label_list(file)
-                files.append(_with_names(raw, names) if names else raw)
+                raws.append(_with_names(replace(raw, part=part, count=count), file))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    return files
+    return raws
 
 
-def _with_names(raw: RawFile, names: tuple[str, ...]) -> RawFile:
+def _stream_files(paths: Sequence[Path], plan: Draw) -> list[RawFile]:
+    streams: list[Streamed] = []
+    origins: list[tuple[int, Path]] = []
+    problems: list[Problem] = []
+    for part, path in enumerate(paths):
+        names: dict[str, None] = {}
+        try:
+            for file in _files_of(path):
+                streams.append(stream_file(file, plan.names, names))
+                origins.append((part, file))
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    raws = draw_files(streams, [part for part, _ in origins], plan)
+    return [_with_names(replace(raw, part=part), file) for raw, (part, file) in zip(raws, origins, strict=True)]
+
+
+def _files_of(path: Path) -> list[Path]:
+    return folder_files(path) if path.is_dir() else [path]
+
+
+def _with_names(raw: RawFile, file: Path) -> RawFile:
     """Label names beside the file, for every column that brings none along itself."""
-    return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names})
+    names = find_label_list(file)
+    return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names}) if names else raw
 
 
 def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:

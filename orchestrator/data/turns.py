@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 Turn = dict[str, Any]
+_ROWS_TOGETHER = 4096
 
 
 def convert_turns(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
@@ -18,8 +19,9 @@ def convert_turns(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """
     if not is_list(values.type) or not pa.types.is_struct(values.type.value_type):
         return None
-    rows = ([_to_json(turn) for turn in row] if row is not None else None for row in values.to_pylist())
-    return pa.chunked_array([pa.array(rows, pa.list_(pa.string()))])
+    type_ = pa.list_(pa.string())
+    parts = (values.slice(start, _ROWS_TOGETHER) for start in range(0, len(values), _ROWS_TOGETHER))
+    return pa.chunked_array([pa.array(map(_to_texts, part.to_pylist()), type_) for part in parts], type_)
 
 
 def is_list(type_: pa.DataType) -> bool:
@@ -29,6 +31,10 @@ def is_list(type_: pa.DataType) -> bool:
 def read_turns(row: Sequence[str | None]) -> list[Turn | None]:
     """What `convert_turns` made of a conversation, as objects again."""
     return [None if turn is None else json.loads(turn) for turn in row]
+
+
+def _to_texts(row: list[Turn | None] | None) -> list[str | None] | None:
+    return None if row is None else [_to_json(turn) for turn in row]
 
 
 def _to_json(turn: Turn | None) -> str | None:

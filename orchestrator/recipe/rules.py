@@ -15,6 +15,7 @@ from orchestrator.recipe.deepspeed_rules import find_deepspeed_mistakes
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
 from orchestrator.recipe.schema import Data, Recipe
+from orchestrator.recipe.stream_rules import find_stream_mistakes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLITS = ("train", "select", "test")
@@ -329,5 +330,6 @@ _RULES = (
     _quantized_weights_stay_whole,
     _torch_engine_stays_plain,
     _offload_fits_the_stage,
+    find_stream_mistakes,
     find_deepspeed_mistakes,
 )

@@ -74,6 +74,12 @@ class Data(Section):
     weights: list[Positive] | None = None
     """How much of an epoch each of the files of `train` makes up: `[3, 1]` for three quarters and one. An epoch stays
     as long as all examples together: those of one file are repeated, of the other drawn. null: each example once."""
+    stream: bool = False
+    """Read only as many examples of *train* as the run needs, for data larger than memory: `limit.train` of them, or
+    else `train.steps` x `train.global_batch_size` (one of the two must be given), and what missing splits are cut from.
+    They come from many places of the files (JSON Lines, Parquet, Arrow), a few from each in turn, so that a sorted file
+    gives of everything; which places is drawn by `target.split.seed`. Of Hub data the beginnings of the split's files
+    are read."""
     select: Text | list[Text] | None = None
     """File(s) or split that stops early and picks the best checkpoint; cut from *train* when missing."""
     test: Text | list[Text] | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.data.streaming import num_streamed
 from orchestrator.recipe import dump_recipe
 from orchestrator.search.records import read_rows, score_of
 from orchestrator.search.space import trial_recipe
@@ -57,6 +58,7 @@ class Bench:
 def trial_inputs(prepared: Prepared, parameters: dict[str, Any]) -> Prepared:
     """The recipe with a trial's parameters, with its data: the same, unless the parameters change those."""
     recipe = trial_recipe(prepared.recipe, parameters)
-    if any(path.startswith(PARTS_THAT_CHANGE_DATA) for path in parameters):
+    of_another_size = num_streamed(recipe) != num_streamed(prepared.recipe)
+    if of_another_size or any(path.startswith(PARTS_THAT_CHANGE_DATA) for path in parameters):
         return prepare(recipe)
     return replace(prepared, recipe=recipe)

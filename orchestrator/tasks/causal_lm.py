@@ -32,6 +32,7 @@ from orchestrator.tasks.shared.answers import (
 )
 from orchestrator.tasks.shared.chat import TrainOn
 from orchestrator.tasks.shared.language import LanguageOptions, LanguageTask
+from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches
 
 
 class CausalOptions(LanguageOptions):
@@ -114,10 +115,14 @@ class CausalLanguageModelling(LanguageTask):
         assert self.options.generate is not None
         return score_answers(self.options.generate, expected, written)
 
-    def encode(self, examples: Examples, processor: Any) -> pa.Table:
+    def encode(self, examples: Examples, processor: Any) -> pa.RecordBatchReader:
         form = self.form_of(examples)
         assert form is not None
-        return self.encode_texts(read_samples(examples, form), examples, processor, self.options.train_on)
+
+        def encode(some: Examples) -> pa.RecordBatch:
+            return self.encode_texts(read_samples(some, form), some, processor, self.options.train_on)
+
+        return encode_in_batches(examples, TOKENS, encode)
 
     def wrap(self, table: pa.Table, processor: Any) -> Encoded:
         return self.wrap_texts(table, processor, self.options.pack)

@@ -19,6 +19,7 @@ from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
 from orchestrator.tasks.shared.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
+from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches
 
 
 class PreferenceOptions(LanguageOptions):
@@ -104,12 +105,14 @@ class PreferenceTuning(LanguageTask):
     def check_inputs(self, examples: Examples) -> list[Problem]:
         return check_pairs(examples)
 
-    def encode(self, examples: Examples, processor: Any) -> pa.Table:
-        columns: dict[str, Any] = {}
-        for side, samples in zip(SIDES, read_pairs(examples), strict=True):
-            table = self.encode_texts(samples, examples, processor, "completions")
-            columns |= {f"{side}_{name}": table[name] for name in table.column_names}
-        return pa.table(columns)
+    def encode(self, examples: Examples, processor: Any) -> pa.RecordBatchReader:
+        schema = pa.schema({f"{side}_{field.name}": field.type for side in SIDES for field in TOKENS})
+
+        def encode(some: Examples) -> pa.RecordBatch:
+            sides = [self.encode_texts(samples, some, processor, "completions") for samples in read_pairs(some)]
+            return pa.record_batch([column for side in sides for column in side.columns], schema=schema)
+
+        return encode_in_batches(examples, schema, encode)
 
     def wrap(self, table: pa.Table, processor: Any) -> EncodedPairs:
         def side(name: str) -> EncodedTokens:

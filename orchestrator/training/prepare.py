@@ -14,6 +14,7 @@ from orchestrator.data.examples import Examples
 from orchestrator.data.images import name_pictures
 from orchestrator.data.mixing import weigh
 from orchestrator.data.sources import open_splits
+from orchestrator.data.streaming import num_streamed
 from orchestrator.errors import InputError, Problem, raise_if_fatal
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe
@@ -72,6 +73,7 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)
         problems += checks.check_sizes(examples, recipe.train.global_batch_size, recipe.origin)
+        problems += check_stream(examples["train"], recipe)
     if source is None or chosen is None or examples is None:
         raise InputError(problems)
     return Inputs(recipe, source, *chosen, examples, raise_if_fatal(problems, InputError, strict))
@@ -107,14 +109,26 @@ def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
 
 def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, Examples]:
     """The splits that the recipe's data come in, missing ones cut, limits applied."""
+    limit = recipe.target.limit.model_copy(update={"train": num_streamed(recipe) or recipe.target.limit.train})
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
     grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image", "turns")]
     seed = recipe.target.split.seed
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
-    limited = splits.limit_examples(whole, recipe.target.limit, stratify, seed)
+    limited = splits.limit_examples(whole, limit, stratify, seed)
     weights = recipe.target.data.weights if isinstance(recipe.target.data, Data) else None
     return limited if weights is None else {**limited, "train": weigh(limited["train"], weights, seed)}
+
+
+def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
+    """A warning where streamed data have fewer examples than the steps take."""
+    steps, size = recipe.train.steps, recipe.train.global_batch_size
+    wanted = num_streamed(recipe)
+    if wanted is None or recipe.target.limit.train is not None or len(train) >= wanted:
+        return []
+    what = f"there are {len(train)} training examples, and {steps} steps of {size} take {wanted}: some are seen again"
+    remedy = "lower train.steps, or add data, if each example is to be seen once"
+    return [Problem(what, recipe.origin.where("train.steps"), remedy, fatal=False)]
 
 
 def encoding_key(task: Task, examples: Examples, processor: Any) -> str:

@@ -140,3 +140,15 @@ def test_a_prompt_may_be_empty(open_rows: Open) -> None:
 def test_text_where_conversations_belong_is_refused(open_rows: Open) -> None:
     (problem,) = check_samples({"train": open_rows([{"messages": "user: hi"}])}, "messages")
     assert "messages holds text" in problem.what
+
+
+def test_few_conversations_are_objects_at_a_time_and_places_stay_right(
+    open_rows: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.data.examples._ROWS_TOGETHER", 2)
+    monkeypatch.setattr("orchestrator.data.turns._ROWS_TOGETHER", 2)
+    good, bad = ([turn("user", "hi"), turn("assistant", text)] for text in ("ho", " "))
+    examples = open_rows([{"messages": messages} for messages in (good, good, good, bad, good)])
+    assert read_samples(examples.slice(2, 4), "messages")[0].turns == tuple(good)
+    (problem,) = check_samples({"train": examples}, "messages")
+    assert str(problem.where).endswith("train.jsonl:4")

@@ -33,6 +33,8 @@ def test_chunks_make_no_difference(cuts: tuple[int, ...]) -> None:
     ragged = Ragged.of(column([[1, 2], [], [3], [4, 5, 6]], *cuts))
     assert ragged.lengths.tolist() == [2, 0, 1, 3]
     assert ragged.pad(np.array([3, 0]), 0).tolist() == [[4, 5, 6], [1, 2, 0]]
+    assert ragged.join(np.array([3, 1, 0])).tolist() == [4, 5, 6, 1, 2]
+    assert ragged.sums().tolist() == [3, 0, 3, 15]
 
 
 def test_a_slice_of_a_column_begins_at_its_own_rows() -> None:
@@ -42,14 +44,16 @@ def test_a_slice_of_a_column_begins_at_its_own_rows() -> None:
 
 
 def test_a_column_without_rows_has_no_lengths() -> None:
-    assert Ragged.of(pa.chunked_array([], pa.list_(pa.int32()))).lengths.tolist() == []
+    ragged = Ragged.of(pa.chunked_array([], pa.list_(pa.int32())))
+    assert ragged.lengths.tolist() == ragged.sums().tolist() == []
 
 
 def test_no_rows_are_one_column_wide() -> None:
     assert Ragged.of(column([[1, 2]])).pad(np.array([], np.int64), 0).shape == (0, 1)
 
 
-def test_one_chunk_is_read_without_a_copy() -> None:
-    given_column = column([[1, 2], [3]])
-    values = given_column.chunk(0).values.to_numpy()
-    assert np.shares_memory(Ragged.of(given_column).values, values)
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
+def test_numbers_are_read_without_a_copy(cuts: tuple[int, ...]) -> None:
+    given_column = column([[1, 2], [3], [4]], *cuts)
+    for own, chunk in zip(Ragged.of(given_column).chunks, given_column.chunks, strict=True):
+        assert np.shares_memory(own, chunk.values.to_numpy())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from orchestrator import load_recipe, train
 from orchestrator.search import trial as trials
-from orchestrator.search.bench import Bench
+from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.outcome import BEST_WEIGHTS, OUTCOME, Spec, history, read_outcome
 from orchestrator.search.records import append_row
 from orchestrator.search.running import Report
@@ -373,6 +373,15 @@ def test_values_that_change_the_examples_have_them_read_again(bench: Bench, fold
     assert trial.session is not None
     assert len(trial.session.prepared.encoded("train")) == 20
     trial.stop()
+
+
+def test_a_trial_of_streamed_data_has_as_many_examples_as_its_steps_take(
+    write_recipe: Callable[..., Path], small_data: Path
+) -> None:
+    target = {"data": {"path": str(small_data), "stream": True}}
+    prepared = prepare(load_recipe(write_recipe(target=target, train={"steps": 2})))
+    trials = [trial_inputs(prepared, parameters) for parameters in ({RATE: 1.0e-3}, {"train.steps": 5})]
+    assert [len(trial.examples["train"]) for trial in trials] == [16, 40]
 
 
 def test_a_deep_trial_stores_what_shallower_ones_will_want(

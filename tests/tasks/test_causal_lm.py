@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from talk import ANSWERS, conversation
 
 import orchestrator
+from orchestrator.data.cache import as_table
 from orchestrator.errors import InputError
 from orchestrator.tasks.shared.language import IGNORED
 from orchestrator.training.assemble import assemble
@@ -167,6 +170,27 @@ def test_a_template_that_fails_on_an_example_is_told_with_its_row(write: WriteRe
         prepared_of(write({"chat_template": str(template)}))
 
 
+def test_encoding_in_parts_is_encoding_at_once(
+    write: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared = prepared_of(write({"system": "you are a farm"}))
+    examples, processor = prepared.examples["train"], prepared.processor
+    monkeypatch.setattr("orchestrator.tasks.shared.tokens.TEXTS_TOGETHER", 5)
+    in_parts = as_table(prepared.task.encode(examples, processor))
+    assert in_parts["input_ids"].num_chunks == 10
+    assert in_parts.equals(prepared.tables["train"])
+    whole, parts = prepared.encoded("train"), prepared.task.wrap(in_parts, processor)
+    for name, values in whole.packed_batch(np.arange(48)[::-1]).items():
+        np.testing.assert_array_equal(parts.packed_batch(np.arange(48)[::-1])[name], values)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'number 9?' in m.content %}{{ raise_exception('no nines') }}{% endif %}"
+        "{{ m.content }}\n{% endfor %}"
+    )
+    with pytest.raises(InputError, match=r"train.jsonl:10: the chat template fails: no nines"):
+        prepared_of(write({"chat_template": str(template)}))
+
+
 def test_a_system_prompt_is_put_before_conversations_without_one(write: WriteRecipe) -> None:
     prepared = prepared_of(write({"system": "you are a farm", "train_on": "all"}))
     assert "ystem: you are a farm" in learned_text(prepared, 0)[0]
@@ -290,3 +314,55 @@ def test_two_workers_learn_what_one_learns(write: WriteRecipe, tmp_path: Path, r
         rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
         losses[workers] = [row["loss"] for row in rows]
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.fixture
+def streamed(write: WriteRecipe, chats: Path, tmp_path: Path) -> Path:
+    """A recipe that streams 24 of many conversations for each of two epochs."""
+    animals = list(ANSWERS)
+    rows = [{"messages": conversation(animals[number % 4], number)} for number in range(3000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "many.jsonl").write_text(lines, encoding="utf-8")
+    splits = {name: str(chats / f"{name}.jsonl") for name in ("select", "test")}
+    data = {"train": str(tmp_path / "many.jsonl"), "stream": True, **splits}
+    path = write(data=data, train={"epochs": 2, "log_every": 1, "save_every": 2, "keep": 9})
+    sections = yaml.safe_load(path.read_text())
+    sections["target"]["limit"] = {"train": 24}
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"]
+
+
+def test_a_streamed_run_is_repeated_and_resumed_with_the_same_losses(streamed: Path, tmp_path: Path) -> None:
+    recipe = orchestrator.load_recipe(streamed)
+    first, second = (orchestrator.train(recipe, tmp_path / name) for name in ("first", "second"))
+    losses = losses_of(first.directory)
+    assert len(losses) == 6
+    assert losses_of(second.directory) == losses
+    (second.directory / "result.json").unlink()
+    for folder in sorted((second.directory / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    again = orchestrator.train(recipe, second.directory)
+    assert again.resumed
+    assert losses_of(again.directory) == losses
+    assert again.result["metrics"] == first.result["metrics"]
+
+
+def test_a_streamed_run_goes_on_with_its_own_examples_alone(streamed: Path, tmp_path: Path) -> None:
+    run = orchestrator.train(orchestrator.load_recipe(streamed), tmp_path / "run")
+    (run.directory / "result.json").unlink()
+    with pytest.raises(InputError, match="the train data changed"):
+        orchestrator.train(orchestrator.load_recipe(streamed, ["target.split.seed=1"]), run.directory)
+    data = tmp_path / "many.jsonl"
+    data.write_text(data.read_text().replace("number", "no."), encoding="utf-8")
+    with pytest.raises(InputError, match="the train data changed"):
+        orchestrator.train(orchestrator.load_recipe(streamed), run.directory)
+
+
+def test_steps_say_how_much_is_streamed(streamed: Path) -> None:
+    recipe = orchestrator.load_recipe(streamed, ["target.limit.train=null", "train.steps=7"])
+    assert len(prepare(recipe).examples["train"]) == 7 * recipe.train.global_batch_size

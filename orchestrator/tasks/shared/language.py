@@ -207,7 +207,9 @@ class LanguageTask(Task):
             tokenizer_state(processor),
         ]
 
-    def encode_texts(self, samples: list[Sample], examples: Examples, processor: Any, train_on: TrainOn) -> pa.Table:
+    def encode_texts(
+        self, samples: list[Sample], examples: Examples, processor: Any, train_on: TrainOn
+    ) -> pa.RecordBatch:
         """Token ids, and which are learned; raises DataError where the template fails on an example."""
         template = Template.of(processor, processor.chat_template)
         given = [self._with_system(sample) for sample in samples]

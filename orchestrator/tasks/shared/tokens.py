@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.data.conversations import Sample
+from orchestrator.data.examples import Examples
 from orchestrator.tasks.shared.chat import Span, Template, TrainOn, render_sample
 
 TEXTS_TOGETHER = 1024
+TOKENS = pa.schema({"input_ids": pa.list_(pa.int32()), "learned": pa.list_(pa.int8())})
 
 
 class CannotEncode(ValueError):
@@ -23,9 +25,21 @@ class CannotEncode(ValueError):
         self.row = row
 
 
+def encode_in_batches(
+    examples: Examples, schema: pa.Schema, encode: Callable[[Examples], pa.RecordBatch]
+) -> pa.RecordBatchReader:
+    """What `encode` makes of a thousand examples after the other, so that few are Python objects at a time."""
+
+    def make_batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(examples), TEXTS_TOGETHER):
+            yield encode(examples.slice(start, min(start + TEXTS_TOGETHER, len(examples))))
+
+    return pa.RecordBatchReader.from_batches(schema, make_batches())
+
+
 def encode_samples(
     samples: Sequence[Sample], tokenizer: Any, template: Template, train_on: TrainOn, max_length: int
-) -> pa.Table:
+) -> pa.RecordBatch:
     """`input_ids` and `learned` (1 or 0 for each token, never 1 for the first), both lists of uneven length.
 
     Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says.
@@ -39,28 +53,26 @@ def encode_samples(
     ids: list[npt.NDArray[np.int32]] = []
     learned: list[npt.NDArray[np.int8]] = []
     is_chat = any(sample.turns for sample in samples)
-    for start in range(0, len(samples), TEXTS_TOGETHER):
-        some = samples[start : start + TEXTS_TOGETHER]
-        written = [write(sample, template, train_on, start + row) for row, sample in enumerate(some)]
-        encoded = tokenizer(
-            [text for text, _ in written],
-            add_special_tokens=not is_chat,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=False,
-            padding=False,
-            verbose=False,  # Of texts that are longer than the model reads: they are cut below.
-        )
-        for (text, spans), own, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
-            row_ids = np.array(own, np.int32)
-            if not is_chat:
-                row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
-            kept[:1] = 0
-            ids.append(row_ids[:max_length])
-            learned.append(kept[:max_length])
-    return pa.table({"input_ids": as_lists(ids, pa.int32()), "learned": as_lists(learned, pa.int8())})
+    written = [write(sample, template, train_on, row) for row, sample in enumerate(samples)]
+    encoded = tokenizer(
+        [text for text, _ in written],
+        add_special_tokens=not is_chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=False,
+        padding=False,
+        verbose=False,  # Of texts that are longer than the model reads: they are cut below.
+    )
+    for (text, spans), own, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
+        row_ids = np.array(own, np.int32)
+        if not is_chat:
+            row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
+        kept[:1] = 0
+        ids.append(row_ids[:max_length])
+        learned.append(kept[:max_length])
+    return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
 
 
 def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tuple[str, list[Span]]:
