@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from orchestrator import __version__, show
 from orchestrator.errors import InputError, OrchestratorError, Problem, nearest
+from orchestrator.job_commands import add_verbs as add_job_verbs
 
 INTERRUPTED = 130
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
@@ -70,6 +71,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
     report_verb = verb("report", run_report, "Write the page of a run or a search again: DIR/report.html.")
     report_verb.add_argument("directory", type=Path, help="a run directory, or a search directory")
+    add_job_verbs(verb, recipe)
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
     schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")

@@ -28,13 +28,21 @@ MAY_KNOW = {
     "show": {*FOUNDATION, "doctor", "training", "search"},
     "doctor": {"training", "__init__"},
     "report": FOUNDATION,
+    "jobs": FOUNDATION,
+    "job_commands": {*FOUNDATION, "jobs", "training", "show", "__init__"},
     "cli": {
         *FOUNDATION,
         *("data", "models", "tasks", "transfer", "training", "search", "report", "show", "doctor", "__init__"),
+        "job_commands",
     },
     "__init__": {*FOUNDATION, "training", "search"},
 }
-KNOWS_RAY = {"training/worker.py", *(f"search/{name}.py" for name in ("tuning", "searchers", "halving", "ending"))}
+KNOWS_RAY = {
+    "training/worker.py",
+    "jobs/client.py",
+    "jobs/on_cluster.py",
+    *(f"search/{name}.py" for name in ("tuning", "searchers", "halving", "ending")),
+}
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},
     "data": {"torch"},

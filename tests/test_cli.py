@@ -17,7 +17,10 @@ from orchestrator.cli import main, parse
 from orchestrator.errors import ClusterError, InputError, RunFailed
 from orchestrator.recipe import json_schema, shipped_recipes
 
-VERBS = ["validate", "train", "search", "evaluate", "predict", "export", "report", "recipes", "schema", "doctor"]
+VERBS = [
+    *("validate", "train", "search", "evaluate", "predict", "export", "report"),
+    *("submit", "jobs", "status", "logs", "stop", "fetch", "recipes", "schema", "doctor"),
+]
 Capture = pytest.CaptureFixture[str]
 
 

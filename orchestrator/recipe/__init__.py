@@ -1,7 +1,7 @@
 """What a user writes: the recipe. Imports neither torch nor ray."""
 
 from orchestrator.recipe.catalog import ShippedRecipe, find_recipe, shipped_recipes
-from orchestrator.recipe.load import dump_recipe, load_recipe, make_paths_absolute, parse_recipe
+from orchestrator.recipe.load import dump_recipe, load_recipe, make_paths_absolute, map_paths, parse_recipe
 from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.paths import resolve_path, show_path
 from orchestrator.recipe.reference import json_schema
@@ -44,6 +44,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "make_paths_absolute",
+    "map_paths",
     "parse_recipe",
     "resolve_path",
     "shipped_recipes",

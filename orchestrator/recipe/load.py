@@ -92,9 +92,9 @@ def check_section(section: type[AnySection], data: dict[str, Any], path: str, or
         raise RecipeError(explain_mistakes(mistakes, data, shape, origin, path)) from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe, absolute: bool = True) -> str:
     """YAML of the recipe with every default written out and local paths absolute, so that a copy runs from anywhere."""
-    data = make_paths_absolute(recipe).model_dump()
+    data = (make_paths_absolute(recipe) if absolute else recipe).model_dump()
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
@@ -105,7 +105,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
         path = resolve_path(text, recipe.origin)
         return text if path is None else str(path)
 
-    return _map_paths(recipe, absolute)
+    return map_paths(recipe, absolute)
 
 
 def _settle_overridden_paths(recipe: Recipe) -> Recipe:
@@ -115,10 +115,10 @@ def _settle_overridden_paths(recipe: Recipe) -> Recipe:
         path = resolve_path(text, Origin()) if any(_is_within(place, key) for key in recipe.origin.overrides) else None
         return str(path) if path is not None and path_exists(split_count(path)[0]) else text
 
-    return _map_paths(recipe, absolute)
+    return map_paths(recipe, absolute)
 
 
-def _map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
+def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
     """The recipe with `change(dotted place, text)` in place of the texts that may name a local model or data."""
 
     def change_files(split: str, files: str | list[str] | None) -> str | list[str] | None:

@@ -1,0 +1,221 @@
+"""A Ray cluster through its Jobs API: what it has, which jobs it runs, what they print."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import ClusterError, InputError, Problem
+
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own.
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+REACH_SECONDS = 3.0
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_FOR_A_NODE = 4.0
+TAG = "orchestrator"
+"""The key of a job's metadata that holds the version which submitted it; other jobs are none of ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster knows it."""
+
+    id: str
+    status: str
+    """`pending`, `running`, `succeeded`, `failed` or `stopped`."""
+    verb: str
+    name: str
+    """The recipe's."""
+    directory: str
+    """The run directory, as the cluster's nodes see it."""
+    exit_code: int | None
+    started: float | None
+    """Seconds since 1970."""
+    ended: float | None
+    message: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("succeeded", "failed", "stopped")
+
+
+class Cluster:
+    """A cluster that answers; made by `connect`."""
+
+    def __init__(self, address: str, client: Any) -> None:
+        self.address = address
+        self._client = client
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this machine, whose folders it sees."""
+        return _is_loopback(urlsplit(self.address).hostname or "")
+
+    def nodes(self) -> list[dict[str, float]]:
+        """The resources of each living node, by Ray's names. A cluster that is just starting gets a moment for one."""
+        until = time.monotonic() + SECONDS_FOR_A_NODE
+        while not (found := self._nodes()) and time.monotonic() < until:
+            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
+        return found
+
+    def _nodes(self) -> list[dict[str, float]]:
+        with self._telling():
+            answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
+            answer.raise_for_status()
+        every = answer.json()["data"]["result"]["result"]
+        return [node["resources_total"] for node in every if node["state"] == "ALIVE"]
+
+    def submit(self, job_id: str, entrypoint: str, metadata: dict[str, str], **options: Any) -> None:
+        """Hand over a job; `options` are those of `JobSubmissionClient.submit_job`."""
+        with self._telling():
+            self._client.submit_job(submission_id=job_id, entrypoint=entrypoint, metadata=metadata, **options)
+
+    def job(self, job_id: str) -> Job:
+        """Raises InputError where there is no such job."""
+        found = next((job for job in self.jobs() if job.id == job_id), None)
+        if found is None:
+            known = ", ".join(job.id for job in self.jobs()) or "none"
+            remedy = f"give one of its jobs: {known}"
+            raise InputError(Problem(f"there is no job {job_id!r} on {self.address}", remedy=remedy))
+        return found
+
+    def jobs(self) -> list[Job]:
+        """The jobs that were submitted by us, the latest first."""
+        with self._telling():
+            every = self._client.list_jobs()
+        ours = [_job(each) for each in every if TAG in (each.metadata or {})]
+        return sorted(ours, key=lambda job: job.started or 0.0, reverse=True)
+
+    def logs(self, job_id: str) -> str:
+        with self._telling():
+            found: str = self._client.get_job_logs(job_id)
+        return found
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """What a job prints, piece by piece, until it is over."""
+        seen = 0
+        while True:
+            is_over = self.job(job_id).is_over
+            text = self.logs(job_id)
+            if len(text) > seen:
+                yield text[seen:]
+                seen = len(text)
+            if is_over:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def wait(self, job_id: str, seconds: float) -> Job:
+        """The job when it is over, or after so many seconds."""
+        until = time.monotonic() + seconds
+        while not (job := self.job(job_id)).is_over and time.monotonic() < until:
+            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
+        return job
+
+    def stop(self, job_id: str) -> None:
+        """Ask a job to end; Ray kills it some seconds later."""
+        with self._telling():
+            self._client.stop_job(job_id)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        with telling(self.address):
+            yield
+
+
+def connect(address: str | None, insecure: bool = False) -> Cluster:
+    """The cluster at an address: `http://HOST:8265`; None for $RAY_API_SERVER_ADDRESS, or this machine.
+
+    Its token is found as Ray's documentation says ($RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
+
+    Args:
+        insecure: let what is sent travel unencrypted to another machine.
+
+    Raises:
+        InputError: no such kind of address, or one that is not safe.
+        ClusterError: nobody answers, or the token is refused.
+    """
+    given = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+    checked = check_address(given, insecure)
+    parts = urlsplit(checked)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        remedy = "start the cluster with a dashboard, correct --address, or open a tunnel: ssh -L 8265:localhost:8265"
+        raise ClusterError(f"nobody answers at {checked}: {error}\n    -> {remedy} HOST") from None
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)  # It tells of each upload.
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
+    with telling(checked):
+        return Cluster(checked, JobSubmissionClient(checked))
+
+
+def check_address(address: str, insecure: bool) -> str:
+    """The address with its scheme; raises InputError where it is none, or where anybody could read what is sent."""
+    full = address if "://" in address else f"http://{address}"
+    parts = urlsplit(full)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        remedy = "give the address of the cluster's dashboard: http://HOST:8265"
+        raise InputError(Problem(f"{address!r} is no address of a Ray dashboard", "--address", remedy))
+    if parts.scheme == "http" and not insecure and not _is_loopback(parts.hostname):
+        what = f"{address} is another machine, and http sends recipe, data and token in the clear"
+        remedy = "use https, or a tunnel (ssh -L 8265:localhost:8265 HOST), or --insecure in a network that you trust"
+        raise InputError(Problem(what, "--address", remedy))
+    return full
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def telling(address: str) -> Iterator[None]:
+    """Errors of Ray's client in plain words.
+
+    Raises:
+        ClusterError: the token is refused, the cluster went away or refuses the request.
+    """
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        lacks = "Missing" in str(error)
+        what = f"the cluster at {address} {'wants a token' if lacks else 'refuses the token'}"
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token of the cluster"
+        raise ClusterError(f"{what}\n    -> {remedy}") from None
+    except (ConnectionError, requests.RequestException, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ClusterError(f"the cluster at {address} does not do it: {lines[-1] if lines else error}") from error
+
+
+def _job(found: Any) -> Job:
+    metadata = found.metadata or {}
+    return Job(
+        id=found.submission_id or "",
+        status=str(found.status.value).lower(),
+        verb=metadata.get("verb", ""),
+        name=metadata.get("name", ""),
+        directory=metadata.get("directory", ""),
+        exit_code=found.driver_exit_code,
+        started=_seconds(found.start_time),
+        ended=_seconds(found.end_time),
+        message=found.message or "",
+    )
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

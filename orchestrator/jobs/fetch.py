@@ -1,0 +1,73 @@
+"""Bring a run directory back from a cluster."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+import shutil
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from orchestrator.errors import ClusterError, InputError, Problem, RunFailed
+from orchestrator.jobs.client import TAG, Cluster, Job
+from orchestrator.jobs.upload import PACKAGE
+
+BEGIN, END = "-----BEGIN RUN-----", "-----END RUN-----"
+SECONDS_FOR_SENDING = 600.0
+LEFT_OUT = ("checkpoints", "trials", "logs")
+"""What stays on the cluster unless everything is asked for: it is large, and goes on only there."""
+
+
+def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) -> None:
+    """Copy a job's run directory to this machine. The folder appears whole or not at all.
+
+    A cluster on this machine has its folders here; another one sends the directory through the log of a small job, so
+    that nothing but the Jobs API need be reachable.
+
+    Raises:
+        InputError: the target exists.
+        RunFailed: there is no run directory yet.
+    """
+    if target.exists():
+        raise InputError(Problem("the folder exists already", str(target), "give another one"))
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if cluster.is_here and Path(job.directory).is_dir():
+        ignored = shutil.ignore_patterns(*(() if everything else LEFT_OUT))
+        shutil.copytree(job.directory, partial, ignore=ignored)
+    else:
+        data = receive(cluster, job, everything)
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            archive.extractall(partial, filter="data")
+    partial.rename(target)
+
+
+def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
+    """The directory as a compressed archive, sent through the log of a job."""
+    job_id = f"{job.id}-send-{time.time_ns() // 10**6}"
+    command = ["python", "-m", "orchestrator.jobs.on_cluster", "send", job.directory, *([] if everything else LEFT_OUT)]
+    with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
+        shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
+        metadata = {TAG: "", "verb": "send", "name": job.name, "directory": job.directory}
+        cluster.submit(job_id, shlex.join(command), metadata, runtime_env={"working_dir": folder})
+    sender = cluster.wait(job_id, SECONDS_FOR_SENDING)
+    text = cluster.logs(job_id)
+    if sender.status != "succeeded" or END not in text:
+        raise RunFailed(f"the cluster has no {job.directory} to send\n    -> see: orchestrator logs {job_id}")
+    return base64.b64decode(text.partition(BEGIN)[2].partition(END)[0])
+
+
+def send(directory: Path, left_out: tuple[str, ...]) -> str:
+    """What `receive` reads; raises ClusterError where there is no such directory."""
+    if not directory.is_dir():
+        raise ClusterError(f"there is no {directory} on this node")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in sorted(directory.iterdir()):
+            if path.name not in left_out:
+                archive.add(path, path.name)
+    lines = base64.encodebytes(packed.getvalue()).decode("ascii")
+    return f"{BEGIN}\n{lines}{END}"

@@ -1,0 +1,125 @@
+"""What travels with a job: the recipe, the local files that it names, and this version of the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import InputError, Problem
+from orchestrator.recipe import Recipe, dump_recipe, map_paths, resolve_path
+from orchestrator.recipe.paths import path_exists, split_count
+
+PACKAGE = Path(__file__).parent.parent
+RECIPE_FILE, ENVIRONMENT_FILE, FILES_FOLDER = "recipe.yaml", "environment.json", "files"
+LARGEST = 100 * 2**20
+"""Bytes; Ray's own limit for a job's working folder."""
+LABEL_NAMES = "labels.json"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A folder that is ready to be sent."""
+
+    folder: Path
+    num_bytes: int
+    """Of the recipe's files, without the package."""
+    num_files: int
+    digest: str
+    """SHA-256 of recipe and files."""
+
+
+def pack(recipe: Recipe, folder: Path, shared: Sequence[Path], variables: Sequence[str]) -> Upload:
+    """Fill a folder with all that a job needs.
+
+    Args:
+        shared: folders that every node sees under the same path; what lies in them stays there.
+        variables: names of environment variables that the job is to have. Their values go into a file of their own,
+            because a job's settings are shown to everybody who may look at the cluster.
+
+    Raises:
+        InputError: a file that is not there, more than may be sent, a variable that is not set.
+    """
+    problems: list[Problem] = []
+    travelling: dict[Path, str] = {}
+
+    def change(place: str, text: str) -> str:
+        path = resolve_path(text, recipe.origin)
+        if path is None or any(path.is_relative_to(home) for home in shared):
+            return text if path is None else str(path)
+        bare, _ = split_count(path)
+        if not path_exists(bare):
+            remedy = "correct the path; if it is one of the cluster's nodes alone, name its folder with --shared"
+            problems.append(Problem(f"there is no {bare}", recipe.origin.where(place), remedy))
+            return text
+        travelling.setdefault(bare, f"{FILES_FOLDER}/{len(travelling)}/{bare.name}")
+        return f"./{travelling[bare]}{path.name.removeprefix(bare.name)}"
+
+    moved = map_paths(recipe, change)
+    moved = _with_option_files(moved, travelling)
+    missing = [name for name in variables if name not in os.environ]
+    problems += [Problem(f"the variable {name} is not set", "--env", f"export {name}=...") for name in missing]
+    problems += _too_large(travelling)
+    if problems:
+        raise InputError(problems)
+    for path, place in travelling.items():
+        _copy(path, folder / place)
+    text = dump_recipe(moved, absolute=False)
+    (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    num_bytes = sum(path.stat().st_size for path in files)
+    _write_environment({name: os.environ[name] for name in variables}, folder / ENVIRONMENT_FILE)
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
+    return Upload(folder, num_bytes, len(files), digest.hexdigest())
+
+
+def _with_option_files(recipe: Recipe, travelling: dict[Path, str]) -> Recipe:
+    """The recipe with the files that the task's options name, such as a chat template."""
+    options = dict(recipe.target.options)
+    for key, value in recipe.target.options.items():
+        path = recipe.origin.folder / value if isinstance(value, str) else None
+        if path is not None and path_exists(path) and path.is_file():
+            options[key] = f"./{travelling.setdefault(path, f'{FILES_FOLDER}/{len(travelling)}/{path.name}')}"
+    return recipe.model_copy(update={"target": recipe.target.model_copy(update={"options": options})})
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, target)
+        return
+    shutil.copy(path, target)
+    names = path.parent / LABEL_NAMES  # Data files are read with the class names beside them.
+    if names.is_file():
+        shutil.copy(names, target.parent)
+
+
+def _too_large(travelling: dict[Path, str]) -> list[Problem]:
+    sizes = {path: _size(path) for path in travelling}
+    if sum(sizes.values()) <= LARGEST:
+        return []
+    largest = max(sizes, key=sizes.__getitem__)
+    what = f"the recipe's files have {_megabytes(sum(sizes.values()))} MB, and a job takes {_megabytes(LARGEST)} MB"
+    remedy = "put it where every node sees it under the same path, and name that folder with --shared"
+    return [Problem(what, f"{largest} ({_megabytes(sizes[largest])} MB)", remedy)]
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _megabytes(num_bytes: int) -> int:
+    return -(-num_bytes // 10**6)
+
+
+def _write_environment(values: dict[str, str], path: Path) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="utf-8") as file:
+        json.dump(values, file)

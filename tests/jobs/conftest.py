@@ -1,0 +1,67 @@
+"""A Ray cluster with a dashboard and a token, as a user would start it on a machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.jobs import Cluster, connect
+
+TOKEN = "a-token-that-is-long-enough-for-ray-to-take"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the cluster's dashboard; it has 2 CPUs."""
+    port, dashboard = free_port(), free_port()
+    # Sockets have short names, so not below pytest's folder.
+    folder = f"/tmp/ray-{os.getpid()}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cache = str(tmp_path_factory.mktemp("job-cache"))
+    changed = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "ORCHESTRATOR_CACHE": cache}
+    environment = {**os.environ, **changed}
+    environment.pop("RAY_ADDRESS", None)
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    log = tmp_path_factory.mktemp("head") / "log"
+    with log.open("wb") as out:
+        head = subprocess.Popen([*command, "--disable-usage-stats"], env=environment, stdout=out, stderr=out)
+    try:
+        for _ in range(600):
+            assert head.poll() is None, log.read_text()
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            try:
+                head.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.terminate()
+        head.wait(30)
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    return TOKEN
+
+
+@pytest.fixture
+def cluster(address: str, token: str) -> Cluster:
+    return connect(address)

@@ -1,0 +1,265 @@
+"""A recipe goes to a cluster, is followed, stopped and fetched; what cannot go is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+import orchestrator
+from orchestrator.cli import main
+from orchestrator.errors import ClusterError, InputError
+from orchestrator.jobs import Cluster, connect, submit
+from orchestrator.jobs.client import check_address
+from orchestrator.jobs.fetch import BEGIN, receive, send
+from orchestrator.jobs.on_cluster import compare
+from orchestrator.jobs.submit import refuse_too_small, run_directory
+from orchestrator.jobs.upload import ENVIRONMENT_FILE, pack
+
+WriteRecipe = Callable[..., Path]
+CANARY = "hush-this-is-a-canary"
+MODEL_FILES = {"model.safetensors", "config.json", "README.md"}
+
+
+@pytest.fixture
+def recipe(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
+    return write_recipe(train={"epochs": 1}, scale={"storage": str(tmp_path / "shared")})
+
+
+def command(*arguments: str) -> int:
+    return main([*arguments])
+
+
+def test_a_job_is_followed_and_its_model_fetched(
+    recipe: Path,
+    address: str,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SOME_SECRET", CANARY)
+    assert command("submit", str(recipe), "--address", address, "--env", "SOME_SECRET", "--follow") == 0
+    told = capsys.readouterr()
+    assert "accuracy" in told.out
+    (job,) = cluster.jobs()
+    assert (job.status, job.verb, job.exit_code) == ("succeeded", "train", 0)
+    assert f"orchestrator fetch {job.id}" in told.err
+    # The secret is nowhere that others could look.
+    details = repr([vars(each) for each in cluster._client.list_jobs()])
+    assert CANARY not in told.out + told.err + details + cluster.logs(job.id)
+    target = tmp_path / "fetched"
+    assert command("fetch", job.id, "--address", address, "--output", str(target)) == 0
+    assert {path.name for path in (target / "model").iterdir()} >= MODEL_FILES
+    AutoModelForSequenceClassification.from_pretrained(target / "model")
+    assert not (target / "checkpoints").exists()
+    # From another machine the same comes through the log of a job.
+    monkeypatch.setattr(Cluster, "is_here", False)
+    assert command("fetch", job.id, "--address", address, "--output", str(tmp_path / "received")) == 0
+    sent = tmp_path / "received"
+    assert {path.name for path in sent.iterdir()} == {path.name for path in target.iterdir()}
+    weights = "model/model.safetensors"
+    assert (sent / weights).read_bytes() == (target / weights).read_bytes()
+
+
+def test_a_job_is_stopped_and_what_it_held_is_free(
+    write_recipe: WriteRecipe, address: str, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write_recipe(train={"epochs": 100_000}, scale={"storage": str(tmp_path / "shared")})
+    loaded = orchestrator.load_recipe(long)
+    first = submit(loaded, cluster, "train", "0")
+    assert first.is_new
+    again = submit(loaded, cluster, "train", "0")
+    assert (again.job.id, again.is_new) == (first.job.id, False)
+    assert command("status", first.job.id, "--address", address) == 0
+    assert first.job.id in capsys.readouterr().out
+    assert command("stop", first.job.id, "--address", address) == 0
+    assert cluster.job(first.job.id).status == "stopped"
+    third = submit(loaded, cluster, "train", "0")
+    assert third.job.id == f"{first.job.id}-2"
+    assert third.job.directory == first.job.directory
+    cluster.stop(third.job.id)
+    assert cluster.wait(third.job.id, 20).status == "stopped"
+
+
+def test_a_failed_job_gives_its_exit_code(
+    write_recipe: WriteRecipe, address: str, token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = write_recipe(transfer={"freeze": 7}, scale={"storage": str(tmp_path / "shared")})
+    assert command("submit", str(wrong), "--address", address, "--follow") == 2
+    assert "freeze" in capsys.readouterr().out
+
+
+def test_a_cluster_that_cannot_be_used_is_told_in_a_sentence(recipe: Path, address: str) -> None:
+    # Each in a process of its own: Ray keeps the first token that it finds.
+    def ask(where: str, **variables: str) -> tuple[int, str]:
+        asked = [sys.executable, "-m", "orchestrator.cli", "submit", str(recipe), "--address", where]
+        done = subprocess.run(asked, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    wrong = ask(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="another-token-that-is-long-enough-for-ray")
+    assert wrong[0] == 3
+    assert "refuses the token\n    -> set RAY_AUTH_MODE=token" in wrong[1]
+    without = ask(address, RAY_AUTH_MODE="disabled")
+    assert without[0] == 3
+    assert "wants a token" in without[1]
+    dead = ask("http://127.0.0.1:1")
+    assert dead[0] == 3
+    assert "nobody answers at http://127.0.0.1:1" in dead[1]
+
+
+def test_a_cluster_that_is_too_small_is_told_with_what_it_has(
+    write_recipe: WriteRecipe, address: str, token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = write_recipe(train={"global_batch_size": 8}, scale={"workers": 4, "gpus_per_worker": 1})
+    assert command("submit", str(large), "--address", address) == 3
+    told = capsys.readouterr().err
+    assert "4 workers with 1 CPU and 1 GPU each do not fit: the cluster has 1 nodes (2 CPU, 0 GPU)" in told
+
+
+def test_an_unknown_job_is_told_with_those_there_are(
+    address: str, token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("logs", "none-such", "--address", address) == 2
+    assert "there is no job 'none-such'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("http://10.0.0.1:8265", "in the clear"),
+        ("10.0.0.1:8265", "in the clear"),
+        ("ray://10.0.0.1:10001", "is no address of a Ray dashboard"),
+        ("http://", "is no address of a Ray dashboard"),
+    ],
+)
+def test_an_address_that_is_not_safe_is_refused(given: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        connect(given)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://localhost:8265", "http://127.0.0.1:8265", "https://ray.example.org", "http://[::1]:8265"]
+)
+def test_addresses_of_this_machine_and_encrypted_ones_are_taken(given: str) -> None:
+    assert check_address(given, insecure=False) == given
+
+
+def test_another_machine_is_taken_unencrypted_where_the_user_says_so() -> None:
+    assert check_address("10.0.0.1:8265", insecure=True) == "http://10.0.0.1:8265"
+
+
+def test_local_files_travel_and_the_recipe_finds_them(
+    write_recipe: WriteRecipe, small_data: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_SECRET", CANARY)
+    files = {split: str(small_data / f"{split}.jsonl") for split in ("train", "select", "test")}
+    path = write_recipe(target={"task": "text-classification", "data": {**files, "train": f"{files['train']}#20"}})
+    folder = tmp_path / "upload"
+    folder.mkdir()
+    upload = pack(orchestrator.load_recipe(path), folder, [], ["SOME_SECRET"])
+    assert json.loads((folder / ENVIRONMENT_FILE).read_text()) == {"SOME_SECRET": CANARY}
+    assert (folder / ENVIRONMENT_FILE).stat().st_mode & 0o077 == 0
+    assert (folder / "orchestrator" / "cli.py").exists()
+    sent = orchestrator.load_recipe(folder / "recipe.yaml")
+    assert sent.target.data.train.startswith("./files/")  # type: ignore[union-attr]
+    from orchestrator.training.prepare import prepare
+
+    before, after = prepare(orchestrator.load_recipe(path)), prepare(sent)
+    assert len(after.tables["train"]) == 20
+    assert before.identity == after.identity
+    again = tmp_path / "again"
+    again.mkdir()
+    assert pack(orchestrator.load_recipe(path), again, [], ["SOME_SECRET"]).digest == upload.digest
+    shared = tmp_path / "only-model"
+    shared.mkdir()
+    pack(orchestrator.load_recipe(path), shared, [tiny_bert.parent], [])
+    assert orchestrator.load_recipe(shared / "recipe.yaml").source.model == str(tiny_bert)
+
+
+def test_what_cannot_travel_is_told_all_at_once(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.jobs.upload.LARGEST", 1000)
+    path = write_recipe(target={"task": "text-classification", "data": "./nowhere.jsonl"})
+    with pytest.raises(InputError) as caught:
+        pack(orchestrator.load_recipe(path), tmp_path, [], ["NO_SUCH_VARIABLE"])
+    told = str(caught.value)
+    for words in ("there is no", "nowhere.jsonl", "NO_SUCH_VARIABLE is not set", "and a job takes 1 MB", "--shared"):
+        assert words in told
+    assert not (tmp_path / "recipe.yaml.partial").exists()
+
+
+def test_storage_of_one_node_alone_is_refused(write_recipe: WriteRecipe) -> None:
+    far = Cluster("https://ray.example.org", None)
+    with pytest.raises(InputError, match=r"scale\.storage is 'runs', a folder that only one node"):
+        run_directory(orchestrator.load_recipe(write_recipe(scale={"storage": "runs"})), far, "train")
+    shared = orchestrator.load_recipe(write_recipe(name="mine", scale={"storage": "/shared/runs"}))
+    assert run_directory(shared, far, "search") == "/shared/runs/mine-search"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fits"),
+    [
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}], True),
+        ([{"CPU": 16.0, "GPU": 3.0}], False),
+        # Enough of each, but never together on a node.
+        ([{"CPU": 16.0}, {"GPU": 8.0}], False),
+        ([{"CPU": 3.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}], False),
+    ],
+)
+def test_workers_must_fit_onto_nodes_as_they_are(
+    nodes: list[dict[str, float]], fits: bool, write_recipe: WriteRecipe
+) -> None:
+    recipe = orchestrator.load_recipe(write_recipe())
+    if fits:
+        refuse_too_small(4, {"CPU": 2, "GPU": 1}, nodes, recipe)
+    else:
+        with pytest.raises(ClusterError, match="4 workers with 2 CPU and 1 GPU each do not fit"):
+            refuse_too_small(4, {"CPU": 2, "GPU": 1}, nodes, recipe)
+
+
+def test_nodes_that_differ_are_named() -> None:
+    def node(sees: bool = True, **versions: str) -> dict[str, Any]:
+        return {"versions": {"torch": "2.10", "ray": "2.60", **versions}, "sees": sees}
+
+    compare(["a", "b"], [node(), node()], Path("/shared"))
+    with pytest.raises(ClusterError) as caught:
+        compare(["a", "b", "c"], [node(), node(sees=False), node(torch="2.11")], Path("/shared"))
+    told = str(caught.value)
+    assert "the node b does not see /shared" in told
+    assert "torch is not the same on all nodes: a has 2.10, b has 2.10, c has 2.11" in told
+    with pytest.raises(ClusterError, match="peft is not the same on all nodes: a has missing"):
+        compare(["a"], [node(peft="missing")], Path("/shared"))
+
+
+def test_what_is_sent_is_what_is_there_without_what_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "checkpoints").mkdir()
+    text = f"noise\n{send(tmp_path, ('checkpoints',))}\n"
+
+    class Sender:
+        def submit(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self, *_: Any) -> Any:
+            return type("Job", (), {"status": "succeeded"})
+
+        def logs(self, _: str) -> str:
+            return text
+
+    import io
+    import tarfile
+
+    job = type("Job", (), {"id": "a", "name": "a", "directory": "b"})
+    data = receive(Sender(), job, everything=False)  # type: ignore[arg-type]
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert sorted(archive.getnames()) == ["model", "model/weights"]
+    assert BEGIN in text
