@@ -48,7 +48,7 @@ def open_hub(
 def _load(options: Mapping[str, str | None], split: str | None, where: str) -> Any:
     import datasets
 
-    with _offline_unless_reachable() as reachable:
+    with offline_unless_reachable() as reachable:
         try:
             return datasets.load_dataset(**options, split=split)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -79,7 +79,7 @@ def _explain(error: Exception, path: str, where: str, reachable: bool) -> Proble
 
 
 @contextmanager
-def _offline_unless_reachable() -> Iterator[bool]:
+def offline_unless_reachable() -> Iterator[bool]:
     """Look in the local cache only, as HF_HUB_OFFLINE=1 does, when the Hub's host does not answer.
 
     Its client would retry for half a minute before it said so.
