@@ -19,6 +19,7 @@ EXTRAS = {
     "vision": "timm",
     "speech": "soundfile",
     "quant": "bitsandbytes",
+    "harness": "lm-eval",
     "track": "tensorboard",
     "test": "pytest",
 }
