@@ -20,6 +20,8 @@ from orchestrator.job_commands import add_verbs as add_job_verbs
 
 INTERRUPTED = 130
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+SPLIT = "test"
+HARNESS_OPTIONS = ("include", "limit", "num_fewshot", "chat_template", "batch_size")
 EXAMPLE = "a first run: orchestrator train text-classification/minilm-to-support-intent"
 
 
@@ -57,9 +59,10 @@ def build_parser() -> tuple[Parser, list[str]]:
     search.add_argument("--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
-    evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split or a file.", model)
+    evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", model)
     add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
-    evaluate.add_argument("--split", default="test", help="train, select or test (default: test)")
+    evaluate.add_argument("--split", default=SPLIT, help="train, select or test (default: test)")
+    add_harness(evaluate)
     predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", model)
     add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
@@ -94,6 +97,20 @@ def add_data(verb: argparse.ArgumentParser, default: str | None, text: str) -> N
     verb.add_argument("data", nargs="?", default=default, help=text)
     columns = "columns of the data, where they have other names: target.columns.text=sentence"
     verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=columns)
+
+
+def add_harness(verb: argparse.ArgumentParser) -> None:
+    """Options without a value are left to what they are options of."""
+    group = verb.add_argument_group("benchmarks for language models, by the lm-evaluation-harness (extra `harness`)")
+    group.add_argument("--harness", nargs="+", metavar="TASK", help="its tasks, groups or tags: arc_easy mmlu")
+    text = "a folder with task files of your own (YAML); they may run code, so read what you did not write"
+    group.add_argument("--include", type=Path, metavar="FOLDER", help=text)
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    text = "solved examples in each prompt (default: what the task says)"
+    group.add_argument("--num-fewshot", type=int, metavar="N", help=text)
+    text = "put each prompt into the chat template that was saved with the model, with the recipe's system prompt"
+    group.add_argument("--chat-template", action="store_const", const=True, help=text)
+    group.add_argument("--batch-size", type=int, metavar="N", help="texts per pass (default: 8); results are the same")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -246,11 +263,29 @@ def run_report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: value for name in HARNESS_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.harness:
+        return run_harness(options, given)
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(Problem(f"--{option} is for benchmarks alone", remedy="name them: --harness TASK"))
     from orchestrator.training.inference import evaluate
 
     found = evaluate(options.model, options.data, options.split, overrides=options.overrides)
     if not options.json:
         show.evaluated(found, sys.stdout)
+    return found
+
+
+def run_harness(options: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    if options.data is not None or options.overrides or options.split != SPLIT:
+        remedy = "leave out --split, files and columns, or leave out --harness"
+        raise InputError(Problem("tasks of the harness bring their own data", remedy=remedy))
+    from orchestrator.training.harness import evaluate_tasks
+
+    found = evaluate_tasks(options.model, options.harness, **given)
+    if not options.json:
+        show.tasks_evaluated(found, sys.stdout)
     return found
 
 

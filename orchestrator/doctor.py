@@ -19,6 +19,8 @@ EXTRAS = {
     "vision": "timm",
     "speech": "soundfile",
     "quant": "bitsandbytes",
+    "harness": "lm-eval",
+    "cluster": "aiohttp",
     "track": "tensorboard",
     "test": "pytest",
 }

@@ -155,6 +155,23 @@ def evaluated(found: dict[str, Any], out: TextIO) -> None:
     table(rows, out)
 
 
+def tasks_evaluated(found: dict[str, Any], out: TextIO) -> None:
+    """A row for each task of the harness; standard errors stand behind their metrics."""
+    details = found["details"]
+    how = [f"lm-evaluation-harness {details['lm_eval']}", f"{found['examples']:,} examples"]
+    how += ["with the chat template"] if details["chat_template"] else []
+    rows = [("model", found["model"]), ("tasks", ", ".join(how))]
+    for task, metrics in found["metrics"].items():
+        errors = {name.replace("_stderr", ""): value for name, value in metrics.items() if "_stderr" in name}
+        scores = [
+            f"{name} {value:.4f}" + (f" \N{PLUS-MINUS SIGN} {errors[name]:.4f}" if name in errors else "")
+            for name, value in metrics.items()
+            if "_stderr" not in name
+        ]
+        rows.append((task, "  ".join(scores)))
+    table(rows, out)
+
+
 def findings(found: Sequence[Finding], out: TextIO) -> None:
     table(
         [(finding.name, finding.value + (f"\n    -> {finding.remedy}" if finding.remedy else "")) for finding in found],

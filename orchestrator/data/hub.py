@@ -101,7 +101,7 @@ def _stream_shard(data: Any, place: str, explain: Callable[[Exception], Problem]
 def _load(options: Mapping[str, Any], split: str | None, where: str) -> Any:
     import datasets
 
-    with _offline_unless_reachable() as reachable:
+    with offline_unless_reachable() as reachable:
         try:
             return datasets.load_dataset(**options, split=split)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -132,7 +132,7 @@ def _explain(error: Exception, path: str, where: str, reachable: bool) -> Proble
 
 
 @contextmanager
-def _offline_unless_reachable() -> Iterator[bool]:
+def offline_unless_reachable() -> Iterator[bool]:
     """Look in the local cache only, as HF_HUB_OFFLINE=1 does, when the Hub's host does not answer.
 
     Its client would retry for half a minute before it said so.
