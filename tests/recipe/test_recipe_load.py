@@ -234,7 +234,9 @@ def test_local_paths_are_dumped_in_full(data: str, dumped: Any, tmp_path: Path) 
     text = GOOD.replace("owner/data", data).replace("owner/model", "../models/m")
     copy = parse_recipe(dump_recipe(parse_recipe(text, file)), tmp_path / "elsewhere" / "recipe.yaml")
     assert copy.source.model == str(tmp_path / "models" / "m")
-    found = copy.target.data.model_dump(exclude_none=True) if isinstance(copy.target.data, Data) else copy.target.data
+    found = (
+        copy.target.data.model_dump(exclude_defaults=True) if isinstance(copy.target.data, Data) else copy.target.data
+    )
     assert found == yaml.safe_load(yaml.safe_dump(dumped).replace("{root}", str(tmp_path)))
 
 
