@@ -7,8 +7,9 @@ set -euo pipefail
 
 home="${XDG_STATE_HOME:-$HOME/.local/state}/transfer-orchestrator/local-cluster"
 token_file="$home/token"
-port=6379
+port=6397
 dashboard=8265
+agent=52375 # Not the default one, which any other Ray on this machine has.
 
 need_ray() {
   if ! command -v ray >/dev/null || ! python -c 'import aiohttp' 2>/dev/null; then
@@ -29,10 +30,11 @@ up() {
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token_file"
   # Nobody but this machine: the dashboard runs whatever it is sent.
   ray start --head --node-ip-address 127.0.0.1 --port "$port" --num-cpus "$cpus" \
-    --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --disable-usage-stats >/dev/null
+    --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" \
+    --disable-usage-stats >/dev/null
   # In a folder of its own: two nodes with one would unpack what a job brings over each other.
   ray start --address "127.0.0.1:$port" --num-cpus "$cpus" --temp-dir "/tmp/ray-$(id -u)-second" \
-    --disable-usage-stats >/dev/null
+    --dashboard-agent-listen-port "$((agent + 1))" --disable-usage-stats >/dev/null
   cat <<TEXT
 The cluster runs, two nodes with $cpus CPUs each. In the shell that submits:
 
@@ -41,9 +43,14 @@ The cluster runs, two nodes with $cpus CPUs each. In the shell that submits:
 TEXT
 }
 
+down() {
+  # Not `ray stop`, which would end every other cluster on this machine too.
+  pkill -f -- "gcs[-_](address=[^ ]*:|server_port=)$port( |\$)" || echo "no cluster of this script runs" >&2
+}
+
 case "${1:-}" in
-  up) up "${2:-}" ;;
-  down) ray stop ;;
+  up) up "${@:2}" ;;
+  down) down ;;
   *)
     sed -n '2,5p' "$0" >&2
     exit 2

@@ -36,6 +36,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    # The default one is that of any other cluster on this machine.
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     log = tmp_path_factory.mktemp("head") / "log"
     with log.open("wb") as out:
         head = subprocess.Popen([*command, "--disable-usage-stats"], env=environment, stdout=out, stderr=out)
