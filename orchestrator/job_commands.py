@@ -64,9 +64,8 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.jobs import submit
 
     cluster = reach(options)
-    shared = [folder.absolute() for folder in options.shared]
     verb = "search" if options.search else "train"
-    found = submit(recipe, cluster, verb, __version__, shared=shared, variables=options.env)
+    found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env)
     job = found.job
     sent = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB" if found.is_new else "it is running already"
     out = sys.stderr if options.json else sys.stdout

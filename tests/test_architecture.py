@@ -35,7 +35,7 @@ MAY_KNOW = {
         *("data", "models", "tasks", "transfer", "training", "search", "report", "show", "doctor", "__init__"),
         "job_commands",
     },
-    "__init__": {*FOUNDATION, "training", "search"},
+    "__init__": {*FOUNDATION, "training", "search", "jobs"},
 }
 KNOWS_RAY = {
     "training/worker.py",

@@ -53,7 +53,7 @@ def submit(
     directory = run_directory(recipe, cluster, verb)
     needs = entrypoint_resources(recipe, cluster, verb)
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
-        upload = pack(recipe, Path(folder), [*shared, Path(directory).parent], variables)
+        upload = pack(recipe, Path(folder), [*(home.absolute() for home in shared), Path(directory).parent], variables)
         base = f"{recipe.name}-{upload.digest[:8]}"
         earlier = [job for job in cluster.jobs() if job.id == base or job.id.startswith(f"{base}-")]
         alive = [job for job in earlier if not job.is_over]

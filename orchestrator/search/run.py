@@ -20,10 +20,11 @@ from orchestrator.search.space import FREEZE
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
-from orchestrator.training.run import create_directory, refuse_changes, set_aside
+from orchestrator.training.run import PLACES, create_directory, refuse_changes, set_aside
 from orchestrator.training.worker import output_to, ray_cluster
 
 FREE_TO_CHANGE = {
+    **PLACES,
     "train": {"keep", "log_every", "cache_prefix"},
     "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
     "search": {"concurrent", *BUDGET},

@@ -21,8 +21,11 @@ from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.worker import output_to, ray_session, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
+# Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.
+PLACES = {"source": {"model"}, "target": {"data"}}
 # Parts of a recipe that may change between the attempts of one run: they do not change what is learned.
 FREE_TO_CHANGE = {
+    **PLACES,
     "": {"search"},
     "train": {"keep", "log_every", "cache_prefix"},
     "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},

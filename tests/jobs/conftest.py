@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from orchestrator.jobs import Cluster, connect
-
-TOKEN = "a-token-that-is-long-enough-for-ray-to-take"
+from ask import TOKEN, Ask
 
 
 def free_port() -> int:
@@ -58,12 +55,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def token(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    return TOKEN
+def ask(address: str) -> Ask:
+    """Runs a command against the cluster, in a process of its own: Ray keeps the first token that it finds, and whether
+    there is to be one at all."""
 
+    def ask(verb: str, *arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        code = f"{before}\nimport sys; from orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **variables}
+        command = [sys.executable, "-c", code, verb, *arguments, "--address", address]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-@pytest.fixture
-def cluster(address: str, token: str) -> Cluster:
-    return connect(address)
+    return ask

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ask import TOKEN, Ask
 from transformers import AutoModelForSequenceClassification
 
 import orchestrator
-from orchestrator.cli import main
 from orchestrator.errors import ClusterError, InputError
-from orchestrator.jobs import Cluster, connect, submit
+from orchestrator.jobs import Cluster, connect
 from orchestrator.jobs.client import check_address
 from orchestrator.jobs.fetch import BEGIN, receive, send
 from orchestrator.jobs.on_cluster import compare
@@ -33,102 +31,87 @@ def recipe(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
     return write_recipe(train={"epochs": 1}, scale={"storage": str(tmp_path / "shared")})
 
 
-def command(*arguments: str) -> int:
-    return main([*arguments])
+def listed(ask: Ask) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(ask("jobs", "--json").stdout)["jobs"]
+    return found
 
 
-def test_a_job_is_followed_and_its_model_fetched(
-    recipe: Path,
-    address: str,
-    cluster: Cluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SOME_SECRET", CANARY)
-    assert command("submit", str(recipe), "--address", address, "--env", "SOME_SECRET", "--follow") == 0
-    told = capsys.readouterr()
-    assert "accuracy" in told.out
-    (job,) = cluster.jobs()
-    assert (job.status, job.verb, job.exit_code) == ("succeeded", "train", 0)
-    assert f"orchestrator fetch {job.id}" in told.err
+def test_a_job_is_followed_and_its_model_fetched(recipe: Path, address: str, ask: Ask, tmp_path: Path) -> None:
+    told = ask("submit", str(recipe), "--env", "SOME_SECRET", "--follow", SOME_SECRET=CANARY)
+    assert told.returncode == 0, told.stderr
+    assert "accuracy" in told.stdout
+    job = listed(ask)[0]
+    assert (job["status"], job["verb"], job["exit_code"]) == ("succeeded", "train", 0)
+    assert f"orchestrator fetch {job['id']}" in told.stderr
     # The secret is nowhere that others could look.
-    details = repr([vars(each) for each in cluster._client.list_jobs()])
-    assert CANARY not in told.out + told.err + details + cluster.logs(job.id)
-    target = tmp_path / "fetched"
-    assert command("fetch", job.id, "--address", address, "--output", str(target)) == 0
-    assert {path.name for path in (target / "model").iterdir()} >= MODEL_FILES
-    AutoModelForSequenceClassification.from_pretrained(target / "model")
-    assert not (target / "checkpoints").exists()
-    # From another machine the same comes through the log of a job.
-    monkeypatch.setattr(Cluster, "is_here", False)
-    assert command("fetch", job.id, "--address", address, "--output", str(tmp_path / "received")) == 0
-    sent = tmp_path / "received"
-    assert {path.name for path in sent.iterdir()} == {path.name for path in target.iterdir()}
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request) as answer:
+        details = answer.read().decode()
+    assert job["id"] in details
+    assert CANARY not in told.stdout + told.stderr + details + ask("logs", job["id"]).stdout
+    here, received = tmp_path / "here", tmp_path / "received"
+    assert ask("fetch", job["id"], "--output", str(here)).returncode == 0
+    assert {path.name for path in (here / "model").iterdir()} >= MODEL_FILES
+    AutoModelForSequenceClassification.from_pretrained(here / "model")
+    assert not (here / "checkpoints").exists()
+    # To another machine the same comes through the log of a job.
+    far = "from orchestrator.jobs import Cluster; Cluster.is_here = False"
+    assert ask("fetch", job["id"], "--output", str(received), before=far).returncode == 0
+    assert {path.name for path in received.iterdir()} == {path.name for path in here.iterdir()}
     weights = "model/model.safetensors"
-    assert (sent / weights).read_bytes() == (target / weights).read_bytes()
+    assert (received / weights).read_bytes() == (here / weights).read_bytes()
 
 
-def test_a_job_is_stopped_and_what_it_held_is_free(
-    write_recipe: WriteRecipe, address: str, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_job_is_stopped_and_its_next_attempt_has_the_same_directory(
+    write_recipe: WriteRecipe, ask: Ask, tmp_path: Path
 ) -> None:
-    long = write_recipe(train={"epochs": 100_000}, scale={"storage": str(tmp_path / "shared")})
-    loaded = orchestrator.load_recipe(long)
-    first = submit(loaded, cluster, "train", "0")
-    assert first.is_new
-    again = submit(loaded, cluster, "train", "0")
-    assert (again.job.id, again.is_new) == (first.job.id, False)
-    assert command("status", first.job.id, "--address", address) == 0
-    assert first.job.id in capsys.readouterr().out
-    assert command("stop", first.job.id, "--address", address) == 0
-    assert cluster.job(first.job.id).status == "stopped"
-    third = submit(loaded, cluster, "train", "0")
-    assert third.job.id == f"{first.job.id}-2"
-    assert third.job.directory == first.job.directory
-    cluster.stop(third.job.id)
-    assert cluster.wait(third.job.id, 20).status == "stopped"
+    long = str(write_recipe(train={"epochs": 100_000}, scale={"storage": str(tmp_path / "shared")}))
+
+    def send() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(ask("submit", long, "--json").stdout)
+        return found
+
+    first = send()
+    assert send()["id"] == first["id"]
+    assert first["id"] in ask("status", first["id"]).stdout
+    assert ask("stop", first["id"]).returncode == 0
+    assert next(job["status"] for job in listed(ask) if job["id"] == first["id"]) == "stopped"
+    second = send()
+    assert second["id"] == f"{first['id']}-2"
+    assert second["directory"] == first["directory"]
+    assert json.loads(ask("stop", second["id"], "--json").stdout)["status"] == "stopped"
 
 
-def test_a_failed_job_gives_its_exit_code(
-    write_recipe: WriteRecipe, address: str, token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_job_gives_its_exit_code(write_recipe: WriteRecipe, ask: Ask, tmp_path: Path) -> None:
     wrong = write_recipe(transfer={"freeze": 7}, scale={"storage": str(tmp_path / "shared")})
-    assert command("submit", str(wrong), "--address", address, "--follow") == 2
-    assert "freeze" in capsys.readouterr().out
+    told = ask("submit", str(wrong), "--follow")
+    assert told.returncode == 2
+    assert "freeze" in told.stdout
 
 
-def test_a_cluster_that_cannot_be_used_is_told_in_a_sentence(recipe: Path, address: str) -> None:
-    # Each in a process of its own: Ray keeps the first token that it finds.
-    def ask(where: str, **variables: str) -> tuple[int, str]:
-        asked = [sys.executable, "-m", "orchestrator.cli", "submit", str(recipe), "--address", where]
-        done = subprocess.run(asked, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-        return done.returncode, done.stderr
-
-    wrong = ask(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="another-token-that-is-long-enough-for-ray")
-    assert wrong[0] == 3
-    assert "refuses the token\n    -> set RAY_AUTH_MODE=token" in wrong[1]
-    without = ask(address, RAY_AUTH_MODE="disabled")
-    assert without[0] == 3
-    assert "wants a token" in without[1]
-    dead = ask("http://127.0.0.1:1")
-    assert dead[0] == 3
-    assert "nobody answers at http://127.0.0.1:1" in dead[1]
+def test_a_cluster_that_cannot_be_used_is_told_in_a_sentence(recipe: Path, ask: Ask) -> None:
+    wrong = ask("submit", str(recipe), RAY_AUTH_TOKEN="another-token-that-is-long-enough-for-ray")
+    assert wrong.returncode == 3
+    assert "refuses the token\n    -> set RAY_AUTH_MODE=token" in wrong.stderr
+    without = ask("submit", str(recipe), RAY_AUTH_MODE="disabled")
+    assert without.returncode == 3
+    assert "wants a token" in without.stderr
+    with pytest.raises(ClusterError, match=r"nobody answers at http://127\.0\.0\.1:1"):
+        connect("http://127.0.0.1:1")
 
 
-def test_a_cluster_that_is_too_small_is_told_with_what_it_has(
-    write_recipe: WriteRecipe, address: str, token: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cluster_that_is_too_small_is_told_with_what_it_has(write_recipe: WriteRecipe, ask: Ask) -> None:
     large = write_recipe(train={"global_batch_size": 8}, scale={"workers": 4, "gpus_per_worker": 1})
-    assert command("submit", str(large), "--address", address) == 3
-    told = capsys.readouterr().err
-    assert "4 workers with 1 CPU and 1 GPU each do not fit: the cluster has 1 nodes (2 CPU, 0 GPU)" in told
+    told = ask("submit", str(large))
+    assert told.returncode == 3
+    what = "4 workers with 1 CPU and 1 GPU each do not fit: the cluster has 1 nodes (2 CPU, 0 GPU)"
+    assert what in told.stderr
 
 
-def test_an_unknown_job_is_told_with_those_there_are(
-    address: str, token: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command("logs", "none-such", "--address", address) == 2
-    assert "there is no job 'none-such'" in capsys.readouterr().err
+def test_an_unknown_job_is_told_with_those_there_are(ask: Ask) -> None:
+    told = ask("logs", "none-such")
+    assert told.returncode == 2
+    assert "there is no job 'none-such'" in told.stderr
 
 
 @pytest.mark.parametrize(

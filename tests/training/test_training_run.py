@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_changed_data_are_refused(write_recipe: WriteRecipe, small_data: Path, t
     (data / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(InputError, match="train data changed"):
         train(recipe, tmp_path / "run")
+
+
+def test_a_run_goes_on_where_source_and_data_lie_elsewhere(
+    write_recipe: WriteRecipe, small_data: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    first = train(load_recipe(write_recipe(), ["train.epochs=1"]), tmp_path / "run")
+    for folder, name in ((small_data, "data"), (tiny_bert, "model")):
+        shutil.copytree(folder, tmp_path / name)
+    moved = write_recipe(source={"model": str(tmp_path / "model")}, target={"data": str(tmp_path / "data")})
+    again = train(load_recipe(moved, ["train.epochs=1"]), tmp_path / "run")
+    assert again.resumed
+    assert again.result == first.result
 
 
 def test_fresh_keeps_the_old_run_under_another_name(write_recipe: WriteRecipe, tmp_path: Path) -> None:
