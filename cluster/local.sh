@@ -45,7 +45,10 @@ TEXT
 
 down() {
   # Not `ray stop`, which would end every other cluster on this machine too.
-  pkill -f -- "gcs[-_](address=[^ ]*:|server_port=)$port( |\$)" || echo "no cluster of this script runs" >&2
+  local ours="gcs[-_](address=[^ ]*:|server_port=)$port( |\$)"
+  pkill -f -- "$ours" || echo "no cluster of this script runs" >&2
+  sleep 2
+  pkill -KILL -f -- "$ours" || true # Its head node may not end by itself.
 }
 
 case "${1:-}" in

@@ -245,7 +245,8 @@ def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        options = {"num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
+        # Otherwise Ray connects to any cluster that somebody has started on this machine.
+        options = {"address": "local", "num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
         if preload:
             options["_system_config"] = {"preload_python_modules": list(preload)}
     logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += [f"--dashboard-agent-listen-port={free_port()}"]
     log = tmp_path_factory.mktemp("head") / "log"
     with log.open("wb") as out:
-        head = subprocess.Popen([*command, "--disable-usage-stats"], env=environment, stdout=out, stderr=out)
+        head = subprocess.Popen(
+            [*command, "--disable-usage-stats"], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         for _ in range(600):
             assert head.poll() is None, log.read_text()
@@ -51,7 +54,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         head.terminate()
-        head.wait(30)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
 
 
 @pytest.fixture
