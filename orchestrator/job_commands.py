@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import __version__, show
-from orchestrator.errors import ClusterError, InputError, OrchestratorError, Problem, RecipeError, RunFailed
+from orchestrator.errors import ClusterError, InputError, RunFailed
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Cluster, Job
 
 SECONDS_TO_STOP = 15.0
-EXIT_ERRORS: dict[int, type[OrchestratorError]] = {2: RecipeError, 3: ClusterError}
 
 
 def add_verbs(verb: Callable[..., Any], recipe: Any) -> None:
@@ -95,8 +94,9 @@ def follow(cluster: Cluster, job: Job, out: Any) -> Job:
         message = f"the job {ended.id} {ended.status}"
         if ended.exit_code is None:
             message += f": {ended.message.splitlines()[0]}" if ended.message else ""
-        error = EXIT_ERRORS.get(ended.exit_code or 1, RunFailed)
-        raise error(message) if error is not RecipeError else InputError(Problem(message))
+        if ended.exit_code == InputError.exit_code:
+            raise InputError(message)
+        raise (ClusterError if ended.exit_code == ClusterError.exit_code else RunFailed)(message)
     print(f"fetch the model with: orchestrator fetch {ended.id}", file=sys.stderr)
     return ended
 

@@ -10,8 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from orchestrator.errors import ClusterError, InputError, Problem
 
@@ -54,24 +57,26 @@ class Cluster:
         self.address = address
         self._client = client
 
-    @property
+    @cached_property
     def is_here(self) -> bool:
-        """Whether it is on this machine, whose folders it sees."""
-        return _is_loopback(urlsplit(self.address).hostname or "")
+        """Whether all its nodes are this machine, whose folders they see; where a tunnel begins says nothing of it."""
+        own = {each.address for every in psutil.net_if_addrs().values() for each in every}
+        found = self._nodes()
+        return bool(found) and all(node["node_ip"] in own for node in found)
 
     def nodes(self) -> list[dict[str, float]]:
         """The resources of each living node, by Ray's names. A cluster that is just starting gets a moment for one."""
         until = time.monotonic() + SECONDS_FOR_A_NODE
         while not (found := self._nodes()) and time.monotonic() < until:
             time.sleep(SECONDS_BETWEEN_LOOKS / 4)
-        return found
+        return [node["resources_total"] for node in found]
 
-    def _nodes(self) -> list[dict[str, float]]:
+    def _nodes(self) -> list[dict[str, Any]]:
         with self._telling():
             answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
             answer.raise_for_status()
         every = answer.json()["data"]["result"]["result"]
-        return [node["resources_total"] for node in every if node["state"] == "ALIVE"]
+        return [node for node in every if node["state"] == "ALIVE"]
 
     def submit(self, job_id: str, entrypoint: str, metadata: dict[str, str], **options: Any) -> None:
         """Hand over a job; `options` are those of `JobSubmissionClient.submit_job`."""

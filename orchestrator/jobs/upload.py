@@ -85,7 +85,8 @@ def _with_option_files(recipe: Recipe, travelling: dict[Path, str]) -> Recipe:
     options = dict(recipe.target.options)
     for key, value in recipe.target.options.items():
         path = recipe.origin.folder / value if isinstance(value, str) else None
-        if path is not None and path_exists(path) and path.is_file():
+        # With a suffix, or a word such as `plain` could be taken for a file of that name.
+        if path is not None and path.suffix and path_exists(path) and path.is_file():
             options[key] = f"./{travelling.setdefault(path, f'{FILES_FOLDER}/{len(travelling)}/{path.name}')}"
     return recipe.model_copy(update={"target": recipe.target.model_copy(update={"options": options})})
 

@@ -180,12 +180,22 @@ def test_what_cannot_travel_is_told_all_at_once(
     assert not (tmp_path / "recipe.yaml.partial").exists()
 
 
-def test_storage_of_one_node_alone_is_refused(write_recipe: WriteRecipe) -> None:
+def test_storage_of_one_node_alone_is_refused(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "is_here", False)
     far = Cluster("https://ray.example.org", None)
     with pytest.raises(InputError, match=r"scale\.storage is 'runs', a folder that only one node"):
         run_directory(orchestrator.load_recipe(write_recipe(scale={"storage": "runs"})), far, "train")
     shared = orchestrator.load_recipe(write_recipe(name="mine", scale={"storage": "/shared/runs"}))
     assert run_directory(shared, far, "search") == "/shared/runs/mine-search"
+
+
+@pytest.mark.parametrize(("addresses", "is_here"), [(["192.0.2.7"], False), ([], False), (["127.0.0.1"], True)])
+def test_a_cluster_is_here_where_its_nodes_are_this_machine(
+    addresses: list[str], is_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not where a tunnel to it begins."""
+    monkeypatch.setattr(Cluster, "_nodes", lambda _: [{"node_ip": address} for address in addresses])
+    assert Cluster("http://localhost:8265", None).is_here == is_here
 
 
 @pytest.mark.parametrize(
