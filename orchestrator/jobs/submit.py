@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -54,8 +55,9 @@ def submit(
     needs = entrypoint_resources(recipe, cluster, verb)
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
         upload = pack(recipe, Path(folder), [*(home.absolute() for home in shared), Path(directory).parent], variables)
-        base = f"{recipe.name}-{upload.digest[:8]}"
-        earlier = [job for job in cluster.jobs() if job.id == base or job.id.startswith(f"{base}-")]
+        base = f"{Path(directory).name}-{upload.digest[:8]}"
+        attempts = re.compile(rf"{base}(-\d+)?")
+        earlier = [job for job in cluster.jobs() if attempts.fullmatch(job.id)]
         alive = [job for job in earlier if not job.is_over]
         if alive:
             return Submitted(alive[0], False, upload.num_files, upload.num_bytes)

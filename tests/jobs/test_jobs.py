@@ -23,6 +23,7 @@ from orchestrator.jobs.upload import ENVIRONMENT_FILE, pack
 
 WriteRecipe = Callable[..., Path]
 CANARY = "hush-this-is-a-canary"
+FAR = "from orchestrator.jobs import Cluster; Cluster.is_here = False"
 MODEL_FILES = {"model.safetensors", "config.json", "README.md"}
 
 
@@ -55,8 +56,7 @@ def test_a_job_is_followed_and_its_model_fetched(recipe: Path, address: str, ask
     AutoModelForSequenceClassification.from_pretrained(here / "model")
     assert not (here / "checkpoints").exists()
     # To another machine the same comes through the log of a job.
-    far = "from orchestrator.jobs import Cluster; Cluster.is_here = False"
-    assert ask("fetch", job["id"], "--output", str(received), before=far).returncode == 0
+    assert ask("fetch", job["id"], "--output", str(received), before=FAR).returncode == 0
     assert {path.name for path in received.iterdir()} == {path.name for path in here.iterdir()}
     weights = "model/model.safetensors"
     assert (received / weights).read_bytes() == (here / weights).read_bytes()
@@ -76,6 +76,8 @@ def test_a_job_is_stopped_and_its_next_attempt_has_the_same_directory(
     assert first["id"] in ask("status", first["id"]).stdout
     assert ask("stop", first["id"]).returncode == 0
     assert next(job["status"] for job in listed(ask) if job["id"] == first["id"]) == "stopped"
+    # What is sent for a fetch is no attempt.
+    assert ask("fetch", first["id"], "--output", str(tmp_path / "far"), before=FAR).returncode in (0, 1)
     second = send()
     assert second["id"] == f"{first['id']}-2"
     assert second["directory"] == first["directory"]
