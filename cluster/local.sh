@@ -33,7 +33,7 @@ up() {
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" \
     --disable-usage-stats >/dev/null
   # In a folder of its own: two nodes with one would unpack what a job brings over each other.
-  ray start --address "127.0.0.1:$port" --num-cpus "$cpus" --temp-dir "/tmp/ray-$(id -u)-second" \
+  ray start --address "127.0.0.1:$port" --num-cpus "$cpus" --temp-dir "${TMPDIR:-/tmp}/ray-$(id -u)-second" \
     --dashboard-agent-listen-port "$((agent + 1))" --disable-usage-stats >/dev/null
   cat <<TEXT
 The cluster runs, two nodes with $cpus CPUs each. In the shell that submits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -19,10 +20,14 @@ import psutil
 from orchestrator.errors import ClusterError, InputError, Problem
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own.
+MOST_NODES = 10_000  # Ray tells of no more at once.
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 REACH_SECONDS = 3.0
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_FOR_A_NODE = 4.0
+SECONDS_TO_SETTLE = 10.0
+SENDING = "send"
+"""The verb of a job that sends a run directory; nobody needs to see it in a list."""
 TAG = "orchestrator"
 """The key of a job's metadata that holds the version which submitted it; other jobs are none of ours."""
 
@@ -62,21 +67,21 @@ class Cluster:
         """Whether all its nodes are this machine, whose folders they see; where a tunnel begins says nothing of it."""
         own = {each.address for every in psutil.net_if_addrs().values() for each in every}
         found = self._nodes()
-        return bool(found) and all(node["node_ip"] in own for node in found)
+        return bool(found) and all(node.node_ip in own for node in found)
 
     def nodes(self) -> list[dict[str, float]]:
         """The resources of each living node, by Ray's names. A cluster that is just starting gets a moment for one."""
         until = time.monotonic() + SECONDS_FOR_A_NODE
         while not (found := self._nodes()) and time.monotonic() < until:
-            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
-        return [node["resources_total"] for node in found]
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return [node.resources_total for node in found]
 
-    def _nodes(self) -> list[dict[str, Any]]:
+    def _nodes(self) -> list[Any]:
+        from ray.util.state import list_nodes
+
         with self._telling():
-            answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
-            answer.raise_for_status()
-        every = answer.json()["data"]["result"]["result"]
-        return [node for node in every if node["state"] == "ALIVE"]
+            found: list[Any] = list_nodes(self.address, [("state", "=", "ALIVE")], MOST_NODES, detail=True)
+        return found
 
     def submit(self, job_id: str, entrypoint: str, metadata: dict[str, str], **options: Any) -> None:
         """Hand over a job; `options` are those of `JobSubmissionClient.submit_job`."""
@@ -85,15 +90,19 @@ class Cluster:
 
     def job(self, job_id: str) -> Job:
         """Raises InputError where there is no such job."""
-        found = next((job for job in self.jobs() if job.id == job_id), None)
+        every = self._jobs()
+        found = next((job for job in every if job.id == job_id), None)
         if found is None:
-            known = ", ".join(job.id for job in self.jobs()) or "none"
+            known = ", ".join(job.id for job in every if job.verb != SENDING) or "none"
             remedy = f"give one of its jobs: {known}"
             raise InputError(Problem(f"there is no job {job_id!r} on {self.address}", remedy=remedy))
         return found
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted by us, the latest first."""
+        return [job for job in self._jobs() if job.verb != SENDING]
+
+    def _jobs(self) -> list[Job]:
         with self._telling():
             every = self._client.list_jobs()
         ours = [_job(each) for each in every if TAG in (each.metadata or {})]
@@ -105,24 +114,31 @@ class Cluster:
         return found
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What a job prints, piece by piece, until it is over."""
-        seen = 0
-        while True:
-            is_over = self.job(job_id).is_over
-            text = self.logs(job_id)
-            if len(text) > seen:
-                yield text[seen:]
-                seen = len(text)
-            if is_over:
-                return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        """What a job prints, piece by piece, until it is over.
+
+        Raises:
+            ClusterError: the connection was lost before.
+        """
+        pieces = self._client.tail_job_logs(job_id)
+
+        async def take() -> str | None:
+            return await anext(pieces, None)
+
+        with self._telling(), asyncio.Runner() as runner:
+            while (piece := runner.run(take())) is not None:
+                yield piece
+        if not self.wait(job_id, SECONDS_TO_SETTLE).is_over:
+            raise ClusterError(f"the cluster at {self.address} tells no more of {job_id}, which goes on")
 
     def wait(self, job_id: str, seconds: float) -> Job:
         """The job when it is over, or after so many seconds."""
         until = time.monotonic() + seconds
-        while not (job := self.job(job_id)).is_over and time.monotonic() < until:
-            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
-        return job
+        while True:
+            with self._telling():
+                job = _job(self._client.get_job_info(job_id))
+            if job.is_over or time.monotonic() > until:
+                return job
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end; Ray kills it some seconds later."""
@@ -192,8 +208,10 @@ def telling(address: str) -> Iterator[None]:
     Raises:
         ClusterError: the token is refused, the cluster went away or refuses the request.
     """
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
+    from ray.util.state.exception import RayStateApiException
 
     try:
         yield
@@ -202,7 +220,13 @@ def telling(address: str) -> Iterator[None]:
         what = f"the cluster at {address} {'wants a token' if lacks else 'refuses the token'}"
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token of the cluster"
         raise ClusterError(f"{what}\n    -> {remedy}") from None
-    except (ConnectionError, requests.RequestException, RuntimeError) as error:
+    except (
+        ConnectionError,
+        requests.RequestException,
+        aiohttp.ClientError,
+        RayStateApiException,
+        RuntimeError,
+    ) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ClusterError(f"the cluster at {address} does not do it: {lines[-1] if lines else error}") from error
 

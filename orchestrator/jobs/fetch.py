@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import ClusterError, InputError, Problem, RunFailed
-from orchestrator.jobs.client import TAG, Cluster, Job
-from orchestrator.jobs.upload import PACKAGE
+from orchestrator.jobs.client import SENDING, TAG, Cluster, Job
+from orchestrator.jobs.upload import copy_package
 
 BEGIN, END = "-----BEGIN RUN-----", "-----END RUN-----"
 SECONDS_FOR_SENDING = 600.0
@@ -48,10 +48,11 @@ def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) ->
 def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
     """The directory as a compressed archive, sent through the log of a job."""
     job_id = f"{job.id}-send-{time.time_ns() // 10**6}"
-    command = ["python", "-m", "orchestrator.jobs.on_cluster", "send", job.directory, *([] if everything else LEFT_OUT)]
+    left_out = () if everything else LEFT_OUT
+    command = ["python", "-m", "orchestrator.jobs.on_cluster", SENDING, job.directory, *left_out]
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
-        shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
-        metadata = {TAG: "", "verb": "send", "name": job.name, "directory": job.directory}
+        copy_package(Path(folder))
+        metadata = {TAG: "", "verb": SENDING, "name": job.name, "directory": job.directory}
         cluster.submit(job_id, shlex.join(command), metadata, runtime_env={"working_dir": folder})
     sender = cluster.wait(job_id, SECONDS_FOR_SENDING)
     text = cluster.logs(job_id)

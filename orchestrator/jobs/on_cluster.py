@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError, OrchestratorError
+from orchestrator.jobs.client import SENDING
 from orchestrator.jobs.fetch import send
 from orchestrator.jobs.upload import ENVIRONMENT_FILE
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     """Run a verb of the command line here; returns an exit code where it does not get there."""
     verb, target, *rest = arguments
     try:
-        if verb == "send":
+        if verb == SENDING:
             print(send(Path(target), tuple(rest)))
             return 0
         environment = Path(ENVIRONMENT_FILE)

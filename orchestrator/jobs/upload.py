@@ -76,8 +76,13 @@ def pack(recipe: Recipe, folder: Path, shared: Sequence[Path], variables: Sequen
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     num_bytes = sum(path.stat().st_size for path in files)
     _write_environment({name: os.environ[name] for name in variables}, folder / ENVIRONMENT_FILE)
-    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
+    copy_package(folder)
     return Upload(folder, num_bytes, len(files), digest.hexdigest())
+
+
+def copy_package(folder: Path) -> None:
+    """Put this version of the package into a folder, for jobs whose working folder it is."""
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
 
 
 def _with_option_files(recipe: Recipe, travelling: dict[Path, str]) -> Recipe:

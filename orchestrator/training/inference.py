@@ -137,7 +137,7 @@ def predict_examples(
     rows, parts, targets = [], [], []
     total, num_targets = 0.0, 0
     for start in range(0, len(examples), EXAMPLES_TOGETHER):
-        some = examples.take(range(start, min(start + EXAMPLES_TOGETHER, len(examples))))
+        some = examples.slice(start, min(start + EXAMPLES_TOGETHER, len(examples)))
         encoded = task.wrap(as_table(task.encode(some, trained.processor)), trained.processor)
         if reference is not None:
             encoded.reference = reference[start : start + EXAMPLES_TOGETHER]
