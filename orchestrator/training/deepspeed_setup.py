@@ -16,10 +16,19 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import without_auto
 from orchestrator.training.precision import Precision
 
+LARGEST_BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces at a time, unless told otherwise."""
 
-def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's configuration as the recipe implies it (keys: "Configuration JSON" in its documentation)."""
-    zero: dict[str, Any] = {"stage": recipe.scale.zero_stage}
+
+def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration as the recipe implies it (keys: "Configuration JSON" in its documentation).
+
+    Args:
+        trained: numbers that are trained.
+    """
+    # It has the whole bucket from the beginning: 1 GB in bf16, also for a small adapter.
+    bucket = min(LARGEST_BUCKET, max(1, trained))
+    zero: dict[str, Any] = {"stage": recipe.scale.zero_stage, "reduce_bucket_size": bucket}
     if recipe.scale.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if recipe.scale.offload == "all":
@@ -48,13 +57,24 @@ def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int) -> 
     }
 
 
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling a faster exchange between processes on one CPU, which only inference uses.
+
+    It takes half a minute, and where it is killed meanwhile it leaves a lock at which every later run waits for ever.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
 def check_deepspeed(recipe: Recipe) -> None:
     """Raise RecipeError where DeepSpeed does not take what the recipe says about ZeRO in `scale.deepspeed`."""
     from deepspeed.runtime.zero.config import get_zero_config
     from pydantic import ValidationError
 
     try:
-        get_zero_config(deepspeed_config(recipe, "fp32", 1))
+        get_zero_config(deepspeed_config(recipe, "fp32", 1, 1))
     except ValidationError as error:
         where = recipe.origin.where("scale.deepspeed.zero_optimization")
         found = [(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
-from orchestrator.training.deepspeed_setup import deepspeed_config, process_group
+from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, process_group
 from orchestrator.training.precision import Precision
 from orchestrator.training.weight_formats import hold_frozen_in_bf16
 
@@ -55,13 +55,8 @@ class Engine(ABC):
 
     @property
     def cost_of_pass(self) -> int:
-        """What starting a pass through the model costs, in tokens that could be computed meanwhile.
-
-        Autocast turns all weights into bf16 in every pass, and their gradients back.
-        """
-        if self.device.type == "cuda":
-            return TOKENS_PER_PASS_ON_GPU
-        return TOKENS_PER_CAST_ON_CPU if self.autocasts else TOKENS_PER_PASS_ON_CPU
+        """As the function of this name."""
+        return cost_of_pass(self.device.type, self.autocasts)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -70,11 +65,9 @@ class Engine(ABC):
 
     def narrow(self, recipe: Recipe) -> None:
         """Under autocast, hold frozen weights in the format that they are computed with."""
-        adapter = recipe.transfer.adapter
-        # DoRA computes with the weights themselves, not only with what a layer makes of them.
-        if self.autocasts and not (adapter is not None and adapter.variant == "dora"):
+        if self.autocasts and may_narrow(recipe):
             # What lies under an adapter is not saved with it.
-            self.rounds_weights = hold_frozen_in_bf16(self.module) and adapter is None
+            self.rounds_weights = hold_frozen_in_bf16(self.module) and recipe.transfer.adapter is None
 
     @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -225,7 +218,9 @@ class DeepSpeedEngine(Engine):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        config = deepspeed_config(recipe, precision, micro_batch_size(recipe))
+        trained = sum(getattr(value, "ds_numel", value.numel()) for group in groups for value in group["params"])
+        config = deepspeed_config(recipe, precision, micro_batch_size(recipe), trained)
+        compile_nothing()
         self.autocasts = config["torch_autocast"]["enabled"]
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
         # Accelerate has DeepSpeed without a GPU see its process group only when the backend is named.
@@ -290,6 +285,22 @@ def trained_statistics(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in part.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
                 yield name, value
+
+
+def cost_of_pass(device: str, autocasts: bool) -> int:
+    """What starting a pass through the model costs, in tokens that could be computed meanwhile.
+
+    Autocast turns all weights into bf16 in every pass, and their gradients back.
+    """
+    if device == "cuda":
+        return TOKENS_PER_PASS_ON_GPU
+    return TOKENS_PER_CAST_ON_CPU if autocasts else TOKENS_PER_PASS_ON_CPU
+
+
+def may_narrow(recipe: Recipe) -> bool:
+    """Whether frozen weights may be held in bf16: DoRA computes with the weights themselves."""
+    adapter = recipe.transfer.adapter
+    return adapter is None or adapter.variant != "dora"
 
 
 def micro_batch_size(recipe: Recipe) -> int:

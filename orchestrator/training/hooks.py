@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import MainMetric
@@ -18,6 +20,7 @@ from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import score
 from orchestrator.training.feed import Feed
 from orchestrator.training.loop import Plan, Step
+from orchestrator.training.memory_use import peak_bytes
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.run_directory import RunDirectory
 
@@ -44,6 +47,9 @@ class Memory:
     """The last step's evaluation is the best so far, so its weights must be kept."""
     stop: str | None = None
     """Why training ends before its last step."""
+    peak_bytes: int = 0
+    """The most that a step has held on this worker: of the GPU's memory, or resident; without what happens between
+    steps. 0 where the system does not tell."""
 
     def to_state(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,10 +67,13 @@ def is_due(every: str | int, number: int, steps_per_epoch: int, total_steps: int
 
 
 class Clock:
-    """Keeps the training time, and tells worker 0's progress."""
+    """Keeps the training time and its peak of memory, and tells worker 0's progress."""
 
-    def __init__(self, plan: Plan, metric: str, progress: ProgressFile | None, start_seconds: float) -> None:
+    def __init__(
+        self, plan: Plan, metric: str, progress: ProgressFile | None, start_seconds: float, device: torch.device
+    ) -> None:
         self.plan = plan
+        self.device = device
         self.metric = metric
         self.progress = progress
         self.started = time.monotonic() - start_seconds
@@ -75,6 +84,7 @@ class Clock:
     def after_step(self, step: Step, memory: Memory) -> None:
         memory.step = step.number
         memory.seconds = time.monotonic() - self.started
+        memory.peak_bytes = max(memory.peak_bytes, peak_bytes(self.device) or 0)
         if self.first_step is None:  # The first step warms up; the pace is that of the steps after it.
             self.first_step, self.mark = step.number, time.monotonic()
             return

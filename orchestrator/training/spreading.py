@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.recipe import Recipe
 from orchestrator.training.assemble import Parts, assemble, assemble_outline, make_groups
+from orchestrator.training.deepspeed_setup import compile_nothing
 from orchestrator.training.prepare import Prepared
 
 
@@ -46,6 +47,7 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
     """
     import deepspeed
 
+    compile_nothing()
     # Without the name it does not look for the workers' group where there is no GPU.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32

@@ -25,6 +25,7 @@ from orchestrator.training.features import can_pack, make_feeds, split_at_bounda
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.loop import Plan, make_plan, training_steps
+from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
 from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
@@ -107,7 +108,8 @@ def open_session(
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_linear())
         if is_spread(recipe):
-            spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size), device)
+            trained = parts.count_parameters()["trained"]
+            spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size, trained), device)
         engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision))
         store = CheckpointStore(
             directory.checkpoints,
@@ -199,15 +201,17 @@ def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) ->
         engine, prepared.task, session.feeds["select"], session.metric, train, plan, session.directory
     )
     hooks: list[Hook] = [
-        Clock(plan, session.metric.name, session.progress, memory.seconds),
+        Clock(plan, session.metric.name, session.progress, memory.seconds, engine.device),
         Recorder(session.directory, train.log_every, writes=engine.rank == 0),
         evaluator,
         *last_hooks,
     ]
     steps = training_steps(engine, prepared.task, session.feeds["train"], session.parts.frozen, plan, memory.step)
+    reset_peak(engine.device)
     for step in steps:
         for hook in hooks:
             hook.after_step(step, memory)
+        reset_peak(engine.device)
         if evaluator.last is not None:
             yield evaluator.last
         if memory.stop:
@@ -222,6 +226,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
     weights = engine.trained_weights()
+    peaks = engine.gather(memory.peak_bytes)
     if engine.rank != 0:
         return
     started = time.monotonic()
@@ -236,6 +241,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         "steps": memory.step,
         "stopped_early": memory.stop,
         "seconds": memory.seconds,
+        "peak_bytes": max(peaks),
         "best_step": best_step,
         "best_checkpoint": f"checkpoints/step-{best_step:08d}",
         "metric": session.metric.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -12,11 +14,19 @@ from orchestrator.models import quantized_layers
 _MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
-def hold_frozen_in_bf16(module: nn.Module) -> bool:
+def survives(weight: Tensor) -> bool:
+    """Whether a weight is the same in bf16."""
+    return torch.equal(weight.data.bfloat16().float(), weight.data)
+
+
+def hold_frozen_in_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = survives) -> bool:
     """Hold the frozen weights of matrix products in bf16: half the memory, and nothing to convert in each pass.
 
     For a model that runs under autocast; what it computes stays the same to the bit. So embeddings follow only where
     nothing is lost, as in models that were stored in bf16. Trained weights, norms and the rest stay in fp32.
+
+    Args:
+        survives: whether a weight is the same in bf16, for weights without values.
 
     Returns:
         Whether digits of any weight were lost.
@@ -26,23 +36,22 @@ def hold_frozen_in_bf16(module: nn.Module) -> bool:
     for part in module.modules():
         for weight in part.parameters(recurse=False):
             multiplies = isinstance(part, _MULTIPLYING) and not weight.requires_grad
-            fits = multiplies or (type(part) is nn.Embedding and not weight.requires_grad and _survives(weight))
+            fits = multiplies or (type(part) is nn.Embedding and not weight.requires_grad and survives(weight))
             narrow[id(weight)] = narrow.get(id(weight), True) and fits
+    any_narrow = any(narrow.values())
     for part in module.modules():
         for weight in part.parameters(recurse=False):
             if narrow[id(weight)] and weight.dtype == torch.float32:
-                is_rounded = is_rounded or not _survives(weight)
+                is_rounded = is_rounded or not survives(weight)
                 weight.data = weight.data.bfloat16()
+            elif any_narrow and not weight.is_meta:
+                # Weights are pieces of the file that they were read from, which would stay in memory for a norm.
+                weight.data = weight.data.clone()
         if type(part) is nn.Embedding and part.weight.dtype == torch.bfloat16:
             part.register_forward_hook(_widen)
     for layer in quantized_layers(module).values():
         layer.compute_dtype = torch.bfloat16
     return is_rounded
-
-
-def _survives(weight: Tensor) -> bool:
-    """Whether a weight is the same in bf16."""
-    return torch.equal(weight.data.bfloat16().float(), weight.data)
 
 
 def _widen(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:

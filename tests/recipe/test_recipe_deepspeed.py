@@ -27,7 +27,7 @@ def test_what_is_given_is_handed_on_beside_what_the_recipe_says(write_recipe: Wr
     }
     recipe = load_recipe(write_recipe(scale=scale(given), train={"global_batch_size": 8}))
     check_deepspeed(recipe)
-    config = deepspeed_config(recipe, "fp32", 8)
+    config = deepspeed_config(recipe, "fp32", 8, 1000)
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
     assert config["train_batch_size"] == 8
     assert config["wall_clock_breakdown"] is True

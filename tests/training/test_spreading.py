@@ -39,7 +39,7 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
         models.load_model = only_outlines
     parts = assemble_share(prepared)
     whole = {name: value.detach().clone() for name, value in parts.module.named_parameters()} if rank == 0 else {}
-    spread(parts, recipe, deepspeed_config(recipe, "fp32", 8), torch.device("cpu"))
+    spread(parts, recipe, deepspeed_config(recipe, "fp32", 8, 1000), torch.device("cpu"))
     assert not any(value.is_meta for value in parts.module.buffers())
     held = sum(value.ds_tensor.numel() for value in parts.module.parameters())
     total = sum(value.ds_numel for value in parts.module.parameters())

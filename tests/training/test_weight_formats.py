@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,17 @@ def build(name: str) -> nn.Module:
         parameter.data += 0.1 * torch.randn_like(parameter)
         parameter.requires_grad_(number > len(list(model.parameters())) // 2)
     return model
+
+
+def test_what_stays_in_fp32_does_not_keep_the_file_that_it_was_read_from(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    model = Llama.from_pretrained(tmp_path)
+    model.requires_grad_(False)
+    maps = Path("/proc/self/maps")
+    is_mapped = str(tmp_path) in maps.read_text()
+    hold_frozen_in_bf16(model)
+    gc.collect()
+    assert str(tmp_path) not in maps.read_text(), f"it was mapped before: {is_mapped}"
 
 
 def answers(model: nn.Module) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,31 @@
+"""The most memory that a process has held: the GPU's where it has one, else what of its own was resident."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # See "clear_refs" in the manual page proc(5).
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most since the last `reset_peak`; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Not `resource.getrusage`, whose maximum also knows of what ran in this process before.
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _RESET.write_text(_RESET_PEAK, encoding="ascii")
