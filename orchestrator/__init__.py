@@ -18,10 +18,11 @@ from orchestrator.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from orchestrator.jobs.submit import Submitted
     from orchestrator.search.run import SearchRun
+    from orchestrator.training.planner import TrainingPlan
     from orchestrator.training.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "load_recipe", "search", "submit", "train"]
+__all__ = ["Recipe", "load_recipe", "plan", "search", "submit", "train"]
 
 
 def train(
@@ -41,6 +42,20 @@ def search(
     from orchestrator.search.run import search as run_search
 
     return run_search(recipe, output, fresh, strict, screen)
+
+
+def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, like: Path | None = None) -> TrainingPlan:
+    """Tell memory, time and disk of a training; see `orchestrator.training.planner.plan`.
+
+    Args:
+        on: machines such as `4x8xH100-80GB`; None for this one.
+        examples: of *train*, where the data are not at hand.
+        like: the directory of a run on the same kind of machine, whose pace is taken.
+    """
+    from orchestrator.planning import read_shape
+    from orchestrator.training.planner import plan as plan_training
+
+    return plan_training(recipe, read_shape(on) if on else None, examples, like)
 
 
 def submit(

@@ -52,6 +52,13 @@ def build_parser() -> tuple[Parser, list[str]]:
     verb("validate", run_validate, "Check a recipe, its data and its source model; start nothing.", recipe, strict)
     preview = verb("preview", run_preview, "Show examples as the model reads them; start nothing.", recipe, strict)
     preview.add_argument("--count", type=int, default=3, metavar="N", help="how many examples (default: 3)")
+    plan = verb("plan", run_plan, "Tell memory, time and disk before anything is started.", recipe)
+    where = plan.add_mutually_exclusive_group()
+    where.add_argument("--on", metavar="SHAPE", help="machines such as 4x8xH100-80GB (default: this one)")
+    where.add_argument("--address", metavar="URL", help="a Ray cluster's dashboard, whose nodes are asked")
+    plan.add_argument("--insecure", action="store_true", help="with --address: unencrypted to another machine")
+    plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="a run there; its pace is taken")
+    plan.add_argument("--examples", type=int, metavar="N", help="of train, where the data are not at hand")
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
     train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
@@ -213,6 +220,24 @@ def run_preview(options: argparse.Namespace) -> dict[str, Any]:
     show.problems(found.prepared.warnings, sys.stderr)
     if not options.json:
         show.previewed(found, sys.stdout)
+    return as_record(found)
+
+
+def run_plan(options: argparse.Namespace) -> dict[str, Any]:
+    from orchestrator.planning import machine_of, read_shape
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    machine = read_shape(options.on) if options.on else None
+    if options.address:
+        from orchestrator.jobs import connect
+
+        machine = machine_of(connect(options.address, options.insecure).nodes())
+    from orchestrator.training.planner import as_record, plan
+
+    found = plan(recipe, machine, options.examples, options.calibration)
+    if not options.json:
+        show.planned(found, sys.stdout)
     return as_record(found)
 
 

@@ -11,8 +11,10 @@ from orchestrator.recipe import Recipe
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Finding
+    from orchestrator.planning import Machine
     from orchestrator.search.estimate import Estimate
     from orchestrator.search.run import SearchRun
+    from orchestrator.training.planner import TrainingPlan
     from orchestrator.training.prepare import Prepared
     from orchestrator.training.preview import Preview
     from orchestrator.training.run import Run
@@ -134,6 +136,71 @@ def estimated(recipe: Recipe, expected: Estimate, out: TextIO) -> None:
         ("free", f"{expected.free_bytes / 1e9:.1f} GB"),
     ]
     table([*rows, *[("note", note) for note in expected.notes]], out)
+
+
+def planned(found: TrainingPlan, out: TextIO) -> None:
+    """What a training will take, part by part, and other ways to spread it."""
+    recipe, machine, chosen = found.recipe, found.machine, found.chosen
+    adjective = "fits" if chosen.fits else "DOES NOT FIT"
+    passes = "one pass" if found.passes == 1 else f"up to {found.passes} passes"
+    parts = ", ".join(f"{name} {size(each)}" for name, each in chosen.memory.parts.items())
+    rows = [
+        ("model", f"{found.total / 1e6:,.1f} M weights, {found.trained / 1e6:,.1f} M trained, in {found.precision}"),
+        ("runs on", f"{counted(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
+        ("passes", f"{found.micro_batch} examples in each, {passes} a step, at most {found.longest:,} positions"),
+        ("memory", f"{size(chosen.memory.total)} of a worker's {size(machine.memory)}: {adjective}"),
+        ("", parts),
+        ("time", told_time(found)),
+        ("disk", told_disk(found)),
+        ("network", f"{size(chosen.network)} sent by each worker in a step"),
+        ("at a time", counted(found.concurrent, "training") + " such as this one"),
+    ]
+    table([*rows, *[("note", note) for note in found.notes]], out)
+    out.write("\nspread otherwise, with the same passes:\n")
+    lines = [("  zero_stage", "offload", "memory", "main memory", "network", "")]
+    for option in found.options:
+        own = (option.zero_stage, option.offload) == (recipe.scale.zero_stage, recipe.scale.offload)
+        judged = ("fits" if option.fits else "does not fit") + (", as the recipe has it" if own else "")
+        memory = option.memory
+        total = ("> " if option.at_least else "") + size(memory.total)
+        numbers = (total, size(memory.main), size(option.network))
+        lines.append((f"  {option.zero_stage}", option.offload, *numbers, judged))
+    table(lines, out)
+    if found.advice:
+        out.write("\nit would fit with:\n")
+        table([(f"  {place}:", str(value).lower()) for place, value in found.advice.items()], out)
+    elif not chosen.fits:
+        out.write("\nnothing of this makes it fit: take more workers, an adapter, or devices with more memory\n")
+
+
+def size(num_bytes: float) -> str:
+    """`1.25 GB`, `310 MB`."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def places_of(machine: Machine) -> str:
+    return f"{counted(machine.nodes, 'machine')} with {counted(machine.devices, 'place')} each ({machine.name})"
+
+
+def told_time(found: TrainingPlan) -> str:
+    from orchestrator.training.progress import format_seconds
+
+    effort = found.effort
+    pace = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
+    if effort.seconds is None or found.steps is None:
+        return pace
+    return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {pace}"
+
+
+def told_disk(found: TrainingPlan) -> str:
+    kept = found.recipe.train.keep + 2  # The best one, and one that is being written.
+    checkpoints = f"{size(found.checkpoint_bytes)} a checkpoint, up to {kept} at a time"
+    cached = "" if found.cache_bytes is None else f", {size(found.cache_bytes)} of stored features"
+    return f"{checkpoints}, {size(found.model_bytes)} for the model{cached}"
 
 
 def scores_of(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Imports point one way, read from the source: `errors, recipe <- data, models <- tasks, transfer <- training`."""
+"""Imports point one way, read from the source: `errors, recipe <- data, models, planning <- tasks, ...`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FOUNDATION = {"errors", "recipe"}
 MAY_KNOW = {
     "errors": set[str](),
     "recipe": {"errors"},
+    "planning": FOUNDATION,
     "data": FOUNDATION,
     "models": FOUNDATION,
     "tasks": {*FOUNDATION, "data", "models"},
     "transfer": {*FOUNDATION, "data", "models"},
-    "training": {*FOUNDATION, "data", "models", "tasks", "transfer", "report"},
+    "training": {*FOUNDATION, "data", "models", "tasks", "transfer", "report", "planning"},
     "search": {*FOUNDATION, "data", "models", "tasks", "transfer", "training", "report"},
-    "show": {*FOUNDATION, "doctor", "training", "search"},
+    "show": {*FOUNDATION, "doctor", "training", "search", "planning"},
     "doctor": {"training", "__init__"},
     "report": FOUNDATION,
     "jobs": FOUNDATION,
@@ -33,9 +34,9 @@ MAY_KNOW = {
     "cli": {
         *FOUNDATION,
         *("data", "models", "tasks", "transfer", "training", "search", "report", "show", "doctor", "__init__"),
-        "job_commands",
+        *("job_commands", "jobs", "planning"),
     },
-    "__init__": {*FOUNDATION, "training", "search", "jobs"},
+    "__init__": {*FOUNDATION, "training", "search", "jobs", "planning"},
 }
 KNOWS_RAY = {
     "training/worker.py",
@@ -45,6 +46,7 @@ KNOWS_RAY = {
 }
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},
+    "planning": {"torch", "transformers"},
     "data": {"torch"},
 }
 

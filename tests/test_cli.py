@@ -18,7 +18,7 @@ from orchestrator.errors import ClusterError, InputError, RunFailed
 from orchestrator.recipe import json_schema, shipped_recipes
 
 VERBS = [
-    *("validate", "train", "search", "evaluate", "predict", "export", "report"),
+    *("validate", "plan", "train", "search", "evaluate", "predict", "export", "report"),
     *("submit", "jobs", "status", "logs", "stop", "fetch", "recipes", "schema", "doctor"),
 ]
 Capture = pytest.CaptureFixture[str]
@@ -121,7 +121,7 @@ def test_data_and_overrides_are_told_apart(arguments: list[str], data: str | Non
     [
         ([], "no command is given"),
         (["tran"], "did you mean train?"),
-        (["xyz"], "validate, preview, train"),
+        (["xyz"], "validate, preview, plan, train"),
         (["train"], "required: recipe"),
         (["train", "nowhere.yaml"], "orchestrator recipes"),
         (["train", "x.yaml", "--output"], "--output"),

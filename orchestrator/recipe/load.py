@@ -135,7 +135,10 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
         new = data.model_copy(update={"path": change("target.data.path", data.path)})
     else:
         new = data.model_copy(update={split: change_files(split, getattr(data, split)) for split in SPLITS})
-    source = recipe.source.model_copy(update={"model": change("source.model", recipe.source.model)})
+    places = {"model": recipe.source.model}
+    if recipe.source.config is not None:
+        places["config"] = recipe.source.config
+    source = recipe.source.model_copy(update={key: change(f"source.{key}", text) for key, text in places.items()})
     target = recipe.target.model_copy(update={"data": new})
     return recipe.model_copy(update={"source": source, "target": target})
 

@@ -56,6 +56,8 @@ class Source(Section):
     may hold a LoRA of a language model, which is added to its base; a new adapter is saved with it, for that base."""
     revision: Text | None = None
     """Hub revision; a full commit hash is required when `trust_remote_code` is true."""
+    config: Text | None = None
+    """A copy of the model's config.json (or its folder), for `orchestrator plan` where the model is out of reach."""
     trust_remote_code: bool = False
     """Run model code from the Hub. Refused without a pinned commit in `revision`."""
 

@@ -197,6 +197,10 @@ class Task(ABC):
         """An encoded table, ready to be batched."""
 
     @abstractmethod
+    def longest_examples(self, number: int, processor: Any) -> pa.Table:
+        """So many made-up examples, encoded, as large as the options allow: for plans without the data."""
+
+    @abstractmethod
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
         """What only shows after preprocessing, such as texts that were cut."""
 

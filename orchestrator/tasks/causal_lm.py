@@ -32,7 +32,7 @@ from orchestrator.tasks.shared.answers import (
 )
 from orchestrator.tasks.shared.chat import TrainOn
 from orchestrator.tasks.shared.language import LanguageOptions, LanguageTask
-from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches
+from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches, longest_tokens
 
 
 class CausalOptions(LanguageOptions):
@@ -123,6 +123,9 @@ class CausalLanguageModelling(LanguageTask):
             return self.encode_texts(read_samples(some, form), some, processor, self.options.train_on)
 
         return encode_in_batches(examples, TOKENS, encode)
+
+    def longest_examples(self, number: int, processor: Any) -> pa.Table:
+        return pa.Table.from_batches([longest_tokens(number, self.options.max_length)])
 
     def wrap(self, table: pa.Table, processor: Any) -> Encoded:
         return self.wrap_texts(table, processor, self.options.pack)

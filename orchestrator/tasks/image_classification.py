@@ -181,6 +181,10 @@ class ImageClassification(Task):
         known = table["label"].to_numpy() if "label" in table.column_names else None
         return EncodedImages(Pixels.of(table["pixels"]), processor, known, self.options.augment)
 
+    def longest_examples(self, number: int, processor: PictureMaker) -> pa.Table:
+        pictures = np.zeros((number, processor.height, processor.width, NUM_COLOURS), np.uint8)
+        return pa.table({"pixels": pixel_array(pictures), "label": pa.array(np.zeros(number, np.int64))})
+
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
         return []
 

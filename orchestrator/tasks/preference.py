@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -19,7 +19,9 @@ from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
 from orchestrator.tasks.shared.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
-from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches
+from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches, longest_tokens
+
+PAIRS = pa.schema({f"{side}_{field.name}": field.type for side in SIDES for field in TOKENS})
 
 
 class PreferenceOptions(LanguageOptions):
@@ -106,13 +108,13 @@ class PreferenceTuning(LanguageTask):
         return check_pairs(examples)
 
     def encode(self, examples: Examples, processor: Any) -> pa.RecordBatchReader:
-        schema = pa.schema({f"{side}_{field.name}": field.type for side in SIDES for field in TOKENS})
-
         def encode(some: Examples) -> pa.RecordBatch:
-            sides = [self.encode_texts(samples, some, processor, "completions") for samples in read_pairs(some)]
-            return pa.record_batch([column for side in sides for column in side.columns], schema=schema)
+            return _beside(self.encode_texts(samples, some, processor, "completions") for samples in read_pairs(some))
 
-        return encode_in_batches(examples, schema, encode)
+        return encode_in_batches(examples, PAIRS, encode)
+
+    def longest_examples(self, number: int, processor: Any) -> pa.Table:
+        return pa.Table.from_batches([_beside(longest_tokens(number, self.options.max_length) for _ in SIDES)])
 
     def wrap(self, table: pa.Table, processor: Any) -> EncodedPairs:
         def side(name: str) -> EncodedTokens:
@@ -166,6 +168,10 @@ TASK = PreferenceTuning
 def log_probabilities(outputs: Any) -> Any:
     """Of the answers, as the model has them; shape [examples, 2]. In fp64: their differences are small."""
     return -outputs.logits[..., 0].double().sum(1).view(2, -1).T
+
+
+def _beside(sides: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.record_batch([column for side in sides for column in side.columns], schema=PAIRS)
 
 
 def widen(values: npt.NDArray[Any], width: int, fill: int) -> npt.NDArray[Any]:

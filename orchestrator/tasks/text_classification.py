@@ -204,6 +204,16 @@ class TextClassification(Task):
             columns["label"] = self._encode_labels(examples)
         return pa.table(columns)
 
+    def longest_examples(self, number: int, processor: Any) -> pa.Table:
+        ids = [np.ones(self.options.max_length, np.int32)] * number
+        labels = np.zeros((number, max(1, len(self.label_names))), np.float32)
+        column = pa.array(labels[:, 0])
+        if self.problem_type == "single_label_classification":
+            column = column.cast(pa.int64())
+        elif self.problem_type == "multi_label_classification":
+            column = pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1)), labels.shape[1])
+        return pa.table({"input_ids": pa.array(ids), "label": column})
+
     def _encode_labels(self, examples: Examples) -> pa.Array:
         if self.problem_type == "regression":
             return pa.array(labels.encode_targets(examples, "label"))

@@ -54,16 +54,17 @@ def assemble(prepared: Prepared) -> Parts:
     return put_together(prepared, loaded.model, loaded.new_parameters)
 
 
-def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset()) -> Parts | None:
+def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> Parts | None:
     """The parts without values, and without reading weights; None for architectures that look into their inputs.
 
     Args:
         new: names of the parameters that the source does not have.
+        changes: other values for the model's config.
 
     Raises:
         ModelError: as `assemble`.
     """
-    config = models.load_config(prepared.source, **prepared.task.config_changes())
+    config = models.load_config(prepared.source, **prepared.task.config_changes(), **changes)
     # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
     with torch.device("meta"), contextlib.suppress(RuntimeError):
         loaded = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0)

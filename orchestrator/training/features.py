@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator import models
 from orchestrator.models import Prefix, Unsplit
 from orchestrator.models.pick import FAILURES, evaluating, is_close
+from orchestrator.tasks import Encoded
 from orchestrator.training.assemble import Parts
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
@@ -42,14 +44,8 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     if prepared.recipe.scale.zero_stage == 3:
         return Unsplit("ZeRO-3 spreads its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
-    feed = Feed(encoded, torch.device(parts.body.device))
-    order = np.argsort(encoded.lengths, kind="stable")
-    some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
-    inputs = feed.batch(some)
-    inputs.pop("labels", None)
-    pick = models.find_pick(parts.module, parts.blocks, inputs)
-    if pick is not None:
-        models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
+    feed, some = examples_to_try(encoded, parts)
+    inputs, pick = pick_position(parts, feed, some)
     if boundary is None or not is_asked:
         return None
     if encoded.rows_per_example > 1:
@@ -59,6 +55,25 @@ def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | 
     beside = feed.beside(some)
     beside.pop("labels", None)
     return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pick)
+
+
+def examples_to_try(encoded: Encoded, parts: Parts) -> tuple[Feed, npt.NDArray[np.int64]]:
+    """A split on the model's device, and some of its rows."""
+    order = np.argsort(encoded.lengths, kind="stable")
+    some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
+    return Feed(encoded, torch.device(parts.body.device)), some
+
+
+def pick_position(
+    parts: Parts, feed: Feed, some: npt.NDArray[np.int64]
+) -> tuple[dict[str, Tensor], models.Pick | None]:
+    """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
+    inputs = feed.batch(some)
+    inputs.pop("labels", None)
+    pick = models.find_pick(parts.module, parts.blocks, inputs)
+    if pick is not None:
+        models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
+    return inputs, pick
 
 
 def can_pack(feed: Feed, module: nn.Module) -> bool:

@@ -75,6 +75,12 @@ def encode_samples(
     return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
 
 
+def longest_tokens(number: int, length: int) -> pa.RecordBatch:
+    """So many made-up texts of that length, of which all is learned that can be."""
+    ids, learned = [np.ones(length, np.int32)] * number, [np.arange(length).clip(max=1).astype(np.int8)] * number
+    return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
+
+
 def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tuple[str, list[Span]]:
     """The text of an example, and the stretches that are learned."""
     if not sample.turns:

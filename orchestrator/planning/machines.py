@@ -1,0 +1,151 @@
+"""What machines can do: a table of common accelerators, and shapes of clusters such as `4x8xH100-80GB`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from orchestrator.errors import InputError, Problem, nearest
+
+GIB = 2**30
+_SHAPE = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([a-z][a-z0-9-]*?)(?:-(\d+)GB)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device, as its maker's data sheet has it."""
+
+    gigabytes: tuple[int, ...]
+    """The sizes of memory that it is sold with, the usual one first."""
+    teraflops: float
+    """Dense matrix products in bf16 (fp16 where it has no bf16), without sparsity; 10^12 operations a second."""
+    link: float
+    """To the other devices of its machine, one way; 10^9 bytes a second."""
+    has_bf16: bool = True
+
+
+ACCELERATORS = MappingProxyType(
+    {
+        "T4": Accelerator((16,), 65.0, 16.0, has_bf16=False),
+        "V100": Accelerator((32, 16), 125.0, 150.0, has_bf16=False),
+        "RTX3090": Accelerator((24,), 71.0, 32.0),
+        "RTX4090": Accelerator((24,), 165.0, 32.0),
+        "A10": Accelerator((24,), 125.0, 32.0),
+        "A10G": Accelerator((24,), 70.0, 32.0),
+        "A6000": Accelerator((48,), 155.0, 56.0),
+        "L4": Accelerator((24,), 121.0, 32.0),
+        "L40S": Accelerator((48,), 362.0, 32.0),
+        "A100": Accelerator((80, 40), 312.0, 300.0),
+        "H100": Accelerator((80, 94), 989.0, 450.0),
+        "H200": Accelerator((141,), 989.0, 450.0),
+        "B200": Accelerator((180,), 2250.0, 900.0),
+        "MI250X": Accelerator((128,), 383.0, 250.0),
+        "MI300X": Accelerator((192,), 1307.0, 448.0),
+    }
+)
+NETWORK = 25e9
+"""Bytes a second between machines where nobody says otherwise: 200 Gbit/s."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training runs on."""
+
+    name: str
+    nodes: int
+    devices: int
+    """Of each node: accelerators, or processes on its cores."""
+    memory: int
+    """Bytes that one device has for its worker."""
+    rate: float | None
+    """Floating-point operations a second of one device at its best; None where nobody has measured it."""
+    link: float
+    """Bytes a second between devices of a node."""
+    network: float
+    """Bytes a second of a node's network."""
+    is_gpu: bool
+    has_bf16: bool
+    main_memory: int | None = None
+    """Bytes of a node's main memory, where it is known."""
+
+    @property
+    def places(self) -> int:
+        """Workers that it has room for."""
+        return self.nodes * self.devices
+
+
+def machine_names() -> list[str]:
+    return [f"{name}-{size}GB" for name, each in ACCELERATORS.items() for size in each.gigabytes]
+
+
+def read_shape(text: str, option: str = "--on") -> Machine:
+    """`H100-80GB`, `8xH100-80GB` or `4x8xH100-80GB`: nodes, devices of each, and what they are.
+
+    Raises:
+        InputError: no such accelerator, with the nearest name.
+    """
+    found = _SHAPE.fullmatch(text)
+    kinds = {name.lower(): name for name in ACCELERATORS}
+    name = kinds.get(found[3].lower()) if found else None
+    if found is None or name is None:
+        close = nearest(found[3].upper() if found else text, list(ACCELERATORS))
+        known = f"did you mean {close}?" if close else f"known are {', '.join(ACCELERATORS)}"
+        raise InputError(Problem(f"{text!r} is no shape such as 4x8xH100-80GB", option, known))
+    kind = ACCELERATORS[name]
+    size = int(found[4]) if found[4] else kind.gigabytes[0]
+    if size not in kind.gigabytes:
+        sizes = " or ".join(f"{each}GB" for each in kind.gigabytes)
+        raise InputError(Problem(f"{text!r}: an {name} has {sizes}, not {size}GB", option, f"write {name}-{sizes}"))
+    first, second = (int(number) if number else None for number in (found[1], found[2]))
+    nodes, devices = (first, second) if second is not None else (1, first or 1)
+    if not nodes or not devices:
+        raise InputError(Problem(f"{text!r} has no devices", option, "write numbers above 0"))
+    return Machine(
+        name=f"{name}-{size}GB",
+        nodes=nodes,
+        devices=devices,
+        memory=size * GIB,
+        rate=kind.teraflops * 1e12,
+        link=kind.link * 1e9,
+        network=NETWORK,
+        is_gpu=True,
+        has_bf16=kind.has_bf16,
+    )
+
+
+def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
+    """A cluster by its nodes' resources, as Ray names them; nodes with GPUs count alone where there are any.
+
+    Raises:
+        InputError: GPUs of different kinds, or of one that is not in the table.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if not with_gpus:
+        cores = min(int(node.get("CPU", 0)) for node in nodes)
+        return processors("the cluster's CPUs", len(nodes), cores, int(min(node.get("memory", 0) for node in nodes)))
+    kinds = {name.partition(":")[2] for node in with_gpus for name in node if name.startswith("accelerator_type:")}
+    if len(kinds) != 1:
+        what = f"the cluster's GPUs are of {len(kinds)} kinds ({', '.join(sorted(kinds)) or 'none is named'})"
+        raise InputError(Problem(what, "--address", "name what the training is to run on: --on 4x8xH100-80GB"))
+    # Ray writes some sizes without the B: A100-40G.
+    kind = re.sub(r"-(\d+)G$", r"-\1GB", kinds.pop())
+    devices = int(min(node["GPU"] for node in with_gpus))
+    return read_shape(f"{len(with_gpus)}x{devices}x{kind}", "--address")
+
+
+def processors(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = False) -> Machine:
+    """Machines without accelerators, each core of which can have a worker; `memory` is that of a node."""
+    return Machine(
+        name=name,
+        nodes=nodes,
+        devices=max(1, cores),
+        memory=memory,
+        rate=None,
+        link=10e9,
+        network=NETWORK,
+        is_gpu=False,
+        has_bf16=has_bf16,
+        main_memory=memory,
+    )

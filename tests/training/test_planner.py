@@ -1,0 +1,234 @@
+"""What a plan says is what a training takes, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+import orchestrator
+from orchestrator import load_recipe
+from orchestrator.cli import main
+from orchestrator.errors import InputError, ModelError
+from orchestrator.planning import read_shape
+from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.training import measuring
+from orchestrator.training.assemble import assemble
+from orchestrator.training.measuring import measure, measure_load
+from orchestrator.training.planner import SPARE, TrainingPlan, plan
+from orchestrator.training.prepare import prepare
+from orchestrator.training.simulation import fake_weights, simulate
+from orchestrator.training.subject import open_subject
+
+WriteRecipe = Callable[..., Path]
+HUB = {"model": "nobody/nothing-at-all"}
+
+
+def write_config(folder: Path, layers: int = 2) -> Path:
+    """The config of a Llama without weights."""
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def language_recipe(config: Path, **sections: Any) -> Recipe:
+    data = {
+        "name": "planned",
+        "source": {**HUB, "config": str(config)},
+        "target": {"task": "causal-lm", "data": "nobody/data", "options": {"form": "text", "max_length": 32}},
+        **sections,
+    }
+    return parse_recipe(yaml.safe_dump(data))
+
+
+def changed(recipe: Recipe, **sections: Any) -> Recipe:
+    return parse_recipe(yaml.safe_dump({**recipe.model_dump(), **sections}))
+
+
+@pytest.mark.parametrize("freeze", [0, 1])
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_gpt2"])
+def test_a_pass_without_values_holds_what_one_with_values_does(
+    model: str, freeze: int, write_recipe: WriteRecipe, request: pytest.FixtureRequest
+) -> None:
+    source = {"model": str(request.getfixturevalue(model))}
+    recipe = load_recipe(write_recipe(source=source, transfer={"freeze": freeze}, train={"precision": "fp32"}))
+    prepared = prepare(recipe)
+    encoded = prepared.encoded("train")
+    arrays = encoded.batch(np.argsort(-encoded.lengths)[:24])
+    parts = assemble(prepared)
+    parts.frozen.set_train_mode(parts.module)
+    batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    labels = batch.pop("labels")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        prepared.task.loss(parts.module(**batch), labels).backward()
+    held, most = 0, 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    with fake_weights(parts.module):
+        found = simulate(parts, prepared.task, arrays, autocast=False)
+    trained = sum(value.numel() for value in parts.module.parameters() if value.requires_grad)
+    assert found.gradients == 4 * trained
+    assert found.with_gradients == pytest.approx(most, rel=0.03)
+
+
+def test_operations_are_those_of_the_matrix_products(write_recipe: WriteRecipe, tiny_bert: Path) -> None:
+    subject = open_subject(load_recipe(write_recipe(train={"precision": "fp32"})))
+    recipe = subject.prepared.recipe
+    load = measure_load(subject.prepared.encoded("train"), recipe, 8, False, "cpu", False)
+    found = measure(subject, recipe, load, False, "fp32", False)
+    config = json.loads((tiny_bert / "config.json").read_text())
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    of_layer = 4 * width**2 + 2 * width * inner
+    # Two for a multiplication with addition; the last layer computes most for one position alone.
+    assert 2 * of_layer < found.forward.linear < 2 * of_layer * config["num_hidden_layers"]
+    assert found.whole.linear == pytest.approx(3 * found.forward.linear, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        {"freeze": 7},
+        {"freeze": 20, "adapter": {"type": "lora", "r": 4}},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"freeze": "all"}, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_are_left_out_are_worked_out(
+    transfer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = language_recipe(write_config(tmp_path, 24), transfer=transfer, train={"steps": 1, "global_batch_size": 4})
+    subject = open_subject(recipe)
+    load = measure_load(subject.prepared.encoded("train"), recipe, 4, True, "cuda", True)
+    some = measure(subject, recipe, load, True, "bf16", True)
+    monkeypatch.setattr(measuring, "LAYERS_SIMULATED", 100)
+    every = measure(subject, recipe, load, True, "bf16", True)
+    assert some.size == every.size
+    for name in ("activations", "with_gradients", "gradients", "operations", "frozen_operations"):
+        assert getattr(some.first, name) == pytest.approx(getattr(every.first, name), rel=1e-3), name
+
+
+def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ).save_pretrained(tmp_path)
+    recipe = language_recipe(
+        tmp_path,
+        transfer={"adapter": {"type": "lora", "r": 16}},
+        train={"steps": 10, "global_batch_size": 64, "gradient_checkpointing": True, "precision": "bf16"},
+        scale={"workers": 64, "zero_stage": 3},
+    )
+    found = plan(recipe, read_shape("8x8xH100-80GB"))
+    assert found.total - found.trained == 70_553_706_496
+    assert found.chosen.memory.parts["weights"] == -(-2 * found.total // 64)
+    assert found.chosen.fits
+    fits = {(option.zero_stage, option.offload): option.fits for option in found.options}
+    assert fits[3, "none"]
+    assert not fits[2, "none"]
+
+
+def test_following_the_advice_makes_it_fit(tmp_path: Path) -> None:
+    train = {"steps": 1, "global_batch_size": 64}
+    recipe = language_recipe(write_config(tmp_path), train=train, scale={"workers": 2})
+    total = plan(recipe, read_shape("2xT4")).chosen.memory.total
+    small = replace(read_shape("2xT4"), memory=int(0.996 * total / (1 - SPARE)))
+    before = plan(recipe, small)
+    assert not before.chosen.fits
+    assert before.advice
+    after = plan(advised(before), small)
+    assert after.chosen.fits
+    assert not after.advice
+
+
+def advised(found: TrainingPlan) -> Recipe:
+    data = found.recipe.model_dump()
+    for place, value in found.advice.items():
+        section, key = place.split(".")
+        data[section][key] = value
+    return changed(found.recipe, **data)
+
+
+def test_nothing_is_advised_where_nothing_helps(tmp_path: Path) -> None:
+    recipe = language_recipe(write_config(tmp_path), train={"steps": 1})
+    found = plan(recipe, replace(read_shape("T4"), memory=2**20))
+    assert (found.chosen.fits, found.advice) == (False, {})
+
+
+def test_more_workers_than_places_do_not_fit(tmp_path: Path) -> None:
+    recipe = language_recipe(write_config(tmp_path), train={"steps": 1}, scale={"workers": 2})
+    assert not plan(recipe, read_shape("H100")).chosen.fits
+    assert plan(recipe, read_shape("2xH100")).chosen.fits
+
+
+def test_a_model_out_of_reach_is_told_with_what_a_plan_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = language_recipe(write_config(tmp_path))
+    with pytest.raises(ModelError, match=r"set source\.config to a copy of its config\.json"):
+        plan(changed(recipe, source=HUB))
+    with pytest.raises(InputError, match=r"nowhere/config\.json cannot be read"):
+        plan(changed(recipe, source={**HUB, "config": str(tmp_path / "nowhere")}))
+
+
+def test_without_data_the_number_of_examples_is_asked_for(tmp_path: Path) -> None:
+    recipe = language_recipe(write_config(tmp_path), train={"epochs": 3, "global_batch_size": 10})
+    found = plan(recipe, read_shape("H100"))
+    assert found.steps is None
+    assert found.effort.seconds is None
+    assert any("give --examples N" in note for note in found.notes)
+    found = plan(recipe, read_shape("H100"), num_examples=95)
+    assert found.steps == 30
+    assert found.effort.seconds == pytest.approx(30 * found.effort.seconds_a_step)
+
+
+def test_the_pace_of_a_run_is_what_it_computed_in_its_time(
+    write_recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = write_recipe(train={"epochs": 2}), tmp_path / "run"
+    assert main(["train", str(recipe), "--output", str(run)]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["peak_bytes"] > 10**8
+    capsys.readouterr()
+    assert main(["plan", str(recipe), "--from", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["effort"]["basis"] == f"the pace of {run}"
+    # The same recipe takes as long as it did.
+    assert found["effort"]["seconds"] == pytest.approx(result["seconds"], rel=0.01)
+    assert main(["plan", str(recipe), "--from", str(tmp_path)]) == 2
+    assert "there is no finished run" in capsys.readouterr().err
+
+
+def test_python_plans_as_the_command_does(write_recipe: WriteRecipe) -> None:
+    found = orchestrator.plan(load_recipe(write_recipe()), on="A100-40GB")
+    assert (found.machine.name, found.chosen.fits) == ("A100-40GB", True)
+
+
+def test_the_plan_is_told_part_by_part(write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(transfer={"freeze": 1}))
+    assert main(["plan", recipe, "--on", "2x8xA100-40GB"]) == 0
+    told = capsys.readouterr().out
+    for words in ("2 machines with 8 places each (A100-40GB)", "fits", "stored features", "as the recipe has it"):
+        assert words in told
+    assert main(["plan", recipe, "--on", "8xZ80"]) == 2
+    assert "is no shape such as" in capsys.readouterr().err
