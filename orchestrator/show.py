@@ -90,6 +90,7 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         (
             "training",
             f"{result['steps']} steps in {result['seconds']:.1f} s"
+            + (f", {size(result['peak_bytes'])} at most in a worker" if result.get("peak_bytes") else "")
             + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else ""),
         ),
         ("best", f"step {result['best_step']} by {result['metric']} on select"),

@@ -44,7 +44,7 @@ def hold_frozen_in_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = 
             if narrow[id(weight)] and weight.dtype == torch.float32:
                 is_rounded = is_rounded or not survives(weight)
                 weight.data = weight.data.bfloat16()
-            elif any_narrow and not weight.is_meta:
+            elif any_narrow and not weight.is_meta and weight.is_floating_point():
                 # Weights are pieces of the file that they were read from, which would stay in memory for a norm.
                 weight.data = weight.data.clone()
         if type(part) is nn.Embedding and part.weight.dtype == torch.bfloat16:
