@@ -149,7 +149,7 @@ def planned(found: TrainingPlan, out: TextIO) -> None:
         ("model", f"{found.total / 1e6:,.1f} M weights, {found.trained / 1e6:,.1f} M trained, in {found.precision}"),
         ("runs on", f"{counted(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
         ("passes", f"{found.micro_batch} examples in each, {passes} a step, at most {found.longest:,} positions"),
-        ("memory", f"{size(chosen.memory.total)} of a worker's {size(machine.memory)}: {adjective}"),
+        ("memory", f"{size(chosen.memory.total)} of the {size(found.room)} that a worker may take: {adjective}"),
         ("", parts),
         ("time", told_time(found)),
         ("disk", told_disk(found)),

@@ -58,7 +58,7 @@ class Machine:
     devices: int
     """Of each node: accelerators, or processes on its cores."""
     memory: int
-    """Bytes that one device has for its worker."""
+    """Bytes of one accelerator; of a node where it has none, whose workers share them."""
     rate: float | None
     """Floating-point operations a second of one device at its best; None where nobody has measured it."""
     link: float
@@ -67,8 +67,6 @@ class Machine:
     """Bytes a second of a node's network."""
     is_gpu: bool
     has_bf16: bool
-    main_memory: int | None = None
-    """Bytes of a node's main memory, where it is known."""
 
     @property
     def places(self) -> int:
@@ -147,5 +145,4 @@ def processors(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = 
         network=NETWORK,
         is_gpu=False,
         has_bf16=has_bf16,
-        main_memory=memory,
     )

@@ -70,6 +70,8 @@ class TrainingPlan:
     passes: int
     longest: int
     """Positions of the largest pass."""
+    room: float
+    """Bytes that a worker may take."""
     chosen: Option
     options: list[Option]
     steps: int | None
@@ -93,6 +95,8 @@ class Planner:
         self.subject = subject
         self.machine = machine
         self.encoded = subject.prepared.encoded("train")
+        self.process = int(psutil.Process().memory_info().rss)
+        """Bytes of a process of this package before it has a model: as much as this one."""
         self.packs = whether_packed(subject, subject.prepared.recipe)
         self._found: dict[Any, tuple[Load, Measured]] = {}
 
@@ -136,17 +140,17 @@ class Planner:
         frozen = 0 if adapter is not None and adapter.quantize is not None else known.size.frozen
         size = replace(known.size, held=FP32 * known.size.trained + BF16 * frozen)
         option = self._option(recipe, load, size, PassSize(0, 0, 0, 0))
-        return None if option.memory.total < self.room else replace(option, at_least=True)
+        return None if option.memory.total <= self.room(recipe) else replace(option, at_least=True)
 
-    @property
-    def room(self) -> float:
-        """Bytes that may be planned with on each device."""
-        return self.machine.memory * (1 - SPARE)
+    def room(self, recipe: Recipe) -> float:
+        """Bytes that may be planned with for each worker: those of a device, or its share of a node's main memory."""
+        workers = 1 if self.machine.is_gpu else -(-recipe.scale.workers // self.machine.nodes)
+        return self.machine.memory * (1 - SPARE) / workers
 
     def _option(self, recipe: Recipe, load: Load, model: ModelSize, size: PassSize) -> Option:
         setting = self.setting(recipe, load)
         memory = memory_of(model, size, setting)
-        fits = memory.total <= self.room and recipe.scale.workers <= self.machine.places
+        fits = memory.total <= self.room(recipe) and recipe.scale.workers <= self.machine.places
         scale = recipe.scale
         return Option(scale.zero_stage, scale.offload, memory, fits, network_bytes(model, setting))
 
@@ -159,7 +163,7 @@ class Planner:
             precision=self.precision(recipe),
             passes=load.passes,
             is_gpu=self.machine.is_gpu,
-            process=process_bytes(),
+            process=self.process,
         )
 
     def largest_micro_batch(self, recipe: Recipe) -> int | None:
@@ -172,11 +176,6 @@ class Planner:
                 break
             number = -(-number // 2)
         return None
-
-
-def process_bytes() -> int:
-    """What a process of this package takes before it has a model: as much as this one."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def plan(
@@ -196,6 +195,8 @@ def plan(
     subject = open_subject(recipe, num_examples)
     planner = Planner(subject, machine)
     notes = list(subject.notes)
+    if recipe.train.precision == "bf16" and not machine.has_bf16:
+        notes.append(f"a {machine.name} does not compute bf16 in hardware, so the run would be refused")
     micro_batch = micro_batch_size(recipe)
     load, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
@@ -211,6 +212,7 @@ def plan(
         micro_batch=micro_batch,
         passes=load.passes,
         longest=int(positions(planner.encoded, load.first, planner.packs)[0]),
+        room=planner.room(recipe),
         chosen=chosen,
         options=options,
         steps=steps,
@@ -218,7 +220,7 @@ def plan(
         checkpoint_bytes=STATES * FP32 * found.size.trained,
         model_bytes=FP32 * (found.size.trained + (recipe.transfer.adapter is None) * found.size.frozen),
         cache_bytes=cache_bytes(planner, recipe, found) if cached else None,
-        concurrent=machine.places // recipe.scale.workers,
+        concurrent=concurrent(planner, recipe, chosen),
         advice={} if chosen.fits else advise(planner, recipe),
         notes=notes,
     )
@@ -238,10 +240,19 @@ def machine_here(recipe: Recipe) -> Machine:
             network=32e9,
             is_gpu=True,
             has_bf16=has_bf16(torch.device("cuda")),
-            main_memory=psutil.virtual_memory().total,
         )
     free = psutil.virtual_memory().available
     return processors("this machine's CPU", 1, os.cpu_count() or 1, free, has_bf16(torch.device("cpu")))
+
+
+def concurrent(planner: Planner, recipe: Recipe, option: Option) -> int:
+    """Trainings that the machines hold at a time, by their devices, or by cores and main memory."""
+    machine, workers = planner.machine, recipe.scale.workers
+    by_places = machine.places // workers
+    if machine.is_gpu:
+        return by_places if option.fits else 0
+    room = machine.nodes * machine.memory * (1 - SPARE)
+    return min(by_places, int(room // (workers * option.memory.total)))
 
 
 def steps_of(recipe: Recipe, num_examples: int | None) -> int | None:

@@ -19,7 +19,7 @@ import orchestrator
 from orchestrator import load_recipe
 from orchestrator.cli import main
 from orchestrator.errors import InputError, ModelError
-from orchestrator.planning import read_shape
+from orchestrator.planning import processors, read_shape
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.training import measuring
 from orchestrator.training.assemble import assemble
@@ -217,6 +217,18 @@ def test_the_pace_of_a_run_is_what_it_computed_in_its_time(
     assert found["effort"]["seconds"] == pytest.approx(result["seconds"], rel=0.01)
     assert main(["plan", str(recipe), "--from", str(tmp_path)]) == 2
     assert "there is no finished run" in capsys.readouterr().err
+
+
+def test_workers_without_gpus_share_the_memory_of_their_node(tmp_path: Path) -> None:
+    machine = processors("two nodes", 2, 8, 10**9)
+    recipe = language_recipe(write_config(tmp_path), train={"steps": 1})
+    rooms = [plan(changed(recipe, scale={"workers": number}), machine).room for number in (1, 2, 4)]
+    assert rooms == [pytest.approx((1 - SPARE) * each) for each in (10**9, 10**9, 5 * 10**8)]
+
+
+def test_a_number_format_that_the_machine_lacks_is_told(tmp_path: Path) -> None:
+    recipe = language_recipe(write_config(tmp_path), train={"steps": 1, "precision": "bf16"})
+    assert "a T4-16GB does not compute bf16 in hardware" in " ".join(plan(recipe, read_shape("T4")).notes)
 
 
 def test_python_plans_as_the_command_does(write_recipe: WriteRecipe) -> None:
