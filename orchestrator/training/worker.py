@@ -150,13 +150,30 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
             stack.enter_context(output_to(Path(config["root"]) / "logs" / f"worker-{rank}.log"))
             import_ahead.wait()
             prepared = ray.get(prepared)
-        from orchestrator.training.trainer import run_worker
-
         try:
-            run_worker(prepared, Path(config["root"]), config["attempt"], get_device(), is_first=rank == 0)
+            train_in_passes_that_fit(prepared, Path(config["root"]), config["attempt"], get_device(), rank)
         except OrchestratorError as error:
             return error
     return None
+
+
+def train_in_passes_that_fit(prepared: Prepared, root: Path, attempt: int, device: Any, rank: int) -> None:
+    """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
+    from orchestrator.training.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
+    from orchestrator.training.trainer import run_worker
+
+    directory = RunDirectory(root)
+    while True:
+        tried = with_recorded_passes(prepared, directory)
+        try:
+            return run_worker(tried, root, attempt, device, is_first=rank == 0)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if prepared.recipe.scale.workers > 1:
+                halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
+                raise  # The others wait for this one: Ray ends them, and all begin again.
+        halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
 
 
 def scaling(recipe: Recipe) -> Any:
