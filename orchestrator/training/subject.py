@@ -18,7 +18,7 @@ from orchestrator.recipe.paths import PACKAGE_PREFIX
 from orchestrator.tasks import read_options
 from orchestrator.training.assemble import Parts, assemble, assemble_outline
 from orchestrator.training.features import examples_to_try, pick_position
-from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
+from orchestrator.training.prepare import Prepared, encode_inputs, read_examples, read_inputs
 
 CONFIG_FILE = "config.json"
 LARGEST_TO_LOAD = 2 * 2**30
@@ -69,17 +69,22 @@ def open_subject(recipe: Recipe, num_examples: int | None = None) -> Subject:
     Raises:
         InputError: recipe or local data are wrong; the model's config is out of reach.
     """
-    if recipe.source.config is None and not _is_on_the_hub(recipe):
+    if num_examples is not None and num_examples < 1:
+        raise InputError(Problem(f"{num_examples} examples are too few", "--examples", "give 1 or more"))
+    if recipe.source.config is None and not (_source_is_far(recipe) or _data_are_far(recipe)):
         prepared = encode_inputs(read_inputs(recipe))
         return Subject(prepared, len(prepared.encoded("train")))
     source = _open_config(recipe) if recipe.source.config is not None else _find_source(recipe)
     config = models.load_config(source)
     task_class, options = read_options(recipe)
-    task = task_class.restore(options, config)
+    if _data_are_far(recipe):
+        task, number = task_class.restore(options, config), recipe.target.limit.train or num_examples
+    else:
+        examples = read_examples(recipe, task_class, options)
+        task, number = task_class.prepare(options, examples), len(examples["train"])
     processor = UnknownProcessor(config)
-    number = recipe.target.limit.train or num_examples
     table = task.longest_examples(recipe.train.global_batch_size, processor)
-    notes = ["the data are not read: each example counts as long as target.options allow"]
+    notes = ["the data are not encoded: each example counts as long as target.options allow"]
     if number is None and recipe.train.steps is None:
         notes.append("how many examples there are is not known: give --examples N")
     prepared = Prepared(recipe, source, task, processor, {}, {"train": table}, {}, {}, [])
@@ -134,12 +139,15 @@ def _bends_logits(config: Any) -> bool:
     return any("logit" in key and value not in (None, 1.0, False) for key, value in values.items())
 
 
-def _is_on_the_hub(recipe: Recipe) -> bool:
-    """Whether model or data would have to be downloaded."""
-    data = recipe.target.data if isinstance(recipe.target.data, str) else recipe.target.data.path
+def _source_is_far(recipe: Recipe) -> bool:
+    """Whether the model would have to be downloaded."""
     text = recipe.source.model
-    of_data = data is not None and resolve_path(data, recipe.origin) is None
-    return of_data or (not text.startswith(PACKAGE_PREFIX) and resolve_path(text, recipe.origin) is None)
+    return not text.startswith(PACKAGE_PREFIX) and resolve_path(text, recipe.origin) is None
+
+
+def _data_are_far(recipe: Recipe) -> bool:
+    data = recipe.target.data if isinstance(recipe.target.data, str) else recipe.target.data.path
+    return data is not None and resolve_path(data, recipe.origin) is None
 
 
 def _find_source(recipe: Recipe) -> SourceModel:

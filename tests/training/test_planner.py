@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,18 @@ def test_without_data_the_number_of_examples_is_asked_for(tmp_path: Path) -> Non
     found = plan(recipe, read_shape("H100"), num_examples=95)
     assert found.steps == 30
     assert found.effort.seconds == pytest.approx(30 * found.effort.seconds_a_step)
+
+
+def test_examples_that_are_at_hand_are_counted_without_the_model(
+    write_recipe: WriteRecipe, tmp_path: Path, tiny_bert: Path
+) -> None:
+    shutil.copy(tiny_bert / "config.json", tmp_path)
+    near = load_recipe(write_recipe(train={"epochs": 1}))
+    far = load_recipe(write_recipe("far.yaml", train={"epochs": 1}, source={**HUB, "config": str(tmp_path)}))
+    found, expected = plan(far, read_shape("H100")), plan(near, read_shape("H100"))
+    assert (found.steps, found.total) == (expected.steps, expected.total)
+    with pytest.raises(InputError, match="-1 examples are too few"):
+        plan(far, num_examples=-1)
 
 
 def test_the_pace_of_a_run_is_what_it_computed_in_its_time(
