@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from orchestrator.models.freeze import Depth
 from orchestrator.recipe import Adapter
 
 ADAPTER_NAME = "default"
+# Where it is installed, peft imports it, and it warns that a faster kernel for 4 bits is not.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trains_head: bool = True) -> Any:

@@ -117,6 +117,12 @@ def test_a_cluster_that_is_too_small_is_told_with_what_it_has(write_recipe: Writ
     assert what in told.stderr
 
 
+def test_a_plan_asks_the_cluster_what_it_has(recipe: Path, ask: Ask) -> None:
+    told = ask("plan", str(recipe))
+    assert told.returncode == 0, told.stderr
+    assert "1 machine with 2 places each (the cluster's CPUs)" in told.stdout
+
+
 def test_an_unknown_job_is_told_with_those_there_are(ask: Ask) -> None:
     told = ask("logs", "none-such")
     assert told.returncode == 2
