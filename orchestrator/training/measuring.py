@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from orchestrator import models
 from orchestrator.data.batches import deal
+from orchestrator.errors import ModelError, Problem
 from orchestrator.planning import ModelSize
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
@@ -237,8 +239,13 @@ def _some_layers(subject: Subject, recipe: Recipe, frozen: int, trained: int) ->
 
 def _simulate(subject: Subject, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool) -> Pass:
     wide = torch.bfloat16 if precision == "bf16" and not autocast else None
-    with fake_weights(parts.module, wide):
-        return simulate(parts, subject.prepared.task, arrays, autocast, wide)
+    try:
+        with fake_weights(parts.module, wide):
+            return simulate(parts, subject.prepared.task, arrays, autocast, wide)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        source = subject.prepared.source
+        what = f"what {source.name!r} computes depends on values ({error}), so it cannot be planned from shapes"
+        raise ModelError(Problem(what, source.where, "train it for some steps: result.json has peak_bytes")) from error
 
 
 def _batch(subject: Subject, rows: Rows, packs: bool) -> Arrays:

@@ -112,14 +112,25 @@ def build(subject: Subject, recipe: Recipe, **changes: Any) -> Parts:
         transfer = transfer.model_copy(update={"adapter": transfer.adapter.model_copy(update={"init": "zero"})})
     prepared = replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer}))
     parts = assemble_outline(prepared, **changes)
+    if parts is None and not changes and _bytes_from_scratch(prepared) <= LARGEST_TO_LOAD:
+        transfer = transfer.model_copy(update={"from_scratch": True})
+        parts = assemble(replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer})))
     if parts is None:
-        what = f"{prepared.source.name!r} shows its structure only with its weights, which are not read for a plan"
-        remedy = f"name a folder with a model of less than {LARGEST_TO_LOAD / 2**30:.0f} GB"
+        what = f"{prepared.source.name!r} shows its structure only when it runs, for which a plan takes it as too large"
+        remedy = f"plan a model of less than {LARGEST_TO_LOAD / 2**30:.0f} GB of the same kind"
         raise ModelError(Problem(what, prepared.source.where, remedy))
     losses = models.losses_of(parts.module)
     if losses is not None:
         losses.is_direct = type(losses.layer) is torch.nn.Linear and not _bends_logits(losses.model.config)
     return parts
+
+
+def _bytes_from_scratch(prepared: Prepared) -> int:
+    """Of a model's weights in fp32."""
+    config = models.load_config(prepared.source, **prepared.task.config_changes())
+    with torch.device("meta"):
+        model = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0).model
+    return sum(4 * value.numel() for value in model.parameters())
 
 
 def layer_changes(config: Any, number: int) -> dict[str, Any] | None:

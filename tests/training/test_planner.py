@@ -203,6 +203,16 @@ def test_without_data_the_number_of_examples_is_asked_for(tmp_path: Path) -> Non
     assert found.effort.seconds == pytest.approx(30 * found.effort.seconds_a_step)
 
 
+def test_a_model_that_looks_into_its_inputs_is_planned_from_its_config_too(
+    write_recipe: WriteRecipe, tmp_path: Path, tiny_gpt2: Path
+) -> None:
+    shutil.copy(tiny_gpt2 / "config.json", tmp_path)
+    near = load_recipe(write_recipe(source={"model": str(tiny_gpt2)}))
+    far = load_recipe(write_recipe("far.yaml", source={"model": str(tiny_gpt2), "config": str(tmp_path)}))
+    found, expected = plan(far, read_shape("H100")), plan(near, read_shape("H100"))
+    assert (found.total, found.trained) == (expected.total, expected.trained)
+
+
 def test_examples_that_are_at_hand_are_counted_without_the_model(
     write_recipe: WriteRecipe, tmp_path: Path, tiny_bert: Path
 ) -> None:
