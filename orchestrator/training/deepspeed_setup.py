@@ -12,12 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.errors import Problem, RecipeError
+from orchestrator.planning.memory import BUCKET
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import without_auto
 from orchestrator.training.precision import Precision
-
-LARGEST_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at a time, unless told otherwise."""
 
 
 def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int, trained: int) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int, tra
         trained: numbers that are trained.
     """
     # It has the whole bucket from the beginning: 1 GB in bf16, also for a small adapter.
-    bucket = min(LARGEST_BUCKET, max(1, trained))
+    bucket = min(BUCKET, max(1, trained))
     zero: dict[str, Any] = {"stage": recipe.scale.zero_stage, "reduce_bucket_size": bucket}
     if recipe.scale.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

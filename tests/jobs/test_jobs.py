@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -115,6 +118,31 @@ def test_a_cluster_that_is_too_small_is_told_with_what_it_has(write_recipe: Writ
     assert told.returncode == 3
     what = "4 workers with 1 CPU and 1 GPU each do not fit: the cluster has 1 nodes (2 CPU, 0 GPU)"
     assert what in told.stderr
+
+
+FOLLOWING = """
+import asyncio, sys
+from orchestrator.job_commands import follow
+from orchestrator.jobs import Cluster
+
+class Client:
+    async def tail_job_logs(self, job_id):
+        yield "first words\\n"
+        await asyncio.sleep(600)
+
+follow(Cluster("http://127.0.0.1:8265", Client()), type("Job", (), {"id": "some-job"}), sys.stdout)
+"""
+
+
+def test_whoever_stops_following_leaves_the_job_running_and_is_told_so() -> None:
+    command = [sys.executable, "-c", FOLLOWING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "first words\n"
+        follower.send_signal(signal.SIGINT)
+        _, told = follower.communicate(timeout=30)
+    assert "the job goes on; see: orchestrator logs some-job --follow" in told
+    assert follower.returncode != 0
 
 
 def test_a_plan_asks_the_cluster_what_it_has(recipe: Path, ask: Ask) -> None:
