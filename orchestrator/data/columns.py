@@ -34,6 +34,8 @@ class Column:
     required: bool = True
     aliases: tuple[str, ...] = ()
     """Names that it goes by in common data sets, tried in this order when the recipe maps none."""
+    may_vary: bool = False
+    """Some files may have it and others not: their rows hold nulls."""
 
 
 def check_mapping(columns: Sequence[Column], mapping: Mapping[str, str], origin: Origin) -> list[Problem]:
@@ -60,7 +62,8 @@ def match_columns(
 ) -> tuple[dict[str, str], list[Problem]]:
     """The data's column for each of the task's: as mapped, else by its own name, else by an alias.
 
-    A column that is optional and not mapped may be absent; `place` is the file, for the problems.
+    A column that is optional and not mapped may be absent, and so may one that varies; `place` is the file, for the
+    problems.
     """
     matched: dict[str, str] = {}
     problems = []
@@ -73,8 +76,8 @@ def match_columns(
             wanted = [name for name in (column.name, *column.aliases) if name in free]
         if wanted:
             matched[column.name] = wanted[0]
-        elif column.required or column.name in mapping:
-            problems.append(_missing(mapping.get(column.name, column.name), column, found, place))
+        elif column.required or (column.name in mapping and not column.may_vary):
+            problems.append(missing_column(column, mapping, found, place))
     if not matched and not problems:
         known = [column.name for column in columns]
         what = f"there is none of the columns {show_names(known)}; the columns are {show_names(found)}"
@@ -83,7 +86,8 @@ def match_columns(
     return matched, problems
 
 
-def _missing(wanted: str, column: Column, found: Sequence[str], place: str) -> Problem:
+def missing_column(column: Column, mapping: Mapping[str, str], found: Sequence[str], place: str) -> Problem:
+    wanted = mapping.get(column.name, column.name)
     close = nearest(wanted, found)
     what = f"there is no column {show_name(wanted)}; the columns are {show_names(found)}"
     target = show_name(close) if close else "THE_DATA_COLUMN"

@@ -1,23 +1,19 @@
-"""What a language model learns from, in the forms that people keep it: plain text, prompts with their completions,
-instructions (Alpaca), conversations (messages; ShareGPT).
-"""
+"""What a language model learns from: examples of every form, read and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 
 from orchestrator.data.checks import check_text
-from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
+from orchestrator.data.forms import ANSWERS, COLUMNS, Find, Form, by_form, check_forms, find_form, find_prompt_form
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.data.turns import Turn, read_turns
 from orchestrator.errors import Problem
 
-Form = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -33,24 +29,6 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
-COLUMNS: dict[Form, tuple[Column, ...]] = {
-    "messages": (Column("messages", "turns", aliases=("conversation", "chat", "dialogue")),),
-    "sharegpt": (Column("conversations", "turns"),),
-    "prompt-completion": (
-        Column("prompt", "turns", aliases=("question", "query")),
-        Column("completion", "turns", aliases=("response", "answer")),
-    ),
-    "alpaca": (
-        Column("instruction", "text"),
-        Column("input", "text", required=False, aliases=("context",)),
-        Column("output", "text", aliases=("response",)),
-        Column("system", "text", required=False),
-    ),
-    "text": (Column("text", "text", aliases=("content",)),),
-}
-"""What each form reads. Where the data have the columns of several, the first one is taken."""
-ANSWERS = ("completion", "output")
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,52 +43,29 @@ class Sample:
     """Learned, with the end of the text after it; without a prompt it is all there is."""
 
 
-def columns_of(form: Form | None) -> tuple[Column, ...]:
-    """The columns of a form; of all forms, none of them required, where the data decide."""
-    if form is not None:
-        return COLUMNS[form]
-    every: dict[str, Column] = {}
-    for columns in COLUMNS.values():
-        for column in columns:
-            # Other names lead astray where several forms are looked for: an alias of one is the column of another.
-            every.setdefault(column.name, Column(column.name, column.kind, required=False))
-    return tuple(every.values())
+def read_samples(examples: Examples, form: Form | None) -> list[Sample]:
+    """The examples of a split, in its order; those of each file in its own form where none is named.
+
+    They have passed `check_samples`.
+    """
+    return _read(examples, form, find_form, _read_form)
 
 
-def find_form(names: Sequence[str]) -> Form | None:
-    """The form whose columns these are."""
-    for form, columns in COLUMNS.items():
-        if all(column.name in names for column in columns if column.required):
-            return form
-    return None
+def read_prompts(examples: Examples, form: Form | None) -> list[Sample]:
+    """The examples as far as they are given; those of conversations end before the last answer."""
+    return _read(examples, form, find_prompt_form, _read_prompts)
 
 
-def prompt_columns(form: Form | None) -> tuple[Column, ...]:
-    """The columns without those that hold answers: all that a model needs to write some."""
-    return tuple(column for column in columns_of(form) if column.name not in ANSWERS)
+def _read(
+    examples: Examples, form: Form | None, find: Find, read: Callable[[Examples, Form], list[Sample]]
+) -> list[Sample]:
+    samples: dict[int, Sample] = {}
+    for each, positions, some in by_form(examples, form, find):
+        samples.update(zip(positions.tolist(), read(some, each), strict=True))
+    return [samples[position] for position in range(len(examples))]
 
 
-def find_prompt_form(names: Sequence[str]) -> Form | None:
-    """As `find_form`, without answers."""
-    for form in COLUMNS:
-        if all(column.name in names for column in prompt_columns(form) if column.required):
-            return form
-    return None
-
-
-def explain_forms(names: Sequence[str], place: str | None) -> Problem:
-    """What to say where no form fits."""
-    forms = "; ".join(
-        f"{form}: {' and '.join(column.name for column in columns if column.required)}"
-        for form, columns in COLUMNS.items()
-    )
-    found = f"only {show_names(names)} of the columns that are known" if names else "none of the columns that are known"
-    remedy = "map them in the recipe, `target.columns: {prompt: QUESTION, completion: ANSWER}`"
-    return Problem(f"the data have {found}; a form needs ({forms})", place, remedy)
-
-
-def read_samples(examples: Examples, form: Form) -> list[Sample]:
-    """The examples of a split, in its order. They have passed `check_samples`."""
+def _read_form(examples: Examples, form: Form) -> list[Sample]:
     table = {name: examples.table.column(name).to_pylist() for name in examples.table.column_names}
     if form == "messages":
         return [Sample(turns=_turns(row)) for row in table["messages"]]
@@ -131,15 +86,14 @@ def read_samples(examples: Examples, form: Form) -> list[Sample]:
     return [sample_of_pair(*pair) for pair in zip(table["prompt"], table["completion"], strict=True)]
 
 
-def read_prompts(examples: Examples, form: Form) -> list[Sample]:
-    """The examples as far as they are given; those of conversations end before the last answer."""
+def _read_prompts(examples: Examples, form: Form) -> list[Sample]:
     table = examples.table
     for name in ANSWERS:
         if name in table.column_names:
             table = table.drop_columns([name])
         if name in {column.name for column in COLUMNS[form]}:
             table = table.append_column(name, pa.array([""] * len(examples), pa.string()))
-    whole = read_samples(Examples(table, examples.rows, examples.files), form)
+    whole = _read_form(Examples(table, examples.rows, examples.files), form)
     return [sample if form in ("messages", "sharegpt", "text") else _before_answer(sample) for sample in whole]
 
 
@@ -172,17 +126,28 @@ def sample_of_pair(prompt: str | list[str], completion: str | list[str]) -> Samp
     return Sample(turns=(*given, *answer), num_given=len(given))
 
 
-def check_samples(splits: Mapping[str, Examples], form: Form) -> list[Problem]:
-    """Everything that is wrong with the examples: texts that are missing or blank, turns that are none."""
-    return [problem for split in splits.values() for problem in _check_split(split, form)]
+def check_samples(splits: Mapping[str, Examples], form: Form | None) -> list[Problem]:
+    """Everything that is wrong with the examples: files of no form, texts missing or blank, turns that are none."""
+    problems = (problem for split in splits.values() for problem in _check_split(split, form))
+    return list(dict.fromkeys(problems))  # Splits that are cut from one file share its problem.
 
 
-def check_prompts(examples: Examples, form: Form) -> list[Problem]:
+def check_prompts(examples: Examples, form: Form | None) -> list[Problem]:
     """The same for examples that a model is to answer."""
-    return _check_split(examples, form, needs_answers=False)
+    return _check_split(examples, form, find_prompt_form, needs_answers=False)
 
 
-def _check_split(examples: Examples, form: Form, needs_answers: bool = True) -> list[Problem]:
+def _check_split(
+    examples: Examples, form: Form | None, find: Find = find_form, needs_answers: bool = True
+) -> list[Problem]:
+    problems = check_forms(examples, form, find)
+    if not problems:
+        for each, _, some in by_form(examples, form, find):
+            problems += _check_form(some, each, needs_answers)
+    return problems
+
+
+def _check_form(examples: Examples, form: Form, needs_answers: bool) -> list[Problem]:
     problems: list[Problem] = []
     for column in COLUMNS[form]:
         if column.name not in examples.table.column_names:

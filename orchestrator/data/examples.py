@@ -63,6 +63,8 @@ class SourceFile:
     """How many examples of that entry are drawn; None for all."""
     row_numbers: Rows | None = None
     """The number of each row in the file, where only some of its rows were read."""
+    columns: tuple[str, ...] | None = None
+    """The task's columns that it has; None for all that the table has."""
 
     def where(self, row: int) -> str:
         """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
@@ -115,6 +117,11 @@ class Examples:
                 return file, original
             original -= file.num_rows
         raise IndexError(f"row {row} lies in none of the files")
+
+    def file_numbers(self) -> Rows:
+        """Which of `files` each example is of; shape [len]."""
+        ends = np.cumsum([file.num_rows for file in self.files])
+        return np.searchsorted(ends, self.rows, side="right")
 
     @cached_property
     def fingerprint(self) -> str:

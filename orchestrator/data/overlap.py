@@ -35,7 +35,7 @@ def check_overlap(
         if first in splits and second in splits:
             same = _members(exact[second], exact[first])
             share = float(same.mean()) if len(same) else 0.0
-            found = _Found(splits, first, second, text_columns[0])
+            found = _Found(splits, first, second, text_columns)
             problems += found.report(
                 exact, same, f"({share:.1%}) are also in {first}", first == "train" and share >= 0.5
             )
@@ -52,7 +52,7 @@ class _Found:
     splits: Mapping[str, Examples]
     first: str
     second: str
-    column: str
+    columns: Sequence[str]
 
     def report(self, keys: Mapping[str, pa.ChunkedArray], mask: _Mask, how: str, fatal: bool) -> list[Problem]:
         """One problem for the rows of the mask, with up to three of them beside their twins."""
@@ -63,7 +63,7 @@ class _Found:
         shown = []
         for row in rows[:NUM_SHOWN]:
             twin = pc.index(keys[self.first], keys[self.second][row]).as_py()
-            shown.append(f"{_text(second, row, self.column)} at {second.where(row)} and {first.where(twin)}")
+            shown.append(f"{_text(second, row, self.columns)} at {second.where(row)} and {first.where(twin)}")
         what = f"{len(rows)} of {len(second)} examples of {self.second} {how}: {show_some(shown, len(rows))}"
         if self.first == "train":
             remedy = f"remove them from one of the two, or the {self.second} score will be too good"
@@ -89,7 +89,7 @@ def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], la
     if not clashes:
         return []
     shown = [
-        f"{_text(examples, row, text_columns[0])} is {show_value(labels[firsts[key]])} at {examples.where(firsts[key])}"
+        f"{_text(examples, row, text_columns)} is {show_value(labels[firsts[key]])} at {examples.where(firsts[key])}"
         f" and {show_value(labels[row])} at {examples.where(row)}"
         for key, row in list(clashes.items())[:NUM_SHOWN]
     ]
@@ -102,9 +102,12 @@ def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], la
 def text_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
     """What makes two rows the same text: the values of their text columns together; null where all are null.
 
-    For pictures, the hashes of their content.
+    For pictures, the hashes of their content. Columns that are not there count as null, since another split may have
+    them.
     """
-    columns = [_keys(examples.table.column(name)) for name in text_columns if name in examples.table.column_names]
+    nothing = pa.chunked_array([pa.nulls(len(examples), pa.string())])
+    held = examples.table.column_names
+    columns = [_keys(examples.table.column(name)) if name in held else nothing for name in text_columns]
     if len(columns) == 1:
         return columns[0]
     return pc.binary_join_element_wise(*columns, "\x1e", null_handling="replace", null_replacement="")
@@ -137,6 +140,7 @@ def _members(values: pa.ChunkedArray, among: pa.ChunkedArray) -> _Mask:
     return found
 
 
-def _text(examples: Examples, row: int, column: str) -> str:
-    values = examples.table.column(column)
+def _text(examples: Examples, row: int, columns: Sequence[str]) -> str:
+    held = [examples.table.column(name) for name in columns if name in examples.table.column_names]
+    values = next((column for column in held if column[row].is_valid), held[0])
     return "a picture" if values.type == IMAGE else show_value(values[row].as_py())

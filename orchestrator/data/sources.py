@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -12,7 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.columns import Column, check_mapping, convert_column, describe_type, match_columns, plain_type
+from orchestrator.data.columns import (
+    Column,
+    check_mapping,
+    convert_column,
+    describe_type,
+    match_columns,
+    missing_column,
+    plain_type,
+)
 from orchestrator.data.examples import Examples
 from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
 from orchestrator.data.hub import open_hub, stream_hub
@@ -51,7 +59,7 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
             splits[split] = draw_counts(_read(open_source(plan), columns, mapping), recipe.target.split.seed)
         except DataError as error:
             problems.extend(error.problems)
-    problems.extend(_uneven_columns(splits))
+    problems.extend(_uneven_columns(splits, _varying(columns)))
     if problems:
         raise DataError(problems)
     return splits
@@ -241,12 +249,19 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
                 if column.kind == "label":
                     label_names.append(names)
         tables.append(table)
+    if not problems:
+        gone = [column for column in columns if column.name in mapping and not any(column.name in t for t in tables)]
+        problems = [missing_column(column, mapping, used[0].names, used[0].place) for column in gone]
     if problems:
         raise DataError(problems)
-    table = _concatenate([raw.place for raw in used], tables)
-    files = tuple(raw.source for raw in used)
+    table = _concatenate([raw.place for raw in used], tables, _varying(columns))
+    files = tuple(replace(raw.source, columns=tuple(table)) for raw, table in zip(used, tables, strict=True))
     texts = all(not pa.types.is_integer(table.column(c.name).type) for c in columns if c.name in table.column_names)
     return Examples(table, np.arange(table.num_rows), files, _merge_names(label_names, texts, used[0].place))
+
+
+def _varying(columns: Sequence[Column]) -> set[str]:
+    return {column.name for column in columns if column.may_vary}
 
 
 def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
@@ -264,24 +279,35 @@ def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedA
     return converted, names
 
 
-def _concatenate(places: Sequence[str], tables: Sequence[Mapping[str, pa.ChunkedArray]]) -> pa.Table:
-    """Tables of one split on end; whole numbers and numbers become numbers, other types must agree."""
+def _concatenate(
+    places: Sequence[str], tables: Sequence[Mapping[str, pa.ChunkedArray]], may_vary: Collection[str]
+) -> pa.Table:
+    """Tables of one split on end; whole numbers and numbers become numbers, other types must agree.
+
+    Where one of `may_vary` is lacking, its rows are null.
+    """
     joined: dict[str, pa.ChunkedArray] = {}
-    for name in tables[0]:
-        parts = [table[name] for table in tables if name in table]
-        if len(parts) < len(tables):
-            continue
-        types = {part.type for part in parts if part.null_count < len(part)} or {pa.string()}
+    for name in dict.fromkeys(chain.from_iterable(tables)):
+        found = [(place, table[name]) for place, table in zip(places, tables, strict=True) if name in table]
+        lacking = [place for place, table in zip(places, tables, strict=True) if name not in table]
+        if lacking and name not in may_vary:
+            raise DataError(_uneven(name, found[0][0], lacking[0], "all files of a split"))
+        types = {part.type for _, part in found if part.null_count < len(part)} or {pa.string()}
         if types == {pa.int64(), pa.float64()}:
             types = {pa.float64()}
         if len(types) > 1:
-            kinds = [f"{describe_type(part.type)} in {place}" for part, place in zip(parts, places, strict=True)]
+            kinds = [f"{describe_type(part.type)} in {place}" for place, part in found]
             what = f"{name} differs in type between the files of one split: {', '.join(dict.fromkeys(kinds))}"
             raise DataError(Problem(what, places[0], "write the column in one type"))
         type_ = types.pop()
-        chunks = [chunk for part in parts for chunk in _cast(part, type_).chunks]
-        joined[name] = pa.chunked_array(chunks, type_)
+        parts = [table.get(name, _nulls(table)) for table in tables]
+        joined[name] = pa.chunked_array([chunk for part in parts for chunk in _cast(part, type_).chunks], type_)
     return pa.table(joined).combine_chunks()
+
+
+def _nulls(table: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
+    """As many as the table has rows."""
+    return pa.chunked_array([pa.nulls(len(next(iter(table.values()))), pa.string())])
 
 
 def _cast(part: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
@@ -297,15 +323,18 @@ def _merge_names(every: Iterable[tuple[str, ...] | None], texts: bool, place: st
     return tuple(dict.fromkeys(chain.from_iterable(lists))) if lists else None
 
 
-def _uneven_columns(splits: Mapping[str, Examples]) -> list[Problem]:
+def _uneven_columns(splits: Mapping[str, Examples], may_vary: Collection[str]) -> list[Problem]:
     """Optional columns that one split has and another lacks."""
     problems = []
     train = splits.get("train")
     for split, examples in splits.items():
         if train is None or split == "train":
             continue
-        for name in sorted(set(train.table.column_names) ^ set(examples.table.column_names)):
+        for name in sorted((set(train.table.column_names) ^ set(examples.table.column_names)) - set(may_vary)):
             has, lacks = (train, examples) if name in train.table.column_names else (examples, train)
-            what = f"{name} is a column of {has.files[0].place} but not of {lacks.files[0].place}"
-            problems.append(Problem(what, lacks.files[0].place, "give all splits the same columns"))
+            problems.append(_uneven(name, has.files[0].place, lacks.files[0].place, "all splits"))
     return problems
+
+
+def _uneven(name: str, has: str, lacks: str, everywhere: str) -> Problem:
+    return Problem(f"{name} is a column of {has} but not of {lacks}", lacks, f"give {everywhere} the same columns")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,9 @@ import pyarrow as pa
 
 from orchestrator.data import overlap
 from orchestrator.data.columns import Column
-from orchestrator.data.conversations import (
-    COLUMNS,
-    Form,
-    check_samples,
-    columns_of,
-    explain_forms,
-    find_form,
-    read_samples,
-)
+from orchestrator.data.conversations import check_samples, read_samples
 from orchestrator.data.examples import Examples
+from orchestrator.data.forms import Form, columns_of, forms_of
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
@@ -39,7 +32,8 @@ class CausalOptions(LanguageOptions):
     """Options of `causal-lm`."""
 
     form: Form | None = None
-    """What the data hold: `messages`, `sharegpt`, `prompt-completion`, `alpaca`, `text`; null: their columns decide."""
+    """What the data hold: `messages`, `sharegpt`, `prompt-completion`, `alpaca`, `text`; null: the columns of each file
+    decide."""
     train_on: TrainOn = "completions"
     """What is learned: `completions` and the answers of assistants, the `last` answer alone, or `all`. Texts without a
     prompt are always learned whole."""
@@ -56,9 +50,9 @@ class CausalLanguageModelling(LanguageTask):
     Options = CausalOptions
     main_metric = MainMetric("nll", higher_is_better=False)
 
-    def __init__(self, options: CausalOptions, form: Form | None) -> None:
+    def __init__(self, options: CausalOptions, forms: Iterable[Form]) -> None:
         self.options = options
-        self.form = form
+        self.forms = tuple(dict.fromkeys(forms))
         written = options.generate.metrics if options.generate is not None else []
         self.metrics_shown = ("nll", "perplexity", "token_accuracy", *written)
 
@@ -68,23 +62,21 @@ class CausalLanguageModelling(LanguageTask):
 
     @classmethod
     def check(cls, options: CausalOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
-        train = splits["train"]
-        form = options.form or find_form(train.table.column_names)
-        if form is None:
-            return [explain_forms(train.table.column_names, train.files[0].place)]
-        problems = check_samples(splits, form)
+        problems = check_samples(splits, options.form)
         if options.generate is not None and not problems:
-            problems = check_generation(options.generate, splits, form, recipe)
-        names = [column.name for column in COLUMNS[form] if column.name in train.table.column_names]
+            problems = check_generation(options.generate, splits, options.form, recipe)
+        held = {name for split in splits.values() for name in split.table.column_names}
+        names = [column.name for column in columns_of(options.form) if column.name in held]
         return problems or overlap.check_overlap(splits, names)
 
     @classmethod
     def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> CausalLanguageModelling:
-        return cls(options, options.form or find_form(splits["train"].table.column_names))
+        found = (form for split in splits.values() for form in forms_of(split, options.form))
+        return cls(options, (form for form in found if form is not None))
 
     @classmethod
     def restore(cls, options: CausalOptions, config: Any) -> CausalLanguageModelling:
-        return cls(cls.without_template(options), options.form)
+        return cls(cls.without_template(options), () if options.form is None else (options.form,))
 
     def metric_directions(self) -> dict[str, bool]:
         return {"nll": False, "perplexity": False, "loss": False, "token_accuracy": True}
@@ -93,34 +85,24 @@ class CausalLanguageModelling(LanguageTask):
         return "the next token"
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
-        form = self.form_of(examples)
-        if form is None:
-            return [explain_forms(examples.table.column_names, examples.files[0].place)]
         scored = self.options.generate
-        return [*check_samples({"": examples}, form), *(check_packages(scored) if scored is not None else [])]
-
-    def form_of(self, examples: Examples) -> Form | None:
-        return self.form or find_form(examples.table.column_names)
+        problems = check_samples({"": examples}, self.options.form)
+        return [*problems, *(check_packages(scored) if scored is not None else [])]
 
     @property
     def num_written(self) -> int:
         return 0 if self.options.generate is None else self.options.generate.examples
 
     def expected_answers(self, examples: Examples) -> list[str]:
-        form = self.form_of(examples)
-        assert form is not None
-        return expected_answers(examples, form)
+        return expected_answers(examples, self.options.form)
 
     def score_answers(self, expected: Sequence[str], written: Sequence[str]) -> dict[str, float]:
         assert self.options.generate is not None
         return score_answers(self.options.generate, expected, written)
 
     def encode(self, examples: Examples, processor: Any) -> pa.RecordBatchReader:
-        form = self.form_of(examples)
-        assert form is not None
-
         def encode(some: Examples) -> pa.RecordBatch:
-            return self.encode_texts(read_samples(some, form), some, processor, self.options.train_on)
+            return self.encode_texts(read_samples(some, self.options.form), some, processor, self.options.train_on)
 
         return encode_in_batches(examples, TOKENS, encode)
 

@@ -71,7 +71,7 @@ class PreferenceTuning(LanguageTask):
     metrics_shown: Sequence[str] = ("accuracy", "margin")
     main_metric = MainMetric("accuracy", higher_is_better=True)
     needs_reference = True
-    form = "prompt-completion"
+    forms = ("prompt-completion",)
 
     def __init__(self, options: PreferenceOptions) -> None:
         self.options = options

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.batches import BatchOrder, deal
+from orchestrator.data.examples import Rows
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine import TOKENS_PER_PASS_ON_CPU, micro_batch_size
@@ -52,7 +53,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
-    """The first examples of *train* as the model reads them, and the lengths of all; nothing is started.
+    """The first examples of each file of *train* as the model reads them, `count` in all, and all lengths.
 
     Raises:
         InputError: recipe, data or source are wrong.
@@ -67,10 +68,24 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
             int(train.num_targets[row]),
             prepared.task.pieces(train, row, prepared.processor),
         )
-        for row in range(min(count, len(train)))
+        for row in first_of_each_file(prepared.examples["train"].file_numbers(), count)
     ]
     lengths = {name: measure(split) for name, split in encoded.items()}
     return Preview(prepared, examples, lengths, padding_share(recipe, train))
+
+
+def first_of_each_file(numbers: Rows, count: int) -> list[int]:
+    """Positions of the first examples, from each file in its turn.
+
+    Args:
+        numbers: the file of each example; shape [len].
+    """
+    turns = np.zeros(len(numbers), np.int64)
+    for number in np.unique(numbers):
+        own = numbers == number
+        turns[own] = np.arange(own.sum())
+    chosen: list[int] = np.argsort(turns, kind="stable")[:count].tolist()
+    return sorted(chosen)
 
 
 def measure(encoded: Encoded) -> Lengths:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.conversations import Sample, check_samples, columns_of, find_form, read_samples
+from orchestrator.data.conversations import Sample, check_samples, read_prompts, read_samples
 from orchestrator.data.examples import Examples
+from orchestrator.data.forms import columns_of, find_form, forms_of
+from orchestrator.data.overlap import check_overlap
 from orchestrator.data.sources import open_files
+from orchestrator.errors import DataError
 
 Rows = list[dict[str, Any]]
 Open = Callable[..., Examples]
@@ -88,6 +91,73 @@ def test_a_conversation_wins_over_the_text_beside_it() -> None:
     assert find_form(["text", "messages", "prompt"]) == "messages"
     assert find_form(["prompt", "text"]) == "text"
     assert find_form(["prompt"]) is None
+
+
+@pytest.fixture
+def open_mixture(tmp_path: Path) -> Open:
+    """Files of several forms as one split: the rows of each by its name."""
+
+    def open_mixture(files: dict[str, Rows], mapping: dict[str, str] | None = None) -> Examples:
+        for name, rows in files.items():
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return open_files([tmp_path / name for name in files], columns_of(None), mapping or {})
+
+    return open_mixture
+
+
+def test_the_files_of_a_split_may_each_have_a_form_of_their_own(open_mixture: Open) -> None:
+    files = {f"{form}.jsonl": rows for form, (rows, _) in FORMS.items()}
+    examples = open_mixture(files)
+    assert check_samples({"train": examples}, None) == []
+    assert forms_of(examples, None) == list(FORMS)
+    expected = [sample for _, sample in FORMS.values()]
+    assert read_samples(examples, None) == expected
+    backwards = examples.take(range(len(examples))[::-1])
+    assert read_samples(backwards, None) == expected[::-1]
+    assert [sample.completion for sample in read_prompts(examples, None)] == ["once", "", "", "", ""]
+
+
+def test_a_form_is_told_by_what_its_own_file_has(open_mixture: Open) -> None:
+    chat = {"messages": [turn("user", "hi"), turn("assistant", "ho")], "text": "user: hi"}
+    examples = open_mixture({"chats.jsonl": [chat], "texts.jsonl": [{"text": "once"}]})
+    first, second = read_samples(examples, None)
+    assert [each["content"] for each in first.turns] == ["hi", "ho"]
+    assert second == Sample(completion="once")
+
+
+def test_what_is_wrong_in_a_mixture_is_told_for_the_file_that_has_it(open_mixture: Open) -> None:
+    bad = {"instruction": "Add.", "output": None}
+    (chats, _), (sums, _) = FORMS["messages"], FORMS["alpaca"]
+    examples = open_mixture({"chats.jsonl": chats, "sums.jsonl": [*sums, bad]})
+    (problem,) = check_samples({"train": examples}, None)
+    assert "output is missing (null) in 1 of 2 rows" in problem.what
+    assert str(problem.where).endswith("sums.jsonl:2")
+    half = open_mixture({"chats.jsonl": chats, "half.jsonl": [{"prompt": "1+1="}]})
+    (problem,) = check_samples({"train": half}, None)
+    assert "prompt" in problem.what
+    assert str(problem.where).endswith("half.jsonl")
+
+
+def test_some_instructions_have_an_input_though_another_file_has_none(open_mixture: Open) -> None:
+    first, second = {"instruction": "Add.", "input": "1 1", "output": "2"}, {"instruction": "Sing.", "output": "la"}
+    samples = read_samples(open_mixture({"sums.jsonl": [first], "songs.jsonl": [second]}), "alpaca")
+    assert [sample.turns[0]["content"] for sample in samples] == ["Add.\n\n1 1", "Sing."]
+
+
+def test_a_mapping_holds_for_the_files_that_have_its_column(open_mixture: Open) -> None:
+    (chats, _), asked = FORMS["messages"], [{"question": "1+1=", "answer": "2"}]
+    mapping = {"prompt": "question", "completion": "answer"}
+    samples = read_samples(open_mixture({"chats.jsonl": chats, "sums.jsonl": asked}, mapping), None)
+    assert samples[1] == Sample(prompt="1+1=", completion="2")
+    with pytest.raises(DataError, match="no column quesiton"):
+        open_mixture({"chats.jsonl": chats, "sums.jsonl": asked}, {**mapping, "prompt": "quesiton"})
+
+
+def test_the_same_conversation_is_found_in_another_split_of_other_forms(open_mixture: Open) -> None:
+    (chats, _), (sums, _) = FORMS["messages"], FORMS["alpaca"]
+    train, test = open_mixture({"chats.jsonl": chats, "sums.jsonl": sums}), open_mixture({"test.jsonl": chats})
+    (problem,) = check_overlap({"train": train, "test": test}, [column.name for column in columns_of(None)])
+    assert "1 of 1 examples of test (100.0%) are also in train" in problem.what
 
 
 @pytest.mark.parametrize(

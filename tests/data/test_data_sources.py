@@ -192,6 +192,14 @@ def test_an_optional_column_that_one_split_lacks_is_refused(
         open_splits(make_recipe(tmp_path), columns)
 
 
+def test_an_optional_column_that_one_file_of_a_split_lacks_is_refused(
+    write_jsonl: Any, make_recipe: Any, columns: Any
+) -> None:
+    paths = [str(write_jsonl([{**ROWS[0], "text_pair": "x"}], "a.jsonl")), str(write_jsonl(ROWS, "b.jsonl"))]
+    with pytest.raises(DataError, match=r"text_pair is a column of .*a.jsonl but not of .*b.jsonl"):
+        open_splits(make_recipe({"train": paths}), columns)
+
+
 def test_files_of_one_split_must_agree_in_type_but_numbers_may_mix(
     write_jsonl: Any, make_recipe: Any, columns: Any
 ) -> None:

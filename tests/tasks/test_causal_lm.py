@@ -75,6 +75,30 @@ def test_a_text_is_learned_to_its_end_and_a_completion_after_its_prompt(write: W
     assert found["pairs"] == [" 1<|endoftext|>"]
 
 
+def test_in_a_mixture_each_example_is_read_as_by_itself(write: WriteRecipe, tmp_path: Path) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
+        "chats": [{"messages": conversation("cat", number)} for number in range(16)],
+        "pairs": [{"prompt": f"{number} and 1 is", "completion": f" {number + 1}"} for number in range(16)],
+        "texts": [{"text": f"once upon a time {number}"} for number in range(16)],
+        "held": [{"instruction": f"say {number} times moo", "output": "moo " * number} for number in range(20)],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+
+    def learned(*names: str) -> dict[str, list[str]]:
+        train = [str(tmp_path / f"{name}.jsonl") for name in names]
+        prepared = prepared_of(write(data={"train": train, "select": str(tmp_path / "held.jsonl")}))
+        examples = prepared.examples["train"]
+        return {examples.where(row): learned_text(prepared, row) for row in range(len(examples))}
+
+    together = learned("chats", "pairs", "texts")
+    alone = learned("chats") | learned("pairs") | learned("texts")
+    shared = together.keys() & alone.keys()
+    assert {Path(place.partition(":")[0]).stem for place in shared} == {"chats", "pairs", "texts"}
+    assert all(together[place] == alone[place] for place in shared)
+    assert {text[-1].endswith("<|endoftext|>") for text in together.values()} == {True}
+
+
 def test_the_loss_is_the_mean_over_the_learned_tokens_as_transformers_has_it(write: WriteRecipe) -> None:
     prepared = prepared_of(write())
     parts = assemble(prepared)
@@ -159,7 +183,7 @@ def test_data_of_no_form_are_refused(write: WriteRecipe, tmp_path: Path) -> None
     with pytest.raises(InputError, match="there is none of the columns messages, conversations, prompt"):
         prepared_of(write(data=str(path)))
     path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in "abcdefghijklmnopqrst"), encoding="utf-8")
-    with pytest.raises(InputError, match="the data have only prompt of the columns that are known"):
+    with pytest.raises(InputError, match="the file has only prompt of the columns that are known"):
         prepared_of(write(data=str(path)))
 
 

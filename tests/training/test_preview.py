@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator import load_recipe
 from orchestrator.cli import main
-from orchestrator.training.preview import preview
+from orchestrator.training.preview import first_of_each_file, preview
 
 WriteRecipe = Callable[..., Path]
 
@@ -53,3 +54,10 @@ def test_labels_are_shown_behind_their_texts(write_recipe: WriteRecipe) -> None:
     assert (is_learned, is_label) == (False, True)
     assert "[CLS]" in text
     assert label in ("animal", "fruit", "vehicle")
+
+
+def test_something_of_every_file_is_shown() -> None:
+    files = np.array([0, 0, 0, 0, 1, 1, 2])
+    assert first_of_each_file(files, 3) == [0, 4, 6]
+    assert first_of_each_file(files, 5) == [0, 1, 4, 5, 6]
+    assert first_of_each_file(files, 9) == list(range(7))

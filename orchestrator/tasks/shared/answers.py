@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from orchestrator.data.conversations import Form, read_samples
+from orchestrator.data.conversations import read_samples
 from orchestrator.data.examples import Examples
+from orchestrator.data.forms import Form, forms_of
 from orchestrator.data.messages import NUM_SHOWN, show_some
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
@@ -36,10 +37,12 @@ class Generation(Section):
     (`#### (-?[0-9.,]+)`). null: the whole text."""
 
 
-def check_generation(chosen: Generation, splits: Mapping[str, Examples], form: Form, recipe: Recipe) -> list[Problem]:
+def check_generation(
+    chosen: Generation, splits: Mapping[str, Examples], form: Form | None, recipe: Recipe
+) -> list[Problem]:
     """What keeps answers from being scored."""
     place = recipe.origin.where("target.options.generate")
-    if form == "text":
+    if any("text" in forms_of(examples, form) for examples in splits.values()):
         return [Problem("plain texts have no answers to score", place, "set target.options.generate to null")]
     problems = check_packages(chosen, place)
     if chosen.answer is None:
@@ -70,7 +73,7 @@ def check_packages(chosen: Generation, place: str | None = None) -> list[Problem
     return [Problem(f"the package {package} is not installed", place, EXTRA) for package in missing]
 
 
-def expected_answers(examples: Examples, form: Form) -> list[str]:
+def expected_answers(examples: Examples, form: Form | None) -> list[str]:
     """The last answer of each example."""
     samples = read_samples(examples, form)
     return [_text(sample.turns[-1]["content"]) if sample.turns else sample.completion.strip() for sample in samples]

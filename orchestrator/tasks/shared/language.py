@@ -13,16 +13,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from orchestrator.data.columns import Column
-from orchestrator.data.conversations import (
-    Form,
-    Sample,
-    check_prompts,
-    explain_forms,
-    find_prompt_form,
-    prompt_columns,
-    read_prompts,
-)
+from orchestrator.data.conversations import Sample, check_prompts, read_prompts
 from orchestrator.data.examples import Examples
+from orchestrator.data.forms import Form, prompt_columns
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
@@ -108,8 +101,8 @@ class LanguageTask(Task):
     processor_class = "AutoTokenizer"
     has_new_head = False
     label_names = ()
-    form: Form | None
-    """What the data hold; None where they are not known."""
+    forms: tuple[Form, ...]
+    """What the data hold; nothing where they are not known."""
 
     @classmethod
     def locate(cls, options: LanguageOptions, folder: Path) -> LanguageOptions:
@@ -131,11 +124,13 @@ class LanguageTask(Task):
     def prompt_columns(cls, options: Any) -> tuple[Column, ...]:
         return prompt_columns(getattr(options, "form", None))
 
+    @property
+    def _form(self) -> Form | None:
+        """That of all files, where they have one."""
+        return self.forms[0] if len(self.forms) == 1 else None
+
     def check_prompts(self, examples: Examples) -> list[Problem]:
-        form = self.form or find_prompt_form(examples.table.column_names)
-        if form is None:
-            return [explain_forms(examples.table.column_names, examples.files[0].place)]
-        return check_prompts(examples, form)
+        return check_prompts(examples, self._form)
 
     def config_changes(self) -> dict[str, Any]:
         return {}
@@ -149,7 +144,7 @@ class LanguageTask(Task):
             tokenizer.chat_template = read_template(self.options.chat_template)
         elif not tokenizer.chat_template:
             tokenizer.chat_template = SHIPPED["plain"]
-            if self.form in ("messages", "sharegpt", "alpaca"):
+            if {"messages", "sharegpt", "alpaca"}.intersection(self.forms):
                 what = f"{source.name!r} has no chat template; `plain` is used, and saved with the model"
                 remedy = "set target.options.chat_template to another one (chatml, a file)"
                 problems = [*problems, Problem(what, source.where, remedy, fatal=False)]
@@ -201,7 +196,6 @@ class LanguageTask(Task):
     def cache_parts(self, processor: Any) -> list[Any]:
         return [
             self.name,
-            self.form,
             self.options.model_dump(mode="json", exclude={"generate", "max_new_tokens"}),
             processor.chat_template,
             tokenizer_state(processor),
@@ -254,15 +248,13 @@ class LanguageTask(Task):
     def generate(
         self, model: Any, processor: Any, examples: Examples, batch_size: int, in_step: bool = False
     ) -> dict[str, list[Any]]:
-        form = self.form or find_prompt_form(examples.table.column_names)
-        assert form is not None
         template = Template.of(processor, processor.chat_template)
-        samples = [self._with_system(sample) for sample in read_prompts(examples, form)]
+        samples = [self._with_system(sample) for sample in read_prompts(examples, self._form)]
         prompts = [as_prompt(sample, template) for sample in samples]
-        is_chat = any(sample.turns for sample in samples)
+        are_chats = [bool(sample.turns) for sample in samples]
         ends = end_tokens(processor, template)
         length = self.options.max_new_tokens
-        return {"prediction": write_answers(model, processor, prompts, is_chat, ends, batch_size, length, in_step)}
+        return {"prediction": write_answers(model, processor, prompts, are_chats, ends, batch_size, length, in_step)}
 
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch

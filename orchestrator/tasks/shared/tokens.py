@@ -44,35 +44,47 @@ def encode_samples(
 
     Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says.
 
-    Args:
-        samples: all of them conversations, or all texts.
-
     Raises:
         CannotEncode: the template fails on an example.
     """
     ids: list[npt.NDArray[np.int32]] = []
     learned: list[npt.NDArray[np.int8]] = []
-    is_chat = any(sample.turns for sample in samples)
     written = [write(sample, template, train_on, row) for row, sample in enumerate(samples)]
-    encoded = tokenizer(
-        [text for text, _ in written],
-        add_special_tokens=not is_chat,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        padding=False,
-        verbose=False,  # Of texts that are longer than the model reads: they are cut below.
-    )
-    for (text, spans), own, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    encoded = tokenize([text for text, _ in written], [bool(sample.turns) for sample in samples], tokenizer)
+    for sample, (text, spans), (own, offsets) in zip(samples, written, encoded, strict=True):
         kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
         row_ids = np.array(own, np.int32)
-        if not is_chat:
+        if not sample.turns:
             row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
         kept[:1] = 0
         ids.append(row_ids[:max_length])
         learned.append(kept[:max_length])
     return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
+
+
+def tokenize(
+    texts: Sequence[str], are_chats: Sequence[bool], tokenizer: Any
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Of each text its token ids, and of each of them the first character and the one after its last.
+
+    Args:
+        are_chats: which texts are conversations, with the special tokens that belong there in them.
+    """
+    found: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
+    for is_chat in set(are_chats):
+        rows = [row for row, own in enumerate(are_chats) if own == is_chat]
+        encoded = tokenizer(
+            [texts[row] for row in rows],
+            add_special_tokens=not is_chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+            verbose=False,  # Of texts that are longer than the model reads: they are cut elsewhere.
+        )
+        found.update(zip(rows, zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), strict=True))
+    return [found[row] for row in range(len(texts))]
 
 
 def longest_tokens(number: int, length: int) -> pa.RecordBatch:

@@ -11,6 +11,7 @@ import numpy as np
 from orchestrator.data.conversations import Sample
 from orchestrator.tasks.shared.chat import Template, render_sample
 from orchestrator.tasks.shared.tokenizers import longest_input
+from orchestrator.tasks.shared.tokens import tokenize
 
 ANSWER = "so be it"
 
@@ -43,7 +44,7 @@ def write_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    is_chat: bool,
+    are_chats: Sequence[bool],
     ends: list[int],
     batch_size: int,
     max_new_tokens: int,
@@ -52,14 +53,14 @@ def write_answers(
     """What the model writes after each prompt.
 
     Args:
-        is_chat: the prompts hold the special tokens that belong there.
+        are_chats: which prompts are conversations, with the special tokens that belong there in them.
         ends: tokens that end an answer; they are not part of it.
         in_step: go on until the other workers have ended too, for a model that is spread over them.
     """
     import torch
 
     longest = longest_input(tokenizer, model.config)
-    encoded = tokenizer(list(prompts), add_special_tokens=not is_chat, padding=False)["input_ids"]
+    encoded = [ids for ids, _ in tokenize(prompts, are_chats, tokenizer)]
     # Where there is no room for an answer after it, a prompt loses its beginning.
     ids = [row if longest is None else row[-max(1, longest - max_new_tokens) :] for row in encoded]
     order = np.argsort([-len(row) for row in ids], kind="stable")
