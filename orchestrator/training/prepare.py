@@ -22,7 +22,7 @@ from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, read_options
 
 T = TypeVar("T")
-ENCODING_VERSION = 1  # Part of the cache's key: raise it when `encode` changes what it makes of the same input.
+ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_in_a_mixture_each_example_is_read_as_by_itself(write: WriteRecipe, tmp_
         "chats": [{"messages": conversation("cat", number)} for number in range(16)],
         "pairs": [{"prompt": f"{number} and 1 is", "completion": f" {number + 1}"} for number in range(16)],
         "texts": [{"text": f"once upon a time {number}"} for number in range(16)],
-        "held": [{"instruction": f"say {number} times moo", "output": "moo " * number} for number in range(20)],
+        "held": [{"instruction": f"say {number} times moo", "output": "moo " * number} for number in range(1, 20)],
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
