@@ -26,7 +26,11 @@ __all__ = ["Recipe", "load_recipe", "plan", "search", "submit", "train"]
 
 
 def train(
-    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+    recipe: Recipe,
+    output: Path | str | None = None,
+    fresh: bool = False,
+    strict: bool = False,
+    screen: TextIO | None = None,
 ) -> Run:
     """Train as the recipe says; see `orchestrator.training.run.train`."""
     # torch and Ray take seconds to import; reading recipes does not need them.

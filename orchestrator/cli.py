@@ -60,7 +60,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="a run there; its pace is taken")
     plan.add_argument("--examples", type=int, metavar="N", help="of train, where the data are not at hand")
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
-    train.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: scale.storage/name)")
+    train.add_argument("--output", metavar="DIR", help="run directory, or its URL (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
     search.add_argument("--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)")
@@ -253,7 +253,7 @@ def run_train(options: argparse.Namespace) -> dict[str, Any]:
         print(f"note: {note}", file=sys.stderr)
     if not options.json:
         show.trained(recipe, run, sys.stdout)
-    return {"directory": str(run.directory), "resumed": run.resumed, **run.result}
+    return {"directory": run.place, "resumed": run.resumed, **run.result}
 
 
 def run_search(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
+from orchestrator.storage import is_url
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Finding
@@ -96,7 +97,8 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
     ]
     rows += scores_of(result)
-    rows += [("model", short_path(run.directory / "model")), ("all the rest", short_path(run.directory))]
+    place = run.place if is_url(run.place) else short_path(run.directory)
+    rows += [("model", f"{place}/model"), ("all the rest", place)]
     if run.resumed:
         rows.insert(0, ("resumed", "went on from what was there; --fresh starts over"))
     table(rows, out)

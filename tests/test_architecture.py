@@ -15,10 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Each room, and those that it may know besides itself.
-FOUNDATION = {"errors", "recipe"}
+FOUNDATION = {"errors", "recipe", "storage"}
 MAY_KNOW = {
     "errors": set[str](),
-    "recipe": {"errors"},
+    "storage": {"errors"},
+    "recipe": {"errors", "storage"},
     "planning": FOUNDATION,
     "data": FOUNDATION,
     "models": FOUNDATION,

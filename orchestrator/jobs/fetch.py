@@ -14,6 +14,7 @@ from pathlib import Path
 from orchestrator.errors import ClusterError, InputError, Problem, RunFailed
 from orchestrator.jobs.client import SENDING, TAG, Cluster, Job
 from orchestrator.jobs.upload import copy_package
+from orchestrator.storage import RemoteFolder, is_url
 
 BEGIN, END = "-----BEGIN RUN-----", "-----END RUN-----"
 SECONDS_FOR_SENDING = 600.0
@@ -24,8 +25,8 @@ LEFT_OUT = ("checkpoints", "trials", "logs")
 def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) -> None:
     """Copy a job's run directory to this machine. The folder appears whole or not at all.
 
-    A cluster on this machine has its folders here; another one sends the directory through the log of a small job, so
-    that nothing but the Jobs API need be reachable.
+    A cluster on this machine has its folders here, and an object store is asked where this machine reaches it; else the
+    cluster sends the directory through the log of a small job, so that nothing but the Jobs API need be reachable.
 
     Raises:
         InputError: the target exists.
@@ -35,14 +36,26 @@ def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) ->
         raise InputError(Problem("the folder exists already", str(target), "give another one"))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    left_out = () if everything else LEFT_OUT
     if cluster.is_here and Path(job.directory).is_dir():
-        ignored = shutil.ignore_patterns(*(() if everything else LEFT_OUT))
-        shutil.copytree(job.directory, partial, ignore=ignored)
-    else:
+        shutil.copytree(job.directory, partial, ignore=shutil.ignore_patterns(*left_out))
+    elif not (is_url(job.directory) and download(job.directory, partial, left_out)):
         data = receive(cluster, job, everything)
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
             archive.extractall(partial, filter="data")
     partial.rename(target)
+
+
+def download(url: str, target: Path, left_out: tuple[str, ...]) -> bool:
+    """Copy a folder of an object store; False where this machine does not reach it, or nothing is there."""
+    try:
+        folder = RemoteFolder(url)
+        for name in {name.partition("/")[0] for name in folder.names()} - {*left_out}:
+            target.mkdir(parents=True, exist_ok=True)
+            folder.download(name, target / name)
+    except (OSError, InputError):
+        shutil.rmtree(target, ignore_errors=True)
+    return target.is_dir()
 
 
 def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
@@ -61,10 +74,16 @@ def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
     return base64.b64decode(text.partition(BEGIN)[2].partition(END)[0])
 
 
-def send(directory: Path, left_out: tuple[str, ...]) -> str:
+def send(place: str, left_out: tuple[str, ...]) -> str:
     """What `receive` reads; raises ClusterError where there is no such directory."""
-    if not directory.is_dir():
-        raise ClusterError(f"there is no {directory} on this node")
+    with tempfile.TemporaryDirectory(prefix="orchestrator-send-") as folder:
+        directory = Path(folder) / "run" if is_url(place) else Path(place)
+        if not (download(place, directory, left_out) if is_url(place) else directory.is_dir()):
+            raise ClusterError(f"there is no {place} on this node")
+        return pack_folder(directory, left_out)
+
+
+def pack_folder(directory: Path, left_out: tuple[str, ...]) -> str:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for path in sorted(directory.iterdir()):

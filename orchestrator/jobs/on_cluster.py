@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import uuid
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.jobs.client import SENDING
 from orchestrator.jobs.fetch import send
 from orchestrator.jobs.upload import ENVIRONMENT_FILE
+from orchestrator.storage import RemoteFolder, credentials, is_url
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
 SECONDS_FOR_NODES = 60.0
@@ -25,12 +28,12 @@ def main(arguments: list[str]) -> int:
     verb, target, *rest = arguments
     try:
         if verb == SENDING:
-            print(send(Path(target), tuple(rest)))
+            print(send(target, tuple(rest)))
             return 0
         environment = Path(ENVIRONMENT_FILE)
         if environment.exists():
             os.environ.update(json.loads(environment.read_text(encoding="utf-8")))
-        look_at_nodes(Path(rest[rest.index("--output") + 1]).parent)
+        look_at_nodes(rest[rest.index("--output") + 1].rpartition("/")[0])
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> int:
     return os.execv(sys.executable, [sys.executable, "-m", "orchestrator.cli", *arguments])
 
 
-def look_at_nodes(storage: Path) -> None:
+def look_at_nodes(storage: str) -> None:
     """Have every node tell its packages, and write to the storage.
 
     Raises:
@@ -56,23 +59,15 @@ def look_at_nodes(storage: Path) -> None:
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        mark = f".seen-{uuid.uuid4().hex}"
-        try:
-            storage.mkdir(parents=True, exist_ok=True)
-            (storage / mark).touch()
-        except OSError as error:
-            raise ClusterError(f"{storage} cannot be written by the job: {error.strerror}{STORAGE_REMEDY}") from None
-        try:
+        with marked(storage) as mark:
             look = ray.remote(num_cpus=0)(look_around)
             asked = [
                 look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    str(storage / mark)
+                    storage, mark, credentials()
                 )
                 for node in nodes
             ]
             found = ray.get(asked, timeout=SECONDS_FOR_NODES)
-        finally:
-            (storage / mark).unlink(missing_ok=True)
     finally:
         ray.shutdown()
     compare([node["NodeManagerAddress"] for node in nodes], found, storage)
@@ -81,18 +76,56 @@ def look_at_nodes(storage: Path) -> None:
 STORAGE_REMEDY = "\n    -> set scale.storage to a folder that all nodes share, and may write to"
 
 
-def look_around(mark: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def marked(storage: str) -> Iterator[str]:
+    """A new file in the storage, by its name.
+
+    Raises:
+        ClusterError: it cannot be written.
+    """
+    mark = f".seen-{uuid.uuid4().hex}"
+    try:
+        if is_url(storage):
+            RemoteFolder(storage).write(mark, b"")
+        else:
+            Path(storage).mkdir(parents=True, exist_ok=True)
+            Path(storage, mark).touch()
+    except OSError as error:
+        what = f"{storage} cannot be written by the job: {error.strerror or error}"
+        raise ClusterError(f"{what}{STORAGE_REMEDY}") from None
+    try:
+        yield mark
+    finally:
+        if is_url(storage):
+            RemoteFolder(storage).delete(mark)
+        else:
+            Path(storage, mark).unlink(missing_ok=True)
+
+
+def sees(storage: str, mark: str) -> bool:
+    """Whether this node sees a file of the storage, and may write there."""
+    if not is_url(storage):
+        return Path(storage, mark).exists() and os.access(storage, os.W_OK)
+    with contextlib.suppress(OSError):
+        folder = RemoteFolder(storage)
+        folder.write(mark, b"")
+        return folder.read(mark) is not None
+    return False
+
+
+def look_around(storage: str, mark: str, keys: dict[str, str]) -> dict[str, Any]:
     """What a node has: versions of packages, and whether it sees a file of the storage."""
+    os.environ.update(keys)
     versions = {"python": ".".join(map(str, sys.version_info[:2]))}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "missing"
-    return {"versions": versions, "sees": Path(mark).exists() and os.access(Path(mark).parent, os.W_OK)}
+    return {"versions": versions, "sees": sees(storage, mark)}
 
 
-def compare(addresses: list[str], found: list[dict[str, Any]], storage: Path) -> None:
+def compare(addresses: list[str], found: list[dict[str, Any]], storage: str) -> None:
     """Raise ClusterError with everything that differs between the nodes."""
     problems = [
         f"the node {address} does not see {storage}, or may not write there{STORAGE_REMEDY}"

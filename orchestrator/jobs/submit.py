@@ -14,6 +14,7 @@ from orchestrator.errors import ClusterError, InputError, Problem
 from orchestrator.jobs.client import TAG, Cluster, Job
 from orchestrator.jobs.upload import RECIPE_FILE, pack
 from orchestrator.recipe import Recipe
+from orchestrator.storage import is_url
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def submit(
     needs = entrypoint_resources(recipe, cluster, verb)
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
         upload = pack(recipe, Path(folder), [*(home.absolute() for home in shared), Path(directory).parent], variables)
-        base = f"{Path(directory).name}-{upload.digest[:8]}"
+        base = f"{directory.rpartition('/')[2]}-{upload.digest[:8]}"
         attempts = re.compile(rf"{base}(-\d+)?")
         earlier = [job for job in cluster.jobs() if attempts.fullmatch(job.id)]
         alive = [job for job in earlier if not job.is_over]
@@ -71,13 +72,15 @@ def submit(
 def run_directory(recipe: Recipe, cluster: Cluster, verb: str) -> str:
     """Where the run will be, as the nodes see it; raises InputError where that would be a folder of one node alone."""
     name = recipe.name if verb == "train" else f"{recipe.name}-search"
+    if is_url(recipe.scale.storage):
+        return f"{recipe.scale.storage.rstrip('/')}/{name}"
     storage = Path(recipe.scale.storage)
     if storage.is_absolute():
         return str(storage / name)
     if cluster.is_here:
         return str((Path.cwd() / storage / name).absolute())
     what = f"scale.storage is {recipe.scale.storage!r}, a folder that only one node of the cluster would see"
-    remedy = "set scale.storage to the full path of a folder that all nodes share"
+    remedy = "set scale.storage to the full path of a folder that all nodes share, or to s3://, gs:// or abfs://"
     raise InputError(Problem(what, recipe.origin.where("scale.storage"), remedy))
 
 

@@ -16,6 +16,7 @@ from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
 from orchestrator.recipe.schema import Data, Recipe
 from orchestrator.recipe.stream_rules import find_stream_mistakes
+from orchestrator.storage import SCHEMES, is_url
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLITS = ("train", "select", "test")
@@ -58,12 +59,15 @@ def _paths_lead_somewhere(recipe: Recipe) -> Iterator[Finding]:
         except RecipeError as error:
             for problem in error.problems:
                 yield Finding((place,), problem.what, problem.remedy or "")
-        if "://" in text:
+        if "://" in text and place != "scale.storage":
             yield Finding(
                 (place,),
                 f"`{place}` is the address {text!r}; only folders, files and Hub ids are read",
                 "download it and name the local copy",
             )
+        elif "://" in text and not is_url(text):
+            kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+            yield Finding((place,), f"`{place}` is {text!r}, which is no kind of address known here", f"use {kinds}")
 
 
 def _path_texts(recipe: Recipe) -> Iterator[tuple[str, str]]:

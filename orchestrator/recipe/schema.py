@@ -256,7 +256,8 @@ class Scale(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Times a run goes on from its last checkpoint after a worker died; -1 without end."""
     storage: Text = "runs"
-    """Folder in which runs are kept; every worker must see it."""
+    """Folder in which runs are kept, which every worker must see; or one of an object store: `s3://bucket/folder`,
+    `gs://...`, `abfs://...` (searches need a folder)."""
     cache_gigabytes: Literal["auto"] | Positive = "auto"
     """Disk for stored outputs of frozen blocks; `auto` takes half of what is free. The least used go first."""
 

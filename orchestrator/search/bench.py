@@ -45,7 +45,7 @@ class Bench:
         """Everything that a trial with these parameters needs."""
         prepared = trial_inputs(self.prepared, parameters)
         write_atomically(directory.recipe, dump_recipe(prepared.recipe))
-        with open_session(prepared, directory.root, 0, self.device, None, self.metric, self.boundaries) as session:
+        with open_session(prepared, directory, 0, self.device, None, self.metric, self.boundaries) as session:
             yield session
 
     def may_win(self, score: float) -> bool:

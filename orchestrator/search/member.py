@@ -145,7 +145,7 @@ class Member:
     def _train(self, orders: Orders, run: RunDirectory, is_again: bool) -> None:
         began = time.process_time()
         inputs = trial_inputs(self.prepared, orders.parameters)
-        with open_session(inputs, run.root, 0, self.device, None, self.metric, self.boundaries) as session:
+        with open_session(inputs, run, 0, self.device, None, self.metric, self.boundaries) as session:
             keeper = Keeper(session, run)
             memory = keeper.start(None if is_again or orders.start_from is None else Path(orders.start_from))
             self._tell_place(session, memory, began, resumed=memory.step)

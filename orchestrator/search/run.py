@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import Problem, RunFailed
+from orchestrator.errors import InputError, Problem, RunFailed
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
 from orchestrator.search.records import BUDGET, SearchDirectory, read_rows
 from orchestrator.search.space import FREEZE
+from orchestrator.storage import is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
@@ -66,6 +67,10 @@ def search(
         ClusterError: the cluster cannot hold a trial.
         RunFailed: no trial has a score.
     """
+    if output is None and is_url(recipe.scale.storage):
+        remedy = "give --output a folder that all nodes share, or set scale.storage to one"
+        what = f"a search needs a folder, and scale.storage is {recipe.scale.storage}"
+        raise InputError(Problem(what, recipe.origin.where("scale.storage"), remedy))
     directory = SearchDirectory((output or default_output(recipe)).absolute())
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)

@@ -33,7 +33,7 @@ def keep_winner(
     plain = replace(inputs, recipe=inputs.recipe.model_copy(update={"scale": scale}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = directory.trial(winner["id"])
-    with open_session(plain, run.root, 0, device, None, metric) as session:
+    with open_session(plain, run, 0, device, None, metric) as session:
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
             memory = Memory(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])

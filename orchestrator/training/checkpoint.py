@@ -67,6 +67,7 @@ class CheckpointStore:
         self.rank = rank
         self.agree = agree
         self.may_commit = may_commit
+        self.place = str(folder)
 
     def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         """Save one checkpoint; every worker calls this, and `write_files` puts its files into the folder it is given.
@@ -92,7 +93,7 @@ class CheckpointStore:
             try:
                 action()
             except OSError as error:
-                trouble = f"could not save a checkpoint to {self.folder}: {error.strerror}"
+                trouble = f"could not save a checkpoint to {self.place}: {error.strerror or error}"
             except Superseded as error:
                 trouble = str(error)
         trouble = self.agree(trouble)
@@ -126,6 +127,9 @@ class CheckpointStore:
         """Steps with a COMMITTED mark, oldest first; their files are not looked at."""
         found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
         return sorted(int(path.name[5:]) for path in found if (path / COMMITTED).exists())
+
+    def bring(self, step: int) -> None:
+        """Have a checkpoint where this worker reads it; all workers call this. Here it always is."""
 
     def at(self, step: int) -> Checkpoint:
         return Checkpoint(self.folder / f"step-{step:08d}", step)

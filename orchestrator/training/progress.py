@@ -9,20 +9,26 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 _FILE = ".progress.json"
 _SECONDS_BETWEEN_WRITES = 0.2
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_SECONDS_BETWEEN_BRINGING = 5.0
 
 
 class ProgressFile:
-    """Worker 0's side: the latest state, written at most a few times a second."""
+    """Worker 0's side: the latest state, written at most a few times a second.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        send: called after each write, where the command has another folder.
+    """
+
+    def __init__(self, folder: Path, send: Callable[[], None] = lambda: None) -> None:
         self.path = folder / _FILE
+        self.send = send
         self.written = 0.0
 
     def show(self, force: bool = False, **state: Any) -> None:
@@ -33,6 +39,7 @@ class ProgressFile:
             temporary = self.path.with_name(f"{_FILE}.partial")
             temporary.write_text(json.dumps(state), encoding="utf-8")
             temporary.replace(self.path)
+            self.send()
 
 
 def describe(state: dict[str, Any]) -> str:
@@ -107,13 +114,17 @@ def own_stream(out: TextIO) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def live_line(folder: Path, out: TextIO | None = None) -> Iterator[None]:
-    """Show the progress of the run in `folder` while the body runs."""
+def live_line(folder: Path, out: TextIO | None = None, bring: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Show the progress of the run in `folder` while the body runs.
+
+    Args:
+        bring: called every few seconds, where the workers have another folder.
+    """
     (folder / _FILE).unlink(missing_ok=True)
     done = threading.Event()
     with own_stream(out or sys.stderr) as screen:
         line = LiveLine(folder, screen)
-        thread = threading.Thread(target=watch, args=(line, done), name="progress", daemon=True)
+        thread = threading.Thread(target=watch, args=(line, done, bring), name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -124,6 +135,10 @@ def live_line(folder: Path, out: TextIO | None = None) -> Iterator[None]:
             (folder / _FILE).unlink(missing_ok=True)
 
 
-def watch(line: LiveLine, done: threading.Event) -> None:
+def watch(line: LiveLine, done: threading.Event, bring: Callable[[], None]) -> None:
+    brought = 0.0
     while not done.wait(_SECONDS_BETWEEN_WRITES):
+        if time.monotonic() - brought > _SECONDS_BETWEEN_BRINGING:
+            bring()
+            brought = time.monotonic()
         line.refresh()

@@ -17,6 +17,7 @@ from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
+from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.worker import output_to, ray_session, run_workers
 
@@ -37,6 +38,9 @@ class Run:
     """A finished training."""
 
     directory: Path
+    """On this machine: a copy without checkpoints where the run is kept in an object store."""
+    place: str
+    """The directory as the user named it: a path or a URL."""
     result: dict[str, Any]
     """The content of result.json."""
     warnings: list[Problem]
@@ -46,12 +50,16 @@ class Run:
 
 
 def train(
-    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+    recipe: Recipe,
+    output: Path | str | None = None,
+    fresh: bool = False,
+    strict: bool = False,
+    screen: TextIO | None = None,
 ) -> Run:
     """Train as the recipe says; the same call goes on where an earlier one was interrupted.
 
     Args:
-        output: the run directory; `storage/name` of the recipe when None.
+        output: the run directory, a path or a URL; `storage/name` of the recipe when None.
         fresh: start over; what is in the directory is kept under another name.
         strict: treat warnings about the data as errors.
         screen: where to show progress; what libraries print then goes to the directory's logs. None for neither.
@@ -61,7 +69,7 @@ def train(
         ClusterError: the cluster cannot hold the workers.
         RunFailed: the training itself failed.
     """
-    directory = RunDirectory((output or Path(recipe.scale.storage) / recipe.name).absolute())
+    directory = open_run(output or f"{recipe.scale.storage}/{recipe.name}")
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
@@ -74,13 +82,15 @@ def train(
         if directory.result.exists():
             return finished_run(prepared, directory, resumed=True)
         if screen is not None:
-            stack.enter_context(live_line(directory.root, screen))
+            # A single worker runs in this process, and writes to this very copy.
+            bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
+            stack.enter_context(live_line(directory.root, screen, bring))
             stack.enter_context(output_to(directory.logs / "command.log"))
         wait_for_cluster()
         attempt = start_record(prepared, directory)
         if aside is not None:
             directory.note(f"the earlier run is in {aside}")
-        resumed = any(directory.checkpoints.glob("step-*"))
+        resumed = directory.has_checkpoints()
         run_and_record(prepared, directory, attempt)
         return finished_run(prepared, directory, resumed)
 
@@ -104,9 +114,9 @@ def check_model(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def set_aside(directory: RunDirectory) -> Path | None:
+def set_aside(directory: RunDirectory) -> str | None:
     """Move an earlier run to another name, unless it is running; returns that name, or None where there is no run."""
-    if not directory.record.exists():
+    if not directory.exists():
         return None
     with directory.locked():
         return directory.set_aside()
@@ -118,7 +128,7 @@ def create_directory(directory: RunDirectory) -> None:
     except OSError as error:
         remedy = "give another --output, or set scale.storage to a folder that you may write to"
         raise InputError(
-            Problem(f"the run directory cannot be made: {error.strerror}", str(directory.root), remedy)
+            Problem(f"the run directory cannot be made: {error.strerror or error}", directory.place, remedy)
         ) from None
 
 
@@ -132,17 +142,21 @@ def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) ->
         raise
     except OSError as error:
         # The disk may be full, so not even this is sure to be recorded.
-        raise RunFailed(f"{error}; the checkpoints in {directory.checkpoints} are whole") from error
+        raise RunFailed(f"{error}; the checkpoints in {directory.place} are whole") from error
     except KeyboardInterrupt:
         directory.update_record(status="interrupted", ended=time.time())
         raise
+    directory.bring()
     directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
     write_report(directory.root)
+    directory.send()
+    directory.finish()
 
 
 def start_record(prepared: Prepared, directory: RunDirectory) -> int:
     """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
     write_atomically(directory.recipe, dump_recipe(prepared.recipe))
+    directory.send()
     attempt = int(directory.read_record().get("attempt", 0)) + 1
     directory.update_record(
         status="running",
@@ -164,7 +178,7 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
 
 def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     """A run goes on only with the same recipe, data and source; InputError names what changed."""
-    if directory.result.exists() or any(directory.checkpoints.glob("step-*")):
+    if directory.result.exists() or directory.has_checkpoints():
         refuse_changes(prepared, directory, FREE_TO_CHANGE)
 
 
@@ -184,7 +198,7 @@ def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, 
     remedy = "use --fresh to start over (the old directory is kept under another name), or give another --output"
     changed = [
         Problem(
-            f"the run in {directory.root} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}",
+            f"the run in {directory.place} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}",
             prepared.recipe.origin.where(path),
             remedy,
         )
@@ -194,7 +208,7 @@ def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, 
     for name in sorted({*identity, *prepared.identity}):
         if identity.get(name) != prepared.identity.get(name):
             what = "source model" if name == "source" else f"{name} data"
-            changed.append(Problem(f"the {what} changed since the run in {directory.root} began", remedy=remedy))
+            changed.append(Problem(f"the {what} changed since the run in {directory.place} began", remedy=remedy))
     if changed:
         raise InputError(changed)
 
@@ -218,4 +232,6 @@ def differences(
 
 def finished_run(prepared: Prepared, directory: RunDirectory, resumed: bool) -> Run:
     result = json.loads(directory.result.read_text(encoding="utf-8"))
-    return Run(directory.root, result, prepared.warnings, directory.read_record().get("notes", []), resumed)
+    return Run(
+        directory.root, directory.place, result, prepared.warnings, directory.read_record().get("notes", []), resumed
+    )

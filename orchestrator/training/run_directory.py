@@ -43,6 +43,9 @@ def finite(value: Any) -> Any:
 class RunDirectory:
     """Names and records of a run directory (design, section 5)."""
 
+    leads_node = True
+    """Whether this worker does for its node what is done there once."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.recipe = root / "recipe.yaml"
@@ -60,26 +63,53 @@ class RunDirectory:
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)
 
+    @property
+    def place(self) -> str:
+        """Where the run is, for people."""
+        return str(self.root)
+
+    def exists(self) -> bool:
+        """Whether there is a run in it."""
+        return self.record.exists()
+
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
+
+    def bring(self) -> None:
+        """Have the records here as they are where the run is kept: nothing to do where that is here."""
+
+    def send(self) -> None:
+        """Have the records where the run is kept as they are here; and so the next ones."""
+
+    def send_logs(self) -> None: ...
+
+    def send_results(self) -> None: ...
+
+    def send_progress(self) -> None: ...
+
+    def bring_progress(self) -> None: ...
+
+    def finish(self) -> None: ...
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run against a second command on this machine; the lock ends with the process, however it ends."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 remedy = "wait for it, stop it, or give another --output"
-                raise InputError(
-                    Problem("another command is running in this directory", str(self.root), remedy)
-                ) from None
+                raise InputError(Problem("another command is running in this directory", self.place, remedy)) from None
             yield
 
-    def set_aside(self) -> Path:
+    def set_aside(self) -> str:
         """Move the whole directory to a free name beside it; returns that name."""
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
             number += 1
         self.root.rename(aside)
-        return aside
+        return str(aside)
 
     def read_record(self) -> dict[str, Any]:
         """run.json, or an empty dict where there is none (or only a damaged one: it is rebuilt)."""

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from orchestrator.training.precision import Precision, choose_precision
 from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
+from orchestrator.training.remote_checkpoints import open_store
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 from orchestrator.training.spreading import assemble_share, is_spread, spread
 
@@ -58,10 +58,10 @@ class Session:
             self.progress.show(force=True, phase=phase)
 
 
-def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_first: bool) -> None:
+def run_worker(prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, is_first: bool) -> None:
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory."""
-    progress = ProgressFile(root) if is_first else None
-    with open_session(prepared, root, attempt, device, progress) as session:
+    progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
+    with open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         memory = resume(session)
         if session.engine.rank == 0:
@@ -78,7 +78,7 @@ def run_worker(prepared: Prepared, root: Path, attempt: int, device: Any, is_fir
 @contextlib.contextmanager
 def open_session(
     prepared: Prepared,
-    root: Path,
+    directory: RunDirectory,
     attempt: int,
     device: Any,
     progress: ProgressFile | None,
@@ -93,7 +93,6 @@ def open_session(
         boundaries: freeze boundaries whose features other runs will want.
     """
     recipe = prepared.recipe
-    directory = RunDirectory(root)
     if progress is not None:
         progress.show(force=True, phase="loading the model")
     metric = metric or choose_metric(prepared)
@@ -111,8 +110,8 @@ def open_session(
             trained = parts.count_parameters()["trained"]
             spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size, trained), device)
         engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision))
-        store = CheckpointStore(
-            directory.checkpoints,
+        store = open_store(
+            directory,
             engine.rank,
             engine.agree,
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
@@ -180,6 +179,7 @@ def resume(session: Session) -> Memory:
     if found is None:
         return Memory()
     session.tell(f"resuming at step {found.step}")
+    session.store.bring(found.step)
     session.engine.read_state(found.folder)
     return Memory(**found.state)
 
@@ -261,6 +261,7 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         directory.append_metrics(row)
     result["seconds_exporting"] = time.monotonic() - started
     write_json(directory.result, finite(result))
+    directory.send_results()
 
 
 def take_best_weights(session: Session, memory: Memory) -> int:
@@ -271,6 +272,7 @@ def take_best_weights(session: Session, memory: Memory) -> int:
     engine, best = session.engine, memory.best_step
     if best is None or best == memory.step:
         return memory.step
+    session.store.bring(best)
     checkpoint = session.store.at(best)
     damage = engine.from_first_worker(find_damage(checkpoint.folder) if engine.rank == 0 else None)
     if damage is None:

@@ -15,8 +15,10 @@ from typing import Any
 
 from orchestrator.errors import ClusterError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe
+from orchestrator.storage import credentials
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import Prepared
+from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory
 
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
@@ -42,8 +44,10 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
     config = {
         # In the object store, each node holds the encoded data once, and its workers read them without a copy.
         "prepared": ray.put(prepared) if distributed else prepared,
-        "root": str(directory.root),
+        "place": directory.place,
         "attempt": attempt,
+        # Not in the workers' environment: Ray shows that to everybody.
+        "credentials": credentials() if directory.place != str(directory.root) else {},
     }
     size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
     fit(TorchTrainer, train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
@@ -145,28 +149,37 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     prepared = config["prepared"]
+    os.environ.update(config["credentials"])
     with contextlib.ExitStack() as stack:
         if isinstance(prepared, ray.ObjectRef):
-            stack.enter_context(output_to(Path(config["root"]) / "logs" / f"worker-{rank}.log"))
+            directory = open_run(config["place"], ray.get_runtime_context().get_node_id()[:12])
+            directory.leads_node = context.get_local_rank() == 0
+            directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.callback(directory.send_logs)
+            stack.enter_context(output_to(directory.logs / f"worker-{rank}.log"))
             import_ahead.wait()
             prepared = ray.get(prepared)
+            if directory.leads_node:
+                directory.create()
+        else:
+            directory = open_run(config["place"])
         try:
-            train_in_passes_that_fit(prepared, Path(config["root"]), config["attempt"], get_device(), rank)
+            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank)
         except OrchestratorError as error:
             return error
+        directory.finish()
     return None
 
 
-def train_in_passes_that_fit(prepared: Prepared, root: Path, attempt: int, device: Any, rank: int) -> None:
+def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, rank: int) -> None:
     """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
     from orchestrator.training.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
     from orchestrator.training.trainer import run_worker
 
-    directory = RunDirectory(root)
     while True:
         tried = with_recorded_passes(prepared, directory)
         try:
-            return run_worker(tried, root, attempt, device, is_first=rank == 0)
+            return run_worker(tried, directory, attempt, device, is_first=rank == 0)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,0 +1,139 @@
+"""Folders that are reached by a URL: `s3://`, `gs://`, `abfs://`. Arrow's file systems do the work.
+
+Credentials are found as each provider's own tools find them (environment, files, the machine's role); an S3 server of
+one's own is named by AWS_ENDPOINT_URL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError, Problem
+
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
+"""How variables begin that the providers' libraries read."""
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a folder of an object store."""
+    return text.partition("://")[0] in SCHEMES and "://" in text
+
+
+def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of the environment that reach an object store; secrets, so never to be shown."""
+    return {name: value for name, value in environment.items() if name.startswith(CREDENTIALS)}
+
+
+class RemoteFolder:
+    """A folder of an object store. Objects appear whole or not at all, and are replaced at once.
+
+    Every method raises OSError where the store cannot be reached, or refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        """
+        Raises:
+            InputError: it is no such URL.
+        """
+        from pyarrow import ArrowInvalid, fs
+
+        self.url = url.rstrip("/")
+        try:
+            self._files, self._path = fs.FileSystem.from_uri(self.url)
+        except (ArrowInvalid, ValueError, NotImplementedError) as error:
+            remedy = (
+                "write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER"
+            )
+            raise InputError(Problem(f"{url!r} names no folder: {error}", remedy=remedy)) from error
+
+    def child(self, name: str) -> RemoteFolder:
+        return RemoteFolder(f"{self.url}/{name}")
+
+    def names(self, folder: str = "") -> dict[str, int]:
+        """The files in a folder and below, by their path within it, with their sizes in bytes; {} where it is not."""
+        from pyarrow import fs
+
+        base = self._at(folder)
+        found = self._files.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        return {info.path[len(base) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
+
+    def folders(self, folder: str = "") -> list[str]:
+        """The names of the folders in a folder."""
+        return sorted({name.partition("/")[0] for name in self.names(folder) if "/" in name})
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None where there is none."""
+        try:
+            with self._files.open_input_stream(self._at(name)) as file:
+                data: bytes = file.read()
+        except FileNotFoundError:
+            return None
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._files.open_output_stream(self._at(name)) as file:
+            file.write(data)
+
+    def upload(self, source: Path, name: str = "") -> None:
+        """A file, or all files of a folder, several at a time; nothing where there is none."""
+        if source.exists():
+            self._copy(str(source), self._at(name), up=True)
+
+    def download(self, name: str, target: Path) -> bool:
+        """The other way; False where there is nothing of that name."""
+        from pyarrow import fs
+
+        kind = self._files.get_file_info(self._at(name)).type
+        if kind == fs.FileType.NotFound:
+            return False
+        if kind == fs.FileType.Directory:
+            target.mkdir(parents=True, exist_ok=True)
+            self._copy(self._at(name), str(target), up=False)
+            return True
+        partial = target.with_name(f".{target.name}.{os.getpid()}.download")
+        try:
+            self._copy(self._at(name), str(partial), up=False)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    def delete(self, name: str, first: Sequence[str] = ()) -> None:
+        """Delete a file, or a folder with what is in it; nothing where there is none.
+
+        Args:
+            first: files of the folder that go before all others.
+        """
+        from pyarrow import fs
+
+        for each in first:
+            self._delete_file(f"{self._at(name)}/{each}")
+        if self._files.get_file_info(self._at(name)).type == fs.FileType.Directory:
+            self._files.delete_dir(self._at(name))
+        self._delete_file(self._at(name))
+
+    def move(self, target: RemoteFolder) -> None:
+        """Everything in it to another folder of the same store."""
+        for name in self.names():
+            self._files.copy_file(self._at(name), target._at(name))
+        self.delete("")
+
+    def _delete_file(self, path: str) -> None:
+        from pyarrow import fs
+
+        if self._files.get_file_info(path).type == fs.FileType.File:
+            self._files.delete_file(path)
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}" if name else str(self._path)
+
+    def _copy(self, source: str, target: str, up: bool) -> None:
+        from pyarrow import fs
+
+        here: Any = fs.LocalFileSystem()
+        files = (here, self._files) if up else (self._files, here)
+        fs.copy_files(source, target, source_filesystem=files[0], destination_filesystem=files[1])

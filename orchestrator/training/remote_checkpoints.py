@@ -1,0 +1,155 @@
+"""Checkpoints in an object store. There is no renaming there, so COMMITTED, which is written last, decides alone.
+
+Workers write into a hidden folder on their node. One worker of each node sends what is in it, with a list of sizes and
+hashes; worker 0 makes MANIFEST.json of all lists and writes COMMITTED. On the way back each node brings the whole
+checkpoint, and it is hashed as any other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.training.checkpoint import (
+    COMMITTED,
+    MANIFEST,
+    STATE,
+    CheckpointStore,
+    Superseded,
+    describe_file,
+    find_damage,
+    hash_file,
+)
+from orchestrator.training.remote_run import RemoteRunDirectory
+from orchestrator.training.run_directory import RunDirectory, write_atomically
+
+DAMAGED = "DAMAGED"
+"""What COMMITTED is called once the files are found to be other than they were."""
+PARTS = "parts"
+
+
+def open_store(
+    directory: RunDirectory,
+    rank: int,
+    agree: Callable[[str | None], str | None],
+    may_commit: Callable[[], bool],
+) -> CheckpointStore:
+    """The checkpoints of a run, wherever they lie."""
+    if isinstance(directory, RemoteRunDirectory):
+        return RemoteCheckpointStore(directory, rank, agree, may_commit)
+    return CheckpointStore(directory.checkpoints, rank, agree, may_commit)
+
+
+class RemoteCheckpointStore(CheckpointStore):
+    """As its base; `folder` holds this node's copies."""
+
+    def __init__(
+        self,
+        directory: RemoteRunDirectory,
+        rank: int,
+        agree: Callable[[str | None], str | None],
+        may_commit: Callable[[], bool],
+    ) -> None:
+        super().__init__(directory.checkpoints, rank, agree, may_commit)
+        self.directory = directory
+        self.remote = directory.remote
+        self.leads = directory.leads_node
+        self.place = f"{self.remote.url}/checkpoints"
+
+    def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
+        partial, there = self.folder / f".step-{step:08d}.partial", _there(step)
+
+        def start() -> None:
+            if self.leads:
+                self._start(partial)
+            if self.rank == 0:
+                self._refuse_superseded()
+                self.remote.delete(there, first=[COMMITTED])
+
+        def send() -> None:
+            if self.rank == 0:
+                write_atomically(partial / STATE, json.dumps(state))
+            if self.leads:
+                files = sorted(path for path in partial.rglob("*") if path.is_file())
+                part = {str(path.relative_to(partial)): describe_file(path) for path in files}
+                self.remote.upload(partial, there)
+                self.remote.write(f"{there}/{PARTS}/{self.rank}.json", json.dumps(part).encode())
+
+        self._together(partial, start)
+        self._together(partial, lambda: write_files(partial))
+        self._together(partial, send)
+        self._together(partial, lambda: self._commit(partial, step), only_first=True)
+        if self.leads and self.rank != 0:
+            shutil.rmtree(partial)  # A part of a checkpoint is of no use on the way back.
+
+    def _commit(self, partial: Path, step: int) -> None:
+        there = _there(step)
+        files: dict[str, Any] = {}
+        for name in self.remote.names(f"{there}/{PARTS}"):
+            files |= json.loads(self.remote.read(f"{there}/{PARTS}/{name}") or b"{}")
+        write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+        mark = hash_file(partial / MANIFEST) + "\n"
+        self.remote.upload(partial / MANIFEST, f"{there}/{MANIFEST}")
+        self.remote.delete(f"{there}/{PARTS}")
+        self._refuse_superseded()
+        self.directory.send()
+        self.remote.write(f"{there}/{COMMITTED}", mark.encode())
+        final = self.at(step).folder
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        write_atomically(final / COMMITTED, mark)
+
+    def _refuse_superseded(self) -> None:
+        if not self.may_commit():
+            raise Superseded("another attempt has taken over this run")
+
+    def committed_steps(self) -> list[int]:
+        names = self.remote.names("checkpoints")
+        return sorted(int(name[5:13]) for name in names if name.startswith("step-") and name.endswith(f"/{COMMITTED}"))
+
+    def newest_valid(self) -> tuple[Any, list[str]]:
+        notes: list[str] = []
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path)
+        for step in reversed(self.committed_steps()):
+            self._bring(step)
+            damage = find_damage(self.at(step).folder)
+            if damage is None:
+                return self.at(step), notes
+            there = _there(step)
+            self.remote.write(f"{there}/{DAMAGED}", self.remote.read(f"{there}/{COMMITTED}") or b"")
+            self.remote.delete(f"{there}/{COMMITTED}")
+            notes.append(f"checkpoint step-{step:08d} is damaged ({damage}); its COMMITTED is called {DAMAGED} now")
+        return None, notes
+
+    def bring(self, step: int) -> None:
+        """Have a checkpoint on every node that lacks it. All workers call this."""
+        trouble = None
+        if self.leads:
+            try:
+                self._bring(step)
+            except OSError as error:
+                trouble = f"cannot read {self.place}/step-{step:08d}: {error}"
+        self.agree(trouble)
+
+    def _bring(self, step: int) -> None:
+        folder, there = self.at(step).folder, _there(step)
+        mark = self.remote.read(f"{there}/{COMMITTED}")
+        here = folder / COMMITTED
+        if here.exists() and here.read_bytes() == mark and find_damage(folder) is None:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        self.remote.download(there, folder)
+
+    def prune(self, keep: int, best_step: int | None) -> None:
+        for step in self.committed_steps()[:-keep]:
+            if step != best_step:
+                self.remote.delete(_there(step), first=[COMMITTED])
+                shutil.rmtree(self.at(step).folder, ignore_errors=True)
+
+
+def _there(step: int) -> str:
+    return f"checkpoints/step-{step:08d}"
