@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 def clean(text: str) -> str:
-    """The text without control characters (terminal escapes among them), line breaks aside."""
+    """The text without control characters (terminal escapes among them), line breaks and tabs aside."""
     return "".join(
-        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
     )
 
 

@@ -176,6 +176,7 @@ def connect(address: str | None, insecure: bool = False) -> Cluster:
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)  # It tells of each upload.
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # And of each log that has ended.
     with telling(checked):
         return Cluster(checked, JobSubmissionClient(checked))
 

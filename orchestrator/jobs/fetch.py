@@ -70,7 +70,8 @@ def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
     sender = cluster.wait(job_id, SECONDS_FOR_SENDING)
     text = cluster.logs(job_id)
     if sender.status != "succeeded" or END not in text:
-        raise RunFailed(f"the cluster has no {job.directory} to send\n    -> see: orchestrator logs {job_id}")
+        keys = "export here what reaches it, such as AWS_ACCESS_KEY_ID; or " if is_url(job.directory) else ""
+        raise RunFailed(f"the cluster has no {job.directory} to send\n    -> {keys}see: orchestrator logs {job_id}")
     return base64.b64decode(text.partition(BEGIN)[2].partition(END)[0])
 
 

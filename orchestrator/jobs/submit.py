@@ -95,7 +95,7 @@ def entrypoint_resources(recipe: Recipe, cluster: Cluster, verb: str) -> dict[st
     has_gpus = any(node.get("GPU", 0) for node in nodes)
     gpus = (1 if has_gpus else 0) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
     cpus = 1 if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
-    refuse_too_small(scale.workers, {"CPU": cpus, "GPU": gpus}, nodes, recipe)
+    refuse_too_small(scale.min_workers or scale.workers, {"CPU": cpus, "GPU": gpus}, nodes, recipe)
     if scale.workers > 1 or verb == "search":
         return {}
     return {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus}

@@ -200,6 +200,24 @@ def _batch_divides(recipe: Recipe) -> Iterator[Finding]:
     )
 
 
+def _fewer_workers_will_do(recipe: Recipe) -> Iterator[Finding]:
+    scale = recipe.scale
+    if scale.min_workers is None:
+        return
+    if scale.min_workers > scale.workers:
+        yield Finding(
+            ("scale.min_workers", "scale.workers"),
+            f"`scale.min_workers` is {scale.min_workers}, more than the {scale.workers} of `scale.workers`",
+            f"set `scale.min_workers` to {scale.workers} or less",
+        )
+    if scale.zero_stage or scale.engine == "deepspeed" or scale.deepspeed is not None:
+        yield Finding(
+            ("scale.min_workers", "scale.zero_stage", "scale.engine"),
+            "DeepSpeed's checkpoints are in as many parts as there are workers, so `scale.min_workers` cannot be used",
+            "remove it, or set `scale.zero_stage` to 0 without DeepSpeed",
+        )
+
+
 def _frozen_body_has_nothing_to_tune(recipe: Recipe) -> Iterator[Finding]:
     transfer = recipe.transfer
     if transfer.freeze != "all":
@@ -327,6 +345,7 @@ _RULES = (
     _cut_leaves_training_data,
     _training_has_a_length,
     _batch_divides,
+    _fewer_workers_will_do,
     _frozen_body_has_nothing_to_tune,
     _scratch_trains_everything,
     _adapter_modules_are_distinct,

@@ -239,7 +239,10 @@ class Scale(Section):
     """On what it runs."""
 
     workers: PositiveInt = 1
-    """Ray Train workers; one runs in the calling process."""
+    """Ray Train workers; one runs in the calling process. `[2, 8]` is short for 8 here and 2 in `min_workers`."""
+    min_workers: PositiveInt | None = None
+    """Go on with fewer workers, down to so many, while the cluster has no room for all; the global batch stays as it
+    is. null: always all. For trainings without DeepSpeed; the trials of searches have `workers`."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker; `auto` takes one where the cluster has them."""
     cpus_per_worker: Literal["auto"] | PositiveInt = "auto"

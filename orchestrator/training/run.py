@@ -162,7 +162,6 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
         status="running",
         attempt=attempt,
         started=time.time(),
-        world_size=prepared.recipe.scale.workers,
         identity=prepared.identity,
         versions={
             "python": platform.python_version(),
@@ -179,7 +178,10 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
 def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
     """A run goes on only with the same recipe, data and source; InputError names what changed."""
     if directory.result.exists() or directory.has_checkpoints():
-        refuse_changes(prepared, directory, FREE_TO_CHANGE)
+        free = FREE_TO_CHANGE
+        if prepared.recipe.scale.min_workers is not None:
+            free = {**free, "scale": {*free["scale"], "workers", "min_workers"}}
+        refuse_changes(prepared, directory, free)
 
 
 def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, set[str]]) -> None:

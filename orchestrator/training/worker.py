@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from orchestrator.training.run_directory import RunDirectory
 
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
 SECONDS_FOR_FIRST_PROCESSES = 10.0
+SECONDS_BETWEEN_LOOKS_FOR_MORE = 120.0
+"""An elastic run that finds room for more workers begins again from its last checkpoint."""
 Work = Callable[[Prepared, Any], None]
 
 
@@ -152,7 +155,8 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     os.environ.update(config["credentials"])
     with contextlib.ExitStack() as stack:
         if isinstance(prepared, ray.ObjectRef):
-            directory = open_run(config["place"], ray.get_runtime_context().get_node_id()[:12])
+            # By the same address as Ray numbers the workers of a node, of which two on one machine are one.
+            directory = open_run(config["place"], ray.util.get_node_ip_address())
             directory.leads_node = context.get_local_rank() == 0
             directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(directory.send_logs)
@@ -163,12 +167,19 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
                 directory.create()
         else:
             directory = open_run(config["place"])
+        prepared = with_workers(prepared, context.get_world_size())
         try:
             train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank)
         except OrchestratorError as error:
             return error
         directory.finish()
     return None
+
+
+def with_workers(prepared: Prepared, number: int) -> Prepared:
+    """The same for as many workers as there are, of those that an elastic run may have."""
+    scale = prepared.recipe.scale.model_copy(update={"workers": number})
+    return replace(prepared, recipe=prepared.recipe.model_copy(update={"scale": scale}))
 
 
 def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, rank: int) -> None:
@@ -195,10 +206,11 @@ def scaling(recipe: Recipe) -> Any:
     from ray.train import ScalingConfig
 
     have = ray.cluster_resources()
-    workers, scale = recipe.scale.workers, recipe.scale
+    scale = recipe.scale
+    workers = scale.min_workers or scale.workers
     gpus = min(1, int(have.get("GPU", 0)) // workers) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
-    cpus = max(1, int(have.get("CPU", 1)) // workers) if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
-    wanted = {"CPU": cpus, "GPU": gpus}
+    share = max(1, int(have.get("CPU", 1)) // scale.workers)
+    wanted = {"CPU": share if scale.cpus_per_worker == "auto" else scale.cpus_per_worker, "GPU": gpus}
     short = [
         too_few(recipe, kind, each, int(have.get(kind, 0)))
         for kind, each in wanted.items()
@@ -207,7 +219,12 @@ def scaling(recipe: Recipe) -> Any:
     if short:
         raise ClusterError("\n".join(map(str, short)))
     resources = {kind: each for kind, each in wanted.items() if each}
-    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=scale.workers if scale.min_workers is None else (scale.min_workers, scale.workers),
+        use_gpu=gpus > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_LOOKS_FOR_MORE,
+    )
 
 
 def cluster_resources() -> dict[str, float]:
@@ -225,7 +242,7 @@ def has_cluster() -> bool:
 
 def too_few(recipe: Recipe, kind: str, each: int, have: int) -> Problem:
     """What the cluster lacks of one kind of resource, for workers that want `each` of it."""
-    workers = recipe.scale.workers
+    workers = recipe.scale.min_workers or recipe.scale.workers
     fewer = f"set scale.workers to {have // each} or less" if have >= each else f"set scale.{kind.lower()}s_per_worker"
     what = f"{workers} workers with {each} {kind} each need {workers * each} {kind}s, the cluster has {have}"
     return Problem(what, recipe.origin.where("scale.workers"), f"{fewer}, or give the cluster more {kind}s")

@@ -25,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (["source.revision=main", "source.model=./here"], "is no Hub model", ["source.revision=null"]),
         (["source.revision=main", "source.model=package:a/b"], "is no Hub model", ["source.revision=null"]),
         (["source.model=https://example.org/m"], "address 'https://example.org/m'", ["source.model=owner/m"]),
-        (["scale.storage=s3://bucket/runs"], "address 's3://bucket/runs'", ["scale.storage=runs"]),
+        (["scale.storage=ftp://host/runs"], "is no kind of address known", ["scale.storage=s3://bucket/runs"]),
         (['target.data="a\\0b"'], "NUL byte", ["target.data=ab"]),
         (['target.data={train: [a.csv, "b\\0.csv"]}'], "NUL byte", ["target.data={train: [a.csv]}"]),
         (["target.data={test: a.csv}"], "names no training data", ["target.data.train=b.csv"]),
@@ -55,6 +55,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (["transfer.adapter.type=lora", "transfer.from_scratch=true"], "adapts pre-trained", ["transfer.adapter=null"]),
         (["transfer.adapter={type: lora, targets: [q, v, q]}"], "'q' 2 times", ["transfer.adapter.targets=[q, v]"]),
         (["transfer.adapter={type: lora, targets: []}"], "is empty", ["transfer.adapter.targets=all-linear"]),
+        (["scale.workers=[4, 2]"], "`scale.min_workers` is 4, more than the 2", ["scale.workers=[2, 4]"]),
+        (["scale.min_workers=1", "scale.workers=2", "scale.zero_stage=2"],
+         "checkpoints are in as many parts", ["scale.zero_stage=0"]),
         (["scale.zero_stage=2", "scale.engine=torch"], "engine `torch` does not have", ["scale.engine=auto"]),
         (["scale.offload=optimizer", "scale.engine=torch"], "engine `torch` does not have", ["scale.offload=none"]),
         (["scale.offload=all", "scale.zero_stage=2"], "moves the weights too", ["scale.zero_stage=3"]),
@@ -70,6 +73,13 @@ def test_a_broken_rule_is_one_problem_that_its_remedy_mends(overrides: list[str]
     assert problem.where == f"{overrides[0]} (command line)"
     assert problem.remedy
     assert parse_recipe(GOOD, overrides=[*overrides, *mended]).name == "mine"
+
+
+def test_two_numbers_of_workers_are_the_fewest_and_the_most() -> None:
+    scale = parse_recipe(GOOD, overrides=["scale.workers=[2, 8]"]).scale
+    assert (scale.min_workers, scale.workers) == (2, 8)
+    with pytest.raises(RecipeError, match=r"scale.workers"):
+        parse_recipe(GOOD, overrides=["scale.workers=[1, 2, 3]"])
 
 
 def test_the_sizes_that_would_divide_are_named() -> None:

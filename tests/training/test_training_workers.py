@@ -101,3 +101,19 @@ def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(
     with pytest.raises(ModelError, match="freeze depth is 7, but the model has 2 layers"):
         train(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "logs" / "worker-0.log").exists()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_has_the_same_curve_with_as_many_workers_as_there_is_room_for(
+    one_worker: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    # The cluster has 4 cores, so there is room for two; what they left is gone on with by one.
+    directory = tmp_path / "run"
+    check_same_curve(one_worker, directory, "scale.workers=[1, 4]", "scale.cpus_per_worker=2", "train.keep=2")
+    assert json.loads((directory / "run.json").read_text())["world_size"] == 2
+    (directory / "result.json").unlink()
+    (directory / "checkpoints" / "step-00000016" / "COMMITTED").unlink()
+    check_same_curve(one_worker, directory, "scale.workers=1", "scale.min_workers=1")
+    record = json.loads((directory / "run.json").read_text())
+    assert record["world_size"] == 1
+    assert "workers from step 9 on: 1; before: 2" in record["notes"]
