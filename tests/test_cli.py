@@ -94,7 +94,7 @@ def test_the_progress_reaches_the_screen_and_chatter_the_logs(
 def test_overrides_may_stand_before_and_after_options() -> None:
     options = parse(["train", "r.yaml", "a=1", "--output", "out", "b.c=2", "--fresh", "d=3"])
     assert options.overrides == ["a=1", "b.c=2", "d=3"]
-    assert (options.recipe, options.output, options.fresh) == ("r.yaml", Path("out"), True)
+    assert (options.recipe, options.output, options.fresh) == ("r.yaml", "out", True)
 
 
 @pytest.mark.parametrize(
