@@ -59,7 +59,7 @@ def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Proble
     """
     mistakes: list[Mistake] = []
     found = [*problems]
-    data = _with_both_ends(data)
+    data = _spelled_out(data)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -79,15 +79,17 @@ def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Proble
     return _settle_overridden_paths(recipe)
 
 
-def _with_both_ends(data: dict[str, Any]) -> dict[str, Any]:
-    """`scale.workers: [2, 8]` as the two values that it stands for."""
+def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
+    """`scale.workers: [2, 8]` and `scale.zero_stage: auto` as the two values that each stands for."""
     scale = data.get("scale")
     if not isinstance(scale, dict):
         return data
-    ends = scale.get("workers")
-    if not (isinstance(ends, list) and len(ends) == 2):
-        return data
-    return {**data, "scale": {**scale, "min_workers": ends[0], "workers": ends[1]}}
+    scale, ends = {**scale}, scale.get("workers")
+    if isinstance(ends, list) and len(ends) == 2:
+        scale |= {"min_workers": ends[0], "workers": ends[1]}
+    if scale.get("zero_stage") == "auto":
+        scale |= {"zero_stage": 0, "fit": True}
+    return {**data, "scale": scale}
 
 
 def check_section(section: type[AnySection], data: dict[str, Any], path: str, origin: Origin) -> AnySection:

@@ -218,6 +218,20 @@ def _fewer_workers_will_do(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _plan_may_choose(recipe: Recipe) -> Iterator[Finding]:
+    scale = recipe.scale
+    taken = {
+        "scale.engine": scale.engine == "torch",
+        "scale.min_workers": scale.min_workers is not None,
+    }
+    for place in (place for place, is_taken in taken.items() if scale.fit and is_taken):
+        yield Finding(
+            (place, "scale.fit", "scale.zero_stage"),
+            f"`scale.fit` has a plan choose ZeRO and offload, for which `{place}` leaves no room",
+            f"remove `{place}`, or set `scale.fit` to false",
+        )
+
+
 def _frozen_body_has_nothing_to_tune(recipe: Recipe) -> Iterator[Finding]:
     transfer = recipe.transfer
     if transfer.freeze != "all":
@@ -346,6 +360,7 @@ _RULES = (
     _training_has_a_length,
     _batch_divides,
     _fewer_workers_will_do,
+    _plan_may_choose,
     _frozen_body_has_nothing_to_tune,
     _scratch_trains_everything,
     _adapter_modules_are_distinct,

@@ -250,7 +250,11 @@ class Scale(Section):
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """`torch` is plain PyTorch or DDP; `auto` takes DeepSpeed when `zero_stage` is above 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
+    """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020). `auto`
+    is short for 0 with `fit`."""
+    fit: bool = False
+    """Where the training would not fit into memory, have a plan choose stage, offload, smaller passes and gradient
+    checkpointing before it starts."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer (`all`: and the weights, with ZeRO-3) in main memory."""
     deepspeed: dict[Text, Any] | None = None

@@ -12,14 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
-from orchestrator.recipe import Recipe, dump_recipe
+from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeError, RunFailed
+from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.report import write_report
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory, write_atomically
-from orchestrator.training.worker import output_to, ray_session, run_workers
+from orchestrator.training.worker import cluster_nodes, output_to, ray_session, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
 # Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.
@@ -78,6 +78,10 @@ def train(
         aside = set_aside(directory) if fresh else None
         create_directory(directory)
         stack.enter_context(directory.locked())
+        chosen = None
+        if recipe.scale.fit:
+            wait_for_cluster()
+            prepared, chosen = fit(prepared, directory)
         refuse_another_run(prepared, directory)
         if directory.result.exists():
             return finished_run(prepared, directory, resumed=True)
@@ -90,6 +94,10 @@ def train(
         attempt = start_record(prepared, directory)
         if aside is not None:
             directory.note(f"the earlier run is in {aside}")
+        if chosen is not None:
+            directory.update_record(chosen=chosen)
+            for place, value in chosen.items():
+                directory.note(f"chosen so that it fits: {place}={value}")
         resumed = directory.has_checkpoints()
         run_and_record(prepared, directory, attempt)
         return finished_run(prepared, directory, resumed)
@@ -112,6 +120,16 @@ def check_model(prepared: Prepared) -> Prepared:
         check_deepspeed(prepared.recipe)
     check_structure(prepared)
     return prepared
+
+
+def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str, Any]]:
+    """As a plan has it, or had it when the run began, with what it chose; raises ClusterError where nothing fits."""
+    from orchestrator.training.fitting import choose_scale, with_choice
+
+    chosen = directory.read_record().get("chosen")
+    if chosen is None:
+        chosen = choose_scale(prepared, cluster_nodes() if prepared.recipe.scale.workers > 1 else None)
+    return with_choice(prepared, chosen), chosen
 
 
 def set_aside(directory: RunDirectory) -> str | None:
@@ -195,8 +213,10 @@ def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, 
         return
     import yaml
 
-    old = yaml.safe_load(directory.recipe.read_text(encoding="utf-8"))
-    new = yaml.safe_load(dump_recipe(prepared.recipe))
+    text = directory.recipe.read_text(encoding="utf-8")
+    with contextlib.suppress(RecipeError):  # An older version may have had no place for what has its default now.
+        text = dump_recipe(parse_recipe(text, directory.recipe))
+    old, new = yaml.safe_load(text), yaml.safe_load(dump_recipe(prepared.recipe))
     remedy = "use --fresh to start over (the old directory is kept under another name), or give another --output"
     changed = [
         Problem(

@@ -227,6 +227,13 @@ def scaling(recipe: Recipe) -> Any:
     )
 
 
+def cluster_nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def cluster_resources() -> dict[str, float]:
     """CPUs and GPUs of the cluster."""
     import ray

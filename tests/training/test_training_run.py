@@ -102,6 +102,19 @@ def test_another_recipe_in_the_same_directory_is_refused_with_what_changed(finis
     assert "train.keep" not in text
 
 
+def test_what_an_older_version_had_no_place_for_has_its_default(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    train(load_recipe(write_recipe(), ["train.steps=2"]), directory)
+    lines = (directory / "recipe.yaml").read_text().splitlines()
+    (directory / "recipe.yaml").write_text("\n".join(line for line in lines if "offload:" not in line))
+    assert len((directory / "recipe.yaml").read_text().splitlines()) == len(lines) - 1
+    assert train(load_recipe(write_recipe(), ["train.steps=2"]), directory).resumed
+    with pytest.raises(InputError, match=r"scale.offload: \"none\", now it is \"optimizer\""):
+        train(
+            load_recipe(write_recipe(), ["train.steps=2", "scale.offload=optimizer", "scale.zero_stage=1"]), directory
+        )
+
+
 def test_changed_data_are_refused(write_recipe: WriteRecipe, small_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
