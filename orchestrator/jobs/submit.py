@@ -95,7 +95,8 @@ def entrypoint_resources(recipe: Recipe, cluster: Cluster, verb: str) -> dict[st
     has_gpus = any(node.get("GPU", 0) for node in nodes)
     gpus = (1 if has_gpus else 0) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
     cpus = 1 if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
-    refuse_too_small(scale.min_workers or scale.workers, {"CPU": cpus, "GPU": gpus}, nodes, recipe)
+    if not scale.wait_for_nodes:
+        refuse_too_small(scale.min_workers or scale.workers, {"CPU": cpus, "GPU": gpus}, nodes, recipe)
     if scale.workers > 1 or verb == "search":
         return {}
     return {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus}
@@ -113,5 +114,5 @@ def refuse_too_small(workers: int, each: dict[str, int], nodes: Sequence[dict[st
     remedy = f"set scale.workers to {room} or less" if room else "lower scale.cpus_per_worker or scale.gpus_per_worker"
     raise ClusterError(
         f"{where}: {workers} workers with {needs} each do not fit: the cluster has {len(nodes)} nodes ({have})\n"
-        f"    -> {remedy}, or give the cluster more nodes"
+        f"    -> {remedy}, or give the cluster more nodes; where an autoscaler does, set scale.wait_for_nodes to true"
     )

@@ -218,6 +218,15 @@ def _fewer_workers_will_do(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _awaited_nodes_are_known(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.scale.wait_for_nodes and recipe.scale.gpus_per_worker == "auto":
+        yield Finding(
+            ("scale.gpus_per_worker", "scale.wait_for_nodes"),
+            "`scale.wait_for_nodes` is true, and `scale.gpus_per_worker` does not say what to wait for",
+            "set `scale.gpus_per_worker` to 1, or to 0",
+        )
+
+
 def _plan_may_choose(recipe: Recipe) -> Iterator[Finding]:
     scale = recipe.scale
     taken = {
@@ -361,6 +370,7 @@ _RULES = (
     _batch_divides,
     _fewer_workers_will_do,
     _plan_may_choose,
+    _awaited_nodes_are_known,
     _frozen_body_has_nothing_to_tune,
     _scratch_trains_everything,
     _adapter_modules_are_distinct,

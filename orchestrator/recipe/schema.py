@@ -243,6 +243,8 @@ class Scale(Section):
     min_workers: PositiveInt | None = None
     """Go on with fewer workers, down to so many, while the cluster has no room for all; the global batch stays as it
     is. null: always all. For trainings without DeepSpeed; the trials of searches have `workers`."""
+    wait_for_nodes: bool = False
+    """Where the cluster has no room yet, wait for nodes that its autoscaler brings, instead of refusing."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker; `auto` takes one where the cluster has them."""
     cpus_per_worker: Literal["auto"] | PositiveInt = "auto"

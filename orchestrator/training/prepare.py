@@ -55,6 +55,8 @@ class Prepared:
     identity: dict[str, str]
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
+    parameters: dict[str, int] | None = None
+    """How many there are, `total` and `trained`; None where nobody has looked, or only the weights tell."""
 
     def encoded(self, split: str) -> Encoded:
         return self.task.wrap(self.tables[split], self.processor)

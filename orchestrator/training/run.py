@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeError, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.report import write_report
+from orchestrator.training.disk import refuse_full_disk
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
 from orchestrator.training.remote_run import open_run
@@ -29,7 +30,7 @@ FREE_TO_CHANGE = {
     **PLACES,
     "": {"search"},
     "train": {"keep", "log_every", "cache_prefix"},
-    "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes"},
+    "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes", "wait_for_nodes"},
 }
 
 
@@ -90,6 +91,8 @@ def train(
             bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
             stack.enter_context(live_line(directory.root, screen, bring))
             stack.enter_context(output_to(directory.logs / "command.log"))
+        if prepared.parameters is not None and directory.place == str(directory.root):
+            refuse_full_disk(directory.root, recipe, prepared.parameters)
         wait_for_cluster()
         attempt = start_record(prepared, directory)
         if aside is not None:
@@ -118,8 +121,8 @@ def check_model(prepared: Prepared) -> Prepared:
     choose_metric(prepared)
     if prepared.recipe.scale.deepspeed is not None:
         check_deepspeed(prepared.recipe)
-    check_structure(prepared)
-    return prepared
+    parts = check_structure(prepared)
+    return prepared if parts is None else replace(prepared, parameters=parts.count_parameters())
 
 
 def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str, Any]]:

@@ -19,6 +19,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import Prepared
+from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory
 
@@ -53,6 +54,10 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         "credentials": credentials() if directory.place != str(directory.root) else {},
     }
     size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
+    if distributed and recipe.scale.wait_for_nodes:
+        wanted = " and ".join(f"{number:g} {kind}" for kind, number in size.resources_per_worker.items())
+        workers = f"{size.min_workers} workers with {wanted} each"
+        ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
     fit(TorchTrainer, train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
 
 
@@ -201,7 +206,11 @@ def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attemp
 
 
 def scaling(recipe: Recipe) -> Any:
-    """How many workers of which size; raises ClusterError when the cluster can never hold them."""
+    """How many workers of which size.
+
+    Raises:
+        ClusterError: the cluster cannot hold them, and the recipe does not wait for one that can.
+    """
     import ray
     from ray.train import ScalingConfig
 
@@ -216,7 +225,7 @@ def scaling(recipe: Recipe) -> Any:
         for kind, each in wanted.items()
         if workers * each > have.get(kind, 0)
     ]
-    if short:
+    if short and not scale.wait_for_nodes:
         raise ClusterError("\n".join(map(str, short)))
     resources = {kind: each for kind, each in wanted.items() if each}
     return ScalingConfig(

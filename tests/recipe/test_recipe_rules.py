@@ -56,6 +56,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (["transfer.adapter={type: lora, targets: [q, v, q]}"], "'q' 2 times", ["transfer.adapter.targets=[q, v]"]),
         (["transfer.adapter={type: lora, targets: []}"], "is empty", ["transfer.adapter.targets=all-linear"]),
         (["scale.engine=torch", "scale.zero_stage=auto"], "leaves no room", ["scale.engine=auto"]),
+        (["scale.wait_for_nodes=true"], "does not say what to wait for", ["scale.gpus_per_worker=1"]),
         (["scale.workers=[4, 2]"], "`scale.min_workers` is 4, more than the 2", ["scale.workers=[2, 4]"]),
         (["scale.min_workers=1", "scale.workers=2", "scale.zero_stage=2"],
          "checkpoints are in as many parts", ["scale.zero_stage=0"]),

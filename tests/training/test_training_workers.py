@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import ClusterError, ModelError
+from orchestrator.training.worker import scaling
 
 # 57 examples: the last of each epoch's 8 batches holds a single one, so that one of two workers has none.
 CURVE = [
@@ -91,6 +92,14 @@ def test_more_workers_than_the_cluster_holds_are_refused(
     recipe = load_recipe(write_recipe(), ["scale.workers=8", "scale.cpus_per_worker=1"])
     with pytest.raises(ClusterError, match=r"need 8 CPUs, the cluster has 4[\s\S]*set scale.workers to 4 or less"):
         train(recipe, tmp_path / "run")
+
+
+def test_a_run_may_wait_for_nodes_that_are_not_there_yet(write_recipe: Callable[..., Path], ray_cluster: None) -> None:
+    wanted = ["scale.workers=8", "scale.cpus_per_worker=1", "scale.gpus_per_worker=1"]
+    with pytest.raises(ClusterError, match=r"need 8 GPUs, the cluster has 0"):
+        scaling(load_recipe(write_recipe(), wanted))
+    size = scaling(load_recipe(write_recipe(), [*wanted, "scale.wait_for_nodes=true"]))
+    assert (size.num_workers, size.resources_per_worker) == (8, {"CPU": 1, "GPU": 1})
 
 
 def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(

@@ -1,0 +1,45 @@
+"""Whether a run has room on its disk, before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.errors import ClusterError
+from orchestrator.recipe import Recipe
+
+BYTES_OF_STATE = 12
+"""In a checkpoint, of each trained number: itself and Adam's two moments, all in fp32."""
+BYTES_OF_WEIGHT = 4
+
+
+def bytes_needed(recipe: Recipe, parameters: Mapping[str, int]) -> int:
+    """What checkpoints and the model take at most: those that are kept, the best one, and the one being written.
+
+    Args:
+        parameters: how many there are, `total` and `trained`.
+    """
+    checkpoints = (recipe.train.keep + 2) * BYTES_OF_STATE * parameters["trained"]
+    model = parameters["total" if recipe.transfer.adapter is None else "trained"]
+    return checkpoints + BYTES_OF_WEIGHT * model
+
+
+def refuse_full_disk(folder: Path, recipe: Recipe, parameters: Mapping[str, int]) -> None:
+    """Raise ClusterError where the run directory's disk has less room than the run will take.
+
+    Args:
+        folder: the run directory; what is in it already counts as room.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(folder).free + there, bytes_needed(recipe, parameters)
+    if free >= needed:
+        return
+    raise ClusterError(
+        f"{folder} has room for {_gigabytes(free)}, and checkpoints and model take {_gigabytes(needed)}\n"
+        f"    -> free some, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
+    )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"

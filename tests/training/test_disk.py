@@ -1,0 +1,44 @@
+"""Room on the disk, before a run starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator import load_recipe, train
+from orchestrator.cli import main
+from orchestrator.training.disk import bytes_needed
+
+WriteRecipe = Callable[..., Path]
+
+
+def used(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("transfer", [{"freeze": 0}, {"freeze": 1}, {"freeze": 0, "adapter": {"type": "lora", "r": 4}}])
+def test_a_run_takes_no_more_than_was_foreseen(
+    transfer: dict[str, object], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(transfer=transfer), ["train.steps=6", "train.save_every=1", "train.keep=2"])
+    run = train(recipe, tmp_path / "run")
+    counts = run.result["parameters"]
+    in_files = used(run.directory / "checkpoints") + used(run.directory / "model")
+    foreseen = bytes_needed(recipe, counts)
+    # Two checkpoints, and a third where the best is another; at most one more while one is written. And small files.
+    assert foreseen / 2.5 < in_files < foreseen + 200_000
+
+
+def test_a_full_disk_is_refused_before_anything_starts(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=100_000))
+    assert main(["train", str(write_recipe()), "--output", str(tmp_path / "run")]) == 3
+    told = capsys.readouterr().err
+    assert "checkpoints and model take" in told
+    assert "train.keep (2)" in told
+    assert not (tmp_path / "run" / "run.json").exists()
