@@ -10,7 +10,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.planning import machine_of
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine import micro_batch_size
-from orchestrator.training.planner import Planner, advise, machine_here
+from orchestrator.training.layouts import Planner, advise, machine_here
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.subject import Subject
 

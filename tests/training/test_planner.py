@@ -24,8 +24,9 @@ from orchestrator.planning import processors, read_shape
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.training import measuring
 from orchestrator.training.assemble import assemble
+from orchestrator.training.layouts import SPARE
 from orchestrator.training.measuring import measure, measure_load
-from orchestrator.training.planner import SPARE, TrainingPlan, plan
+from orchestrator.training.planner import TrainingPlan, plan
 from orchestrator.training.prepare import prepare
 from orchestrator.training.simulation import fake_weights, simulate
 from orchestrator.training.subject import open_subject

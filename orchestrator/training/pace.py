@@ -1,0 +1,107 @@
+"""How long a training takes, by the operations that it computes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from orchestrator.errors import InputError, Problem
+from orchestrator.planning import EFFICIENCY, Effort, Machine, network_bytes, step_seconds
+from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.training.engine import micro_batch_size
+from orchestrator.training.layouts import Planner
+from orchestrator.training.measuring import Load, Measured
+from orchestrator.training.precision import Precision
+from orchestrator.training.subject import open_subject
+
+
+def caches(planner: Planner, recipe: Recipe, found: Measured, load: Load, steps: int | None) -> bool:
+    """Whether the run would store what its frozen blocks make of the data."""
+    wanted = recipe.train.cache_prefix
+    can = recipe.scale.zero_stage < 3 and planner.encoded.rows_per_example == 1 and not planner.encoded.augments
+    if not can or found.boundary_numbers == 0 or wanted is False:
+        return False
+    return wanted is True or (found.frozen.linear > 0 and (steps is None or steps > load.steps))
+
+
+def effort_of(
+    planner: Planner, recipe: Recipe, micro_batch: int, steps: int | None, cached: bool, calibration: Path | None
+) -> Effort:
+    load, found = planner.measure(recipe, micro_batch)
+    a_step = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+    rate, basis = pace(planner, calibration)
+    network = network_bytes(found.size, planner.setting(recipe, load))
+    seconds = step_seconds(a_step, rate, network, recipe.scale.workers, planner.machine)
+    whole = None if steps is None else seconds * steps + operations_beside(planner, recipe, micro_batch, steps) / rate
+    return Effort(a_step, rate, basis, seconds, whole)
+
+
+def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps: int) -> float:
+    """Of evaluations, and of what frozen blocks compute once, on each worker."""
+    load, found = planner.measure(recipe, micro_batch)
+    prepared = planner.subject.prepared
+    cached = caches(planner, recipe, found, load, steps)
+    once = found.frozen.of(load) if cached else 0.0
+    if "select" not in prepared.tables:
+        return once
+    encoded = prepared.encoded("select")
+    lengths = encoded.lengths.astype(float) * 1.0
+    times = encoded.rows_per_example / recipe.scale.workers
+    of_select = replace(load, linear=times * float(lengths.sum()), square=times * float((lengths**2).sum()))
+    every = recipe.train.evaluate_every
+    evaluations = max(1, steps // (load.steps if every == "epoch" else int(every)))
+    frozen = found.frozen.of(of_select) if cached else 0.0
+    return once + frozen + evaluations * (found.forward.of(of_select) - frozen)
+
+
+def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
+    """Operations a second of a worker, and where that is from."""
+    if calibration is not None:
+        return pace_of_run(calibration, planner.machine), f"the pace of {calibration}"
+    if planner.machine.rate is not None:
+        return planner.machine.rate * EFFICIENCY, f"{EFFICIENCY:.0%} of what a {planner.machine.name} does at its best"
+    return measure_products(planner.precision(planner.subject.prepared.recipe)), "matrix products timed here"
+
+
+def pace_of_run(directory: Path, machine: Machine) -> float:
+    """Operations a second of each worker of a finished run.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        recipe = load_recipe(directory / "recipe.yaml")
+    except OSError as error:
+        remedy = "name the directory of a finished run on the same kind of machine"
+        raise InputError(Problem("there is no finished run", str(directory), remedy)) from error
+    planner = Planner(open_subject(recipe), machine)
+    micro_batch = micro_batch_size(recipe)
+    load, found = planner.measure(recipe, micro_batch)
+    steps = int(result["steps"])
+    cached = caches(planner, recipe, found, load, steps)
+    a_step = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+    # The clock of a run begins with its steps, after what is computed once.
+    once = found.frozen.of(load) if cached else 0.0
+    total = a_step * steps + operations_beside(planner, recipe, micro_batch, steps) - once
+    return float(total / result["seconds"])
+
+
+def measure_products(precision: Precision) -> float:
+    """Operations a second of matrix products of a common size, on this machine."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 1024
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # Until it is there.
+        best = min(best, time.perf_counter() - began)
+    return EFFICIENCY * 2 * size**3 / best
