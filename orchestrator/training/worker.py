@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.errors import ClusterError, OrchestratorError, Problem, RunFailed
 from orchestrator.recipe import Recipe
-from orchestrator.storage import credentials
+from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
@@ -50,8 +50,8 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         "prepared": ray.put(prepared) if distributed else prepared,
         "place": directory.place,
         "attempt": attempt,
-        # Not in the workers' environment: Ray shows that to everybody.
-        "credentials": credentials() if directory.place != str(directory.root) else {},
+        # As a reference: Ray shows what is in here, and the workers' environment, to everybody.
+        "credentials": ray.put(credentials()) if distributed and is_url(directory.place) else None,
     }
     size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
     if distributed and recipe.scale.wait_for_nodes:
@@ -157,7 +157,8 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     prepared = config["prepared"]
-    os.environ.update(config["credentials"])
+    if config["credentials"] is not None:
+        os.environ.update(ray.get(config["credentials"]))
     with contextlib.ExitStack() as stack:
         if isinstance(prepared, ray.ObjectRef):
             # By the same address as Ray numbers the workers of a node, of which two on one machine are one.

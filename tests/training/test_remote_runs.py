@@ -19,6 +19,7 @@ from orchestrator.cli import main
 from orchestrator.errors import InputError, RunFailed
 from orchestrator.jobs.fetch import download, send
 from orchestrator.storage import RemoteFolder, credentials, is_url
+from orchestrator.training import worker
 from orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.training.remote_run import RemoteRunDirectory
 
@@ -221,10 +222,22 @@ def test_a_save_that_fails_half_way_leaves_the_checkpoint_before_it(
 
 @pytest.mark.slow
 def test_two_workers_keep_their_run_there(
-    bucket: str, expected: tuple[Path, dict[int, float]], ray_cluster: None, tmp_path: Path
+    bucket: str,
+    expected: tuple[Path, dict[int, float]],
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, _ = expected
     url = f"{bucket}/two"
+    shown_by_ray: list[str] = []
+    fit = worker.fit
+
+    def watched(trainer: type, loop: Any, config: dict[str, Any], *others: Any) -> None:
+        shown_by_ray.append(repr(config))
+        fit(trainer, loop, config, *others)
+
+    monkeypatch.setattr(worker, "fit", watched)
     overrides = [*STEPS, "scale.workers=2", "scale.zero_stage=2", "train.steps=10"]
     run = train(load_recipe(recipe, overrides), url)
     assert run.result["steps"] == 10
@@ -236,6 +249,8 @@ def test_two_workers_keep_their_run_there(
     # The command's copy has the records, and not what the workers' has.
     assert (run.directory / "report.html").exists()
     assert not (run.directory / "model").exists()
+    assert len(shown_by_ray) == 1
+    assert "a-secret" not in shown_by_ray[0]
 
 
 def test_what_cannot_be_reached_is_refused_before_anything_starts(
