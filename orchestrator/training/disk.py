@@ -9,8 +9,8 @@ from pathlib import Path
 from orchestrator.errors import ClusterError
 from orchestrator.recipe import Recipe
 
-BYTES_OF_STATE = 12
-"""In a checkpoint, of each trained number: itself and Adam's two moments, all in fp32."""
+BYTES_OF_STATE = 14
+"""In a checkpoint, of each trained number: itself and Adam's two moments in fp32, and DeepSpeed's copy in bf16."""
 BYTES_OF_WEIGHT = 4
 
 

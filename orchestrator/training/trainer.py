@@ -65,8 +65,9 @@ def run_worker(prepared: Prepared, directory: RunDirectory, attempt: int, device
         before = score_before(session)
         memory = resume(session)
         if session.engine.rank == 0:
-            tell_number_of_workers(session, memory.step)
+            note_other_number_of_workers(session, memory.step)
             session.directory.update_record(
+                world_size=session.engine.num_workers,
                 precision=session.precision,
                 parameters=session.parts.count_parameters(),
                 total_steps=session.plan.total_steps,
@@ -185,13 +186,12 @@ def resume(session: Session) -> Memory:
     return Memory(**found.state)
 
 
-def tell_number_of_workers(session: Session, step: int) -> None:
-    """Record how many workers there are; a note where there were others before."""
+def note_other_number_of_workers(session: Session, step: int) -> None:
+    """Say so where an elastic run goes on after `step` with more or fewer workers."""
     number = session.engine.num_workers
     before = session.directory.read_record().get("world_size", number)
     if step and before != number:
         session.directory.note(f"workers from step {step + 1} on: {number}; before: {before}")
-    session.directory.update_record(world_size=number)
 
 
 def make_saver(session: Session) -> Saver:
