@@ -21,7 +21,7 @@ from orchestrator.search.resources import TrialResources
 from orchestrator.search.running import Report
 from orchestrator.search.searchers import Listed
 from orchestrator.search.tuning import make_scheduler, run_trials
-from orchestrator.training.worker import ray_cluster
+from orchestrator.training.cluster import ray_cluster
 
 NUM_TRIALS = 16
 MODULES = ("torch", "transformers.trainer")

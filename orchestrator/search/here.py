@@ -20,7 +20,7 @@ from orchestrator.search.records import SearchDirectory
 from orchestrator.search.running import Report
 from orchestrator.search.space import trial_recipe
 from orchestrator.search.workplace import make_workplace
-from orchestrator.training.worker import has_cluster
+from orchestrator.training.cluster import has_cluster
 
 
 def can_run_here(plan: Plan) -> bool:

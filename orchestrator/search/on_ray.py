@@ -17,7 +17,7 @@ from orchestrator.search.resources import num_concurrent, trial_resources
 from orchestrator.search.searchers import Listed, Suggested, optuna_searcher
 from orchestrator.search.space import decode
 from orchestrator.search.workplace import make_workplace
-from orchestrator.training.worker import cluster_resources
+from orchestrator.training.cluster import cluster_resources
 
 SUGGESTED = "suggested.jsonl"
 

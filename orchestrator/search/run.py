@@ -19,10 +19,11 @@ from orchestrator.search.records import BUDGET, SearchDirectory, read_rows
 from orchestrator.search.space import FREEZE
 from orchestrator.storage import is_url
 from orchestrator.training import import_ahead
+from orchestrator.training.cluster import ray_cluster
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
 from orchestrator.training.run import PLACES, create_directory, refuse_changes, set_aside
-from orchestrator.training.worker import output_to, ray_cluster
+from orchestrator.training.worker import output_to
 
 FREE_TO_CHANGE = {
     **PLACES,

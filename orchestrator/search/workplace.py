@@ -23,8 +23,9 @@ from orchestrator.search.resources import trial_resources
 from orchestrator.search.running import RunningTrial
 from orchestrator.search.trial import Trial
 from orchestrator.tasks.base import MainMetric
+from orchestrator.training.cluster import cluster_resources
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.worker import cluster_resources, run_crew
+from orchestrator.training.worker import run_crew
 
 
 @dataclass(frozen=True)

@@ -195,11 +195,18 @@ class Saver:
         self.store = store
         self.train = train
         self.plan = plan
+        self._saved: int | None = None
 
     def after_step(self, step: Step, memory: Memory) -> None:
         due = is_due(self.train.save_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps)
-        if not (due or memory.improved or memory.stop):
+        if due or memory.improved or memory.stop:
+            self.save(step, memory)
+
+    def save(self, step: Step, memory: Memory) -> None:
+        """Save this step, unless it is saved."""
+        if self._saved == step.number:
             return
+        self._saved = step.number
         self.store.save(step.number, memory.to_state(), self.engine.write_state)
         if self.engine.rank == 0:
             self.store.prune(self.train.keep, memory.best_step)

@@ -15,12 +15,13 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeError, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.report import write_report
+from orchestrator.training.cluster import cluster_nodes, ray_session
 from orchestrator.training.disk import refuse_full_disk
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory, write_atomically
-from orchestrator.training.worker import cluster_nodes, output_to, ray_session, run_workers
+from orchestrator.training.worker import output_to, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
 # Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.

@@ -26,6 +26,7 @@ from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
+from orchestrator.training.preemption import Notice, Watch
 from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
@@ -58,8 +59,14 @@ class Session:
             self.progress.show(force=True, phase=phase)
 
 
-def run_worker(prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, is_first: bool) -> None:
-    """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory."""
+def run_worker(
+    prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, is_first: bool, notice: Notice | None = None
+) -> None:
+    """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory.
+
+    Args:
+        notice: tells when machines will be taken away; None where nobody takes any.
+    """
     progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
     with open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
@@ -72,7 +79,9 @@ def run_worker(prepared: Prepared, directory: RunDirectory, attempt: int, device
                 parameters=session.parts.count_parameters(),
                 total_steps=session.plan.total_steps,
             )
-        for _ in evaluations(session, memory, [make_saver(session)]):
+        saver = make_saver(session)
+        watches = [] if notice is None else [Watch(session.engine, saver, notice)]
+        for _ in evaluations(session, memory, [saver, *watches]):
             pass
         finish(session, memory, before)
 

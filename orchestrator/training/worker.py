@@ -1,32 +1,32 @@
-"""Ray Train: start the workers, restart them when one dies. The only file of this room that knows Ray."""
+"""Ray Train: start the workers, restart them when one dies."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import ClusterError, OrchestratorError, Problem, RunFailed
+from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
+from orchestrator.training.cluster import has_notices, scaling
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory
 
+if TYPE_CHECKING:
+    from orchestrator.training.preemption import Notice
+
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
-SECONDS_FOR_FIRST_PROCESSES = 10.0
-SECONDS_BETWEEN_LOOKS_FOR_MORE = 120.0
-"""An elastic run that finds room for more workers begins again from its last checkpoint."""
+SECONDS_UNTIL_A_NODE_GOES = 120.0  # Ray Train's own guess where no deadline is told.
+SECONDS_AFTER_A_DEADLINE = 60.0
 Work = Callable[[Prepared, Any], None]
 
 
@@ -50,6 +50,7 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         "prepared": ray.put(prepared) if distributed else prepared,
         "place": directory.place,
         "attempt": attempt,
+        "has_notices": distributed and has_notices(),
         # As a reference: Ray shows what is in here, and the workers' environment, to everybody.
         "credentials": ray.put(credentials()) if distributed and is_url(directory.place) else None,
     }
@@ -175,7 +176,8 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
             directory = open_run(config["place"])
         prepared = with_workers(prepared, context.get_world_size())
         try:
-            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank)
+            notice = PreemptionNotice() if config["has_notices"] else None
+            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank, notice)
         except OrchestratorError as error:
             return error
         directory.finish()
@@ -188,7 +190,29 @@ def with_workers(prepared: Prepared, number: int) -> Prepared:
     return replace(prepared, recipe=prepared.recipe.model_copy(update={"scale": scale}))
 
 
-def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, rank: int) -> None:
+class PreemptionNotice:
+    """What Ray Train hears of nodes that will be taken away, such as a cloud's spot machines."""
+
+    def __init__(self) -> None:
+        self._told: Any = None
+        self._waited_for: Any = None
+
+    def is_given(self) -> bool:
+        import ray.train
+
+        self._told = ray.train.get_preemption_info()
+        return self._told is not None and self._told != self._waited_for
+
+    def wait(self) -> None:
+        self._waited_for = self._told
+        deadline = self._told.deadline_ms
+        left = SECONDS_UNTIL_A_NODE_GOES if deadline is None else deadline / 1000 - time.time()
+        time.sleep(max(0.0, left) + SECONDS_AFTER_A_DEADLINE)
+
+
+def train_in_passes_that_fit(
+    prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, rank: int, notice: Notice | None
+) -> None:
     """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
     from orchestrator.training.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
     from orchestrator.training.trainer import run_worker
@@ -196,7 +220,7 @@ def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attemp
     while True:
         tried = with_recorded_passes(prepared, directory)
         try:
-            return run_worker(tried, directory, attempt, device, is_first=rank == 0)
+            return run_worker(tried, directory, attempt, device, is_first=rank == 0, notice=notice)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -204,148 +228,6 @@ def train_in_passes_that_fit(prepared: Prepared, directory: RunDirectory, attemp
                 halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
                 raise  # The others wait for this one: Ray ends them, and all begin again.
         halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
-
-
-def scaling(recipe: Recipe) -> Any:
-    """How many workers of which size.
-
-    Raises:
-        ClusterError: the cluster cannot hold them, and the recipe does not wait for one that can.
-    """
-    import ray
-    from ray.train import ScalingConfig
-
-    have = ray.cluster_resources()
-    scale = recipe.scale
-    workers = scale.min_workers or scale.workers
-    gpus = min(1, int(have.get("GPU", 0)) // workers) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
-    share = max(1, int(have.get("CPU", 1)) // scale.workers)
-    wanted = {"CPU": share if scale.cpus_per_worker == "auto" else scale.cpus_per_worker, "GPU": gpus}
-    short = [
-        too_few(recipe, kind, each, int(have.get(kind, 0)))
-        for kind, each in wanted.items()
-        if workers * each > have.get(kind, 0)
-    ]
-    if short and not scale.wait_for_nodes:
-        raise ClusterError("\n".join(map(str, short)))
-    resources = {kind: each for kind, each in wanted.items() if each}
-    return ScalingConfig(
-        num_workers=scale.workers if scale.min_workers is None else (scale.min_workers, scale.workers),
-        use_gpu=gpus > 0,
-        resources_per_worker=resources,
-        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_LOOKS_FOR_MORE,
-    )
-
-
-def cluster_nodes() -> list[dict[str, float]]:
-    """The resources of each node of the cluster."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster."""
-    import ray
-
-    return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-
-
-def has_cluster() -> bool:
-    """Whether this process is told of a Ray cluster, or is in one already."""
-    ray = sys.modules.get("ray")
-    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
-
-
-def too_few(recipe: Recipe, kind: str, each: int, have: int) -> Problem:
-    """What the cluster lacks of one kind of resource, for workers that want `each` of it."""
-    workers = recipe.scale.min_workers or recipe.scale.workers
-    fewer = f"set scale.workers to {have // each} or less" if have >= each else f"set scale.{kind.lower()}s_per_worker"
-    what = f"{workers} workers with {each} {kind} each need {workers * each} {kind}s, the cluster has {have}"
-    return Problem(what, recipe.origin.where("scale.workers"), f"{fewer}, or give the cluster more {kind}s")
-
-
-@contextlib.contextmanager
-def ray_session(recipe: Recipe) -> Iterator[Callable[[], None]]:
-    """The Ray cluster for the run: the one that this process or RAY_ADDRESS names, else a new one on this machine.
-
-    It starts in the background; call what is yielded to wait for it. A new one ends with the run. A single worker
-    needs none.
-    """
-    if recipe.scale.workers == 1:
-        refuse_missing_gpu(recipe)
-        yield lambda: None
-        return
-    with ray_cluster(recipe.scale.workers) as wait_for_cluster:
-        yield wait_for_cluster
-
-
-@contextlib.contextmanager
-def ray_cluster(num_processes: int, preload: Sequence[str] = ()) -> Iterator[Callable[[], None]]:
-    """The same for so many processes, also for one.
-
-    Args:
-        preload: modules that the processes of a new cluster import before they are given work.
-    """
-    import ray
-
-    if ray.is_initialized():
-        yield lambda: None
-        return
-    refuse_dead_address(os.environ.get("RAY_ADDRESS", ""))
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start-ray") as pool:
-        starting = pool.submit(start_ray, num_processes, preload)
-        try:
-            yield starting.result
-        finally:
-            wait([starting])
-            ray.shutdown()
-
-
-def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
-    import ray
-
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Otherwise Ray connects to any cluster that somebody has started on this machine.
-        options = {"address": "local", "num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
-        if preload:
-            options["_system_config"] = {"preload_python_modules": list(preload)}
-    logging.getLogger("ray").setLevel(logging.ERROR)  # What it says on starting is not about the run.
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-    if options and preload:
-        wait_for_processes(options["num_cpus"])
-
-
-def wait_for_processes(count: int) -> None:
-    """Wait until Ray knows its first processes: work that comes earlier is given to new ones, which import again."""
-    from ray._private.state import workers
-
-    until = time.monotonic() + SECONDS_FOR_FIRST_PROCESSES
-    while len(workers()) < count and time.monotonic() < until:
-        time.sleep(0.05)
-
-
-def refuse_missing_gpu(recipe: Recipe) -> None:
-    """Raise ClusterError where the one worker, which is this process, is to have a GPU and there is none."""
-    import torch
-
-    if recipe.scale.gpus_per_worker == 1 and not torch.cuda.is_available():
-        raise ClusterError(str(too_few(recipe, "GPU", 1, 0)))
-
-
-def refuse_dead_address(address: str) -> None:
-    """Raise ClusterError where nobody listens at `host:port`: Ray itself would go on trying for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=3.0).close()
-    except OSError as error:
-        what = f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}"
-        raise ClusterError(f"{what}\n    -> start it, correct the address, or unset RAY_ADDRESS") from None
 
 
 def worker_environment() -> dict[str, Any]:

@@ -135,7 +135,7 @@ def test_ray_starts_at_once_unless_all_trials_freeze_the_body(
 
 
 def test_a_cluster_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.training.worker import has_cluster
+    from orchestrator.training.cluster import has_cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")
     assert has_cluster()

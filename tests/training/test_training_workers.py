@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import ClusterError, ModelError
-from orchestrator.training.worker import scaling
+from orchestrator.training.cluster import scaling
 
 # 57 examples: the last of each epoch's 8 batches holds a single one, so that one of two workers has none.
 CURVE = [
