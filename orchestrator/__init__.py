@@ -74,5 +74,7 @@ def submit(
     """Send a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `orchestrator.jobs.client.connect`."""
     from orchestrator.jobs import connect
     from orchestrator.jobs import submit as submit_recipe
+    from orchestrator.training.pictures import named_pictures
 
-    return submit_recipe(recipe, connect(address, insecure), verb, __version__, shared=shared, variables=variables)
+    cluster, pictures = connect(address, insecure), named_pictures(recipe)
+    return submit_recipe(recipe, cluster, verb, __version__, shared=shared, variables=variables, pictures=pictures)

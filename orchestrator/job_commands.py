@@ -61,10 +61,12 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
 
     recipe = load_recipe(options.recipe, options.overrides)
     from orchestrator.jobs import submit
+    from orchestrator.training.pictures import named_pictures
 
     cluster = reach(options)
     verb = "search" if options.search else "train"
-    found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env)
+    pictures = named_pictures(recipe)
+    found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env, pictures=pictures)
     job = found.job
     sent = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB" if found.is_new else "it is running already"
     out = sys.stderr if options.json else sys.stdout

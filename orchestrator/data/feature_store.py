@@ -198,6 +198,12 @@ class FeatureStore:
                 self._partial(key).rename(self.folder / key)
         return Rows(self.folder / key)
 
+    def adopt(self, key: str, folder: Path) -> None:
+        """Take in a whole entry that lies in a folder on the same disk, unless there is one."""
+        with self._alone():
+            if not (self.folder / key).exists():
+                folder.rename(self.folder / key)
+
     def make_room(self, num_bytes: int, but: frozenset[str] = frozenset()) -> str | None:
         """Remove what was read longest ago until so many bytes fit; why they cannot, or None when they do.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def submit(
     *,
     shared: Sequence[Path] = (),
     variables: Sequence[str] = (),
+    pictures: Mapping[Path, Sequence[Path]] | None = None,
 ) -> Submitted:
     """Send a recipe and have the cluster train it, or search.
 
@@ -47,6 +48,7 @@ def submit(
         version: of this package.
         shared: folders that every node sees under the same path.
         variables: names of environment variables that the job is to have.
+        pictures: those that data files in a folder name, by the folder.
 
     Raises:
         InputError: what cannot be sent; storage that not every node would see.
@@ -55,7 +57,8 @@ def submit(
     directory = run_directory(recipe, cluster, verb)
     needs = entrypoint_resources(recipe, cluster, verb)
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
-        upload = pack(recipe, Path(folder), [*(home.absolute() for home in shared), Path(directory).parent], variables)
+        seen = [*(home.absolute() for home in shared), Path(directory).parent]
+        upload = pack(recipe, Path(folder), seen, variables, pictures or {})
         base = f"{directory.rpartition('/')[2]}-{upload.digest[:8]}"
         attempts = re.compile(rf"{base}(-\d+)?")
         earlier = [job for job in cluster.jobs() if attempts.fullmatch(job.id)]

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.recipe import Recipe, dump_recipe, map_paths, resolve_path
@@ -33,13 +34,20 @@ class Upload:
     """SHA-256 of recipe and files."""
 
 
-def pack(recipe: Recipe, folder: Path, shared: Sequence[Path], variables: Sequence[str]) -> Upload:
+def pack(
+    recipe: Recipe,
+    folder: Path,
+    shared: Sequence[Path],
+    variables: Sequence[str],
+    pictures: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
+) -> Upload:
     """Fill a folder with all that a job needs.
 
     Args:
         shared: folders that every node sees under the same path; what lies in them stays there.
         variables: names of environment variables that the job is to have. Their values go into a file of their own,
             because a job's settings are shown to everybody who may look at the cluster.
+        pictures: those that data files in a folder name, by the folder, which they lie in.
 
     Raises:
         InputError: a file that is not there, more than may be sent, a variable that is not set.
@@ -63,11 +71,15 @@ def pack(recipe: Recipe, folder: Path, shared: Sequence[Path], variables: Sequen
     moved = _with_option_files(moved, travelling)
     missing = [name for name in variables if name not in os.environ]
     problems += [Problem(f"the variable {name} is not set", "--env", f"export {name}=...") for name in missing]
-    problems += _too_large(travelling)
+    beside = _pictures_beside(travelling, pictures)
+    problems += _too_large([*travelling, *beside.values()])
     if problems:
         raise InputError(problems)
     for path, place in travelling.items():
         _copy(path, folder / place)
+    for place, path in beside.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / place)
     text = dump_recipe(moved, absolute=False)
     (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -83,6 +95,16 @@ def pack(recipe: Recipe, folder: Path, shared: Sequence[Path], variables: Sequen
 def copy_package(folder: Path) -> None:
     """Put this version of the package into a folder, for jobs whose working folder it is."""
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
+
+
+def _pictures_beside(travelling: Mapping[Path, str], pictures: Mapping[Path, Sequence[Path]]) -> dict[str, Path]:
+    """Where the pictures go that travelling data files name: beside each of them, as they lie here."""
+    return {
+        str(PurePosixPath(place).parent / picture.relative_to(path.parent)): picture
+        for path, place in travelling.items()
+        if path.is_file()
+        for picture in pictures.get(path.parent, ())
+    }
 
 
 def _with_option_files(recipe: Recipe, travelling: dict[Path, str]) -> Recipe:
@@ -107,8 +129,8 @@ def _copy(path: Path, target: Path) -> None:
         shutil.copy(names, target.parent)
 
 
-def _too_large(travelling: dict[Path, str]) -> list[Problem]:
-    sizes = {path: _size(path) for path in travelling}
+def _too_large(paths: Sequence[Path]) -> list[Problem]:
+    sizes = {path: _size(path) for path in paths}
     if sum(sizes.values()) <= LARGEST:
         return []
     largest = max(sizes, key=sizes.__getitem__)

@@ -256,7 +256,7 @@ class Scale(Section):
     is short for 0 with `fit`."""
     fit: bool = False
     """Where the training would not fit into memory, have a plan choose stage, offload, smaller passes and gradient
-    checkpointing before it starts."""
+    checkpointing before it starts. Searches leave all of it as it is written."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer (`all`: and the weights, with ZeRO-3) in main memory."""
     deepspeed: dict[Text, Any] | None = None

@@ -18,7 +18,7 @@ from orchestrator.training.assemble import Parts
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 from orchestrator.training.loop import Plan
-from orchestrator.training.prefix_cache import PrefixCache, model_identity, open_store
+from orchestrator.training.prefix_cache import PrefixCache, model_identity, open_shared, open_store
 from orchestrator.training.prepare import Prepared
 
 TRIED = (0.0, 0.1, 0.25)  # Examples on which a model's split is tried out, as shares of all by length: short ones.
@@ -112,17 +112,19 @@ def make_feeds(
     tell: Callable[[str], None],
     note: Callable[[str], None],
     boundaries: Sequence[int] = (),
+    leads_node: bool = True,
 ) -> dict[str, Feed]:
     """Every split as it is fed to the model: with stored features where there can be any.
 
     Args:
         tell: shows the phase; `note` keeps a sentence for the user.
         boundaries: others to store in the same pass, for later runs.
+        leads_node: whether this worker does for its node what is done there once.
     """
     feeds = {name: Feed(prepared.encoded(name), engine.device, engine.float_type) for name in prepared.tables}
     reason = split.reason if isinstance(split, Unsplit) else None
     if isinstance(split, Prefix):
-        found = store_features(prepared, split, engine, precision, tell, boundaries)
+        found = store_features(prepared, split, engine, precision, tell, boundaries, leads_node)
         reason = engine.agree(found if isinstance(found, str) else None)
         if reason is None and not isinstance(found, str):
             for name, rows in found.items():
@@ -139,11 +141,14 @@ def store_features(
     precision: str,
     tell: Callable[[str], None],
     boundaries: Sequence[int] = (),
+    leads_node: bool = True,
 ) -> dict[str, Any] | str:
     """The stored features of each split that is read often; or why there are none."""
     try:
         identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
-        cache = PrefixCache(open_store(prepared.recipe), prefix, engine, identity, tell)
+        store = open_store(prepared.recipe)
+        shared = open_shared(prepared.recipe, store, engine, leads_node)
+        cache = PrefixCache(store, prefix, engine, identity, tell, shared)
         found = {}
         for name in CACHED_SPLITS:
             # Deeper blocks are trained here, so what they make of an example is not what other runs start from.

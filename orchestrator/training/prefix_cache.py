@@ -21,9 +21,11 @@ from orchestrator.data.cache import cache_folder, content_key
 from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
 from orchestrator.models import Prefix
 from orchestrator.recipe import Recipe
+from orchestrator.storage import RemoteFolder, is_url
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed, as_array, as_tensor
+from orchestrator.training.shared_features import SharedFeatures
 
 FEATURES_VERSION = 1  # Part of each key: raise it when the same model and data are stored otherwise.
 ROWS_IN_STRETCH = 256
@@ -44,6 +46,8 @@ class PrefixCache:
     identity: Sequence[str]
     """What the frozen blocks' output depends on, besides the examples and the boundary."""
     tell: Tell
+    shared: SharedFeatures | None = None
+    """What other machines have computed; None where there is none."""
 
     def key(self, examples: str, boundary: int) -> str:
         """The name of an entry; `examples` is the key of the encoded split."""
@@ -60,6 +64,8 @@ class PrefixCache:
         Raises:
             OSError: the disk failed or filled up on the way.
         """
+        if self.shared is not None:
+            self.shared.bring(self.key(examples, boundary) for boundary in boundaries)
         found = {boundary: self.open(examples, boundary) for boundary in boundaries}
         missing = [boundary for boundary, rows in found.items() if rows is None]
         if missing:
@@ -71,6 +77,8 @@ class PrefixCache:
             with self._writers(examples, layouts, encoded) as writers:
                 self._compute(examples, encoded, writers)
             found |= {boundary: self.store.finish(self.key(examples, boundary)) for boundary in missing}
+        if self.shared is not None:
+            self.shared.send(self.key(examples, boundary) for boundary in boundaries)
         return {boundary: rows for boundary, rows in found.items() if rows is not None}
 
     def sizes(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, int]:
@@ -183,6 +191,15 @@ def open_store(recipe: Recipe) -> FeatureStore:
     """The machine's store of features; raises OSError where there can be none."""
     budget = recipe.scale.cache_gigabytes
     return FeatureStore(cache_folder() / "features", None if budget == "auto" else int(budget * 1e9))
+
+
+def open_shared(recipe: Recipe, store: FeatureStore, engine: Engine, leads_node: bool) -> SharedFeatures | None:
+    """Those of all machines, where the recipe's runs are kept in an object store."""
+    storage = recipe.scale.storage
+    if not is_url(storage):
+        return None
+    remote = RemoteFolder(f"{storage.rstrip('/')}/features")
+    return SharedFeatures(store, remote, brings=leads_node, sends=engine.rank == 0, agree=engine.agree)
 
 
 def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) -> list[str]:

@@ -130,7 +130,9 @@ def open_session(
         )
         packs = share_findings(engine, parts, packs)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
-        session.feeds = make_feeds(prepared, split, engine, precision, session.tell, directory.note, boundaries)
+        session.feeds = make_feeds(
+            prepared, split, engine, precision, session.tell, directory.note, boundaries, directory.leads_node
+        )
         session.feeds["train"].packs = packs
         if prepared.task.needs_reference:
             session.tell("asking the source")

@@ -210,6 +210,38 @@ def test_local_files_travel_and_the_recipe_finds_them(
     assert orchestrator.load_recipe(shared / "recipe.yaml").source.model == str(tiny_bert)
 
 
+def test_pictures_that_a_data_file_names_travel_with_it(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from orchestrator.tasks import read_options
+    from orchestrator.training.pictures import named_pictures
+    from orchestrator.training.prepare import read_examples
+
+    home = tmp_path / "data"
+    (home / "pictures" / "deep").mkdir(parents=True)
+    rows = []
+    for number in range(12):
+        path = home / "pictures" / "deep" / f"{number}.png"
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(path)
+        rows.append({"image": f"pictures/deep/{number}.png", "label": "ab"[number % 2]})
+    (home / "unnamed.png").write_bytes(path.read_bytes())
+    for split, some in {"train": rows[:8], "test": rows[8:]}.items():
+        (home / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    files = {split: str(home / f"{split}.jsonl") for split in ("train", "test")}
+    recipe = orchestrator.load_recipe(
+        write_recipe(target={"task": "image-classification", "data": files, "options": {}, "columns": {}})
+    )
+    folder = tmp_path / "upload"
+    folder.mkdir()
+    pack(recipe, folder, [], [], named_pictures(recipe))
+    assert not list(folder.rglob("unnamed.png"))
+    home.rename(tmp_path / "elsewhere")
+    sent = orchestrator.load_recipe(folder / "recipe.yaml")
+    found = read_examples(sent, *read_options(sent))
+    assert [len(examples) for examples in found.values()] == [7, 1, 4]
+    assert all(Path(each["path"]).exists() for each in found["train"].table["image"].to_pylist())
+
+
 def test_what_cannot_travel_is_told_all_at_once(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,6 +253,38 @@ def test_two_workers_keep_their_run_there(
     assert "a-secret" not in shown_by_ray[0]
 
 
+def test_features_that_one_machine_stored_are_brought_by_another(
+    bucket: str,
+    expected: tuple[Path, dict[int, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, _ = expected
+    frozen = [*STEPS, "transfer.freeze=1", "train.cache_prefix=true", "train.steps=10", f"scale.storage={bucket}/runs"]
+    first = train(load_recipe(recipe, [*frozen, "name=first"]))
+    known = losses(first.place)
+    there = RemoteFolder(f"{bucket}/runs/features")
+    entries = there.folders()
+    assert len(entries) == 2
+    assert {f"{entries[0]}/{name}" for name in ("values.bin", "layout.json", "WHOLE")} <= there.names().keys()
+    use_machine(tmp_path / "machine-2", monkeypatch)
+    monkeypatch.setattr("orchestrator.training.prefix_cache.PrefixCache._compute", lambda *_: pytest.fail("computed"))
+    assert losses(train(load_recipe(recipe, [*frozen, "name=second"])).place) == known
+
+
+def test_features_that_are_not_whole_there_are_computed(
+    bucket: str, expected: tuple[Path, dict[int, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = expected
+    frozen = [*STEPS, "transfer.freeze=1", "train.cache_prefix=true", "train.steps=10", f"scale.storage={bucket}/runs"]
+    known = losses(train(load_recipe(recipe, [*frozen, "name=first"])).place)
+    there = RemoteFolder(f"{bucket}/runs/features")
+    for entry in there.folders():
+        there.write(f"{entry}/values.bin", b"half of it")
+    use_machine(tmp_path / "machine-2", monkeypatch)
+    assert losses(train(load_recipe(recipe, [*frozen, "name=second"])).place) == known
+
+
 def test_what_cannot_be_reached_is_refused_before_anything_starts(
     bucket: str, expected: tuple[Path, dict[int, float]], tmp_path: Path
 ) -> None:
