@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
-from orchestrator.storage import is_url
+from orchestrator.storage import is_url, join
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Finding
@@ -99,7 +99,7 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
     ]
     rows += scores_of(result)
     place = run.place if is_url(run.place) else short_path(run.directory)
-    rows += [("model", f"{place}/model"), ("all the rest", place)]
+    rows += [("model", join(place, "model")), ("all the rest", place)]
     if run.resumed:
         rows.insert(0, ("resumed", "went on from what was there; --fresh starts over"))
     table(rows, out)

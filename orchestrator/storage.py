@@ -23,6 +23,25 @@ def is_url(text: str) -> bool:
     return text.partition("://")[0] in SCHEMES and "://" in text
 
 
+def holds_secrets(url: str) -> bool:
+    """Whether a URL has a key written into it, which would be kept and shown wherever the URL is."""
+    user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    return bool(found) and (":" in user or not url.startswith("abfs"))
+
+
+def join(place: str, name: str) -> str:
+    """Something in a folder, by a path or a URL; what follows a `?` in a URL stays at its end."""
+    base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def split(place: str) -> tuple[str, str]:
+    """The folder that something is in, and its name there."""
+    base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
+    folder, _, name = base.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{query}", name
+
+
 def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of the environment that reach an object store; secrets, so never to be shown."""
     return {name: value for name, value in environment.items() if name.startswith(CREDENTIALS)}
@@ -41,17 +60,18 @@ class RemoteFolder:
         """
         from pyarrow import ArrowInvalid, fs
 
-        self.url = url.rstrip("/")
+        self.url = url
         try:
-            self._files, self._path = fs.FileSystem.from_uri(self.url)
+            self._files, path = fs.FileSystem.from_uri(url)
         except (ArrowInvalid, ValueError, NotImplementedError) as error:
             remedy = (
                 "write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER"
             )
             raise InputError(Problem(f"{url!r} names no folder: {error}", remedy=remedy)) from error
+        self._path = str(path).rstrip("/")
 
     def child(self, name: str) -> RemoteFolder:
-        return RemoteFolder(f"{self.url}/{name}")
+        return RemoteFolder(join(self.url, name))
 
     def names(self, folder: str = "") -> dict[str, int]:
         """The files in a folder and below, by their path within it, with their sizes in bytes; {} where it is not."""
@@ -129,7 +149,7 @@ class RemoteFolder:
             self._files.delete_file(path)
 
     def _at(self, name: str) -> str:
-        return f"{self._path}/{name}" if name else str(self._path)
+        return f"{self._path}/{name}" if name else self._path
 
     def _copy(self, source: str, target: str, up: bool) -> None:
         from pyarrow import fs

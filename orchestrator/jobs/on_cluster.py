@@ -17,7 +17,7 @@ from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.jobs.client import SENDING
 from orchestrator.jobs.fetch import send
 from orchestrator.jobs.upload import ENVIRONMENT_FILE
-from orchestrator.storage import RemoteFolder, credentials, is_url
+from orchestrator.storage import RemoteFolder, credentials, is_url, split
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
 SECONDS_FOR_NODES = 60.0
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         environment = Path(ENVIRONMENT_FILE)
         if environment.exists():
             os.environ.update(json.loads(environment.read_text(encoding="utf-8")))
-        look_at_nodes(rest[rest.index("--output") + 1].rpartition("/")[0])
+        look_at_nodes(split(rest[rest.index("--output") + 1])[0])
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

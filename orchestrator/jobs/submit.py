@@ -14,7 +14,7 @@ from orchestrator.errors import ClusterError, InputError, Problem
 from orchestrator.jobs.client import TAG, Cluster, Job
 from orchestrator.jobs.upload import RECIPE_FILE, pack
 from orchestrator.recipe import Recipe
-from orchestrator.storage import is_url
+from orchestrator.storage import is_url, join, split
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="orchestrator-job-") as folder:
         seen = [*(home.absolute() for home in shared), Path(directory).parent]
         upload = pack(recipe, Path(folder), seen, variables, pictures or {})
-        base = f"{directory.rpartition('/')[2]}-{upload.digest[:8]}"
+        base = f"{split(directory)[1]}-{upload.digest[:8]}"
         attempts = re.compile(rf"{base}(-\d+)?")
         earlier = [job for job in cluster.jobs() if attempts.fullmatch(job.id)]
         alive = [job for job in earlier if not job.is_over]
@@ -76,7 +76,7 @@ def run_directory(recipe: Recipe, cluster: Cluster, verb: str) -> str:
     """Where the run will be, as the nodes see it; raises InputError where that would be a folder of one node alone."""
     name = recipe.name if verb == "train" else f"{recipe.name}-search"
     if is_url(recipe.scale.storage):
-        return f"{recipe.scale.storage.rstrip('/')}/{name}"
+        return join(recipe.scale.storage, name)
     storage = Path(recipe.scale.storage)
     if storage.is_absolute():
         return str(storage / name)

@@ -16,7 +16,7 @@ from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
 from orchestrator.recipe.schema import Data, Recipe
 from orchestrator.recipe.stream_rules import find_stream_mistakes
-from orchestrator.storage import SCHEMES, is_url
+from orchestrator.storage import SCHEMES, holds_secrets, is_url
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLITS = ("train", "select", "test")
@@ -64,6 +64,12 @@ def _paths_lead_somewhere(recipe: Recipe) -> Iterator[Finding]:
                 (place,),
                 f"`{place}` is the address {text!r}; only folders, files and Hub ids are read",
                 "download it and name the local copy",
+            )
+        elif "://" in text and holds_secrets(text):
+            yield Finding(
+                (place,),
+                f"`{place}` has a key in it, which would be kept with every run",
+                "leave it out, and set it in the environment (AWS_ACCESS_KEY_ID, ...)",
             )
         elif "://" in text and not is_url(text):
             kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)

@@ -21,7 +21,7 @@ from orchestrator.data.cache import cache_folder, content_key
 from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
 from orchestrator.models import Prefix
 from orchestrator.recipe import Recipe
-from orchestrator.storage import RemoteFolder, is_url
+from orchestrator.storage import RemoteFolder, is_url, join
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed, as_array, as_tensor
@@ -198,7 +198,7 @@ def open_shared(recipe: Recipe, store: FeatureStore, engine: Engine, leads_node:
     storage = recipe.scale.storage
     if not is_url(storage):
         return None
-    remote = RemoteFolder(f"{storage.rstrip('/')}/features")
+    remote = RemoteFolder(join(storage, "features"))
     return SharedFeatures(store, remote, brings=leads_node, sends=engine.rank == 0, agree=engine.agree)
 
 

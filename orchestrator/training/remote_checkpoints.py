@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.storage import join
 from orchestrator.training.checkpoint import (
     COMMITTED,
     MANIFEST,
@@ -57,7 +58,7 @@ class RemoteCheckpointStore(CheckpointStore):
         self.directory = directory
         self.remote = directory.remote
         self.leads = directory.leads_node
-        self.place = f"{self.remote.url}/checkpoints"
+        self.place = join(self.remote.url, "checkpoints")
 
     def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         partial, there = self.folder / f".step-{step:08d}.partial", _there(step)
@@ -132,7 +133,7 @@ class RemoteCheckpointStore(CheckpointStore):
             try:
                 self._bring(step)
             except OSError as error:
-                trouble = f"cannot read {self.place}/step-{step:08d}: {error}"
+                trouble = f"cannot read step {step} in {self.place}: {error}"
         self.agree(trouble)
 
     def _bring(self, step: int) -> None:

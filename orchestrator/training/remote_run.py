@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.cache import cache_folder
-from orchestrator.storage import RemoteFolder, is_url
+from orchestrator.storage import RemoteFolder, is_url, join, split
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 
 RECORDS = ("recipe.yaml", "metrics.jsonl", "predictions.parquet", "report.html", "result.json")
@@ -42,7 +42,7 @@ class RemoteRunDirectory(RunDirectory):
 
     def __init__(self, url: str, holder: str) -> None:
         self.remote = RemoteFolder(url)
-        name = url.rstrip("/").rpartition("/")[2]
+        self._home, name = split(url)
         digest = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
         super().__init__(cache_folder() / "runs" / f"{name}-{digest}" / holder)
         self._sending: threading.Thread | None = None
@@ -99,7 +99,8 @@ class RemoteRunDirectory(RunDirectory):
 
     def set_aside(self) -> str:
         number = 1
-        while (aside := RemoteFolder(f"{self.remote.url}.old-{number}")).names():
+        _, name = split(self.remote.url)
+        while (aside := RemoteFolder(join(self._home, f"{name}.old-{number}"))).names():
             number += 1
         self.remote.move(aside)
         for path in self.root.iterdir():

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeError, RunFailed
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.report import write_report
+from orchestrator.storage import join
 from orchestrator.training.cluster import cluster_nodes, ray_session
 from orchestrator.training.disk import refuse_full_disk
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
@@ -71,7 +72,7 @@ def train(
         ClusterError: the cluster cannot hold the workers.
         RunFailed: the training itself failed.
     """
-    directory = open_run(output or f"{recipe.scale.storage}/{recipe.name}")
+    directory = open_run(output or join(recipe.scale.storage, recipe.name))
     with contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.

@@ -18,7 +18,7 @@ from orchestrator import load_recipe, search, train
 from orchestrator.cli import main
 from orchestrator.errors import InputError, RunFailed
 from orchestrator.jobs.fetch import download, send
-from orchestrator.storage import RemoteFolder, credentials, is_url
+from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
 from orchestrator.training import worker
 from orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.training.remote_run import RemoteRunDirectory
@@ -309,6 +309,20 @@ def test_secrets_of_the_store_are_told_to_nobody(
     there = RemoteFolder(f"{bucket}/toy")
     everything += [(there.read(name) or b"").decode(errors="ignore") for name in there.names()]
     assert not [text for text in everything if "a-secret" in text]
+
+
+def test_a_url_keeps_its_settings_at_its_end() -> None:
+    assert join("s3://b/runs/?region=eu-west-1", "toy") == "s3://b/runs/toy?region=eu-west-1"
+    assert split("s3://b/runs/toy?region=eu-west-1") == ("s3://b/runs?region=eu-west-1", "toy")
+    assert join("runs", "toy") == "runs/toy"
+    assert split("/a/runs/toy/") == ("/a/runs", "toy")
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/runs", "s3://key@bucket/runs", "abfs://box:key@account/runs"])
+def test_keys_do_not_stand_in_recipes(url: str, write_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"`scale.storage` has a key in it[\s\S]*in the environment"):
+        load_recipe(write_recipe(), [f"scale.storage={url}"])
+    assert load_recipe(write_recipe(), ["scale.storage=abfs://box@account.dfs.core.windows.net/runs"])
 
 
 @pytest.mark.parametrize(
