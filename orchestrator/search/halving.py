@@ -8,13 +8,19 @@ directory with a checkpoint.
 
 from __future__ import annotations
 
+import heapq
 import math
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 Standing = tuple[float, float]  # Score, and the loss below zero, which decides between equal scores.
+Place = tuple[float, float, int, str]
+"""Of a trial at a rung; the least is the best: its standing below zero, how many came before it, and its id."""
 
 
 class Source(Protocol):
@@ -26,6 +32,43 @@ class Source(Protocol):
 
     def left(self, trial_id: str, result: dict[str, Any]) -> None:
         """A trial may have come to its end: what it scored is to be learned from."""
+
+
+class Rung:
+    """The trials that came to a rung, in an order that is kept: a decision costs little, however many they are."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, Place] = {}
+        self._ranked: list[Place] = []
+        self._candidates: list[Place] = []
+        """A heap; those that have gone on are dropped when they come to its top."""
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, id: str, standing: Standing) -> None:
+        """A trial has come; one whose process died may come again, which counts in the place of the first time."""
+        before = self._places.get(id)
+        if before is not None:
+            self._ranked.remove(before)
+        place = (-standing[0], -standing[1], len(self) if before is None else before[2], id)
+        self._places[id] = place
+        insort(self._ranked, place)
+        heapq.heappush(self._candidates, place)
+
+    def standing(self, id: str) -> Standing:
+        return -self._places[id][0], -self._places[id][1]
+
+    def first(self, is_waiting: Callable[[str], bool], most: int) -> str | None:
+        """The best of those that wait here, if it is among the best `most` of all that came."""
+        while self._candidates and not self._may_be_chosen(self._candidates[0], is_waiting):
+            heapq.heappop(self._candidates)
+        if not self._candidates or bisect_left(self._ranked, self._candidates[0]) >= most:
+            return None
+        return self._candidates[0][3]
+
+    def _may_be_chosen(self, place: Place, is_waiting: Callable[[str], bool]) -> bool:
+        return self._places[place[3]] == place and is_waiting(place[3])
 
 
 class Halving(FIFOScheduler):  # type: ignore[misc]
@@ -46,8 +89,10 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         self.concurrent = concurrent
         self.source: Source | None = None
         self._controller: Any = None
-        self._scores: list[dict[str, Standing]] = []
-        """Of each rung, by trial, in the order in which they came."""
+        self._trials: dict[str, Trial] = {}
+        self._open: dict[str, Trial] = {}
+        """Those of them that neither wait nor have ended, and some that have been so since they were looked at last."""
+        self._rungs: list[Rung] = []
         self._goals: dict[str, int] = {}
         """The rung that each trial is on its way to, or has come to."""
         self._waiting: set[str] = set()
@@ -59,21 +104,23 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
 
     def has_room(self) -> bool:
         """Whether another trial may begin."""
-        return self._controller is None or self._num_active() < self.concurrent
+        return len(self._active()) < self.concurrent
 
     def is_over(self) -> bool:
         """Whether no trial runs, and none will be taken up again."""
-        return not self._waiting and (self._controller is None or not self._num_active())
+        return not self._waiting and not self._active()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Also called where a trial begins again because its process died."""
         self._controller = tune_controller
+        self._trials[trial.trial_id] = self._open[trial.trial_id] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         id, goal = trial.trial_id, self._goals.setdefault(trial.trial_id, 0)
         # A trial that was left, or whose process died, first tells again what it had told.
         if result["training_iteration"] < self.grace * self.reduction**goal:
             return str(TrialScheduler.CONTINUE)
-        self._rung(goal)[id] = self._standing(result)
+        self._rung(goal).add(id, self._standing(result))
         self._waiting.add(id)
         if self._all_have_begun() and self._next_up() == id:
             self._go_on(id)
@@ -87,39 +134,38 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         """One that ended before its rung, of its own accord, came to it as it was."""
         if result.get(self.score, self.worst) > self.worst:
             self._one_is_through = True
-            self._rung(self._goals.setdefault(trial.trial_id, 0))[trial.trial_id] = self._standing(result)
+            self._rung(self._goals.setdefault(trial.trial_id, 0)).add(trial.trial_id, self._standing(result))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         self._controller = tune_controller
-        trials = tune_controller.get_trials()
         if self._waiting and self.has_room() and self._all_have_begun():
             chosen = self._next_up()
-            if chosen is None and not self._num_active():
+            if chosen is None and not self._active():
                 chosen = self._last_to_go_on()
             if chosen is not None:
                 self._go_on(chosen)
-                return next(trial for trial in trials if trial.trial_id == chosen)
-            if not self._num_active():
-                self._end(trials)
-        return next((trial for trial in trials if trial.status == Trial.PENDING), None)
+                return self._trials[chosen]
+            if not self._active():
+                self._end()
+        return next((trial for trial in self._active() if trial.status == Trial.PENDING), None)
 
     def _all_have_begun(self) -> bool:
         return self.source is not None and self.source.is_exhausted
 
     def _next_up(self) -> str | None:
-        """Who goes on first: the best of the lowest rung where any may."""
-        ranked = (id for goal in range(len(self._scores)) for id in self._best(goal))
-        return next((id for id in ranked if id in self._waiting), None)
+        """Who goes on first: the best of the lowest rung where any may; of equal ones the earlier."""
+        for goal, rung in enumerate(self._rungs):
+            first = rung.first(partial(self._is_waiting, goal), len(rung) // self.reduction)
+            if first is not None and rung.standing(first)[0] > self.worst:
+                return first
+        return None
 
-    def _best(self, number: int) -> list[str]:
-        """Those of a rung that may go on and have not, the best first; of equal ones the earlier."""
-        scores = self._scores[number]
-        ranked = sorted(scores, key=lambda id: scores[id], reverse=True)[: len(scores) // self.reduction]
-        return [id for id in ranked if scores[id][0] > self.worst and self._goals[id] == number]
+    def _is_waiting(self, goal: int, id: str) -> bool:
+        return id in self._waiting and self._goals[id] == goal
 
     def _last_to_go_on(self) -> str | None:
         """Where so few came to the last rungs that none of them may go on, one has to come to its end all the same."""
-        able = {id: self._scores[self._goals[id]][id] for id in self._waiting}
+        able = {id: self._rungs[self._goals[id]].standing(id) for id in self._waiting}
         able = {id: standing for id, standing in able.items() if standing[0] > self.worst}
         if self._one_is_through or not able:
             return None
@@ -127,26 +173,31 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
 
     def _go_on(self, id: str) -> None:
         self._waiting.discard(id)
+        self._open[id] = self._trials[id]
         self._goals[id] += 1
 
-    def _end(self, trials: list[Trial]) -> None:
+    def _end(self) -> None:
         """Those that wait have lost."""
-        for trial in trials:
-            if trial.trial_id in self._waiting:
-                self._waiting.discard(trial.trial_id)
-                self._controller.stop_trial(trial)
+        for id in sorted(self._waiting):
+            self._waiting.discard(id)
+            self._controller.stop_trial(self._trials[id])
 
     def _standing(self, result: dict[str, Any]) -> Standing:
         loss = (result.get("row") or {}).get("loss")
         return result[self.score], -math.inf if loss is None or math.isnan(loss) else -float(loss)
 
-    def _rung(self, number: int) -> dict[str, Standing]:
-        while len(self._scores) <= number:
-            self._scores.append({})
-        return self._scores[number]
+    def _rung(self, number: int) -> Rung:
+        while len(self._rungs) <= number:
+            self._rungs.append(Rung())
+        return self._rungs[number]
 
-    def _num_active(self) -> int:
-        return sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in self._controller.get_trials())
+    def _active(self) -> list[Trial]:
+        """Those that run, or are about to. What has ended, or waits, is forgotten: it may be nearly all of them."""
+        for id, trial in list(self._open.items()):
+            has_ended = trial.status in (Trial.TERMINATED, Trial.ERROR)
+            if has_ended or (trial.status == Trial.PAUSED and id in self._waiting):
+                del self._open[id]
+        return [trial for trial in self._open.values() if trial.status in (Trial.RUNNING, Trial.PENDING)]
 
     def debug_string(self) -> str:
-        return f"halving: {[len(rung) for rung in self._scores]} trials came to the rungs"
+        return f"halving: {[len(rung) for rung in self._rungs]} trials came to the rungs"

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.search.halving import Halving
+from orchestrator.search.halving import Halving, Rung
 
 WORST = -1e30
 
@@ -180,6 +182,68 @@ def test_one_that_ends_by_itself_before_its_rung_counts_there() -> None:
     found = controller(rising, length=2, grace=4)
     found.run(IDS[:4])
     assert set(found.lengths().values()) == {2}
+
+
+class Watched(Trial):
+    """Counts how often its status is looked at while the scheduler is at work."""
+
+    at_work = False
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.looks += name == "status" and Watched.at_work
+        return super().__getattribute__(name)
+
+
+def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        before, Watched.at_work = Watched.at_work, True
+        try:
+            return method(*arguments, **named)
+        finally:
+            Watched.at_work = before
+
+    return call
+
+
+def test_a_decision_looks_at_no_trial_that_waits_or_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else four times as many trials would cost sixteen times as much."""
+    monkeypatch.setitem(globals(), "Trial", Watched)
+    looks = []
+    for count in (50, 200):
+        found = controller(lambda id, number: -rising(id, number))
+        for name in ("has_room", "on_trial_add", "on_trial_result", "on_trial_complete", "choose_trial_to_run"):
+            monkeypatch.setattr(found.scheduler, name, watched(getattr(found.scheduler, name)))
+        Watched.looks = 0
+        found.run([str(number) for number in range(count)])
+        looks.append(Watched.looks / count)
+    assert 0 < looks[1] <= 1.2 * looks[0]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([WORST, 0.1, 0.5, 0.9]), st.sampled_from([-math.inf, -2.0, -1.0])), max_size=20),
+    st.integers(0, 20),
+    st.randoms(),
+)
+def test_a_rung_gives_the_best_that_waits_as_if_all_were_put_in_order_anew(
+    standings: list[tuple[float, float]], most: int, chance: Any
+) -> None:
+    rung, waiting, came = Rung(), set[str](), dict[str, tuple[float, float]]()
+    for standing in standings:
+        # Now and then one comes again, because its process died.
+        id = chance.choice([*came, "new"])
+        id = str(len(came)) if id == "new" else id
+        rung.add(id, standing)
+        came[id] = standing
+        if chance.random() < 0.8:
+            waiting.add(id)
+        ranked = sorted(came, key=lambda id: came[id], reverse=True)[:most]
+        first = next((id for id in ranked if id in waiting), None)
+        assert rung.first(waiting.__contains__, most) == first
+        assert rung.standing(id) == standing
+        if first is not None and chance.random() < 0.5:
+            waiting.discard(first)
+    assert len(rung) == len(came)
 
 
 def test_a_snapshot_holds_nothing() -> None:
