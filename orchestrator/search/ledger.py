@@ -55,6 +55,9 @@ class Ledger:
         self.rows = read_rows(directory.rows)
         self.table = None if screen is None else LiveTable(screen)
         self._known = {row["id"] for row in self.rows}
+        # The table is drawn after each trial, for which the others are not put in order again.
+        self._leaders = best_first(self.rows, metric)[:TRIALS_SHOWN]
+        self._failed = sum(row["status"] == "failed" for row in self.rows)
         self._before = len(self.rows)
         self._started = time.monotonic()
 
@@ -74,7 +77,9 @@ class Ledger:
     def told(self, id: str, row: dict[str, Any]) -> None:
         entry = self.running[id]
         # A trial whose process died tells again what it had told.
-        entry.rows = [earlier for earlier in entry.rows if earlier["step"] < row["step"]] + [row]
+        while entry.rows and entry.rows[-1]["step"] >= row["step"]:
+            entry.rows.pop()
+        entry.rows.append(row)
         self._show()
 
     def ended(self, id: str, is_last: bool, reason: str | None) -> None:
@@ -98,6 +103,8 @@ class Ledger:
         append_row(self.directory.rows, row)
         self.rows.append(row)
         self._known.add(id)
+        self._leaders = best_first([*self._leaders, row], self.metric)[:TRIALS_SHOWN]
+        self._failed += row["status"] == "failed"
         self._show(force=True)
 
     def out_of_time(self) -> None:
@@ -148,9 +155,9 @@ class Ledger:
         running = sum(entry.began is not None for entry in self.running.values())
         head = f"{ended}/{self.num_trials} trials ended, {running} in progress"
         head += f", {format_seconds(elapsed)}" + (f", about {format_seconds(left)} left" if left else "")
-        shown = [self._line(row) for row in best_first(self.rows, self.metric)[:TRIALS_SHOWN]]
-        failed = sum(row["status"] == "failed" for row in self.rows)
-        return [head, *shown, *([f"  {failed} failed; their reasons are in trials.jsonl"] if failed else [])]
+        shown = [self._line(row) for row in self._leaders]
+        failed = [f"  {self._failed} failed; their reasons are in trials.jsonl"] if self._failed else []
+        return [head, *shown, *failed]
 
     def _line(self, row: dict[str, Any]) -> str:
         score = f"{self.metric.name} {row['metrics'][self.metric.name]:.4f}"

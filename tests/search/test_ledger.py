@@ -274,6 +274,24 @@ def test_the_table_is_written_over_best_first_with_the_time_left(
     assert lines[3] == "  1 failed; their reasons are in trials.jsonl"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_table_shows_the_best_whenever_they_ended_also_in_an_earlier_attempt(
+    order: int, directory: SearchDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "TRIALS_SHOWN", 3)
+    ids = [f"{number:04d}" for number in range(8)][::order]
+    for attempt in (ids[:4], ids[4:]):
+        ledger = Ledger(directory, ACCURACY, 8, None)
+        for id in attempt:
+            ledger.expect(id, {})
+            ledger.told(id, evaluation(8, int(id) / 10))
+            ledger.ended(id, True, "too late" if id == "0006" else None)
+    head, *shown, failed = ledger._lines()
+    assert head.startswith("8/8 trials ended")
+    assert [line.split()[0] for line in shown] == ["0007", "0005", "0004"]
+    assert failed == "  1 failed; their reasons are in trials.jsonl"
+
+
 def test_without_a_terminal_a_line_is_written_now_and_then(
     directory: SearchDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
