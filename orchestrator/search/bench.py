@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.data.streaming import num_streamed
 from orchestrator.recipe import dump_recipe
-from orchestrator.search.records import read_rows, score_of
+from orchestrator.search.records import Newcomers, score_of
 from orchestrator.search.space import trial_recipe
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
@@ -38,6 +38,9 @@ class Bench:
         self.trials = trials
         self.metric = metric
         self.keep = keep
+        self._newcomers = Newcomers(trials)
+        self._best_scores: list[float] = []
+        """The best of `trials` until now, best first, as many as are kept."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @contextmanager
@@ -50,9 +53,10 @@ class Bench:
 
     def may_win(self, score: float) -> bool:
         """Whether so few trials were better until now that this score may be among the best in the end."""
-        scores = [score_of(row, self.metric.name) for row in read_rows(self.trials)]
-        better = [other for other in scores if other is not None and self.metric.improves(other, score)]
-        return len(better) < self.keep
+        found = [score_of(row, self.metric.name) for row in self._newcomers.read()]
+        scores = self._best_scores + [other for other in found if other is not None]
+        self._best_scores = sorted(scores, reverse=self.metric.higher_is_better)[: self.keep]
+        return len(self._best_scores) < self.keep or not self.metric.improves(self._best_scores[-1], score)
 
 
 def trial_inputs(prepared: Prepared, parameters: dict[str, Any]) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -41,16 +42,37 @@ def trial_id(number: int) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of trials.jsonl; a torn last one is passed over."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return parse_rows(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
     rows = []
     for line in text.split("\n"):
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows
+
+
+class Newcomers:
+    """The lines that others add to trials.jsonl, each read once; one that is not ended yet is left for later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._num_bytes_read = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows that have come since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._num_bytes_read)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        ended = new[: new.rfind(b"\n") + 1]
+        self._num_bytes_read += len(ended)
+        return parse_rows(ended.decode())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

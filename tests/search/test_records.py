@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows, score_of
+from orchestrator.search.bench import Bench
+from orchestrator.search.records import Newcomers, SearchDirectory, append_row, best_first, read_rows, score_of
 from orchestrator.tasks.base import MainMetric
 
 ACCURACY, LOSS = MainMetric("accuracy", higher_is_better=True), MainMetric("loss", higher_is_better=False)
@@ -58,6 +60,37 @@ def test_a_torn_last_line_is_passed_over_and_harms_no_later_one(cut: int, tmp_pa
     assert [each["id"] for each in read_rows(path)] == kept
     append_row(path, {"id": "0002"})
     assert [each["id"] for each in read_rows(path)] == [*kept, "0002"]
+
+
+def test_each_line_that_others_add_is_read_once_and_not_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    newcomers = Newcomers(path)
+    assert newcomers.read() == []
+    for id in ("größer", "0001"):
+        append_row(path, {"id": id})
+    assert [each["id"] for each in newcomers.read()] == ["größer", "0001"]
+    assert newcomers.read() == []
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"id": "00')
+    assert newcomers.read() == []
+    with path.open("a", encoding="utf-8") as file:
+        file.write('02"}\n')
+    assert [each["id"] for each in newcomers.read()] == ["0002"]
+
+
+@given(st.lists(st.sampled_from([None, 0.1, 0.3, 0.5, 0.7, 0.9, math.nan]), max_size=12), st.integers(1, 4))
+def test_a_score_may_win_while_fewer_than_are_kept_are_better(scores: list[float | None], keep: int) -> None:
+    unused: Any = None
+    for metric in (ACCURACY, LOSS):
+        with tempfile.TemporaryDirectory() as folder:
+            path, known = Path(folder) / "trials.jsonl", list[float | None]()
+            bench = Bench(unused, [], path, metric, keep)
+            for number, score in enumerate(scores):
+                for asked in (0.0, 0.3, 0.6, 1.0):
+                    better = [each for each in known if each is not None and metric.improves(each, asked)]
+                    assert bench.may_win(asked) == (len(better) < keep)
+                append_row(path, {"id": str(number), "metrics": {metric.name: score}})
+                known.append(score)
 
 
 def test_a_score_that_is_no_number_is_none() -> None:
