@@ -138,7 +138,13 @@ def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place:
 
 def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
     """Trials of the space, without those that repeat one with another seed."""
-    return [row for row in read_rows(directory.rows) if "-seed-" not in row["id"]]
+    return [row for row in read_rows(directory.rows) if row["id"] == original_id(row)]
+
+
+def original_id(row: dict[str, Any]) -> str:
+    """The id of the trial that a row repeats with another seed; its own where it repeats none."""
+    id: str = row["id"].partition("-seed-")[0]
+    return id
 
 
 def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
     if not ranked:
         reasons = sorted({str(row["reason"]) for row in rows if row["reason"]})
         raise RunFailed("no trial has a score: " + ("; ".join(reasons) or "time was up before the first evaluation"))
-    seeds = {row["id"]: seed_scores(plan, row, rows) for row in ranked}
+    seeds = seed_scores(plan, rows)
     repeated = [row for row in ranked if len(seeds[row["id"]]) > 1]
     sign = 1 if plan.metric.higher_is_better else -1
 
@@ -163,12 +169,12 @@ def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
     return {**winner, "seeds": seeds[winner["id"]]}
 
 
-def seed_scores(plan: Plan, row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trial's scores with each seed it was trained with."""
-    found = []
-    for other in rows:
-        if other["id"] == row["id"] or other["id"].startswith(f"{row['id']}-seed-"):
-            score = score_of(other, plan.metric.name)
-            seed = other["parameters"].get(SEED, plan.prepared.recipe.train.seed)
-            found += [] if score is None else [{"seed": seed, "score": score}]
+def seed_scores(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The scores of each trial with every seed that it was trained with, by the trial's id."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        score = score_of(row, plan.metric.name)
+        if score is not None:
+            seed = row["parameters"].get(SEED, plan.prepared.recipe.train.seed)
+            found.setdefault(original_id(row), []).append({"seed": seed, "score": score})
     return found
