@@ -253,8 +253,9 @@ def time_turn(prepare: Prepare, size: int, folder: Path | None) -> float:
 def peak_once(prepare: Prepare, size: int, folder: Path | None) -> int:
     with tempfile.TemporaryDirectory(prefix="scale-", dir=folder) as place:
         work = prepare(size, Path(place))
+        # Or else Python, which holds much else by now, would put off looking for what can be given back.
+        gc.freeze()
         gc.collect()
-        gc.freeze()  # Or else Python, which holds much else, would put off looking for what can be given back.
         tracemalloc.start()
         try:
             work()
