@@ -41,6 +41,13 @@ def test_the_intervals_are_those_of_the_papers() -> None:
     assert daly_interval(USUAL) == pytest.approx(1609.969 * (1 + 0.0372678 / 3 + 0.00138889 / 9) - 60, abs=0.01)
 
 
+@pytest.mark.parametrize(("between", "minutes"), [(24 * HOUR, 117), (6 * HOUR, 57), (15 * MINUTE, 9.1)])
+def test_dalys_interval_is_the_one_that_he_names_for_his_examples(between: float, minutes: float) -> None:
+    """Figures 3 to 5 of the paper: a checkpoint takes 5 minutes, a restart 10."""
+    found = daly_interval(Disturbance(between, checkpoint=5 * MINUTE, restart=10 * MINUTE)) / MINUTE
+    assert found == pytest.approx(minutes, abs=0.5 if minutes > 10 else 0.05)
+
+
 def test_where_a_checkpoint_takes_longer_than_there_is_time_the_interval_is_that_between_failures() -> None:
     for checkpoint in (2.0, 3.0, 100.0):
         assert daly_interval(Disturbance(between_failures=1.0, checkpoint=checkpoint, restart=0.0)) == 1.0

@@ -89,7 +89,7 @@ def test_a_score_may_win_while_fewer_than_are_kept_are_better(scores: list[float
                 for asked in (0.0, 0.3, 0.6, 1.0):
                     better = [each for each in known if each is not None and metric.improves(each, asked)]
                     assert bench.may_win(asked) == (len(better) < keep)
-                append_row(path, row(str(number), **{metric.name: score}))
+                append_row(path, {"id": str(number), "metrics": {metric.name: score}})
                 known.append(score)
 
 

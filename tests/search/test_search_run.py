@@ -10,6 +10,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import RunFailed
+from orchestrator.search import course
 from orchestrator.search.course import choose_winner
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.records import SearchDirectory, append_row
@@ -87,6 +88,33 @@ def test_a_trial_that_was_not_repeated_does_not_win_over_those_that_were(
         write_row(directory, id, score)
     # What is known of 0001 is one score, which may be luck as 0000's was.
     assert choose_winner(plan_of(reseed_top=1), directory)["id"] == "0000"
+
+
+class Counted(dict[str, Any]):
+    """A line of trials.jsonl that counts how often it is asked for its trial."""
+
+    asked = 0
+
+    def __getitem__(self, key: str) -> Any:
+        Counted.asked += key == "id"
+        return super().__getitem__(key)
+
+
+def test_a_line_is_asked_for_its_trial_as_often_however_many_there_are(
+    plan_of: Callable[..., Plan], directory: SearchDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else four times as many trials would cost sixteen times as much."""
+    plan, asked = plan_of(), []
+    for count in (25, 100):
+        rows = [
+            Counted(id=f"{number:04d}", status="finished", parameters={}, metrics={"accuracy": number / count})
+            for number in range(count)
+        ]
+        monkeypatch.setattr(course, "read_rows", lambda _, rows=rows: rows)
+        Counted.asked = 0
+        assert choose_winner(plan, directory)["id"] == f"{count - 1:04d}"
+        asked.append(Counted.asked / count)
+    assert 0 < asked[1] <= 1.1 * asked[0]
 
 
 def test_without_a_score_there_is_no_winner_but_reasons(
