@@ -6,6 +6,7 @@ one's own is named by AWS_ENDPOINT_URL.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from orchestrator.errors import InputError, Problem
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+SECONDS_OF_PATIENCE = 30
 CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
 """How variables begin that the providers' libraries read."""
 
@@ -26,7 +28,7 @@ def is_url(text: str) -> bool:
 def holds_secrets(url: str) -> bool:
     """Whether a URL has a key written into it, which would be kept and shown wherever the URL is."""
     user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-    return bool(found) and (":" in user or not url.startswith("abfs"))
+    return bool(found) and user != "anonymous" and (":" in user or not url.startswith("abfs"))
 
 
 def join(place: str, name: str) -> str:
@@ -40,6 +42,13 @@ def split(place: str) -> tuple[str, str]:
     base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
     folder, _, name = base.rstrip("/").rpartition("/")
     return f"{folder}{mark}{query}", name
+
+
+def _with_patience(url: str) -> str:
+    """Google's library tries for a quarter of an hour to reach a store, unless it is told otherwise."""
+    if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={SECONDS_OF_PATIENCE}"
 
 
 def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -62,7 +71,7 @@ class RemoteFolder:
 
         self.url = url
         try:
-            self._files, path = fs.FileSystem.from_uri(url)
+            self._files, path = fs.FileSystem.from_uri(_with_patience(url))
         except (ArrowInvalid, ValueError, NotImplementedError) as error:
             remedy = (
                 "write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER"
@@ -133,7 +142,8 @@ class RemoteFolder:
         for each in first:
             self._delete_file(f"{self._at(name)}/{each}")
         if self._files.get_file_info(self._at(name)).type == fs.FileType.Directory:
-            self._files.delete_dir(self._at(name))
+            with contextlib.suppress(FileNotFoundError):  # Not every store has something in a folder's own name.
+                self._files.delete_dir(self._at(name))
         self._delete_file(self._at(name))
 
     def move(self, target: RemoteFolder) -> None:
