@@ -23,26 +23,28 @@ class Accelerator:
     """Dense matrix products in bf16 (fp16 where it has no bf16), without sparsity; 10^12 operations a second."""
     link: float
     """To the other devices of its machine, one way; 10^9 bytes a second."""
+    bandwidth: float
+    """Of its own memory; 10^9 bytes a second."""
     has_bf16: bool = True
 
 
 ACCELERATORS = MappingProxyType(
     {
-        "T4": Accelerator((16,), 65.0, 16.0, has_bf16=False),
-        "V100": Accelerator((32, 16), 125.0, 150.0, has_bf16=False),
-        "RTX3090": Accelerator((24,), 71.0, 32.0),
-        "RTX4090": Accelerator((24,), 165.0, 32.0),
-        "A10": Accelerator((24,), 125.0, 32.0),
-        "A10G": Accelerator((24,), 70.0, 32.0),
-        "A6000": Accelerator((48,), 155.0, 56.0),
-        "L4": Accelerator((24,), 121.0, 32.0),
-        "L40S": Accelerator((48,), 362.0, 32.0),
-        "A100": Accelerator((80, 40), 312.0, 300.0),
-        "H100": Accelerator((80, 94), 989.0, 450.0),
-        "H200": Accelerator((141,), 989.0, 450.0),
-        "B200": Accelerator((180,), 2250.0, 900.0),
-        "MI250X": Accelerator((128,), 383.0, 250.0),
-        "MI300X": Accelerator((192,), 1307.0, 448.0),
+        "T4": Accelerator((16,), 65.0, 16.0, 320.0, has_bf16=False),
+        "V100": Accelerator((32, 16), 125.0, 150.0, 900.0, has_bf16=False),
+        "RTX3090": Accelerator((24,), 71.0, 32.0, 936.0),
+        "RTX4090": Accelerator((24,), 165.0, 32.0, 1008.0),
+        "A10": Accelerator((24,), 125.0, 32.0, 600.0),
+        "A10G": Accelerator((24,), 70.0, 32.0, 600.0),
+        "A6000": Accelerator((48,), 155.0, 56.0, 768.0),
+        "L4": Accelerator((24,), 121.0, 32.0, 300.0),
+        "L40S": Accelerator((48,), 362.0, 32.0, 864.0),
+        "A100": Accelerator((80, 40), 312.0, 300.0, 2039.0),
+        "H100": Accelerator((80, 94), 989.0, 450.0, 3350.0),
+        "H200": Accelerator((141,), 989.0, 450.0, 4800.0),
+        "B200": Accelerator((180,), 2250.0, 900.0, 8000.0),
+        "MI250X": Accelerator((128,), 383.0, 250.0, 3277.0),
+        "MI300X": Accelerator((192,), 1307.0, 448.0, 5300.0),
     }
 )
 NETWORK = 25e9
@@ -67,6 +69,8 @@ class Machine:
     """Bytes a second of a node's network."""
     is_gpu: bool
     has_bf16: bool
+    bandwidth: float | None = None
+    """Bytes a second of a device's own memory; None where nobody has measured it."""
 
     @property
     def places(self) -> int:
@@ -110,6 +114,7 @@ def read_shape(text: str, option: str = "--on") -> Machine:
         network=NETWORK,
         is_gpu=True,
         has_bf16=kind.has_bf16,
+        bandwidth=kind.bandwidth * 1e9,
     )
 
 

@@ -37,11 +37,16 @@ class Option:
 
 
 class Planner:
-    """Measures one recipe on one machine; what was measured once is kept."""
+    """Measures one recipe on one machine; what was measured once is kept.
 
-    def __init__(self, subject: Subject, machine: Machine) -> None:
+    Args:
+        balance: operations that the machine does while it moves a byte; 0 has only operations count.
+    """
+
+    def __init__(self, subject: Subject, machine: Machine, balance: float = 0.0) -> None:
         self.subject = subject
         self.machine = machine
+        self.balance = balance
         self.encoded = subject.prepared.encoded("train")
         self.process = int(psutil.Process().memory_info().rss)
         """Bytes of a process of this package before it has a model: as much as this one."""
@@ -54,7 +59,7 @@ class Planner:
             precision, autocasts = self.precision(recipe), self.autocasts(recipe)
             device = "cuda" if self.machine.is_gpu else "cpu"
             load = measure_load(self.encoded, recipe, micro_batch, self.packs, device, autocasts)
-            self._found[key] = load, measure(self.subject, recipe, load, self.packs, precision, autocasts)
+            self._found[key] = load, measure(self.subject, recipe, load, self.packs, precision, autocasts, self.balance)
         return self._found[key]
 
     def _key(self, recipe: Recipe, micro_batch: int) -> Any:

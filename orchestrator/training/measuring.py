@@ -114,17 +114,24 @@ def positions(encoded: Encoded, rows: Rows, packs: bool) -> tuple[float, float]:
 
 
 def measure(
-    subject: Subject, recipe: Recipe, load: Load, packs: bool, precision: Precision, autocast: bool
+    subject: Subject,
+    recipe: Recipe,
+    load: Load,
+    packs: bool,
+    precision: Precision,
+    autocast: bool,
+    balance: float = 0.0,
 ) -> Measured:
     """Go through the largest passes, and through one over a single example.
 
     Args:
         autocast: compute in bf16 with fp32 weights; otherwise the weights are in the precision.
+        balance: as `Tally` has it.
     """
     encoded = subject.prepared.encoded("train")
 
     def look(rows: Rows) -> tuple[ModelSize, Pass]:
-        return _measure(subject, recipe, _batch(subject, rows, packs), precision, autocast)
+        return _measure(subject, recipe, _batch(subject, rows, packs), precision, autocast, balance)
 
     sizes = [positions(encoded, each, packs) for each in (load.first, load.first[:1])]
     (many, squares), (few, few_squares) = sizes
@@ -187,13 +194,13 @@ def _narrowed(subject: Subject, parts: Parts, recipe: Recipe, autocast: bool) ->
 
 
 def _measure(
-    subject: Subject, recipe: Recipe, arrays: Arrays, precision: Precision, autocast: bool
+    subject: Subject, recipe: Recipe, arrays: Arrays, precision: Precision, autocast: bool, balance: float
 ) -> tuple[ModelSize, Pass]:
     """The model, and a pass over a batch."""
 
     def look(parts: Parts) -> tuple[ModelSize, Pass]:
         parts = _narrowed(subject, parts, recipe, autocast)
-        return measure_model(parts, recipe), _simulate(subject, parts, arrays, precision, autocast)
+        return measure_model(parts, recipe), _simulate(subject, parts, arrays, precision, autocast, balance)
 
     layers = layers_left_out(subject)
     if layers is None:
@@ -237,11 +244,13 @@ def _some_layers(subject: Subject, recipe: Recipe, frozen: int, trained: int) ->
     return build(subject, recipe.model_copy(update={"transfer": transfer}), **changes)
 
 
-def _simulate(subject: Subject, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool) -> Pass:
+def _simulate(
+    subject: Subject, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool, balance: float
+) -> Pass:
     wide = torch.bfloat16 if precision == "bf16" and not autocast else None
     try:
         with fake_weights(parts.module, wide):
-            return simulate(parts, subject.prepared.task, arrays, autocast, wide)
+            return simulate(parts, subject.prepared.task, arrays, autocast, wide, balance)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         source = subject.prepared.source
         what = f"what {source.name!r} computes depends on values ({error}), so it cannot be planned from shapes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from orchestrator.training.layouts import Planner
 from orchestrator.training.measuring import Load, Measured
 from orchestrator.training.precision import Precision
 from orchestrator.training.subject import open_subject
+
+BYTES_OF_ADAM = 28
+"""That Adam moves for each trained number: it reads weight, gradient and two moments, and writes all but the second."""
+NUMBERS_MOVED = 2**23
 
 
 def caches(planner: Planner, recipe: Recipe, found: Measured, load: Load, steps: int | None) -> bool:
@@ -33,12 +38,17 @@ def effort_of(
     planner: Planner, recipe: Recipe, micro_batch: int, steps: int | None, cached: bool, calibration: Path | None
 ) -> Effort:
     load, found = planner.measure(recipe, micro_batch)
-    a_step = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+    a_step = operations_of_step(planner, load, found, cached)
     rate, basis = pace(planner, calibration)
     network = network_bytes(found.size, planner.setting(recipe, load))
     seconds = step_seconds(a_step, rate, network, recipe.scale.workers, planner.machine)
     whole = None if steps is None else seconds * steps + operations_beside(planner, recipe, micro_batch, steps) / rate
     return Effort(a_step, rate, basis, seconds, whole)
+
+
+def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bool) -> float:
+    passes = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+    return passes + planner.balance * BYTES_OF_ADAM * found.size.trained
 
 
 def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps: int) -> float:
@@ -62,13 +72,14 @@ def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps:
 def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     """Operations a second of a worker, and where that is from."""
     if calibration is not None:
-        return pace_of_run(calibration, planner.machine), f"the pace of {calibration}"
+        return pace_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
     if planner.machine.rate is not None:
         return planner.machine.rate * EFFICIENCY, f"{EFFICIENCY:.0%} of what a {planner.machine.name} does at its best"
-    return measure_products(planner.precision(planner.subject.prepared.recipe)), "matrix products timed here"
+    rate = measure_products(planner.precision(planner.subject.prepared.recipe))
+    return EFFICIENCY * rate, "matrix products timed here"
 
 
-def pace_of_run(directory: Path, machine: Machine) -> float:
+def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
     """Operations a second of each worker of a finished run.
 
     Raises:
@@ -80,12 +91,12 @@ def pace_of_run(directory: Path, machine: Machine) -> float:
     except OSError as error:
         remedy = "name the directory of a finished run on the same kind of machine"
         raise InputError(Problem("there is no finished run", str(directory), remedy)) from error
-    planner = Planner(open_subject(recipe), machine)
+    planner = Planner(open_subject(recipe), machine, balance)
     micro_batch = micro_batch_size(recipe)
     load, found = planner.measure(recipe, micro_batch)
     steps = int(result["steps"])
     cached = caches(planner, recipe, found, load, steps)
-    a_step = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+    a_step = operations_of_step(planner, load, found, cached)
     # The clock of a run begins with its steps, after what is computed once.
     once = found.frozen.of(load) if cached else 0.0
     total = a_step * steps + operations_beside(planner, recipe, micro_batch, steps) - once
@@ -93,15 +104,29 @@ def pace_of_run(directory: Path, machine: Machine) -> float:
 
 
 def measure_products(precision: Precision) -> float:
-    """Operations a second of matrix products of a common size, on this machine."""
+    """Operations a second of matrix products of a common size, on this machine, at their best."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 1024
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / _least_seconds(lambda: left @ right)
+
+
+def balance_of(machine: Machine) -> float:
+    """Operations that a machine does while it moves a byte: as its data sheet has it, or measured on this one."""
+    if machine.rate is not None and machine.bandwidth is not None:
+        return machine.rate / machine.bandwidth
+    numbers = torch.ones(NUMBERS_MOVED, device="cuda" if torch.cuda.is_available() else "cpu")
+    # A common function of one number, which processors do not do as fast as they move it.
+    moved = 2 * numbers.nbytes / _least_seconds(lambda: torch.nn.functional.gelu(numbers))
+    return measure_products("fp32") / moved
+
+
+def _least_seconds(work: Callable[[], torch.Tensor]) -> float:
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        product = left @ right
-        float(product[0, 0])  # Until it is there.
+        found = work()
+        float(found.flatten()[0])  # Until it is there.
         best = min(best, time.perf_counter() - began)
-    return EFFICIENCY * 2 * size**3 / best
+    return best

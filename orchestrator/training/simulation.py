@@ -57,17 +57,20 @@ class Pass:
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are alive, by kind, and operations."""
 
-    def __init__(self, num_targets: int) -> None:
+    def __init__(self, num_targets: int, balance: float = 0.0) -> None:
         """
         Args:
             num_targets: how many places of a mask are true: which ones nobody knows.
+            balance: operations that a machine does while it moves a byte. What moves more than it computes, such as
+                norms and activation functions, counts by that (Williams et al. 2009, "Roofline"); 0: by operations.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind = ACTIVATIONS
         self.live: Counter[str] = Counter()
         self.most_activations: Counter[str] = Counter()
         self.most_together: Counter[str] = Counter()
-        self.operations = 0
+        self.operations = 0.0
+        self._balance = balance
         self._num_targets = num_targets
         self._kinds: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
 
@@ -78,8 +81,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = found[0]
         else:
             out = function(*args, **kwargs)
-        if packet in flop_registry:
-            self.operations += flop_registry[packet](*args, **kwargs, out_val=out)
+        operations = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        self.operations += max(operations, self._balance * bytes_moved(function, (args, kwargs), out))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.count(tensor, self.kind)
@@ -112,6 +115,17 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, holder: list[str], size: int) -> None:
         self.live[holder[0]] -= size
+
+
+def bytes_moved(function: Any, given: Any, out: Any) -> int:
+    """What an operation reads and writes; nothing where it only looks at the same numbers otherwise, or makes room."""
+    if function.is_view or function._overloadpacket in _MAKE_ROOM:
+        return 0
+    tensors = [each for each in tree_leaves((given, out)) if isinstance(each, Tensor)]
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+_MAKE_ROOM = {_ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided, _ATEN.new_empty_strided}
 
 
 def _read_scalar(num_targets: int, tensor: Tensor) -> tuple[Any] | None:
@@ -175,17 +189,25 @@ def fake_weights(module: nn.Module, float_type: torch.dtype | None = None) -> It
         yield mode
 
 
-def simulate(parts: Parts, task: Task, arrays: Arrays, autocast: bool, float_type: torch.dtype | None = None) -> Pass:
+def simulate(
+    parts: Parts,
+    task: Task,
+    arrays: Arrays,
+    autocast: bool,
+    float_type: torch.dtype | None = None,
+    balance: float = 0.0,
+) -> Pass:
     """A pass over a batch; the model's weights must be fake (`fake_weights`).
 
     Args:
         arrays: the model's inputs and `labels`.
         autocast: compute in bf16 with fp32 weights.
         float_type: what floating inputs are turned into; None leaves them.
+        balance: as `Tally` has it.
     """
     module = parts.module
     parts.frozen.set_train_mode(module)
-    tally = Tally(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0)
+    tally = Tally(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0, balance)
     handles = []
     for value in (*module.parameters(), *module.buffers()):
         tally.count(value, HELD)
@@ -233,9 +255,9 @@ def simulate(parts: Parts, task: Task, arrays: Arrays, autocast: bool, float_typ
         logits=beside[LOGITS],
         with_gradients=together[ACTIVATIONS] + together[LOGITS] + together[GRADIENTS],
         gradients=tally.live[GRADIENTS],
-        frozen_operations=boundary.operations,
-        forward_operations=forward_operations,
-        operations=tally.operations,
+        frozen_operations=round(boundary.operations),
+        forward_operations=round(forward_operations),
+        operations=round(tally.operations),
         boundary_numbers=boundary.numbers,
     )
 
@@ -244,7 +266,7 @@ def simulate(parts: Parts, task: Task, arrays: Arrays, autocast: bool, float_typ
 class Boundary:
     """Where the frozen blocks end."""
 
-    operations: int = 0
+    operations: float = 0.0
     numbers: int = 0
 
 
