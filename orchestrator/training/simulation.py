@@ -119,10 +119,11 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def bytes_moved(function: Any, given: Any, out: Any) -> int:
     """What an operation reads and writes; nothing where it only looks at the same numbers otherwise, or makes room."""
-    if function.is_view or function._overloadpacket in _MAKE_ROOM:
+    made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+    if not made or function.is_view or function._overloadpacket in _MAKE_ROOM:
         return 0
-    tensors = [each for each in tree_leaves((given, out)) if isinstance(each, Tensor)]
-    return sum(each.numel() * each.element_size() for each in tensors)
+    read = [each for each in tree_leaves(given) if isinstance(each, Tensor)]
+    return sum(each.numel() * each.element_size() for each in (*read, *made))
 
 
 _MAKE_ROOM = {_ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided, _ATEN.new_empty_strided}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -28,7 +29,7 @@ from orchestrator.training.layouts import SPARE
 from orchestrator.training.measuring import measure, measure_load
 from orchestrator.training.planner import TrainingPlan, plan
 from orchestrator.training.prepare import prepare
-from orchestrator.training.simulation import fake_weights, simulate
+from orchestrator.training.simulation import Tally, fake_weights, simulate
 from orchestrator.training.subject import open_subject
 
 WriteRecipe = Callable[..., Path]
@@ -102,6 +103,24 @@ def test_operations_are_those_of_the_matrix_products(write_recipe: WriteRecipe, 
     # Two for a multiplication with addition; the last layer computes most for one position alone.
     assert 2 * of_layer < found.forward.linear < 2 * of_layer * config["num_hidden_layers"]
     assert found.whole.linear == pytest.approx(3 * found.forward.linear, rel=0.1)
+
+
+def test_what_moves_more_than_it_computes_counts_by_its_bytes() -> None:
+    balance, width = 10.0, 64
+
+    def count(work: Any) -> float:
+        with FakeTensorMode(allow_non_fake_inputs=True), Tally(0, balance) as tally:
+            numbers = torch.ones(width, width)
+            before = tally.operations
+            work(numbers)
+            return tally.operations - before
+
+    assert count(lambda numbers: numbers.view(-1).unsqueeze(0)) == 0
+    assert count(lambda numbers: numbers.relu()) == balance * 2 * 4 * width**2
+    assert count(lambda numbers: numbers @ numbers) == max(2 * width**3, balance * 3 * 4 * width**2)
+    with FakeTensorMode(allow_non_fake_inputs=True), Tally(0) as tally:
+        torch.ones(width, width).relu()
+        assert tally.operations == 0
 
 
 @pytest.mark.parametrize(
