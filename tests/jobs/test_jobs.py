@@ -312,7 +312,7 @@ def test_what_is_sent_is_what_is_there_without_what_is_left_out(tmp_path: Path) 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "checkpoints").mkdir()
-    text = f"noise\n{send(tmp_path, ('checkpoints',))}\n"
+    text = f"noise\n{send(str(tmp_path), ('checkpoints',))}\n"
 
     class Sender:
         def submit(self, *_: Any, **__: Any) -> None: ...

@@ -105,6 +105,6 @@ def test_set_aside_directories_take_names_that_are_free(tmp_path: Path) -> None:
     for _ in range(2):
         directory = RunDirectory(tmp_path / "toy")
         directory.create()
-        names.append(directory.set_aside().name)
+        names.append(Path(directory.set_aside()).name)
     assert names == ["toy.old-1", "toy.old-2"]
     assert not (tmp_path / "toy").exists()
