@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import RunFailed
 from orchestrator.storage import join
 from orchestrator.training.checkpoint import (
     COMMITTED,
@@ -59,6 +60,8 @@ class RemoteCheckpointStore(CheckpointStore):
         self.remote = directory.remote
         self.leads = directory.leads_node
         self.place = join(self.remote.url, "checkpoints")
+        self._whole: int | None = None
+        """The step whose copy here was hashed last, and found whole."""
 
     def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         partial, there = self.folder / f".step-{step:08d}.partial", _there(step)
@@ -116,8 +119,7 @@ class RemoteCheckpointStore(CheckpointStore):
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path)
         for step in reversed(self.committed_steps()):
-            self._bring(step)
-            damage = find_damage(self.at(step).folder)
+            damage = self._bring(step)
             if damage is None:
                 return self.at(step), notes
             there = _there(step)
@@ -127,23 +129,35 @@ class RemoteCheckpointStore(CheckpointStore):
         return None, notes
 
     def bring(self, step: int) -> None:
-        """Have a checkpoint on every node that lacks it. All workers call this."""
+        """Have a checkpoint on every node that lacks it; all workers call this.
+
+        Raises:
+            RunFailed: on every worker, when any node cannot reach the store. What is damaged is left to the caller.
+        """
         trouble = None
-        if self.leads:
+        if self.leads and step != self._whole:
             try:
                 self._bring(step)
             except OSError as error:
                 trouble = f"cannot read step {step} in {self.place}: {error}"
-        self.agree(trouble)
+        trouble = self.agree(trouble)
+        if trouble is not None:
+            raise RunFailed(trouble)
 
-    def _bring(self, step: int) -> None:
+    def _bring(self, step: int) -> str | None:
+        """Have a checkpoint here as it is there; what is wrong with it, or None."""
         folder, there = self.at(step).folder, _there(step)
         mark = self.remote.read(f"{there}/{COMMITTED}")
         here = folder / COMMITTED
-        if here.exists() and here.read_bytes() == mark and find_damage(folder) is None:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        self.remote.download(there, folder)
+        damage: str | None = "it is not here"
+        if here.exists() and here.read_bytes() == mark:
+            damage = find_damage(folder)
+        if damage is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.remote.download(there, folder)
+            damage = find_damage(folder)
+        self._whole = step if damage is None else None
+        return damage
 
     def prune(self, keep: int, best_step: int | None) -> None:
         for step in self.committed_steps()[:-keep]:

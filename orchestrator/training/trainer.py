@@ -193,8 +193,9 @@ def resume(session: Session) -> Memory:
         return Memory()
     session.tell(f"resuming at step {found.step}")
     session.store.bring(found.step)
-    session.engine.read_state(found.folder)
-    return Memory(**found.state)
+    here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
+    session.engine.read_state(here.folder)
+    return Memory(**here.state)
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:

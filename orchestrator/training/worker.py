@@ -180,7 +180,8 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
             train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank, notice)
         except OrchestratorError as error:
             return error
-        directory.finish()
+        if directory.leads_node:
+            directory.finish()
     return None
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
 from orchestrator.training import worker
 from orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.training.remote_run import RemoteRunDirectory
+from orchestrator.training.trainer import resume
 
 STEPS = [
     "train.steps=30",
@@ -164,8 +166,10 @@ def test_what_is_there_is_kept_when_a_run_starts_over(bucket: str, expected: tup
     assert list(losses(url)) == [1, 2, 3, 4, 5]
 
 
-def make_store(url: str, attempt: int = 1) -> tuple[RemoteRunDirectory, RemoteCheckpointStore]:
-    directory = RemoteRunDirectory(url, f"attempt-{attempt}")
+def make_store(
+    url: str, attempt: int = 1, holder: str | None = None
+) -> tuple[RemoteRunDirectory, RemoteCheckpointStore]:
+    directory = RemoteRunDirectory(url, holder or f"attempt-{attempt}")
     directory.create()
     directory.update_record(attempt=attempt)
     return directory, RemoteCheckpointStore(
@@ -198,6 +202,32 @@ def test_only_so_many_checkpoints_and_the_best_are_kept(bucket: str) -> None:
     assert store.committed_steps() == [2, 4, 5]
     assert directory.remote.folders("checkpoints") == ["step-00000002", "step-00000004", "step-00000005"]
     assert sorted(path.name for path in store.folder.iterdir()) == directory.remote.folders("checkpoints")
+
+
+def test_each_node_goes_on_from_its_own_copy(bucket: str) -> None:
+    _, first = make_store(f"{bucket}/run")
+    first.save(3, {"step": 3, "seconds": 1.5}, write_files)
+    _, other = make_store(f"{bucket}/run", holder="another-node")
+    found, _ = first.newest_valid()
+    read: list[Path] = []
+    engine = SimpleNamespace(rank=1, from_first_worker=lambda _: found, read_state=read.append)
+    memory = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
+    assert (memory.step, memory.seconds) == (3, 1.5)
+    assert read == [other.folder / "step-00000003"] != [found.folder if found is not None else None]
+    assert (read[0] / "weights.bin").read_bytes() == b"weights"
+
+
+def test_a_node_that_cannot_reach_the_store_fails_the_run_on_all(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = make_store(f"{bucket}/run")
+    first.save(3, {}, write_files)
+    _, other = make_store(f"{bucket}/run", holder="another-node")
+
+    def fail(*_: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(RemoteFolder, "download", fail)
+    with pytest.raises(RunFailed, match=r"cannot read step 3 in s3://.*no route"):
+        other.bring(3)
 
 
 def test_a_save_that_fails_half_way_leaves_the_checkpoint_before_it(
