@@ -1,16 +1,18 @@
 """How fast, and in how much memory, is a language model tuned, against TRL as its documentation sets it up?
 
-A Llama of 8 layers, 512 wide, of random weights, on the instructions of alpaca_en_demo (uneven lengths, completions are
-learned), batches of 8 on one processor thread in fp32. Every contender runs in a process of its own, which tells target
-tokens a second over some steps after a warm-up, and the most memory that it ever held (resident; imports included).
+A Llama of 8 layers, 512 wide, with a vocabulary of 32,000 (42 million random weights), on the instructions of
+alpaca_en_demo (completions are learned), batches of 8 on one processor thread, in fp32 or, as TRL has it by itself, in
+bf16. Every contender runs in a process of its own, which tells target tokens a second over some steps after a warm-up,
+and the most memory that it ever held (resident; imports included).
 
 | defaults | TRL's own: padded batches in random order, gradient checkpointing |
+| uneven | the same on answers of made-up words, whose lengths differ more: most are short, a few fill the context |
 | packed | TRL with `packing=True` |
 | memory | TRL's defaults, with a vocabulary of 128,000 on both sides |
 | last blocks | the last 2 of 8 layers are trained: ours on stored features of the others, TRL with the others frozen |
 
     pip install trl
-    python benchmarks/llm.py [--only ...] [--repeats 3] [--steps 12] [--assets DIR] [--json FILE]
+    python benchmarks/llm.py [--only ...] [--precision bf16] [--repeats 3] [--steps 12] [--assets DIR] [--json FILE]
 
 Exits with 1 when a median misses its target.
 """
@@ -24,6 +26,7 @@ os.environ.update({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZE
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -38,7 +41,7 @@ from common import Ratio, compare_seconds, compare_speeds, interleave, print_tab
 
 BATCH_SIZE, MAX_LENGTH, NUM_TRAIN, WARMUP = 8, 1024, 640, 3
 NUM_LAYERS, NUM_FROZEN = 8, 6
-SMALL, LARGE = 512, 128_000
+SMALL, LARGE = 32_000, 128_000
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,12 @@ class Claim:
     freezes: bool = False
     packs: bool = False
     of_memory: bool = False
+    is_uneven: bool = False
 
 
 CLAIMS = [
     Claim("defaults", 2.0),
+    Claim("uneven", 2.0, is_uneven=True),
     Claim("packed", 1.0, packs=True),
     Claim("memory", 1 / 0.6, vocabulary=LARGE, of_memory=True),
     Claim("last blocks", 5.0, freezes=True),
@@ -86,17 +91,31 @@ def build(folder: Path, source: Path, vocabulary: int) -> Path:
     return model
 
 
-def write_data(folder: Path, assets: Path) -> None:
+def read_instructions(assets: Path) -> list[dict[str, str]]:
     lines = (assets / "alpaca_en_demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    pairs = [
+    return [
         {"prompt": f"{row['instruction']}\n{row['input']}".strip() + "\n", "completion": row["output"]} for row in rows
     ]
+
+
+def make_uneven() -> list[dict[str, str]]:
+    """Answers whose lengths are log-normal, as those of people's questions to a model are."""
+    generator = random.Random(0)
+    words = ["the", "little", "dog", "saw", "a", "big", "red", "ball", "and", "they", "ran", "to", "play"]
+    lengths = [int(generator.lognormvariate(4.0, 1.2)) for _ in range(NUM_TRAIN + 8)]
+    return [
+        {"prompt": "Tell a story.\n", "completion": " ".join(generator.choices(words, k=max(1, min(700, length))))}
+        for length in lengths
+    ]
+
+
+def write_data(folder: Path, pairs: list[dict[str, str]]) -> None:
     for name, part in {"train": pairs[:NUM_TRAIN], "select": pairs[NUM_TRAIN : NUM_TRAIN + 8]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part), encoding="utf-8")
 
 
-def run_ours(folder: Path, model: Path, freezes: bool, num_steps: int) -> float:
+def run_ours(folder: Path, model: Path, freezes: bool, precision: str, num_steps: int) -> float:
     """Target tokens a second."""
     from common import batch_rows, train_quietly
 
@@ -118,7 +137,7 @@ def run_ours(folder: Path, model: Path, freezes: bool, num_steps: int) -> float:
         "train": {
             "steps": last,
             "global_batch_size": BATCH_SIZE,
-            "precision": "fp32",
+            "precision": precision,
             "evaluate_every": last,
             "save_every": last,
             "log_every": WARMUP,
@@ -137,7 +156,7 @@ def run_ours(folder: Path, model: Path, freezes: bool, num_steps: int) -> float:
     return targets / (seconds[last] - seconds[WARMUP])
 
 
-def run_trl(folder: Path, model: Path, freezes: bool, packs: bool, num_steps: int) -> float:
+def run_trl(folder: Path, model: Path, freezes: bool, packs: bool, precision: str, num_steps: int) -> float:
     """Target tokens a second."""
     import datasets
     import torch
@@ -170,7 +189,7 @@ def run_trl(folder: Path, model: Path, freezes: bool, packs: bool, num_steps: in
             per_device_train_batch_size=BATCH_SIZE,
             max_length=MAX_LENGTH,
             packing=packs,
-            bf16=False,
+            bf16=precision == "bf16",
             use_cpu=True,
             report_to="none",
             save_strategy="no",
@@ -185,15 +204,14 @@ def run_trl(folder: Path, model: Path, freezes: bool, packs: bool, num_steps: in
 
 def run_contender(settings: dict[str, Any]) -> None:
     """In a process of its own: prints speed and memory as JSON."""
-    folder, model = Path(settings["folder"]), Path(settings["model"])
-    if settings["side"] == "ours":
-        speed = run_ours(folder, model, settings["freezes"], settings["steps"])
-    else:
-        speed = run_trl(folder, model, settings["freezes"], settings["packs"], settings["steps"])
+    side, packs = settings.pop("side"), settings.pop("packs")
+    folder, model = Path(settings.pop("folder")), Path(settings.pop("model"))
+    speed = run_ours(folder, model, **settings) if side == "ours" else run_trl(folder, model, packs=packs, **settings)
     print(json.dumps({"speed": speed, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def measure(claim: Claim, folder: Path, assets: Path, num_steps: int, num_repeats: int) -> Ratio:
+def measure(claim: Claim, folder: Path, assets: Path, precision: str, num_steps: int, num_repeats: int) -> Ratio:
+    write_data(folder, make_uneven() if claim.is_uneven else read_instructions(assets))
     model = build(folder, assets / "model_llama_stories260k", claim.vocabulary)
 
     def run(side: str) -> float:
@@ -203,7 +221,8 @@ def measure(claim: Claim, folder: Path, assets: Path, num_steps: int, num_repeat
             "model": str(model),
             "freezes": claim.freezes,
             "packs": claim.packs,
-            "steps": num_steps,
+            "precision": precision,
+            "num_steps": num_steps,
         }
         environment = {**os.environ, "ORCHESTRATOR_CACHE": str(folder / "cache")}
         command = [sys.executable, __file__, "--contender", json.dumps(settings)]
@@ -222,6 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [claim.name for claim in CLAIMS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="timed steps; a multiple of 3")
     parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "assets")
@@ -235,10 +255,10 @@ def main() -> int:
         parser.error(f"--steps takes a multiple of {WARMUP}, --repeats at least 1")
     ratios = []
     with tempfile.TemporaryDirectory(prefix="llm-") as folder:
-        write_data(Path(folder), options.assets)
         for claim in CLAIMS:
             if claim.name in options.only:
-                ratios.append(measure(claim, Path(folder), options.assets, options.steps, options.repeats))
+                given = (options.assets, options.precision, options.steps, options.repeats)
+                ratios.append(measure(claim, Path(folder), *given))
                 print(*ratios[-1].cells(), file=sys.stderr, flush=True)
     titles = ("claim", "target", "median ratio", "minimum", "ours (tokens/s, GB)", "TRL", "")
     print_table(titles, (ratio.cells() for ratio in ratios))
