@@ -42,7 +42,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     strict = Parser(add_help=False)
     strict.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
-    recipe, model = build_parents()
+    recipe, model, used = build_parents()
 
     def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: Parser) -> Any:
         added = verbs.add_parser(name, help=text, description=text, parents=[common, *parents], allow_abbrev=False)
@@ -66,15 +66,15 @@ def build_parser() -> tuple[Parser, list[str]]:
     search.add_argument("--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
-    evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", model)
+    evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", used)
     add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
     evaluate.add_argument("--split", default=SPLIT, help="train, select or test (default: test)")
     add_harness(evaluate)
-    predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", model)
+    predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", used)
     add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; results are the same")
-    chat = verb("chat", run_chat, "Talk with a trained language model.", model)
+    chat = verb("chat", run_chat, "Talk with a trained language model.", used)
     chat.add_argument("--system", metavar="TEXT", help="a system prompt (default: the recipe's)")
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
@@ -89,15 +89,18 @@ def build_parser() -> tuple[Parser, list[str]]:
     return parser, list(verbs.choices)
 
 
-def build_parents() -> tuple[Parser, Parser]:
-    """The arguments of the commands that take a recipe, and of those that take a trained model."""
+def build_parents() -> tuple[Parser, Parser, Parser]:
+    """The arguments of the commands that take a recipe, a trained model, and one that is to compute something."""
     recipe = Parser(add_help=False)
     recipe.add_argument("recipe", help="a recipe's file, or the name of one that ships (`orchestrator recipes`)")
     text = "override a value: train.learning_rate=1e-4"
     recipe.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
     model = Parser(add_help=False)
     model.add_argument("model", type=Path, help="a run directory, or the model directory in it")
-    return recipe, model
+    used = Parser(add_help=False, parents=[model])
+    text = "what to compute in (default: auto, on a GPU as the run did, else fp32)"
+    used.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
+    return recipe, model, used
 
 
 def add_data(verb: argparse.ArgumentParser, default: str | None, text: str) -> None:
@@ -296,7 +299,8 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(Problem(f"--{option} is for benchmarks alone", remedy="name them: --harness TASK"))
     from orchestrator.training.inference import evaluate
 
-    found = evaluate(options.model, options.data, options.split, overrides=options.overrides)
+    given = {"overrides": options.overrides, "precision": options.precision}
+    found = evaluate(options.model, options.data, options.split, **given)
     if not options.json:
         show.evaluated(found, sys.stdout)
     return found
@@ -308,7 +312,7 @@ def run_harness(options: argparse.Namespace, given: dict[str, Any]) -> dict[str,
         raise InputError(Problem("tasks of the harness bring their own data", remedy=remedy))
     from orchestrator.training.harness import evaluate_tasks
 
-    found = evaluate_tasks(options.model, options.harness, **given)
+    found = evaluate_tasks(options.model, options.harness, precision=options.precision, **given)
     if not options.json:
         show.tasks_evaluated(found, sys.stdout)
     return found
@@ -322,7 +326,8 @@ def run_predict(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(Problem("--json prints one object, predictions are many", remedy="give --output FILE.jsonl"))
     if options.data == "-" and sys.stdin.isatty():
         print("reading JSON lines from the terminal; end with Ctrl-D", file=sys.stderr)
-    count = predict(options.model, options.data, output, options.batch_size, sys.stdout, overrides=options.overrides)
+    given = {"overrides": options.overrides, "precision": options.precision}
+    count = predict(options.model, options.data, output, options.batch_size, sys.stdout, **given)
     if output is not None and not options.json:
         print(f"{count:,} predictions are in {output}")
     return {"status": "predicted", "rows": count, "output": str(output)}
@@ -333,7 +338,7 @@ def run_chat(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.json:
         raise InputError(Problem("a conversation is no JSON object", remedy="use: orchestrator predict"))
-    chat(options.model, sys.stdin, sys.stdout, options.system)
+    chat(options.model, sys.stdin, sys.stdout, options.system, options.precision)
     return {"status": "ended"}
 
 

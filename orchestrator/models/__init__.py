@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.texts_in_a_row import attend_within_texts, takes_texts_in_a_row
     from orchestrator.models.token_loss import answer_with_losses, losses_of
+    from orchestrator.models.wide import ComputesInFp32
 
 __all__ = [
     "Block",
     "Blocks",
     "Changes",
+    "ComputesInFp32",
     "Depth",
     "Frozen",
     "LoadedModel",
@@ -148,6 +150,7 @@ _HOMES = {
         "answer_with_losses",
         "losses_of",
     ),
+    "wide": ("ComputesInFp32",),
 }
 
 

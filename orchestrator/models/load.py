@@ -1,4 +1,6 @@
-"""Load config, processor and weights of a source model: safetensors only, in fp32, the same for the same seed."""
+"""Load config, processor and weights of a source model: safetensors only, the same for the same seed; in fp32, or as
+they are stored.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.deep_head import DeepHead, with_deep_head
-from orchestrator.models.folder import MERGE
+from orchestrator.models.folder import MERGE, weight_files
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.hub import LOADING_ERRORS, explain
 from orchestrator.models.low_rank import add_changes, read_changes
@@ -103,7 +106,13 @@ def load_image_processor(source: SourceModel) -> Any:
 
 
 def load_model(
-    source: SourceModel, auto_class: str, config: Any, from_scratch: bool, seed: int, quantize: str | None = None
+    source: SourceModel,
+    auto_class: str,
+    config: Any,
+    from_scratch: bool,
+    seed: int,
+    quantize: str | None = None,
+    as_stored: bool = False,
 ) -> LoadedModel:
     """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
 
@@ -120,6 +129,7 @@ def load_model(
         config: from `load_config`.
         from_scratch: draw all weights instead of loading any.
         quantize: `nf4` for linear weights in 4 bits, all but those of the head and of the output layer.
+        as_stored: leave weights in bf16 that are stored so: half the memory, for those who widen what they train.
 
     Raises:
         ModelError: the weights cannot be loaded, or do not belong to the model's body; an adapter cannot be added.
@@ -131,7 +141,8 @@ def load_model(
             built = _build(loader, config, source).eval()
             _calm_batch_norms(built, HIGHEST_MOMENTUM)
             return LoadedModel(built, frozenset())
-        model, report = _load_weights(loader, config, source, quantize)
+        dtype = torch.bfloat16 if as_stored and is_stored_in_bf16(source, config) else torch.float32
+        model, report = _load_weights(loader, config, source, quantize, dtype)
         keep_quantized_weights(model)
         _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -199,14 +210,29 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
     return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
 
 
-def _load_weights(loader: Any, config: Any, source: SourceModel, quantize: str | None) -> tuple[Any, dict[str, Any]]:
+def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
+    """Whether a source's weights are all in bf16, by its config and, where they lie here, by their own word."""
+    if config.get_text_config().dtype != torch.bfloat16:
+        return False
+    if not source.is_local:
+        return True
+    formats: set[str] = set()
+    for path in weight_files(Path(source.location)):
+        with safe_open(path, framework="numpy") as weights:
+            formats |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    return formats == {"BF16"}
+
+
+def _load_weights(
+    loader: Any, config: Any, source: SourceModel, quantize: str | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers reports of its weights."""
 
     def load(**arguments: Any) -> tuple[Any, dict[str, Any]]:
         found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
             source.location,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # the shapes are checked by the caller, where head and body are told apart
             output_loading_info=True,

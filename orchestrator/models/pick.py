@@ -60,6 +60,8 @@ def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | N
     found: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        # Only from here on: what the layers below compute would all be kept for gradients.
+        torch.set_grad_enabled(True)
         found.append((output if isinstance(output, Tensor) else output[0]).detach().requires_grad_())
         # A copy goes on, because some models write into it.
         hidden = found[-1].clone()
@@ -67,7 +69,7 @@ def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | N
 
     hook = blocks.layers[-1].elements[-1].register_forward_hook(cut)
     try:
-        with torch.enable_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model):
             logits = model(**inputs).logits
             # Layers that are called without their hooks tell nothing.
             gradient = torch.autograd.grad(logits.sum(), found, allow_unused=True)[-1] if found else None

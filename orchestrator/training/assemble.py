@@ -41,8 +41,12 @@ class Parts:
         return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
 
-def assemble(prepared: Prepared) -> Parts:
+def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
     """Build the parts; the same recipe and seed give the same weights on every worker.
+
+    Args:
+        as_stored: leave weights in bf16 that are stored so. The model is then not to be run but inside
+            `models.ComputesInFp32`, until an engine has given its weights the formats that it computes with.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
@@ -50,8 +54,11 @@ def assemble(prepared: Prepared) -> Parts:
     transfer, seed = prepared.recipe.transfer, prepared.recipe.train.seed
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     quantize = transfer.adapter.quantize if transfer.adapter is not None else None
-    loaded = models.load_model(prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize)
-    return put_together(prepared, loaded.model, loaded.new_parameters)
+    loaded = models.load_model(
+        prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored
+    )
+    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
+        return put_together(prepared, loaded.model, loaded.new_parameters)
 
 
 def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> Parts | None:

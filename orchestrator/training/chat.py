@@ -12,7 +12,7 @@ from orchestrator.errors import InputError, Problem
 from orchestrator.tasks.shared.chat import Template
 from orchestrator.tasks.shared.tokenizers import longest_input
 from orchestrator.tasks.shared.writing import end_tokens
-from orchestrator.training.inference import load_trained
+from orchestrator.training.trained import Wanted, load_trained
 
 FORGET, LEAVE = "/new", ("/quit", "/exit")
 
@@ -35,13 +35,13 @@ class Screen(TextStreamer):  # type: ignore[misc]
         self.out.flush()
 
 
-def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None) -> None:
+def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: Wanted = "auto") -> None:
     """Answer each line until there are no more; `/new` starts over, `/quit` ends.
 
     Raises:
         InputError: the directory holds no trained language model.
     """
-    trained = load_trained(folder)
+    trained = load_trained(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
         what = f"a model for {trained.task.name} does not talk"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))

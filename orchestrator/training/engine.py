@@ -24,7 +24,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
 from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, process_group
 from orchestrator.training.precision import Precision
-from orchestrator.training.weight_formats import hold_frozen_in_bf16
+from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
 
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
@@ -295,12 +295,6 @@ def cost_of_pass(device: str, autocasts: bool) -> int:
     if device == "cuda":
         return TOKENS_PER_PASS_ON_GPU
     return TOKENS_PER_CAST_ON_CPU if autocasts else TOKENS_PER_PASS_ON_CPU
-
-
-def may_narrow(recipe: Recipe) -> bool:
-    """Whether frozen weights may be held in bf16: DoRA computes with the weights themselves."""
-    adapter = recipe.transfer.adapter
-    return adapter is None or adapter.variant != "dora"
 
 
 def micro_batch_size(recipe: Recipe) -> int:

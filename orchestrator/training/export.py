@@ -17,8 +17,10 @@ from orchestrator.recipe import dump_recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.model_card import model_card
+from orchestrator.training.precision import Precision
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import write_json
+from orchestrator.training.weight_formats import may_load_as_stored
 
 DESCRIPTION = "transfer.json"
 NAMED = 3
@@ -30,20 +32,23 @@ def export_model(
     weights: dict[str, Tensor],
     folder: Path,
     result: dict[str, Any],
-    rebuild: bool,
+    rebuild: Precision | None,
 ) -> None:
     """Write the model directory: safetensors, config, processor, model card. The folder appears whole or not at all.
 
     Args:
         weights: every trained parameter in fp32, by its name in `parts.module`.
         result: the run's result, for the card.
-        rebuild: the model in `parts` was rounded or spread over workers, so the weights are put into one built anew.
+        rebuild: what the model in `parts` was trained in, where it was rounded for that or spread over workers: the
+            weights are put into one built anew. None where they are put into it.
 
     Raises:
         RunFailed: a part of the adapter learned nothing.
     """
-    if rebuild:
-        parts = assemble(prepared)
+    if rebuild is not None:
+        # Of an adapter's model nothing but the adapter is written.
+        is_adapter = prepared.recipe.transfer.adapter is not None
+        parts = assemble(prepared, as_stored=is_adapter and may_load_as_stored(prepared.recipe, rebuild))
     module = parts.module
     here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():

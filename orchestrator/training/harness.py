@@ -17,7 +17,7 @@ from orchestrator.errors import DataError, InputError, Problem, nearest
 from orchestrator.tasks.shared.chat import Template
 from orchestrator.tasks.shared.tokenizers import longest_input
 from orchestrator.tasks.shared.writing import ANSWER
-from orchestrator.training.inference import Trained, load_trained
+from orchestrator.training.trained import Trained, Wanted, load_trained
 
 OPTION = "--harness"
 NUM_DRAWS = 1000  # Of a standard error, two digits are enough.
@@ -32,6 +32,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     chat_template: bool = False,
     batch_size: int = 8,
+    precision: Wanted = "auto",
 ) -> dict[str, Any]:
     """Score a trained language model on tasks of the harness; the answer has the shape of that of `evaluate`.
 
@@ -61,7 +62,7 @@ def evaluate_tasks(
 
     manager = TaskManager(include_path=include)
     check_names(names, manager.all_tasks)
-    trained = load_trained(folder)
+    trained = load_trained(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
         what = f"a model for {trained.task.name} is no language model"
         raise InputError(Problem(what, str(folder), f"score it on its own data, without {OPTION}"))

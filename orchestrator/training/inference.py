@@ -1,7 +1,8 @@
-"""Use a trained model: score it, predict. One process, fp32, the same answers for any batch size."""
+"""Use a trained model: score it, predict. One process; in fp32, the same answers for any batch size."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -13,7 +14,6 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from orchestrator import models
 from orchestrator.data import Examples, open_file, open_pictures, open_splits, rename_columns, without_bytes
@@ -21,30 +21,16 @@ from orchestrator.data.cache import as_table
 from orchestrator.data.image_folders import is_picture
 from orchestrator.data.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
-from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
-from orchestrator.tasks import Task, find_task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.answers import sample, score_written
 from orchestrator.training.evaluation import in_order, predict_rows
-from orchestrator.training.export import DESCRIPTION, write_table
+from orchestrator.training.export import write_table
 from orchestrator.training.feed import Feed
+from orchestrator.training.trained import Trained, Wanted, find_source_of, load_source, load_trained, ready
 
 EXAMPLES_TOGETHER = 2048
 ANSWERS_TOGETHER = 32
-
-
-@dataclass
-class Trained:
-    """A model directory, loaded."""
-
-    folder: Path
-    description: dict[str, Any]
-    """The content of transfer.json: task, options, columns, recipe."""
-    task: Task
-    model: Any
-    processor: Any
-    device: torch.device
 
 
 @dataclass
@@ -56,70 +42,6 @@ class Predicted:
     """The mean over all targets; 0 without labels."""
     targets: Arrays
     """What they are scored against; empty without labels."""
-
-
-def load_trained(folder: Path) -> Trained:
-    """Load a model directory, or the one in a run directory; raises InputError when it is none of ours."""
-    inner = folder / "model" if (folder / "model").is_dir() else folder
-    try:
-        description = json.loads((inner / DESCRIPTION).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        remedy = "give the directory of a finished run (runs/NAME), or its model directory (runs/NAME/model)"
-        raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
-    task_class = find_task(description["task"])
-    options = task_class.Options.model_validate(description["options"])
-    model, source = load_base(inner, description, task_class.auto_class)
-    task = task_class.restore(options, model.config)
-    # The processor was saved beside the weights, also beside those of an adapter.
-    here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
-    processor, _ = task.load_processor(here)
-    task.fit_model(model, processor, source)
-    model = put_adapter_on(model, inner)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(inner, description, task, model.to(device).eval(), processor, device)
-
-
-def load_base(folder: Path, description: dict[str, Any], auto_class: str) -> tuple[Any, SourceModel]:
-    """The model of a folder; for one that holds an adapter, what it is to be put on."""
-    if not holds_adapter(folder):
-        source = models.open_folder(folder, str(folder))
-        return models.load_model(
-            source, auto_class, models.load_config(source), from_scratch=False, seed=0
-        ).model, source
-    # The adapter says all that was learned since.
-    source = replace(find_source_of(description), adapter=None)
-    return load_source(description, auto_class, source), source
-
-
-def put_adapter_on(base: Any, folder: Path) -> Any:
-    """The base with the folder's adapter on it, where there is one."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, folder) if holds_adapter(folder) else base
-
-
-def holds_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
-
-
-def find_source_of(description: dict[str, Any]) -> SourceModel:
-    """The source of a trained model; raises ModelError where it is not to be found any more."""
-    return models.find_source(parse_recipe(description["recipe"]))
-
-
-def load_source(description: dict[str, Any], auto_class: str, source: SourceModel) -> Any:
-    """The source's weights, in the format that the model was trained on."""
-    config = models.load_config(source, **config_changes(description))
-    adapter = parse_recipe(description["recipe"]).transfer.adapter
-    return models.load_model(source, auto_class, config, False, 0, adapter.quantize if adapter else None).model
-
-
-def config_changes(description: dict[str, Any]) -> dict[str, Any]:
-    """What the task changed in the source's config; JSON made text of the labels' numbers."""
-    changes = dict(description["config"])
-    if "id2label" in changes:
-        changes["id2label"] = {int(index): name for index, name in changes["id2label"].items()}
-    return changes
 
 
 def predict_examples(
@@ -155,7 +77,9 @@ def predict_examples(
     return Predicted(in_order([(rows, parts, total)]), total / num_targets, every)
 
 
-def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = (), precision: Wanted = "auto"
+) -> dict[str, Any]:
     """Score a trained model on a split of its recipe's data, or of other data.
 
     Args:
@@ -164,7 +88,7 @@ def evaluate(folder: Path, data: str | None, split: str, *, overrides: Sequence[
     Raises:
         InputError: no such model, data or split; columns that do not fit.
     """
-    trained = load_trained(folder)
+    trained = load_trained(folder, precision)
     recipe = recipe_of(trained, data, overrides)
     if data is None:
         from orchestrator.training.prepare import read_examples
@@ -209,9 +133,12 @@ def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
         with trained.model.disable_adapter():
             asked = predict_examples(trained, examples)
     else:
-        model = load_source(trained.description, task.auto_class, source)
-        task.fit_model(model, trained.processor, source)
-        asked = predict_examples(replace(trained, model=model.to(trained.device).eval()), examples)
+        with models.ComputesInFp32() if trained.as_stored else contextlib.nullcontext():
+            model = load_source(trained.description, task.auto_class, source, trained.as_stored)
+            task.fit_model(model, trained.processor, source)
+        recipe = parse_recipe(trained.description["recipe"])
+        model = ready(model, recipe, trained.precision, trained.device)
+        asked = predict_examples(replace(trained, model=model), examples)
     (found,) = asked.predictions.values()
     return np.asarray(found, np.float64)
 
@@ -234,7 +161,14 @@ def data_is_local(data: str) -> bool:
 
 
 def predict(
-    folder: Path, data: str, output: Path | None, batch_size: int, out: TextIO, *, overrides: Sequence[str] = ()
+    folder: Path,
+    data: str,
+    output: Path | None,
+    batch_size: int,
+    out: TextIO,
+    *,
+    overrides: Sequence[str] = (),
+    precision: Wanted = "auto",
 ) -> int:
     """Predict for every row of a file (or of standard input, JSON lines); returns how many.
 
@@ -248,7 +182,7 @@ def predict(
         check_output(output)
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
-    trained = load_trained(folder)
+    trained = load_trained(folder, precision)
     columns = trained.task.prompt_columns(trained.task.options)
     mapping = recipe_of(trained, None, overrides).target.columns
     if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):

@@ -19,14 +19,14 @@ from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.assemble import Parts
-from orchestrator.training.engine import cost_of_pass, may_narrow
+from orchestrator.training.engine import cost_of_pass
 from orchestrator.training.features import can_pack
 from orchestrator.training.feed import Feed
 from orchestrator.training.loop import NEVER, make_plan
 from orchestrator.training.precision import Precision
 from orchestrator.training.simulation import Pass, fake_weights, simulate
 from orchestrator.training.subject import Subject, build, layer_changes
-from orchestrator.training.weight_formats import hold_frozen_in_bf16, survives
+from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow, survives
 
 Rows = npt.NDArray[np.int64]
 BATCHES_LOOKED_AT = 200

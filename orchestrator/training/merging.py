@@ -11,8 +11,15 @@ import torch
 from orchestrator import models
 from orchestrator.errors import InputError, Problem, RunFailed
 from orchestrator.training.export import DESCRIPTION
-from orchestrator.training.inference import Trained, load_base, load_trained, put_adapter_on
 from orchestrator.training.model_card import card_of_merged
+from orchestrator.training.trained import (
+    Trained,
+    find_trained,
+    holds_adapter,
+    load_base,
+    load_trained,
+    put_adapter_on,
+)
 
 LARGEST_ERROR = 1e-4  # Of the largest output; fp32 sums in another order.
 
@@ -26,19 +33,21 @@ def export(folder: Path, output: Path, merge: bool) -> None:
     """
     if output.exists():
         raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
-    trained = load_trained(folder)
+    inner, _ = find_trained(folder)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not merge:
-        shutil.copytree(trained.folder, partial)
+        shutil.copytree(inner, partial)
     else:
-        if not hasattr(trained.model, "merge_and_unload"):
+        if not holds_adapter(inner):
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
+        # In main memory, which holds more than a GPU does.
+        trained = load_trained(folder, "fp32", torch.device("cpu"))
         merged_weights(trained).save_pretrained(partial)
         trained.processor.save_pretrained(partial)
-        card = (trained.folder / "README.md").read_text(encoding="utf-8")
+        card = (inner / "README.md").read_text(encoding="utf-8")
         (partial / "README.md").write_text(card_of_merged(card, trained.task), encoding="utf-8")
-        shutil.copy(trained.folder / DESCRIPTION, partial)
+        shutil.copy(inner / DESCRIPTION, partial)
     partial.rename(output)
 
 

@@ -22,21 +22,24 @@ def is_spread(recipe: Recipe) -> bool:
     return recipe.scale.zero_stage == 3 and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def assemble_share(prepared: Prepared) -> Parts:
+def assemble_share(prepared: Prepared, as_stored: bool = False) -> Parts:
     """The parts on the first worker, their outline on the others. All workers call this.
 
     Where a model's structure shows only with its weights, every worker has them.
+
+    Args:
+        as_stored: as `assemble`.
     """
     if not is_spread(prepared.recipe):
-        return assemble(prepared)
+        return assemble(prepared, as_stored)
     is_first = dist.get_rank() == 0
-    parts = assemble(prepared) if is_first else None
+    parts = assemble(prepared, as_stored) if is_first else None
     box = [None if parts is None else parts.new_parameters]
     dist.broadcast_object_list(box, src=0)
     if parts is not None:
         return parts
     assert box[0] is not None
-    return assemble_outline(prepared, box[0]) or assemble(prepared)
+    return assemble_outline(prepared, box[0]) or assemble(prepared, as_stored)
 
 
 def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:

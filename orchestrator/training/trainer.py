@@ -33,6 +33,7 @@ from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_checkpoints import open_store
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 from orchestrator.training.spreading import assemble_share, is_spread, spread
+from orchestrator.training.weight_formats import may_load_as_stored
 
 NUM_SAMPLES = 8
 
@@ -109,12 +110,15 @@ def open_session(
     metric = metric or choose_metric(prepared)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
-    parts = assemble_share(prepared)
     precision = choose_precision(recipe, device)
+    as_stored = may_load_as_stored(recipe, precision)
+    parts = assemble_share(prepared, as_stored)
     train = prepared.encoded("train")
     plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
-    split = split_at_boundary(prepared, parts, plan)
-    packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
+    # What is tried out here is compared more finely than bf16 computes.
+    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
+        split = split_at_boundary(prepared, parts, plan)
+        packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_linear())
         if is_spread(recipe):
@@ -270,7 +274,8 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
         "parameters": session.parts.count_parameters(),
     }
-    export_model(prepared, session.parts, weights, directory.model, result, rebuild=engine.rounds_weights)
+    rebuild = session.precision if engine.rounds_weights else None
+    export_model(prepared, session.parts, weights, directory.model, result, rebuild)
     write_predictions(prepared, main, scored[main].predictions, directory.predictions)
     if "test" in scored:
         row = {

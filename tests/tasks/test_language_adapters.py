@@ -19,9 +19,10 @@ from orchestrator.errors import InputError, RunFailed
 from orchestrator.models import quantized_layers
 from orchestrator.training.assemble import assemble
 from orchestrator.training.export import refuse_untrained
-from orchestrator.training.inference import evaluate, load_trained
+from orchestrator.training.inference import evaluate
 from orchestrator.training.merging import export
 from orchestrator.training.prepare import prepare
+from orchestrator.training.trained import load_trained
 
 WriteRecipe = Callable[..., Path]
 LORA = {"type": "lora", "r": 4}

@@ -31,7 +31,7 @@ from orchestrator.errors import InputError
 from orchestrator.tasks.shared.chat import SHIPPED
 from orchestrator.training import harness
 from orchestrator.training.harness import evaluate_tasks
-from orchestrator.training.inference import load_trained
+from orchestrator.training.trained import load_trained
 
 Capture = pytest.CaptureFixture[str]
 WriteToy = Callable[..., Path]
@@ -239,7 +239,7 @@ def test_a_choice_stands_where_the_template_has_the_answer(
 ) -> None:
     trained = load_trained(runs / "chat")
     trained.processor.chat_template = SHIPPED[template]
-    monkeypatch.setattr(harness, "load_trained", lambda _: trained)
+    monkeypatch.setattr(harness, "load_trained", lambda *_: trained)
     evaluate_tasks(runs / "chat", ["toy"], chat_template=True)
     asked = [("User: who?\nAssistant:", "me"), ("I think", " me"), ("I think ", "me")]
     found = calls[0]["model"].loglikelihood([SimpleNamespace(arguments=pair) for pair in asked])

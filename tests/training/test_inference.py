@@ -21,8 +21,9 @@ import yaml
 
 import orchestrator
 from orchestrator.errors import DataError, InputError
-from orchestrator.training.inference import evaluate, load_trained, predict
+from orchestrator.training.inference import evaluate, predict
 from orchestrator.training.merging import export
+from orchestrator.training.trained import load_trained
 
 TRANSFERS: dict[str, dict[str, Any]] = {
     "full": {},

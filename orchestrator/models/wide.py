@@ -1,0 +1,59 @@
+"""A model whose weights are held in bf16, computing as if they were in fp32: its weights are widened one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ASKED_FOR_FORMAT: Any = vars(torch._C.TensorBase)["dtype"].__get__
+
+
+class ComputesInFp32(TorchFunctionMode):
+    """Inside it, functions that are given bf16 beside fp32 compute in fp32, embeddings are looked up in fp32, and
+    parameters in bf16 say that they are in fp32, for models that ask them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == _ASKED_FOR_FORMAT:
+            found = func(*args)
+            return torch.float32 if found == torch.bfloat16 and isinstance(args[0], nn.Parameter) else found
+        if func is nn.functional.embedding:
+            looked_up = func(*args, **kwargs)
+            return looked_up.float() if looked_up.dtype == torch.bfloat16 else looked_up
+        if not _needs_the_very_tensors(func) and {torch.bfloat16, torch.float32} <= set(
+            _formats((*args, *kwargs.values()))
+        ):
+            args, kwargs = _widened(args), {name: _widened(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _needs_the_very_tensors(func: Callable[..., Any]) -> bool:
+    """Whether no wider copy may take a tensor's place: it is written to, or has a gradient asked of it."""
+    name = getattr(func, "__name__", "")
+    return (
+        func is torch.autograd.grad
+        or name in ("__set__", "__setitem__")
+        or (name.endswith("_") and not name.endswith("__"))
+        or name[:3] == "__i"
+    )
+
+
+def _formats(values: Iterable[Any]) -> Iterable[torch.dtype]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.dtype
+        elif isinstance(value, list | tuple):
+            yield from _formats(value)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_widened, value))
+    return value

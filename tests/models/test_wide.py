@@ -1,0 +1,71 @@
+"""Weights held in bf16 that compute in fp32: the numbers of a model that is held in fp32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForSequenceClassification,
+)
+
+from orchestrator.models import ComputesInFp32
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
+    "t5": lambda: T5ForSequenceClassification(
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ),
+}
+IDS = torch.tensor([[5, 2, 3, 7, 1]])
+
+
+def narrow_and_wide(name: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    narrow = MODELS[name]().eval().bfloat16()
+    return narrow, copy.deepcopy(narrow).float()
+
+
+def answers(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    logits = model(input_ids=IDS).logits
+    return logits, list(torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_bf16_computes_what_it_would_in_fp32(name: str) -> None:
+    narrow, wide = narrow_and_wide(name)
+    expected, gradients = answers(wide)
+    assert not torch.equal(narrow(input_ids=IDS).logits.float(), expected)
+    with ComputesInFp32():
+        found, others = answers(narrow)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    for mine, other in zip(others, gradients, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:  # Rounded once for each of its uses.
+            assert float((mine.float() - other).abs().max()) <= 2**-7 * float(other.abs().max())
+    assert {value.dtype for value in narrow.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_written_is_written_to_the_weights_themselves() -> None:
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    with ComputesInFp32(), torch.no_grad():
+        assert weight.dtype == torch.float32  # So it says.
+        weight.mul_(torch.full((2, 2), 3.0))
+        weight[0] = torch.zeros(2)
+        weight += torch.ones(2, 2)
+    assert weight.dtype == torch.bfloat16
+    assert weight.tolist() == [[1.0, 1.0], [4.0, 4.0]]
