@@ -15,11 +15,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-from ray._private.state import state as ray_state
-from ray.core.generated import gcs_pb2
 from ray.tune import Callback
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from orchestrator.training.cluster import own_groups, remove_orphans
 
 SECONDS_BETWEEN_SWEEPS = 2.0
 SECONDS_TO_DIE = 10.0  # For actors that were told to end.
@@ -72,12 +70,8 @@ class Sweeper(Callback):  # type: ignore[misc]
 
     def _sweep(self) -> bool:
         """Remove placement groups whose makers are dead; whether there are others still."""
-        found = [(group, is_orphan) for group, is_orphan in own_groups() if group not in self._others]
-        for group, is_orphan in found:
-            if is_orphan:
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
         self._swept = time.monotonic()
-        return not all(is_orphan for _, is_orphan in found)
+        return remove_orphans(self._others)
 
     @contextlib.contextmanager
     def at_end(self) -> Iterator[None]:
@@ -88,23 +82,3 @@ class Sweeper(Callback):  # type: ignore[misc]
             deadline = time.monotonic() + SECONDS_TO_DIE
             while self._sweep() and time.monotonic() < deadline:
                 time.sleep(0.1)
-
-
-def own_groups() -> list[tuple[bytes, bool]]:
-    """The placement groups that actors of this job have made, and whether their maker is dead.
-
-    `ray.util.placement_group_table` does not tell who made a group, so Ray's own table is read.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    found = []
-    for entry in ray_state._connect_and_get_accessor().get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
-        is_there = group.state != gcs_pb2.PlacementGroupTableData.REMOVED
-        if is_there and group.creator_job_id.hex() == job and is_actor(group.creator_actor_id):
-            found.append((group.placement_group_id, group.creator_actor_dead))
-    return found
-
-
-def is_actor(id: bytes) -> bool:
-    """Whether this is an actor's id; that of a process that is none has nothing but its job at the end."""
-    return bool(id) and not ray.ActorID(id).is_nil()

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -166,3 +166,48 @@ def refuse_dead_address(address: str) -> None:
 def has_notices() -> bool:
     """Whether anybody takes nodes away: not from a cluster of this one machine."""
     return os.environ.get(WATCHER, "1") != "0"
+
+
+def remove_orphans(others: Container[bytes] = ()) -> bool:
+    """Give back what this job's dead actors had reserved: Ray itself does when the whole job has ended.
+
+    Args:
+        others: placement groups to leave alone.
+
+    Returns:
+        Whether there are groups still whose makers live.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    found = [(group, is_orphan) for group, is_orphan in own_groups() if group not in others]
+    for group, is_orphan in found:
+        if is_orphan:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
+    return not all(is_orphan for _, is_orphan in found)
+
+
+def own_groups() -> list[tuple[bytes, bool]]:
+    """The placement groups that actors of this job have made, and whether their maker is dead.
+
+    `ray.util.placement_group_table` does not tell who made a group, so Ray's own table is read.
+    """
+    import ray
+    from ray._private.state import state as ray_state
+    from ray.core.generated import gcs_pb2
+
+    job = ray.get_runtime_context().get_job_id()
+    found = []
+    for entry in ray_state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        is_there = group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        if is_there and group.creator_job_id.hex() == job and is_actor(group.creator_actor_id):
+            found.append((group.placement_group_id, group.creator_actor_dead))
+    return found
+
+
+def is_actor(id: bytes) -> bool:
+    """Whether this is an actor's id; that of a process that is none has nothing but its job at the end."""
+    import ray
+
+    return bool(id) and not ray.ActorID(id).is_nil()

@@ -15,7 +15,7 @@ from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
-from orchestrator.training.cluster import has_notices, scaling
+from orchestrator.training.cluster import has_notices, remove_orphans, scaling
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
@@ -34,14 +34,14 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
     """Run the training on its workers; returns when it is finished.
 
     One worker runs in this process (Ray Train's local mode), several as Ray Train workers. A worker that dies takes its
-    group with it; Ray starts the group again, up to `scale.max_failures` times, and it goes on from its checkpoint.
+    group with it; Ray starts the group again, up to `scale.max_failures` times, and it goes on from its checkpoint. So
+    it does, as another attempt, where Ray's own controller of the workers dies.
 
     Raises:
         OrchestratorError: what a worker found wrong.
         RunFailed: workers died more often than allowed.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     recipe = prepared.recipe
     distributed = recipe.scale.workers > 1
@@ -59,7 +59,18 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         wanted = " and ".join(f"{number:g} {kind}" for kind, number in size.resources_per_worker.items())
         workers = f"{size.min_workers} workers with {wanted} each"
         ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
-    fit(TorchTrainer, train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
+    for left in reversed(range(recipe.scale.max_failures + 1)):
+        try:
+            fit(train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
+            return
+        except ControllerDied as error:
+            if not left:
+                raise
+            directory.note(f"{error}; the run goes on from its last checkpoint")
+        # Workers of before that are not dead yet can commit nothing any more.
+        attempt = config["attempt"] = attempt + 1
+        directory.update_record(attempt=attempt)
+        remove_orphans()
 
 
 def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
@@ -75,18 +86,6 @@ def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder
         RunFailed: workers died more often than `scale.max_failures` allows.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without Ray Train's guard of placement groups.
-
-        The guard is a detached actor, a process for each run, that asks the dashboard whether the run is alive; where
-        there is no dashboard it never ends. The search looks after what its actors leave behind.
-        """
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
     # How soon a dead worker, and the end of a run, are noticed: a search has many runs, and each waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -96,13 +95,16 @@ def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder
     )
     config = {"prepared": ray.put(prepared), "work": ray.put(work), "folder": str(folder)}
     try:
-        fit(Trainer, work_on_worker, config, size, recipe, folder, folder / "ray", 1)
+        fit(work_on_worker, config, size, recipe, folder, folder / "ray", 1)
     except ray.exceptions.RayError as error:
         raise RunFailed(f"Ray Train itself failed: {last_line(error)}") from error
 
 
+class ControllerDied(RunFailed):
+    """The process died that Ray Train looks after the workers with."""
+
+
 def fit(
-    trainer: type,
     loop: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     size: Any,
@@ -113,9 +115,21 @@ def fit(
 ) -> None:
     """Run `loop` on Ray Train workers of this size; an error that it returns is raised, as what Ray Train raises is."""
     import ray.train
-    from ray.train.torch import TorchConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    run = trainer(
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without Ray Train's guard of placement groups.
+
+        The guard is a detached actor, a process for each run. Where the run is killed it never ends: not without a
+        dashboard, and else because it tries to from a thread, where it cannot. What a run has reserved is given back
+        without it: by Ray when the job ends, before that by `remove_orphans`.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    run = Trainer(
         loop,
         train_loop_config=config,
         scaling_config=size,
@@ -134,6 +148,8 @@ def fit(
             f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
             f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
         ) from error
+    except ray.exceptions.RayActorError as error:
+        raise ControllerDied(f"Ray Train's controller died: {last_line(error)}") from error
     if isinstance(outcome, OrchestratorError):
         raise outcome
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from orchestrator import load_recipe, train
+from orchestrator.training.cluster import own_groups
 from orchestrator.training.inference import evaluate
 from orchestrator.training.merging import export
 
@@ -62,6 +63,12 @@ def find_worker(directory: Path, rank: int) -> psutil.Process:
         except (OSError, psutil.Error):
             continue
     raise AssertionError(f"no process writes to {log}")
+
+
+def processes_of(actor: str) -> list[psutil.Process]:
+    """Those that Ray has given an actor's name."""
+    every = psutil.process_iter(["cmdline"])
+    return [process for process in every if (process.info["cmdline"] or [""])[0].startswith(actor)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -140,6 +147,31 @@ def test_killed_zero_3_run_with_an_adapter_exports_what_it_trained(
     ids = torch.tensor([[2, 9, 30, 41, 3]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_controller_of_the_workers_is_replaced_with_the_same_losses(
+    write_recipe: Callable[..., Path], two_workers: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe()
+    expected = two_workers(recipe)
+    directory = tmp_path / "killed"
+
+    def kill() -> None:
+        wait_for_step(directory, 25)
+        for process in processes_of("ray::TrainController"):
+            process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    train(load_recipe(recipe, [*SIXTY_STEPS, "scale.workers=2"]), directory)
+    assert_same_run(expected, directory)
+    record = json.loads((directory / "run.json").read_text())
+    assert record["attempt"] == 2
+    assert any("controller died" in note for note in record["notes"])
+    # What it had reserved is free again, and nobody stays behind to look after it.
+    assert not own_groups()
+    assert not processes_of("ray::PlacementGroupCleaner")
 
 
 def start_command(recipe: Path, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:
