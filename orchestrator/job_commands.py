@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import __version__, show
 from orchestrator.errors import ClusterError, InputError, RunFailed
+from orchestrator.storage import is_url
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Cluster, Job
@@ -61,9 +62,13 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
 
     recipe = load_recipe(options.recipe, options.overrides)
     from orchestrator.jobs import submit
+    from orchestrator.training.disk import refuse_disk_without_room_for_model
     from orchestrator.training.pictures import named_pictures
 
     cluster = reach(options)
+    storage = Path(recipe.scale.storage).absolute()
+    if not is_url(recipe.scale.storage) and (cluster.is_here or is_below(storage, options.shared)):
+        refuse_disk_without_room_for_model(storage, recipe)
     verb = "search" if options.search else "train"
     pictures = named_pictures(recipe)
     found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env, pictures=pictures)
@@ -76,6 +81,10 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
     else:
         print(f"see: orchestrator logs {job.id} --follow; orchestrator fetch {job.id}", file=out)
     return as_record(job)
+
+
+def is_below(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(folder.absolute()) for folder in folders)
 
 
 def follow(cluster: Cluster, job: Job, out: Any) -> Job:
@@ -108,7 +117,7 @@ def run_jobs(options: argparse.Namespace) -> dict[str, Any]:
     found = cluster.jobs()
     if not options.json:
         rows = [(job.id, job.status, job.verb, since(job), job.directory) for job in found]
-        show.table(rows or [("there are no jobs of ours on", cluster.address)], sys.stdout)
+        show.table(rows or [(f"there are no jobs of ours on {cluster.address}",)], sys.stdout)
     return {"jobs": [as_record(job) for job in found]}
 
 

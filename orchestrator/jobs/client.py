@@ -174,7 +174,7 @@ def connect(address: str | None, insecure: bool = False) -> Cluster:
         socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS).close()
     except OSError as error:
         remedy = "start the cluster with a dashboard, correct --address, or open a tunnel: ssh -L 8265:localhost:8265"
-        raise ClusterError(f"nobody answers at {checked}: {error}\n    -> {remedy} HOST") from None
+        raise ClusterError(f"nobody answers at {checked}: {error.strerror or error}\n    -> {remedy} HOST") from None
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)  # It tells of each upload.

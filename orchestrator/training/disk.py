@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator import models
 from orchestrator.errors import ClusterError
-from orchestrator.recipe import Recipe
+from orchestrator.models.folder import weight_files
+from orchestrator.recipe import Recipe, resolve_path
+from orchestrator.recipe.paths import PACKAGE_PREFIX
 
 BYTES_OF_STATE = 14
 """In a checkpoint, of each trained number: itself and Adam's two moments in fp32, and DeepSpeed's copy in bf16."""
@@ -39,6 +42,25 @@ def refuse_full_disk(folder: Path, recipe: Recipe, parameters: Mapping[str, int]
         f"{folder} has room for {_gigabytes(free)}, and checkpoints and model take {_gigabytes(needed)}\n"
         f"    -> free some, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
     )
+
+
+def refuse_disk_without_room_for_model(storage: Path, recipe: Recipe) -> None:
+    """Raise ClusterError where a disk has less room than the source's files take here, as a tuned model will at least.
+
+    It costs no time, unlike `refuse_full_disk`, which knows more. An adapter is small, and what is not here is not
+    looked for.
+    """
+    is_here = recipe.source.model.startswith(PACKAGE_PREFIX) or resolve_path(recipe.source.model, recipe.origin)
+    if recipe.transfer.adapter is not None or not is_here:
+        return
+    least = sum(path.stat().st_size for path in weight_files(Path(models.find_source(recipe).location)))
+    disk = next(folder for folder in (storage, *storage.parents) if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if free < least:
+        raise ClusterError(
+            f"{storage} has room for {_gigabytes(free)}, and the model alone takes {_gigabytes(least)}\n"
+            f"    -> free some, or set scale.storage to a larger disk"
+        )
 
 
 def _gigabytes(number: int) -> str:

@@ -11,7 +11,8 @@ import pytest
 
 from orchestrator import load_recipe, train
 from orchestrator.cli import main
-from orchestrator.training.disk import bytes_needed
+from orchestrator.errors import ClusterError
+from orchestrator.training.disk import bytes_needed, refuse_disk_without_room_for_model
 
 WriteRecipe = Callable[..., Path]
 
@@ -42,3 +43,19 @@ def test_a_full_disk_is_refused_before_anything_starts(
     assert "checkpoints and model take" in told
     assert "train.keep (2)" in told
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_disk_that_cannot_even_hold_the_model_is_refused_at_once(
+    write_recipe: WriteRecipe, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tiny_bert / "model.safetensors").stat().st_size
+    storage = tmp_path / "not" / "there" / "yet"
+    adapter = {"adapter": {"type": "lora"}}
+    for free, transfer, is_refused in ((size - 1, {}, True), (size, {}, False), (0, adapter, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(total=10**9, free=free))
+        recipe = load_recipe(write_recipe(transfer=transfer))
+        if not is_refused:
+            refuse_disk_without_room_for_model(storage, recipe)
+            continue
+        with pytest.raises(ClusterError, match="the model alone takes"):
+            refuse_disk_without_room_for_model(storage, recipe)
