@@ -149,7 +149,8 @@ def fit(
             f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
         ) from error
     except ray.exceptions.RayActorError as error:
-        raise ControllerDied(f"Ray Train's controller died: {last_line(error)}") from error
+        why = last_line(error).partition(". ")[0]  # What follows is what may have caused it, in general.
+        raise ControllerDied(f"Ray Train's controller died ({why})") from error
     if isinstance(outcome, OrchestratorError):
         raise outcome
 
