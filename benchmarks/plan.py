@@ -180,6 +180,7 @@ def ask(verb: str, recipe: Path, *options: str) -> dict[str, Any]:
 
 def compare_times(folder: Path, chosen: list[Case]) -> list[dict[str, Any]]:
     """Plans from one run of each family, and the runs."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # With more, one run takes a third longer than the same one before it.
     runs: dict[str, Path] = {}
     rows = []
     print(f"{'case':28}{'planned':>10}{'taken':>10}{'error':>8}   (seconds)")

@@ -42,6 +42,7 @@ MAY_KNOW = {
 KNOWS_RAY = {
     "training/worker.py",
     "training/cluster.py",
+    "training/dead_workers.py",
     "jobs/client.py",
     "jobs/on_cluster.py",
     *(f"search/{name}.py" for name in ("tuning", "searchers", "halving", "ending")),

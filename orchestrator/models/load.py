@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import nn
@@ -143,6 +144,7 @@ def load_model(
             return LoadedModel(built, frozenset())
         dtype = torch.bfloat16 if as_stored and is_stored_in_bf16(source, config) else torch.float32
         model, report = _load_weights(loader, config, source, quantize, dtype)
+        _widen_buffers(model, loader, config, source)
         keep_quantized_weights(model)
         _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -252,6 +254,20 @@ def _load_weights(
     ]
     # What the source does not have is drawn, and not quantized afterwards.
     return load(**quantization(quantize, [*whole, *new])) if new else (model, report)
+
+
+def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceModel) -> None:
+    """Have buffers in fp32. Those that are not stored, such as a scale, are made anew: bf16 has rounded them."""
+    narrow = {name for name, value in model.named_buffers() if value.dtype == torch.bfloat16}
+    if not narrow:
+        return
+    stored = model.state_dict().keys()
+    with init_empty_weights(include_buffers=False):
+        wide = dict(_build(loader, config, source).named_buffers())
+    for name in narrow:
+        owner, _, leaf = name.rpartition(".")
+        buffers = model.get_submodule(owner)._buffers
+        buffers[leaf] = model.get_buffer(name).float() if name in stored else wide[name]
 
 
 def _calm_batch_norms(model: nn.Module, momentum: float) -> None:

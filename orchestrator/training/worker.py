@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.cluster import has_notices, remove_orphans, scaling
+from orchestrator.training.dead_workers import last_line, reason, teller
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
@@ -61,7 +62,8 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
     for left in reversed(range(recipe.scale.max_failures + 1)):
         try:
-            fit(train_on_worker, config, size, recipe, directory.logs, directory.logs / "ray", attempt)
+            where = (directory.logs, directory.logs / "ray")
+            fit(train_on_worker, config, size, recipe, *where, attempt, [teller(directory.place)])
             return
         except ControllerDied as error:
             if not left:
@@ -112,6 +114,7 @@ def fit(
     logs: Path,
     storage: Path,
     attempt: int,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Run `loop` on Ray Train workers of this size; an error that it returns is raised, as what Ray Train raises is."""
     import ray.train
@@ -139,6 +142,7 @@ def fit(
             storage_path=str(storage),
             failure_config=ray.train.FailureConfig(max_failures=recipe.scale.max_failures),
             worker_runtime_env=worker_environment(),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -149,8 +153,7 @@ def fit(
             f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
         ) from error
     except ray.exceptions.RayActorError as error:
-        why = last_line(error).partition(". ")[0]  # What follows is what may have caused it, in general.
-        raise ControllerDied(f"Ray Train's controller died ({why})") from error
+        raise ControllerDied(f"Ray Train's controller died ({reason(error)})") from error
     if isinstance(outcome, OrchestratorError):
         raise outcome
 
@@ -276,9 +279,3 @@ def output_to(path: Path) -> Iterator[None]:
         for number, descriptor in enumerate(kept, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text: where Ray puts the worker's own words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,7 +22,7 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from orchestrator.models import ComputesInFp32
+from orchestrator.models import ComputesInFp32, load_config, load_model, open_folder
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS: dict[str, Any] = {
@@ -69,3 +72,21 @@ def test_what_is_written_is_written_to_the_weights_themselves() -> None:
         weight += torch.ones(2, 2)
     assert weight.dtype == torch.bfloat16
     assert weight.tolist() == [[1.0, 1.0], [4.0, 4.0]]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8)])
+def test_a_model_loaded_as_it_is_stored_is_the_one_that_is_loaded_in_fp32(config: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    source = open_folder(tmp_path, "here")
+    wide, narrow = (
+        load_model(source, "AutoModelForCausalLM", load_config(source), False, 0, as_stored=as_stored).model
+        for as_stored in (False, True)
+    )
+    assert {value.dtype for value in narrow.parameters()} == {torch.bfloat16}
+    for (name, value), other in zip(narrow.named_parameters(), wide.parameters(), strict=True):
+        assert torch.equal(value.float(), other), name
+    # Also those that bf16 would have rounded when the model was made.
+    for (name, value), other in zip(narrow.named_buffers(), wide.buffers(), strict=True):
+        assert value.dtype == other.dtype, name
+        assert torch.equal(value, other), name

@@ -71,6 +71,11 @@ def processes_of(actor: str) -> list[psutil.Process]:
     return [process for process in every if (process.info["cmdline"] or [""])[0].startswith(actor)]
 
 
+def notes_of(directory: Path) -> list[str]:
+    notes: list[str] = json.loads((directory / "run.json").read_text())["notes"]
+    return notes
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     expected, found = losses(one), losses(other)
     assert list(found) == list(expected) == list(range(1, 61))
@@ -112,6 +117,7 @@ def check_killed_worker(recipe: Path, two_workers: Callable[..., Path], tmp_path
     train(load_recipe(recipe, [*SIXTY_STEPS, "scale.workers=2", *overrides]), directory)
     killer.join(timeout=0)
     assert not killer.is_alive(), "the run ended before the worker was killed"
+    assert any("died" in note and "went on from its last checkpoint" in note for note in notes_of(directory))
     assert_same_run(expected, directory)
 
 
@@ -166,9 +172,8 @@ def test_killed_controller_of_the_workers_is_replaced_with_the_same_losses(
     killer.start()
     train(load_recipe(recipe, [*SIXTY_STEPS, "scale.workers=2"]), directory)
     assert_same_run(expected, directory)
-    record = json.loads((directory / "run.json").read_text())
-    assert record["attempt"] == 2
-    assert any("controller died" in note for note in record["notes"])
+    assert json.loads((directory / "run.json").read_text())["attempt"] == 2
+    assert any("controller died" in note for note in notes_of(directory))
     # What it had reserved is free again, and nobody stays behind to look after it.
     assert not own_groups()
     assert not processes_of("ray::PlacementGroupCleaner")
