@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.training.engine import Engine
@@ -28,10 +29,15 @@ class Watch:
     What would be computed after that is lost with the machine, so the run waits for its end.
     """
 
-    def __init__(self, engine: Engine, saver: Saver, notice: Notice) -> None:
+    def __init__(self, engine: Engine, saver: Saver, notice: Notice, tell: Callable[[str], None]) -> None:
+        """
+        Args:
+            tell: shows the user a phase.
+        """
         self.engine = engine
         self.saver = saver
         self.notice = notice
+        self.tell = tell
         self._next = 1
         self._looked: tuple[int, float] | None = None
 
@@ -41,6 +47,7 @@ class Watch:
         self._next = step.number + self._steps_to_pass(step.number)
         if self.notice.is_given():
             self.saver.save(step, memory)
+            self.tell(f"a machine is about to be taken away; step {step.number} is saved")
             self.notice.wait()
 
     def _steps_to_pass(self, number: int) -> int:

@@ -81,7 +81,7 @@ def run_worker(
                 total_steps=session.plan.total_steps,
             )
         saver = make_saver(session)
-        watches = [] if notice is None else [Watch(session.engine, saver, notice)]
+        watches = [] if notice is None else [Watch(session.engine, saver, notice, session.tell)]
         for _ in evaluations(session, memory, [saver, *watches]):
             pass
         finish(session, memory, before)

@@ -69,6 +69,7 @@ def test_the_step_of_the_notice_is_saved_and_none_after_it_is_lost(
     directory = RunDirectory(tmp_path / "run")
     assert steps(directory) == [4]
     assert losses(directory) == expected[:4]
+    assert "step 4 is saved" in (directory.root / ".progress.json").read_text(encoding="utf-8")
     run(write_recipe(), tmp_path / "run", None)
     assert losses(directory) == expected
 
