@@ -25,9 +25,8 @@ class ComputesInFp32(TorchFunctionMode):
         if func is nn.functional.embedding:
             looked_up = func(*args, **kwargs)
             return looked_up.float() if looked_up.dtype == torch.bfloat16 else looked_up
-        if not _needs_the_very_tensors(func) and {torch.bfloat16, torch.float32} <= set(
-            _formats((*args, *kwargs.values()))
-        ):
+        is_mixed = {torch.bfloat16, torch.float32} <= set(_formats((*args, *kwargs.values())))
+        if is_mixed and not _needs_the_very_tensors(func):
             args, kwargs = _widened(args), {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
@@ -35,12 +34,8 @@ class ComputesInFp32(TorchFunctionMode):
 def _needs_the_very_tensors(func: Callable[..., Any]) -> bool:
     """Whether no wider copy may take a tensor's place: it is written to, or has a gradient asked of it."""
     name = getattr(func, "__name__", "")
-    return (
-        func is torch.autograd.grad
-        or name in ("__set__", "__setitem__")
-        or (name.endswith("_") and not name.endswith("__"))
-        or name[:3] == "__i"
-    )
+    writes = name in ("__set__", "__setitem__") or name[:3] == "__i" or (name[-1:] == "_" and name[-2:] != "__")
+    return func is torch.autograd.grad or writes
 
 
 def _formats(values: Iterable[Any]) -> Iterable[torch.dtype]:

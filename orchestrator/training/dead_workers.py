@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Any
 
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
 
 
-def teller(place: str) -> Any:
-    """A callback of Ray Train for the run directory at a path or a URL."""
+def teller(place: str, keys: Any) -> Any:
+    """A callback of Ray Train for the run directory at a path or a URL.
+
+    Args:
+        keys: a reference to the variables that reach an object store; None where the directory is in none.
+    """
+    import ray
     from ray.train import UserCallback
 
     class Teller(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            # Ray's controller of the workers runs on the machine of the command, whose copy this is.
-            directory = open_run(place)
+            if keys is not None:
+                os.environ.update(ray.get(keys))
             told = what_died(worker_exceptions)
-            directory.note(f"{told}; the run went on from its last checkpoint")
-            again = "all start again from the last checkpoint, once the cluster has room for them"
-            ProgressFile(directory.root, directory.send_progress).show(force=True, phase=f"{told}; {again}")
+            with contextlib.suppress(OSError):  # The run does not depend on it.
+                # Ray's controller of the workers runs on the machine of the command, whose copy this is.
+                directory = open_run(place)
+                directory.note(told)
+                again = "all start again from the last checkpoint, once the cluster has room for them"
+                ProgressFile(directory.root, directory.send_progress).show(force=True, phase=f"{told}; {again}")
 
     return Teller()
 

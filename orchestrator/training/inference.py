@@ -133,8 +133,8 @@ def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
         with trained.model.disable_adapter():
             asked = predict_examples(trained, examples)
     else:
+        model = load_source(trained.description, task.auto_class, source, trained.as_stored)
         with models.ComputesInFp32() if trained.as_stored else contextlib.nullcontext():
-            model = load_source(trained.description, task.auto_class, source, trained.as_stored)
             task.fit_model(model, trained.processor, source)
         recipe = parse_recipe(trained.description["recipe"])
         model = ready(model, recipe, trained.precision, trained.device)

@@ -68,12 +68,12 @@ def load_trained(folder: Path, wanted: Wanted = "auto", device: torch.device | N
     recipe = parse_recipe(description["recipe"])
     precision = choose_for_use(wanted, recipe, device)
     as_stored = may_load_as_stored(recipe, precision)
+    model, source = load_base(inner, description, task_class.auto_class, as_stored)
+    task = task_class.restore(options, model.config)
+    # The processor was saved beside the weights, also beside those of an adapter.
+    here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
+    processor, _ = task.load_processor(here)
     with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
-        model, source = load_base(inner, description, task_class.auto_class, as_stored)
-        task = task_class.restore(options, model.config)
-        # The processor was saved beside the weights, also beside those of an adapter.
-        here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
-        processor, _ = task.load_processor(here)
         task.fit_model(model, processor, source)
         model = put_adapter_on(model, inner)
     return Trained(inner, description, task, ready(model, recipe, precision, device), processor, device, precision)

@@ -60,10 +60,11 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
         wanted = " and ".join(f"{number:g} {kind}" for kind, number in size.resources_per_worker.items())
         workers = f"{size.min_workers} workers with {wanted} each"
         ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
+    where = (directory.logs, directory.logs / "ray")
+    told = [teller(directory.place, config["credentials"])] if distributed else []
     for left in reversed(range(recipe.scale.max_failures + 1)):
         try:
-            where = (directory.logs, directory.logs / "ray")
-            fit(train_on_worker, config, size, recipe, *where, attempt, [teller(directory.place)])
+            fit(train_on_worker, config, size, recipe, *where, attempt, told)
             return
         except ControllerDied as error:
             if not left:

@@ -21,8 +21,9 @@ from orchestrator.errors import InputError, RunFailed
 from orchestrator.jobs.fetch import download, send
 from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
 from orchestrator.training import worker
+from orchestrator.training.dead_workers import teller
 from orchestrator.training.remote_checkpoints import RemoteCheckpointStore
-from orchestrator.training.remote_run import RemoteRunDirectory
+from orchestrator.training.remote_run import RemoteRunDirectory, open_run
 from orchestrator.training.trainer import resume
 
 STEPS = [
@@ -263,9 +264,9 @@ def test_two_workers_keep_their_run_there(
     shown_by_ray: list[str] = []
     fit = worker.fit
 
-    def watched(trainer: type, loop: Any, config: dict[str, Any], *others: Any) -> None:
-        shown_by_ray.append(repr(config))
-        fit(trainer, loop, config, *others)
+    def watched(loop: Any, config: dict[str, Any], *others: Any) -> None:
+        shown_by_ray.append(repr((config, vars(others[-1][0]))))
+        fit(loop, config, *others)
 
     monkeypatch.setattr(worker, "fit", watched)
     overrides = [*STEPS, "scale.workers=2", "scale.zero_stage=2", "train.steps=10"]
@@ -280,7 +281,28 @@ def test_two_workers_keep_their_run_there(
     assert (run.directory / "report.html").exists()
     assert not (run.directory / "model").exists()
     assert len(shown_by_ray) == 1
+    assert "ObjectRef" in shown_by_ray[0]
     assert "a-secret" not in shown_by_ray[0]
+
+
+def test_that_workers_died_is_told_where_the_run_is_kept(
+    bucket: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    directory = open_run(f"{bucket}/run")
+    directory.create()
+    keys = ray.put(credentials())
+    # Ray's own processes have not been told the keys.
+    for name in credentials():
+        monkeypatch.setenv(name, "")
+    error = RuntimeError("Traceback\nValueError: no. It may be that")
+    teller(directory.place, keys).after_exception(None, {1: error, 0: error})
+    assert directory.read_record()["notes"] == ["workers 0, 1 died (ValueError: no)"]
+    assert "start again" in (directory.root / ".progress.json").read_text(encoding="utf-8")
+    # Nor does a run end because nobody can be told.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    teller(directory.place, None).after_exception(None, {1: error})
 
 
 def test_features_that_one_machine_stored_are_brought_by_another(
