@@ -117,7 +117,12 @@ def check_same(together: SearchDirectory, alone: SearchDirectory, specs: list[Sp
         rows, expected_rows = (history(each.trial(spec.id)) for each in (together, alone))
         assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
         outcome, expected = outcome_of(together, spec.id), outcome_of(alone, spec.id)
-        assert (outcome.status, outcome.best_step) == (expected.status, expected.best_step)
+        assert outcome.status == expected.status
+        # The same step, or one that is as good but for rounding: with a rate near 0, two may be.
+        of_step = {row["step"]: row for row in expected_rows}
+        best, expected_best = of_step[outcome.best_step], of_step[expected.best_step]
+        assert best["accuracy"] == expected_best["accuracy"]
+        assert best["loss"] == pytest.approx(expected_best["loss"], rel=1e-6)
         for row, expected_row in zip(rows, expected_rows, strict=True):
             assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-5)
             assert row["accuracy"] == pytest.approx(expected_row["accuracy"], abs=1e-5)
@@ -125,7 +130,8 @@ def check_same(together: SearchDirectory, alone: SearchDirectory, specs: list[Sp
                 assert numbers_in(row) == pytest.approx(numbers_in(expected_row), rel=1e-5, abs=1e-5)
         found, kept = (load_file(each.trial(spec.id).root / BEST_WEIGHTS) for each in (together, alone))
         assert found.keys() == kept.keys()
-        assert all(torch.allclose(value, kept[name], rtol=1e-4, atol=1e-5) for name, value in found.items())
+        if outcome.best_step == expected.best_step:
+            assert all(torch.allclose(value, kept[name], rtol=1e-4, atol=1e-5) for name, value in found.items())
         assert together.trial(spec.id).recipe.read_text() == alone.trial(spec.id).recipe.read_text()
 
 
