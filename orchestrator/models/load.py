@@ -130,7 +130,8 @@ def load_model(
         config: from `load_config`.
         from_scratch: draw all weights instead of loading any.
         quantize: `nf4` for linear weights in 4 bits, all but those of the head and of the output layer.
-        as_stored: leave weights in bf16 that are stored so: half the memory, for those who widen what they train.
+        as_stored: leave weights in bf16 that are stored so, where no adapter is added to them: half the memory, for
+            those who widen what they train.
 
     Raises:
         ModelError: the weights cannot be loaded, or do not belong to the model's body; an adapter cannot be added.
@@ -142,7 +143,9 @@ def load_model(
             built = _build(loader, config, source).eval()
             _calm_batch_norms(built, HIGHEST_MOMENTUM)
             return LoadedModel(built, frozenset())
-        dtype = torch.bfloat16 if as_stored and is_stored_in_bf16(source, config) else torch.float32
+        # What an adapter adds is added in fp32: a weight that is trained afterwards keeps its digits.
+        is_narrow = as_stored and source.adapter is None and is_stored_in_bf16(source, config)
+        dtype = torch.bfloat16 if is_narrow else torch.float32
         model, report = _load_weights(loader, config, source, quantize, dtype)
         _widen_buffers(model, loader, config, source)
         keep_quantized_weights(model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,12 @@ def test_what_is_written_is_written_to_the_weights_themselves() -> None:
     assert weight.tolist() == [[1.0, 1.0], [4.0, 4.0]]
 
 
+def write_adapter(model: Any, folder: Path) -> Path:
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8)])
 def test_a_model_loaded_as_it_is_stored_is_the_one_that_is_loaded_in_fp32(config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -84,6 +92,10 @@ def test_a_model_loaded_as_it_is_stored_is_the_one_that_is_loaded_in_fp32(config
         for as_stored in (False, True)
     )
     assert {value.dtype for value in narrow.parameters()} == {torch.bfloat16}
+    # What an adapter adds must not be rounded.
+    on_adapter = replace(source, adapter=str(write_adapter(wide, tmp_path / "adapter")))
+    summed = load_model(on_adapter, "AutoModelForCausalLM", load_config(source), False, 0, as_stored=True).model
+    assert {value.dtype for value in summed.parameters()} == {torch.float32}
     for (name, value), other in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         assert torch.equal(value.float(), other), name
     # Also those that bf16 would have rounded when the model was made.
