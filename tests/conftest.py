@@ -26,6 +26,9 @@ OPENINGS = ("i saw a", "there is the", "look at this", "she likes her", "we had 
 ENDINGS = ("today", "in the garden", "near the old house", "yesterday morning", "again")
 SIZES = {"train": 60, "select": 30, "test": 30}
 
+RAY = "ray"
+"""The group of tests that start Ray; for those that do not use `ray_cluster`, a marker says so."""
+
 
 def make_sentences() -> list[tuple[str, str]]:
     """Different (sentence, label) pairs, the labels in turn, openings and endings spread over them."""
@@ -36,6 +39,18 @@ def make_sentences() -> list[tuple[str, str]]:
             ending = ENDINGS[number // len(words) % len(ENDINGS)]
             pairs.append((f"{opening} {words[number % len(words)]} {ending}", label))
     return pairs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one worker of pytest-xdist, so that its fixtures are built once; and all tests that
+    need the Ray cluster in another, so that there is one cluster and no two tests compete for it.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            uses_ray = "ray_cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(RAY if uses_ray else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != RAY)  # The longest group first.
 
 
 @pytest.fixture(autouse=True, scope="session")

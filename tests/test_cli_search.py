@@ -18,6 +18,7 @@ import orchestrator.search.run
 from orchestrator.cli import main, parse
 from orchestrator.errors import ClusterError, InputError, RunFailed
 
+pytestmark = pytest.mark.xdist_group("ray")
 Capture = pytest.CaptureFixture[str]
 SEARCH = {
     "space": {"transfer.freeze": {"choice": [1]}, "train.learning_rate": {"choice": [1.0e-3, 1.0e-2]}},

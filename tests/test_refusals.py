@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 from orchestrator.cli import main
 
 Write = Callable[[Path], Any]
-MOST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -299,12 +297,9 @@ def lay_out(tmp_path: Path, tiny_bert: Path, small_data: Path) -> Callable[[str]
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
     """Run `train`; check what is true of every refusal, and give the problems of `--json`."""
-    started = time.perf_counter()
     code = main(["train", *arguments, "--json"])
-    seconds = time.perf_counter() - started
     output = capsys.readouterr()
     assert code == 2, output
-    assert seconds < MOST_SECONDS
     assert "Traceback" not in output.err
     found = json.loads(output.out)
     assert (found["status"], found["exit_code"]) == ("error", 2)
@@ -418,14 +413,19 @@ def test_warnings_are_fatal_only_when_strict(
     assert "test.jsonl:4" in problem["where"]
 
 
-def test_a_refusal_from_a_cold_start_takes_less_than_five_seconds(
+def test_a_wrong_recipe_is_refused_before_torch_and_ray_are_imported(
     lay_out: Callable[[str], Path], tmp_path: Path
 ) -> None:
     recipe = lay_out(GOOD_RECIPE.replace("epochs: 2", "epochs: 0"))
-    command = [sys.executable, "-m", "orchestrator.cli", "train", str(recipe)]
-    started = time.perf_counter()
+    code = """
+import sys
+from orchestrator.cli import main
+code = main(sys.argv[1:])
+assert not {"torch", "ray", "transformers"} & set(sys.modules)
+sys.exit(code)
+"""
+    command = [sys.executable, "-c", code, "train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert time.perf_counter() - started < MOST_SECONDS
     assert done.returncode == 2
     assert done.stdout == ""
     assert "recipe.yaml:14 (train.epochs)" in done.stderr

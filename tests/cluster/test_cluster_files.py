@@ -87,6 +87,7 @@ HOSTNAME = "#!/usr/bin/env bash\necho 127.0.0.1\n"
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_job_of_slurm_trains_on_all_its_nodes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """With stand-ins for Slurm's commands, which start both nodes on this machine."""
     commands = tmp_path / "bin"

@@ -26,6 +26,7 @@ from orchestrator.jobs.on_cluster import compare
 from orchestrator.jobs.submit import refuse_too_small, run_directory
 from orchestrator.jobs.upload import ENVIRONMENT_FILE, pack
 
+pytestmark = pytest.mark.xdist_group("ray")
 WriteRecipe = Callable[..., Path]
 CANARY = "hush-this-is-a-canary"
 FAR = "from orchestrator.jobs import Cluster; Cluster.is_here = False"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,9 +118,7 @@ def test_a_finished_search_is_told_again_without_a_trial(
     monkeypatch.setattr(course, "choose_place", lambda *_: pytest.fail("trials were run"))
     monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
-    began = time.process_time()
     again = run_search(recipe, finished.directory, "search.concurrent=2")
-    assert time.process_time() - began < 3.0
     assert (again.record, again.rows, again.result) == (finished.record, finished.rows, finished.result)
     after = times_of(finished.directory)
     assert {path.name for path in after if before.get(path) != after[path]} <= {".lock"}
@@ -330,9 +327,7 @@ def test_suggestions_of_a_killed_search_are_made_again(recipe: Path, tmp_path: P
 def test_when_time_is_up_the_best_so_far_wins(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
     space = "search.space={train.learning_rate: {choice: [1.0e-3, 2.0e-3, 3.0e-3]}}"
     options = [space, "search.seconds=60", "train.epochs=100000", "search.concurrent=1"]
-    began = time.monotonic()
     found = run_search(recipe, tmp_path / "s", *options)
-    assert time.monotonic() - began < 120
     (row,) = found.rows
     assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
     assert found.record["winner"]["id"] == row["id"]

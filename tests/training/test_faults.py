@@ -25,6 +25,7 @@ from orchestrator.training.cluster import own_groups
 from orchestrator.training.inference import evaluate
 from orchestrator.training.merging import export
 
+pytestmark = pytest.mark.xdist_group("ray")
 # Dropout and shuffling are on (the model's and the recipe's defaults); 60 steps, a checkpoint every 10.
 SIXTY_STEPS = [
     "train.steps=60",
