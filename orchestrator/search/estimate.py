@@ -22,9 +22,10 @@ from orchestrator.recipe import Recipe
 from orchestrator.search.here import can_run_here
 from orchestrator.search.packing import trains_only_the_head
 from orchestrator.search.plan import Plan, make_plan
-from orchestrator.search.resources import num_concurrent, resources_here, trial_resources
+from orchestrator.search.resources import nodes_here, num_concurrent, trial_resources
 from orchestrator.search.space import trial_recipe
 from orchestrator.training.assemble import assemble
+from orchestrator.training.devices import choose_device
 from orchestrator.training.engine import build_engine, micro_batch_size
 from orchestrator.training.evaluation import score
 from orchestrator.training.features import CACHED_SPLITS, split_at_boundary
@@ -78,8 +79,8 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     """
     prepared = encode_inputs(read_inputs(recipe, strict), strict)
     plan = make_plan(prepared)
-    have, is_here = resources_here(recipe), can_run_here(plan)
-    concurrent = 1 if is_here else num_concurrent(plan, have, trial_resources(recipe, have))
+    nodes, is_here = nodes_here(recipe), can_run_here(plan)
+    concurrent = 1 if is_here else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:
@@ -148,8 +149,7 @@ def mean_share(evaluations: int, grace: int, reduction: int) -> float:
 def measure(plan: Plan) -> Pace:
     """Time some steps of the whole model, and size up its features."""
     prepared = plan.prepared
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(prepared.recipe, device)
+    precision = choose_precision(prepared.recipe, choose_device(prepared.recipe))
     whole = with_transfer(prepared, freeze=0, adapter=None)
     parts = assemble(whole)
     steps = steps_of(whole)

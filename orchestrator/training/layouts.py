@@ -12,6 +12,7 @@ import torch
 from orchestrator.planning import Machine, Memory, ModelSize, PassSize, Setting, memory_of, network_bytes, processors
 from orchestrator.planning.memory import BF16, FP32
 from orchestrator.recipe import Recipe
+from orchestrator.training.devices import uses_gpu
 from orchestrator.training.engine import micro_batch_size, uses_deepspeed
 from orchestrator.training.measuring import Load, Measured, measure, measure_load, whether_packed
 from orchestrator.training.precision import Precision, has_bf16
@@ -68,8 +69,7 @@ class Planner:
         return micro_batch, recipe.scale.workers, self.autocasts(recipe), checkpointing, is_third, transfer
 
     def precision(self, recipe: Recipe) -> Precision:
-        wanted = recipe.train.precision
-        return wanted if wanted != "auto" else ("bf16" if self.machine.has_bf16 else "fp32")
+        return precision_on(self.machine, recipe)
 
     def autocasts(self, recipe: Recipe) -> bool:
         """ZeRO holds the weights themselves in bf16."""
@@ -131,9 +131,15 @@ class Planner:
         return None
 
 
+def precision_on(machine: Machine, recipe: Recipe) -> Precision:
+    """Return the precision that the recipe trains in on a machine."""
+    wanted = recipe.train.precision
+    return wanted if wanted != "auto" else ("bf16" if machine.has_bf16 else "fp32")
+
+
 def machine_here(recipe: Recipe) -> Machine:
-    """This machine's GPUs, or its cores where it has none."""
-    if torch.cuda.is_available():
+    """This machine's GPUs, or its cores where it has none or the recipe wants none."""
+    if uses_gpu(recipe):
         first = torch.cuda.get_device_properties(0)
         return Machine(
             name=first.name,

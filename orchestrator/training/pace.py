@@ -73,10 +73,12 @@ def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     """Operations a second of a worker, and where that is from."""
     if calibration is not None:
         return pace_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
-    if planner.machine.rate is not None:
-        return planner.machine.rate * EFFICIENCY, f"{EFFICIENCY:.0%} of what a {planner.machine.name} does at its best"
-    rate = measure_products(planner.precision(planner.subject.prepared.recipe))
-    return EFFICIENCY * rate, "matrix products timed here"
+    precision = planner.precision(planner.subject.prepared.recipe)
+    rate = planner.machine.rate_in(precision)
+    if rate is not None:
+        basis = f"{EFFICIENCY:.0%} of what a {planner.machine.name} does in {precision} at its best"
+        return rate * EFFICIENCY, basis
+    return EFFICIENCY * measure_products(precision, planner.machine.is_gpu), "matrix products timed here"
 
 
 def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
@@ -103,23 +105,23 @@ def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
     return float(total / result["seconds"])
 
 
-def measure_products(precision: Precision) -> float:
+def measure_products(precision: Precision, on_gpu: bool) -> float:
     """Operations a second of matrix products of a common size, on this machine, at their best."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 1024
+    device, size = ("cuda", 4096) if on_gpu else ("cpu", 1024)
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / _least_seconds(lambda: left @ right)
 
 
-def balance_of(machine: Machine) -> float:
+def balance_of(machine: Machine, precision: Precision) -> float:
     """Operations that a machine does while it moves a byte: as its data sheet has it, or measured on this one."""
-    if machine.rate is not None and machine.bandwidth is not None:
-        return machine.rate / machine.bandwidth
-    numbers = torch.ones(NUMBERS_MOVED, device="cuda" if torch.cuda.is_available() else "cpu")
+    rate = machine.rate_in(precision)
+    if rate is not None and machine.bandwidth is not None:
+        return rate / machine.bandwidth
+    numbers = torch.ones(NUMBERS_MOVED, device="cuda" if machine.is_gpu else "cpu")
     # A common function of one number, which processors do not do as fast as they move it.
     moved = 2 * numbers.nbytes / _least_seconds(lambda: torch.nn.functional.gelu(numbers))
-    return measure_products("fp32") / moved
+    return measure_products("fp32", machine.is_gpu) / moved
 
 
 def _least_seconds(work: Callable[[], torch.Tensor]) -> float:
