@@ -56,6 +56,7 @@ def validated(prepared: Prepared, out: TextIO) -> None:
             ("recipe", f"{recipe.name} is valid"),
             ("source", prepared.source.name),
             ("task", f"{recipe.target.task}, {prepared.task.describe()}"),
+            *([("labels", prepared.task.decision)] if prepared.task.decision else []),
             ("data", counts),
         ],
         out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import pyarrow.compute as pc
 
 from orchestrator.data.examples import Examples
 from orchestrator.data.images import show_picture
-from orchestrator.data.labels import encode_targets, find_label_names, label_texts
+from orchestrator.data.label_columns import flat_labels, owners, refuse_ambiguous
+from orchestrator.data.labels import count_places, declares_names, encode_targets, find_label_names, name_labels
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.data.overlap import check_overlap
 from orchestrator.errors import Problem
@@ -55,12 +57,21 @@ def check_class_labels(
     """Missing labels, and classes that cannot be learned or scored; for single labels and lists of labels.
 
     Fatal: missing labels, a single class, classes that only *select* or *test* have, `given` names without a training
-    example. Warnings: classes with one training example, names that the data bring along and never use.
+    example. Warnings: classes with one training example, names that the data bring along and never use, multi-hot
+    lists whose places nothing names.
 
     Raises:
-        DataError: labels are numbers with fractions.
+        DataError: labels are numbers with fractions, or positions that have no name.
     """
-    problems = [problem for examples in splits.values() if (problem := _missing_labels(examples, column))]
+    names = find_label_names(splits, column, given)
+    are_codes = declares_names(splits, given)
+    place = splits["train"].where(0) if len(splits["train"]) else None
+    if given is not None:
+        texts = {text for examples in splits.values() for text in _texts(examples, column)}
+        refuse_ambiguous(texts, names, place, "remove target.options.label_names")
+    problems = _places_problem(splits, column, are_codes) + _lists_in_text(splits["train"], column)
+    splits = {split: name_labels(examples, column, names, are_codes) for split, examples in splits.items()}
+    problems += [problem for examples in splits.values() if (problem := _missing_labels(examples, column))]
     counts = {split: _count_labels(examples, column) for split, examples in splits.items()}
     train = counts["train"]
     for split, examples in splits.items():
@@ -70,7 +81,6 @@ def check_class_labels(
             what = f"{len(only)} of the classes of {split} have no training example: {shown}"
             remedy = "add training examples of them, or remove them from all splits"
             problems.append(Problem(what, examples.where(_first_row(examples, column, only[0])), remedy))
-    place = splits["train"].where(0) if len(splits["train"]) else None
     is_list = pa.types.is_list(splits["train"].table.column(column).type)
     if train and len(train) < 2 and not is_list:
         what = f"all training examples have the same label, {show_value(next(iter(train)))}"
@@ -81,7 +91,7 @@ def check_class_labels(
     if single:
         what = f"{len(single)} of {len(train)} classes have one training example: {show_names(sorted(single))}"
         problems.append(Problem(what, place, "add examples of them, or merge them into other classes", fatal=False))
-    return problems + _unused_names(splits, column, given, set().union(*counts.values()), place)
+    return problems + _unused_names(names, set().union(*counts.values()), given is not None, place)
 
 
 def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
@@ -129,40 +139,49 @@ def _missing_labels(examples: Examples, column: str) -> Problem | None:
 
 
 def _count_labels(examples: Examples, column: str) -> dict[str, int]:
-    """Rows of each label, most frequent first."""
-    values = examples.table.column(column)
-    flat = pc.list_flatten(values) if pa.types.is_list(values.type) else values
+    """Rows of each label (text), most frequent first."""
+    flat = flat_labels(examples.table.column(column))
     counted = pc.value_counts(pc.drop_null(flat)) if len(flat) else []
-    if pa.types.is_floating(flat.type):
-        label_texts(examples, column)  # Raises when they are no classes.
-        counts = {str(int(item["values"].as_py())): item["counts"].as_py() for item in counted}
-    else:
-        counts = {str(item["values"].as_py()): item["counts"].as_py() for item in counted}
+    counts = {item["values"].as_py(): item["counts"].as_py() for item in counted}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _first_row(examples: Examples, column: str, text: str) -> int:
-    values = examples.table.column(column).to_pylist()
-    as_lists = (value if isinstance(value, list) else [value] for value in values)
-    return next(
-        row for row, value in enumerate(as_lists) if any(item is not None and _as_text(item) == text for item in value)
-    )
+    values = examples.table.column(column)
+    return int(owners(values)[pc.index(flat_labels(values), text).as_py()])
 
 
-def _as_text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) else str(value)
+def _texts(examples: Examples, column: str) -> list[str]:
+    """The distinct labels that are text in the data."""
+    flat = flat_labels(examples.table.column(column))
+    return pc.unique(flat).drop_null().to_pylist() if pa.types.is_string(flat.type) else []
 
 
-def _unused_names(
-    splits: Mapping[str, Examples], column: str, given: Sequence[str] | None, used: set[str], place: str | None
-) -> list[Problem]:
-    """Class names that no example has, where the labels are text; positions are checked by their number."""
-    names = find_label_names(splits, column, given)
-    as_positions = not used.intersection(names)
-    unused = [name for number, name in enumerate(names) if (str(number) if as_positions else name) not in used]
+def _lists_in_text(train: Examples, column: str) -> list[Problem]:
+    """A warning where text looks like lists, as CSV files hold them, each of which is a class of its own."""
+    texts = [] if pa.types.is_list(train.table.column(column).type) else _texts(train, column)
+    if not texts or not all(re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) for text in texts):
+        return []
+    what = f"{column} holds text such as {show_value(texts[0])}: each different text is a class of its own"
+    remedy = "write lists of labels in a format that has lists, such as JSON Lines or Parquet"
+    return [Problem(what, train.where(0), remedy, fatal=False)]
+
+
+def _places_problem(splits: Mapping[str, Examples], column: str, are_codes: bool) -> list[Problem]:
+    """A warning where lists are taken for multi-hot ones, and nothing names their places."""
+    places = None if are_codes else count_places(splits, column)
+    if places is None:
+        return []
+    what = f"{column} holds lists of {places} numbers that are 0 or 1: they are read as a place for each of {places} "
+    what += f"labels, named 0 to {places - 1}"
+    remedy = "name the labels in target.options.label_names; if these are lists of labels, write the labels as words"
+    return [Problem(what, splits["train"].where(0), remedy, fatal=False)]
+
+
+def _unused_names(names: Sequence[str], used: set[str], is_given: bool, place: str | None) -> list[Problem]:
+    """Class names that no example has."""
+    unused = [name for name in names if name not in used]
     if not unused or not used:
         return []
     what = f"{len(unused)} of {len(names)} named classes have no example: {show_names(unused)}"
-    return [
-        Problem(what, place, "add examples of them, or take them off the list of label names", fatal=given is not None)
-    ]
+    return [Problem(what, place, "add examples of them, or take them off the list of label names", fatal=is_given)]

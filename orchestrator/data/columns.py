@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from orchestrator.data.examples import SourceFile
 from orchestrator.data.images import convert_images
+from orchestrator.data.label_columns import Numbers, unify_numbers
 from orchestrator.data.messages import show_name, show_names
 from orchestrator.data.turns import convert_turns, is_list
 from orchestrator.errors import DataError, Problem, nearest
@@ -18,7 +19,7 @@ from orchestrator.recipe.origin import Origin
 
 NEEDS = {
     "text": "text",
-    "label": "text, numbers, or lists of text or of whole numbers",
+    "label": "text, numbers, or lists of text, of whole numbers or of true and false",
     "turns": "text, or lists of objects such as {role, content}",
 }
 
@@ -36,6 +37,8 @@ class Column:
     """Names that it goes by in common data sets, tried in this order when the recipe maps none."""
     may_vary: bool = False
     """Some files may have it and others not: their rows hold nulls."""
+    numbers: Numbers = "any"
+    """How the numbers of a `label` are read."""
 
 
 def check_mapping(columns: Sequence[Column], mapping: Mapping[str, str], origin: Origin) -> list[Problem]:
@@ -106,8 +109,10 @@ def convert_column(values: pa.ChunkedArray, column: Column, source: str, file: S
     if column.kind == "turns" and (found := convert_turns(values)) is not None:
         return found
     wanted = plain_type(values.type)
+    if column.kind == "label" and is_list(values.type) and pa.types.is_boolean(values.type.value_type):
+        wanted = pa.list_(pa.int64())  # As places of multi-hot lists.
     fits = wanted is not None and (column.kind == "label" or wanted == pa.string())
-    if wanted == pa.list_(pa.float64()) or not fits:
+    if not fits:
         needs = NEEDS[column.kind]
         what = f"the column {show_name(source)} holds {describe_type(values.type)}; {column.name} must be {needs}"
         remedy = f"turn its values into {needs}, or map {column.name} to another column in `target.columns`"
@@ -117,6 +122,12 @@ def convert_column(values: pa.ChunkedArray, column: Column, source: str, file: S
     except pa.ArrowInvalid as error:
         what = f"the values of column {show_name(source)} cannot be read: {show_name(str(error))}"
         raise DataError(Problem(what, file.place, "write this column anew")) from error
+    if wanted == pa.list_(pa.float64()):
+        converted = unify_numbers(converted, "classes")
+        if converted.type == wanted:
+            what = f"the column {show_name(source)} holds lists of numbers with fractions, which are no labels"
+            remedy = f"write lists of text, of whole numbers, or of 0 and 1, or map {column.name} to another column"
+            raise DataError(Problem(what, file.place, remedy))
     if column.kind == "label" and wanted == pa.string():
         # CSV has no null: an empty label is a missing one, in every format alike.
         blank = pc.equal(pc.utf8_trim_whitespace(converted), "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -12,33 +14,48 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.label_columns import (
+    NUMBER,
+    WHOLE,
+    flat_labels,
+    is_multi_hot,
+    name_codes,
+    name_places,
+    owners,
+    repeats_items,
+    text_to_float,
+    unify_numbers,
+    with_items,
+)
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.errors import DataError, Problem, nearest
 
 _INTEGER = re.compile(r"-?\d+")
-_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 
 def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The class names, in the order of the model's outputs; for single labels and for lists of labels.
 
-    They are those `given` in the recipe; else those that the data bring along; else the distinct labels of all splits,
-    sorted as text, or as numbers where all are whole numbers.
+    They are those `given` in the recipe; else those that the data declare; else the numbers of the places of multi-hot
+    lists; else the distinct labels of all splits, sorted as text, or as numbers where all are whole numbers.
 
     Raises:
-        DataError: a name given twice, splits that number their classes differently, labels with fractions.
+        DataError: a name given twice, splits that number their classes differently, labels with fractions, multi-hot
+            lists beside others.
     """
     if given is not None:
         twice = sorted({name for name in given if given.count(name) > 1})
         if twice:
             raise DataError(Problem(f"label names stand twice: {show_names(twice)}", remedy="name each class once"))
         return tuple(given)
+    lists = list(dict.fromkeys(split.label_names for split in splits.values() if split.label_names is not None))
+    if not lists and (places := count_places(splits, column)):
+        return tuple(map(str, range(places)))
     texts: set[str] = set()
     for examples in splits.values():
         texts.update(label_texts(examples, column))
-    lists = list(dict.fromkeys(split.label_names for split in splits.values() if split.label_names is not None))
     declared = tuple(dict.fromkeys(chain.from_iterable(lists)))
-    if declared and _are_positions(texts, declared):
+    if declared and any(_holds_integers(examples, column) for examples in splits.values()):
         if len(lists) > 1:
             what = f"{' and '.join(splits)} number their classes differently: their lists of class names differ"
             raise DataError(Problem(what, remedy="write the labels as text"))
@@ -49,36 +66,95 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
     return tuple(sorted(texts, key=int if all(map(_INTEGER.fullmatch, texts)) else None))
 
 
+def declares_names(splits: Mapping[str, Examples], given: Sequence[str] | None) -> bool:
+    """Whether the recipe (`given`) or the data name the classes, so that whole numbers are positions among the names.
+
+    Where they do not, a class is named after its number: 2 is "2", whether or not there is a 0 and a 1.
+    """
+    return given is not None or any(examples.label_names is not None for examples in splits.values())
+
+
+def count_places(splits: Mapping[str, Examples], column: str) -> int | None:
+    """The number of labels where each row is multi-hot: a list with a 0 or 1 for every label; None where it is not.
+
+    Raises:
+        DataError: the lists of *train* can be nothing else, but those of another split are something else.
+    """
+    columns = {name: examples.table.column(column) for name, examples in splits.items() if len(examples)}
+    first = next(iter(columns.values()), None)
+    if first is None or not pa.types.is_list(first.type) or not is_multi_hot(first):
+        return None
+    places: int = pc.unique(pc.list_value_length(first)).drop_null()[0].as_py()
+    others = [name for name, values in columns.items() if not is_places(values, places)]
+    if not others:
+        return places
+    if repeats_items(first):
+        what = f"the labels of {next(iter(columns))} are lists of {places} numbers that are 0 or 1, one for each "
+        what += f"label; those of {' and '.join(others)} are not"
+        where = splits[others[0]].where(0)
+        raise DataError(Problem(what, where, "write the labels of all splits in the same way"))
+    return None
+
+
+def name_labels(examples: Examples, column: str, names: Sequence[str], are_codes: bool) -> Examples:
+    """The same examples with the names of classes as their labels: text, or lists of text.
+
+    Text that is no name stays as it is. Numbers become the name of the same value, so that 1 and 1.0 are "1".
+
+    Args:
+        are_codes: whole numbers are positions in `names`; see `declares_names`. Where no name is a number, they are
+            nothing else anyway.
+
+    Raises:
+        DataError: labels with fractions that are no names, positions that have no name.
+    """
+    values = examples.table.column(column)
+    if pa.types.is_list(values.type) and is_multi_hot(values, len(names)):
+        return _with_labels(examples, column, name_places(values, names))
+    flat = flat_labels(values)
+    if pa.types.is_string(flat.type) and not set(pc.unique(flat).to_pylist()).intersection(names):
+        flat = unify_numbers(flat, "classes")
+    if pa.types.is_integer(flat.type) and (are_codes or not any(re.fullmatch(NUMBER, name) for name in names)):
+        return _with_labels(examples, column, name_codes(with_items(values, flat), names, examples.where))
+    return _with_labels(examples, column, with_items(values, _match(flat, names, examples, column)))
+
+
 def label_texts(examples: Examples, column: str) -> list[str]:
     """The distinct labels of a split as text, without nulls; list columns are taken apart.
 
     Raises:
         DataError: labels are numbers with fractions.
     """
-    return [text for text in _dictionary(_flat(examples, column), examples, column)[0] if text is not None]
+    flat = flat_labels(examples.table.column(column))
+    distinct = pc.unique(_match(flat, (), examples, column))
+    return [text for text in distinct.to_pylist() if text is not None]
 
 
-def encode_labels(examples: Examples, column: str, names: Sequence[str]) -> npt.NDArray[np.int64 | np.float32]:
+def encode_labels(
+    examples: Examples, column: str, names: Sequence[str], are_codes: bool = False
+) -> npt.NDArray[np.int64 | np.float32]:
     """Labels as class numbers (int64, shape [n]); lists of labels as multi-hot rows (float32, [n, num_labels]).
 
-    Whole numbers are positions in `names`, unless the names themselves are numbers; all else is matched as text.
+    Args:
+        are_codes: as for `name_labels`.
 
     Raises:
         DataError: null labels, and labels that `names` lacks or positions beyond it, with their places.
     """
-    is_list = pa.types.is_list(examples.table.column(column).type)
-    texts, indices = _dictionary(_flat(examples, column), examples, column)
-    codes = _codes(texts, names)[indices]
-    owners = _owners(examples, column) if is_list else np.arange(len(examples))
+    labels = name_labels(examples, column, names, are_codes).table.column(column)
+    is_list = pa.types.is_list(labels.type)
+    flat, rows = flat_labels(labels), owners(labels)
+    found = pc.index_in(flat, pa.array(names, pa.string()), skip_nulls=True)
+    codes: Rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
     bad = np.flatnonzero(codes < 0)
-    nulls = np.flatnonzero(examples.table.column(column).is_null().to_numpy()) if is_list else np.zeros(0, np.int64)
+    nulls = np.flatnonzero(labels.is_null().to_numpy()) if is_list else np.zeros(0, np.int64)
     if len(bad) or len(nulls):
-        faults = [(int(row), texts[index]) for row, index in zip(owners[bad], indices[bad], strict=True)]
+        faults = [(int(rows[item]), flat[int(item)].as_py()) for item in bad]
         raise DataError(_label_problems(examples, [*faults, *((int(row), None) for row in nulls)], names))
     if not is_list:
         return codes
     hot = np.zeros((len(examples), len(names)), dtype=np.float32)
-    hot[owners, codes] = 1.0
+    hot[rows, codes] = 1.0
     return hot
 
 
@@ -91,53 +167,54 @@ def encode_targets(examples: Examples, column: str) -> npt.NDArray[np.float32]:
     if pa.types.is_list(values.type):
         return np.full(len(examples), np.nan, dtype=np.float32)
     if pa.types.is_string(values.type):
-        values = pc.if_else(pc.match_substring_regex(values, _NUMBER), pc.utf8_trim_whitespace(values), None)
-        # Arrow's parser takes no plus sign.
-        values = pc.replace_substring_regex(values, r"^\+", "")
+        values = text_to_float(values)
     numbers = values.cast(pa.float64()).to_numpy()
     with np.errstate(over="ignore"):
         targets = numbers.astype(np.float32)
     return np.where(np.isfinite(targets), targets, np.float32(np.nan))
 
 
-def _flat(examples: Examples, column: str) -> pa.ChunkedArray:
-    values = examples.table.column(column)
-    return pc.list_flatten(values) if pa.types.is_list(values.type) else values
+def is_places(values: pa.ChunkedArray, places: int) -> bool:
+    """Whether each list has so many places that hold 0 or 1; lists that are all missing may be anything."""
+    return values.null_count == len(values) or (pa.types.is_list(values.type) and is_multi_hot(values, places))
 
 
-def _owners(examples: Examples, column: str) -> Rows:
-    """The row that each item of a list column belongs to."""
-    lengths = pc.fill_null(pc.list_value_length(examples.table.column(column)), 0).to_numpy()
-    return np.repeat(np.arange(len(examples)), lengths)
+def _holds_integers(examples: Examples, column: str) -> bool:
+    return bool(pa.types.is_integer(flat_labels(examples.table.column(column)).type))
 
 
-def _dictionary(values: pa.ChunkedArray, examples: Examples, column: str) -> tuple[list[str | None], Rows]:
-    """Distinct values as text (None for null), and each value's index among them."""
-    if pa.types.is_floating(values.type):
-        fractions = np.flatnonzero(pc.fill_null(pc.not_equal(values, pc.floor(values)), False).to_numpy())
-        if len(fractions):
-            row = int(fractions[0])
-            what = f"{column} is {values[row].as_py()} (one of {len(fractions)} such), which is no class"
-            raise DataError(Problem(what, examples.where(row), "write classes as text or whole numbers"))
-        values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
-    if not len(values):
-        return [], np.zeros(0, dtype=np.int64)
-    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
-    texts = [None if value is None else str(value) for value in encoded.dictionary.to_pylist()]
-    return texts, encoded.indices.to_numpy().astype(np.int64)
+def _with_labels(examples: Examples, column: str, values: pa.ChunkedArray) -> Examples:
+    position = examples.table.column_names.index(column)
+    return replace(examples, table=examples.table.set_column(position, column, values))
 
 
-def _are_positions(texts: Iterable[str], names: Sequence[str]) -> bool:
-    if any(map(_INTEGER.fullmatch, names)):
-        return False
-    return all(map(_INTEGER.fullmatch, texts))
+def _match(flat: pa.ChunkedArray, names: Sequence[str], examples: Examples, column: str) -> pa.ChunkedArray:
+    """Labels as text; numbers, also whole ones stored as text, as the name of the same value where there is one."""
+    flat = unify_numbers(flat, "classes") if pa.types.is_floating(flat.type) else flat
+    by_value: dict[float, list[str]] = {}
+    for name in names:
+        if re.fullmatch(NUMBER if pa.types.is_floating(flat.type) else WHOLE, name):
+            by_value.setdefault(float(name), []).append(name)
+    if not len(flat) or pa.types.is_null(flat.type):
+        return flat.cast(pa.string())
+    encoded = flat.combine_chunks().dictionary_encode()
+    texts = []
+    for value in encoded.dictionary.to_pylist():
+        is_number = not isinstance(value, str) or (value not in names and re.fullmatch(WHOLE, value))
+        same = by_value.get(float(value), []) if is_number else []
+        if len(same) != 1 and isinstance(value, float) and math.isfinite(value):
+            _refuse_fractions(flat, examples, column)
+        is_missing = isinstance(value, float) and not math.isfinite(value)
+        texts.append(None if is_missing else same[0] if len(same) == 1 else str(value))
+    return pa.chunked_array([pa.array(texts, pa.string()).take(encoded.indices)])
 
 
-def _codes(texts: Sequence[str | None], names: Sequence[str]) -> Rows:
-    """The class number of each distinct text, -1 for none."""
-    positions = _are_positions([text for text in texts if text is not None], names)
-    valid = {str(number) if positions else name: number for number, name in enumerate(names)}
-    return np.array([-1 if text is None else valid.get(text, -1) for text in texts], dtype=np.int64)
+def _refuse_fractions(flat: pa.ChunkedArray, examples: Examples, column: str) -> None:
+    fractions = np.flatnonzero(pc.fill_null(pc.not_equal(flat, pc.floor(flat)), False).to_numpy())
+    item = int(fractions[0]) if len(fractions) else 0
+    row = int(owners(examples.table.column(column))[item])
+    what = f"{column} is {flat[item].as_py()} (one of {max(1, len(fractions))} such), which is no class"
+    raise DataError(Problem(what, examples.where(row), "write classes as text or whole numbers"))
 
 
 def _label_problems(
@@ -167,9 +244,6 @@ def _label_problems(
 def _unknown_label(examples: Examples, text: str, rows: Sequence[int], names: Sequence[str]) -> Problem:
     where = examples.where(rows[0])
     count = f"in {len(rows)} of {len(examples)} rows"
-    if _are_positions([text], names):
-        what = f"the label {text} ({count}) is out of range: {len(names)} classes are numbered 0 to {len(names) - 1}"
-        return Problem(what, where, "number the classes from 0, or name every class in the list of label names")
     close = nearest(text, names)
     what = f"the label {show_value(text)} ({count}) is not among the {len(names)} classes: {show_names(names)}"
     remedy = f"write {show_value(close)} in its place" if close else "correct it, or add it to the list of label names"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestrator.data.columns import (
     Column,
@@ -25,6 +24,7 @@ from orchestrator.data.examples import Examples
 from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
 from orchestrator.data.hub import open_hub, stream_hub
 from orchestrator.data.image_folders import read_class_folders, read_pictures
+from orchestrator.data.label_columns import declared_labels, flat_labels, unify_numbers
 from orchestrator.data.messages import show_name
 from orchestrator.data.mixing import draw_counts
 from orchestrator.data.raw import RawFile
@@ -254,10 +254,17 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
         problems = [missing_column(column, mapping, used[0].names, used[0].place) for column in gone]
     if problems:
         raise DataError(problems)
+    every = tuple(dict.fromkeys(names for names in label_names if names is not None))
+    if len(every) == 1:
+        _name_others(used, tables, label_names, columns, every[0])
     table = _concatenate([raw.place for raw in used], tables, _varying(columns))
-    files = tuple(replace(raw.source, columns=tuple(table)) for raw, table in zip(used, tables, strict=True))
-    texts = all(not pa.types.is_integer(table.column(c.name).type) for c in columns if c.name in table.column_names)
-    return Examples(table, np.arange(table.num_rows), files, _merge_names(label_names, texts, used[0].place))
+    for position, name in enumerate(table.column_names):
+        (column,) = (column for column in columns if column.name == name)
+        if column.kind == "label" and not every:
+            table = table.set_column(position, name, unify_numbers(table.column(name), column.numbers))
+    files = tuple(replace(raw.source, columns=tuple(own)) for raw, own in zip(used, tables, strict=True))
+    merged = tuple(dict.fromkeys(chain.from_iterable(every))) or None
+    return Examples(table, np.arange(table.num_rows), files, merged)
 
 
 def _varying(columns: Sequence[Column]) -> set[str]:
@@ -265,18 +272,33 @@ def _varying(columns: Sequence[Column]) -> set[str]:
 
 
 def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """The converted values, and the class names that go with them."""
+    """The converted values, and the class names that the file declares for them, which take the place of codes."""
     values = raw.fetch(source)
     names = raw.label_names.get(source)
-    if pa.types.is_dictionary(values.type) and names is None and column.kind == "label":
-        unified = values.unify_dictionaries()
-        if unified.num_chunks and pa.types.is_string(unified.type.value_type):
-            names = tuple(name for name in unified.chunk(0).dictionary.to_pylist() if name is not None)
     converted = convert_column(values, column, source, raw.source)
-    if names is not None and pa.types.is_integer(converted.type):
-        # The Hub's mark for a label that is withheld.
-        converted = pc.if_else(pc.equal(converted, -1), pa.scalar(None, pa.int64()), converted)
-    return converted, names
+    if column.kind != "label" or column.numbers == "targets":
+        return converted, None
+    if pa.types.is_dictionary(values.type) and names is None:
+        unified = values.unify_dictionaries()
+        if unified.num_chunks and converted.type == pa.string() and not pa.types.is_boolean(values.type.value_type):
+            names = tuple(name for name in unified.chunk(0).dictionary.to_pylist() if name is not None)
+        return converted, names
+    named = None if names is None else declared_labels(converted, names, raw.source.where)
+    return (converted, None) if named is None else (named, names)
+
+
+def _name_others(
+    raws: Sequence[RawFile],
+    tables: Sequence[dict[str, pa.ChunkedArray]],
+    label_names: Sequence[tuple[str, ...] | None],
+    columns: Sequence[Column],
+    names: tuple[str, ...],
+) -> None:
+    """Read whole numbers of files that declare no names as those of the split's other files, which agree on theirs."""
+    (label,) = (column.name for column in columns if column.kind == "label")
+    for raw, table, own in zip(raws, tables, label_names, strict=True):
+        if own is None and pa.types.is_integer(flat_labels(table[label]).type):
+            table[label] = declared_labels(table[label], names, raw.source.where) or table[label]
 
 
 def _concatenate(
@@ -312,15 +334,6 @@ def _nulls(table: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
 
 def _cast(part: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([pa.nulls(len(part), type_)]) if part.null_count == len(part) else part.cast(type_)
-
-
-def _merge_names(every: Iterable[tuple[str, ...] | None], texts: bool, place: str) -> tuple[str, ...] | None:
-    """One list of class names for all files; labels written as text may use names from any of the lists."""
-    lists = list(dict.fromkeys(names for names in every if names is not None))
-    if len(lists) > 1 and not texts:
-        what = "the files of one split number their classes differently: their lists of class names differ"
-        raise DataError(Problem(what, place, "write the labels as text, or all files with one list of names"))
-    return tuple(dict.fromkeys(chain.from_iterable(lists))) if lists else None
 
 
 def _uneven_columns(splits: Mapping[str, Examples], may_vary: Collection[str]) -> list[Problem]:

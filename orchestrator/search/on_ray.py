@@ -14,8 +14,7 @@ from orchestrator.search.ledger import Ledger
 from orchestrator.search.plan import Plan
 from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
 from orchestrator.search.resources import num_concurrent, trial_resources
-from orchestrator.search.searchers import Listed, Suggested, optuna_searcher
-from orchestrator.search.space import decode
+from orchestrator.search.searchers import Listed, Suggested
 from orchestrator.search.workplace import make_workplace
 from orchestrator.training.cluster import cluster_nodes
 
@@ -69,16 +68,15 @@ class OnRay:
         )
 
     def _suggesting(self, ledger: Ledger) -> Suggested:
-        """TPE. What an earlier attempt had suggested is suggested again first, and its scores are told again."""
-        plan, recorded = self.plan, self.directory.root / SUGGESTED
-        points = read_rows(recorded)
-        inner = optuna_searcher(plan.space.optuna_define, plan.search.seed, points)
+        """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
+        plan, path = self.plan, self.directory.root / SUGGESTED
+        recorded = read_rows(path)
         count = itertools.count()
 
-        def make_spec(config: dict[str, Any]) -> dict[str, Any]:
+        def make_spec(point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
             number = next(count)
-            if number >= len(points):
-                append_row(recorded, {name: value for name, value in config.items() if name != "parameters"})
-            return ledger.expect(trial_id(number), decode(config))
+            if number >= len(recorded):
+                append_row(path, point)
+            return ledger.expect(trial_id(number), parameters)
 
-        return Suggested(inner, plan.search.trials, make_spec)
+        return Suggested(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)

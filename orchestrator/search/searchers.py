@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from random import Random
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
 from orchestrator.errors import ClusterError
+from orchestrator.search.space import MAX_REPEATS, key_of
 
 SCORE = "score"  # What Ray Tune is told: high is good.
+TPE_ATTEMPTS = 10
+"""Suggestions in a row that were made before, after which points are drawn at random."""
 
 
 class Unsaved:
@@ -72,14 +76,41 @@ def parameter_of(path: str, config: dict[str, Any]) -> Any:
 
 
 class Suggested(Listed):
-    """Hands out trials that another searcher suggests from what earlier ones scored."""
+    """Hands out trials that Optuna's TPE suggests from what earlier ones scored, each of them once.
 
-    def __init__(self, inner: Searcher, limit: int, make_spec: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    Every suggestion has a random stream of its own, which depends on the seed and on how many came before. A search
+    that was killed therefore goes on with the suggestions that it would have made anyway, whatever Optuna keeps in
+    memory between them.
+
+    Args:
+        define: lets an `optuna.Trial` suggest a point, and returns its parameters.
+        limit: how many trials there will be; fewer where the space has no more points.
+        recorded: what earlier attempts at the search have handed out, in Optuna's terms (`Trial.params`): this comes
+            first again, as it was.
+        make_spec: makes a trial of Optuna's terms and the parameters that they stand for.
+
+    Raises:
+        ClusterError: Optuna is not installed.
+    """
+
+    def __init__(
+        self,
+        define: Callable[[Any], dict[str, Any]],
+        seed: int,
+        limit: int,
+        recorded: Sequence[dict[str, Any]],
+        make_spec: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    ) -> None:
         super().__init__(iter(()))
-        self._inner = inner
+        self._study = make_study(recorded)
+        self._num_recorded = len(recorded)
+        self._define = define
+        self._seed = seed
         self._left = limit
         self._make_spec = make_spec
-        self._learned: set[str] = set()
+        self._handed_out: list[str] = []
+        self._asked: dict[str, Any] = {}
+        """The `optuna.Trial` of each trial that has told no score yet, by the id that Ray Tune gives it."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -87,40 +118,73 @@ class Suggested(Listed):
 
     def left(self, trial_id: str, result: dict[str, Any]) -> None:
         """Later trials are suggested from what it has scored; what it scores when it is taken up comes too late."""
-        if trial_id not in self._learned:
-            self._learned.add(trial_id)
-            self._inner.on_trial_complete(trial_id, result=result)
+        self._learn(trial_id, result.get(SCORE))
 
     def suggest(self, trial_id: str) -> Any:
-        if self.is_exhausted:
-            return Searcher.FINISHED if self.is_over() else None
-        if not self.has_room():
+        if not self.is_exhausted and not self.has_room():
             return None
-        found = self._inner.suggest(trial_id)
-        if not isinstance(found, dict):
-            return found
+        found = None if self.is_exhausted else self._ask()
+        if found is None:
+            self._left = 0
+            return Searcher.FINISHED if self.is_over() else None
         self._left -= 1
-        return {"spec": self._make_spec(found)}
-
-    def on_trial_result(self, trial_id: str, result: Any) -> None:
-        if trial_id not in self._learned:
-            self._inner.on_trial_result(trial_id, result)
+        trial, parameters = found
+        self._asked[trial_id] = trial
+        return {"spec": self._make_spec(trial.params, parameters)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        if trial_id not in self._learned:
-            self._inner.on_trial_complete(trial_id, result=result, error=error)
+        self._learn(trial_id, None if error or result is None else result.get(SCORE))
+
+    def _ask(self) -> tuple[Any, dict[str, Any]] | None:
+        """The next point and its parameters; None where nothing new is found any more.
+
+        Two trials with equal parameters are the same training: TPE, which comes back to what was good, is asked again,
+        and where that does not help, random points are drawn, as in a random search.
+        """
+        from optuna.trial import TrialState
+
+        number = len(self._handed_out)
+        for attempt in range(MAX_REPEATS):
+            self._study.sampler = make_sampler(f"{self._seed}/{number}/{attempt}", attempt < TPE_ATTEMPTS)
+            trial = self._study.ask()
+            parameters = self._define(trial)
+            key = key_of(parameters)
+            if number < self._num_recorded or key not in self._handed_out:
+                self._handed_out.append(key)
+                return trial, parameters
+            self._study.tell(trial, state=TrialState.FAIL)  # TPE passes over what has failed.
+        return None
+
+    def _learn(self, trial_id: str, score: float | None) -> None:
+        """Tell Optuna a trial's first score; None where it has none."""
+        from optuna.trial import TrialState
+
+        trial = self._asked.pop(trial_id, None)
+        if trial is not None and score is None:
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif trial is not None:
+            self._study.tell(trial, score)
 
 
-def optuna_searcher(define: Callable[[Any], dict[str, Any]], seed: int, points: Sequence[dict[str, Any]]) -> Searcher:
-    """TPE, through Ray Tune's wrapper of Optuna.
+def make_study(recorded: Sequence[dict[str, Any]]) -> Any:
+    """An `optuna.Study` of high scores whose first suggestions are the recorded ones.
 
-    Args:
-        define: as Optuna's define-by-run objective, for `OptunaSearch(space=...)`.
-        points: what to suggest first: the trials of a search that goes on.
+    Raises:
+        ClusterError: Optuna is not installed.
     """
     try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(space=define, metric=SCORE, mode="max", seed=seed, points_to_evaluate=list(points) or None)
-    except (ImportError, AssertionError) as error:
+        import optuna
+    except ImportError as error:
         raise ClusterError("search.algorithm is tpe, which needs Optuna\n    -> pip install optuna") from error
+    study = optuna.create_study(direction="maximize")
+    for point in recorded:
+        study.enqueue_trial(point)
+    return study
+
+
+def make_sampler(stream: str, is_tpe: bool) -> Any:
+    """An Optuna sampler with the random stream of this name."""
+    from optuna.samplers import RandomSampler, TPESampler
+
+    seed = Random(stream).getrandbits(32)
+    return TPESampler(seed=seed) if is_tpe else RandomSampler(seed=seed)

@@ -135,7 +135,7 @@ class Space:
         combinations = Combinations(self.recipe, self.cases)
         while len(found) < trials and repeats < MAX_REPEATS:
             parameters = self._draw(combinations, f"{seed}/{index}")
-            key = _key(parameters)
+            key = key_of(parameters)
             repeats = repeats + 1 if key in found else 0
             found.setdefault(key, parameters)
             index += 1
@@ -148,17 +148,13 @@ class Space:
         return next(combinations.walk(values_of))
 
     def optuna_define(self, trial: Any) -> dict[str, Any]:
-        """Let an `optuna.Trial` suggest a point: the define-by-run function for Ray Tune's `OptunaSearch(space=...)`.
-
-        Returns:
-            `{"parameters": {path: value}}`; Ray adds Optuna's own names beside it, which `decode` leaves out.
-        """
+        """Let an `optuna.Trial` suggest a point; returns its parameters, without Optuna's own names for them."""
 
         def values_of(path: str, number: int, case: Case) -> list[Any]:
             # Optuna wants the same values under the same name, so that each case has one of its own.
             return [domain_of(case).suggest(trial, f"{path}#{number}")]
 
-        return {"parameters": next(Combinations(self.recipe, self.cases).walk(values_of))}
+        return next(Combinations(self.recipe, self.cases).walk(values_of))
 
     def mutations(self) -> dict[str, Domain]:
         """What population-based training may change midway: places with the bounds or choices of their values.
@@ -166,11 +162,6 @@ class Space:
         The recipe's rules see to it that these are numbers of `train`, and depend on nothing else that is searched.
         """
         return next(Combinations(self.recipe, self.cases).walk(lambda _path, _number, case: [domain_of(case)]))
-
-
-def decode(config: Mapping[str, Any]) -> Parameters:
-    """A trial's parameters out of the configuration that `optuna_define` made."""
-    return dict(config["parameters"])
 
 
 def trial_recipe(recipe: Recipe, parameters: Parameters) -> Recipe:
@@ -258,13 +249,14 @@ def _move_origin(origin: Origin, parameters: Parameters) -> Origin:
     return Origin(origin.file, move(origin.lines), move(origin.overrides))
 
 
-def _key(parameters: Parameters) -> str:
+def key_of(parameters: Parameters) -> str:
+    """A text that is equal for equal parameters."""
     return json.dumps(parameters, sort_keys=True)
 
 
 def _without_repeats(points: Iterator[Parameters]) -> Iterator[Parameters]:
     seen: set[str] = set()
     for point in points:
-        if _key(point) not in seen:
-            seen.add(_key(point))
+        if key_of(point) not in seen:
+            seen.add(key_of(point))
             yield point

@@ -112,6 +112,8 @@ class Task(ABC):
     metrics_shown: Sequence[str]
     """Metrics for the table that a person sees, the main one first."""
     main_metric: MainMetric
+    decision: str = ""
+    """What the values of the data decided about the labels, and how a recipe says otherwise."""
 
     @classmethod
     def locate(cls, options: Any, folder: Path) -> Any:

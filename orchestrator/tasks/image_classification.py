@@ -17,6 +17,7 @@ from orchestrator.data.columns import Column, describe_type
 from orchestrator.data.decode import BrokenPicture, decode, quiet_decoding
 from orchestrator.data.examples import Examples
 from orchestrator.data.images import read_picture
+from orchestrator.data.label_columns import Numbers
 from orchestrator.data.pixels import Pixels, pixel_array, pixel_type, stretches
 from orchestrator.data.threads import in_threads
 from orchestrator.errors import DataError, Problem
@@ -31,6 +32,7 @@ from orchestrator.tasks.shared.labels import (
     describe_labels,
     label_config,
     names_in,
+    numbers_are_codes,
     predicted_labels,
     single_label_metrics,
     softmax,
@@ -52,7 +54,7 @@ class ImageOptions(Section):
     """Change training pictures at random: `flip` mirrors half of them, `flip-crop` also moves them by up to an eighth
     of their size. With anything but `none`, frozen blocks are computed anew in every epoch."""
     label_names: list[str] | None = None
-    """Names of labels 0, 1, ... where the data hold numbers; or the order of the labels where they hold names."""
+    """Names of labels 0, 1, ... where the data hold whole numbers; or the order of the labels where they hold names."""
 
 
 @dataclass
@@ -93,22 +95,31 @@ class ImageClassification(Task):
     metrics_shown = ("accuracy", "f1_macro")
     main_metric = MainMetric("accuracy", higher_is_better=True)
 
-    def __init__(self, options: ImageOptions, label_names: tuple[str, ...]) -> None:
+    def __init__(self, options: ImageOptions, label_names: tuple[str, ...], are_codes: bool = False) -> None:
+        """
+        Args:
+            are_codes: whole numbers in data are positions among the names, rather than names.
+        """
         self.options = options
+        self.are_codes = are_codes
         self.label_names = label_names
 
     @classmethod
     def columns(cls, options: ImageOptions) -> tuple[Column, ...]:
+        numbers: Numbers = "classes" if options.label_names is None else "text"
         return (
             Column("image", "image", aliases=("img", "picture", "image_path", "file_name", "filename", "path", "file")),
-            Column("label", "label", aliases=("labels", "fine_label", "target", "category", "class")),
+            Column("label", "label", aliases=("labels", "fine_label", "target", "category", "class"), numbers=numbers),
         )
 
     @classmethod
     def check(cls, options: ImageOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
         found = image_checks.check_images(splits, "image")
         wrong = [problem for split in splits.values() for problem in check_label_kind(split)]
-        found += wrong or checks.check_class_labels(splits, "label", options.label_names)
+        try:
+            found += wrong or checks.check_class_labels(splits, "label", options.label_names)
+        except DataError as error:
+            found += error.problems
         return found + overlap.check_overlap(splits, ["image"], "label")
 
     @classmethod
@@ -117,11 +128,12 @@ class ImageClassification(Task):
 
     @classmethod
     def prepare(cls, options: ImageOptions, splits: Mapping[str, Examples]) -> ImageClassification:
-        return cls(options, labels.find_label_names(splits, "label", options.label_names))
+        names = labels.find_label_names(splits, "label", options.label_names)
+        return cls(options, names, labels.declares_names(splits, options.label_names))
 
     @classmethod
     def restore(cls, options: ImageOptions, config: Any) -> ImageClassification:
-        return cls(options, names_in(config))
+        return cls(options, names_in(config), numbers_are_codes(config))
 
     def metric_directions(self) -> dict[str, bool]:
         return dict(DIRECTIONS)
@@ -135,7 +147,7 @@ class ImageClassification(Task):
         return found + (check_label_kind(examples) if "label" in examples.table.column_names else [])
 
     def config_changes(self) -> dict[str, Any]:
-        return label_config(self.label_names, PROBLEM_TYPE)
+        return label_config(self.label_names, PROBLEM_TYPE, self.are_codes)
 
     def load_processor(self, source: SourceModel) -> tuple[PictureMaker, list[Problem]]:
         from orchestrator import models
@@ -158,13 +170,13 @@ class ImageClassification(Task):
         return [Problem(what, recipe.origin.where("source.model"), "use a source model that reads RGB pictures")]
 
     def cache_parts(self, processor: PictureMaker) -> list[Any]:
-        return [self.name, self.label_names, processor.settings, PIL.__version__]
+        return [self.name, self.label_names, self.are_codes, processor.settings, PIL.__version__]
 
     def encode(self, examples: Examples, processor: PictureMaker) -> pa.RecordBatchReader:
         columns = {"pixels": pixel_type(processor.height, processor.width)}
         encoded = None
         if "label" in examples.table.column_names:
-            encoded = labels.encode_labels(examples, "label", self.label_names)
+            encoded = labels.encode_labels(examples, "label", self.label_names, self.are_codes)
             columns["label"] = pa.int64()
         schema = pa.schema(columns)
 

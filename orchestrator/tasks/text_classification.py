@@ -14,8 +14,9 @@ from pydantic import Field
 from orchestrator.data import checks, labels, overlap
 from orchestrator.data.columns import Column, describe_type
 from orchestrator.data.examples import Examples
+from orchestrator.data.label_columns import Numbers
 from orchestrator.data.ragged import Ragged
-from orchestrator.errors import Problem
+from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
@@ -27,6 +28,7 @@ from orchestrator.tasks.shared.labels import (
     label_config,
     name_scores,
     names_in,
+    numbers_are_codes,
     predicted_labels,
     single_label_metrics,
     softmax,
@@ -36,6 +38,8 @@ from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
 
+MANY_ROWS = 10
+"""Of each class, as a rule."""
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -45,9 +49,11 @@ class TextOptions(Section):
     max_length: Annotated[int, Field(gt=0)] = 128
     """Texts are cut at this many tokens."""
     problem_type: Literal["auto"] | ProblemType = "auto"
-    """`auto`: lists of labels are multi-label, fractional numbers are regression, everything else is single-label."""
+    """`auto` goes by the values, however they are stored: lists are multi-label, numbers of which some have a fraction
+    are regression, everything else is single-label."""
     label_names: list[str] | None = None
-    """Names of labels 0, 1, ... where the data hold numbers; or the order of the labels where they hold names."""
+    """Names of labels 0, 1, ... where the data hold whole numbers, or of the places of multi-hot lists; or the order of
+    the labels where the data hold names. With them, numbers are never regression, unless `problem_type` says so."""
 
 
 @dataclass
@@ -88,8 +94,15 @@ class TextClassification(Task):
         "regression": ("pearson", "spearman"),
     }
 
-    def __init__(self, options: TextOptions, problem_type: ProblemType, label_names: tuple[str, ...]) -> None:
+    def __init__(
+        self, options: TextOptions, problem_type: ProblemType, label_names: tuple[str, ...], are_codes: bool = False
+    ) -> None:
+        """
+        Args:
+            are_codes: whole numbers in data are positions among the names, rather than names.
+        """
         self.options = options
+        self.are_codes = are_codes
         self.problem_type = problem_type
         self.label_names = label_names
         self.metrics_shown = self.shown_by_type[problem_type]
@@ -97,10 +110,16 @@ class TextClassification(Task):
 
     @classmethod
     def columns(cls, options: TextOptions) -> tuple[Column, ...]:
+        numbers: Numbers = "any" if options.problem_type == "auto" else "classes"
+        if options.problem_type == "regression":
+            numbers = "targets"
+        elif options.label_names is not None:
+            numbers = "text"
+        aliases = ("labels", "target", "intent", "category", "class", "score")
         return (
             Column("text", "text", aliases=("sentence", "sentence1", "content", "premise", "question1")),
             Column("text_pair", "text", required=False, aliases=("sentence2", "hypothesis", "question2")),
-            Column("label", "label", aliases=("labels", "target", "intent", "category", "class", "score")),
+            Column("label", "label", aliases=aliases, numbers=numbers),
         )
 
     @classmethod
@@ -113,8 +132,13 @@ class TextClassification(Task):
             return found + wrong
         if problem_type == "regression":
             found += [item for split in splits.values() for item in checks.check_regression_targets(split, "label")]
-        else:
+            found += doubt_problem_type(options, splits["train"], recipe)
+            return found + overlap.check_overlap(splits, texts)
+        try:
             found += checks.check_class_labels(splits, "label", options.label_names)
+        except DataError as error:
+            return found + list(error.problems)
+        found += doubt_problem_type(options, splits["train"], recipe)
         return found + overlap.check_overlap(splits, texts, "label")
 
     @classmethod
@@ -125,13 +149,17 @@ class TextClassification(Task):
     def prepare(cls, options: TextOptions, splits: Mapping[str, Examples]) -> TextClassification:
         problem_type = find_problem_type(options, splits["train"])
         if problem_type == "regression":
-            return cls(options, problem_type, ("score",))
-        names = labels.find_label_names(splits, "label", options.label_names)
-        return cls(options, problem_type, names)
+            task = cls(options, problem_type, ("score",))
+        else:
+            names = labels.find_label_names(splits, "label", options.label_names)
+            task = cls(options, problem_type, names, labels.declares_names(splits, options.label_names))
+        task.decision = how_labels_are_read(options, splits["train"])
+        return task
 
     @classmethod
     def restore(cls, options: TextOptions, config: Any) -> TextClassification:
-        return cls(options, config.problem_type or "single_label_classification", names_in(config))
+        problem_type: ProblemType = config.problem_type or "single_label_classification"
+        return cls(options, problem_type, names_in(config), numbers_are_codes(config))
 
     def metric_directions(self) -> dict[str, bool]:
         if self.problem_type == "single_label_classification":
@@ -161,7 +189,7 @@ class TextClassification(Task):
         return found
 
     def config_changes(self) -> dict[str, Any]:
-        return label_config(self.label_names, self.problem_type)
+        return label_config(self.label_names, self.problem_type, self.are_codes)
 
     def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
         from orchestrator import models
@@ -186,7 +214,8 @@ class TextClassification(Task):
         ]
 
     def cache_parts(self, processor: Any) -> list[Any]:
-        return [self.name, self.options.max_length, self.problem_type, self.label_names, tokenizer_state(processor)]
+        read = [self.problem_type, self.label_names, self.are_codes]
+        return [self.name, self.options.max_length, *read, tokenizer_state(processor)]
 
     def encode(self, examples: Examples, processor: Any) -> pa.Table:
         texts = examples.table["text"].to_pylist()
@@ -217,7 +246,7 @@ class TextClassification(Task):
     def _encode_labels(self, examples: Examples) -> pa.Array:
         if self.problem_type == "regression":
             return pa.array(labels.encode_targets(examples, "label"))
-        encoded = labels.encode_labels(examples, "label", self.label_names)
+        encoded = labels.encode_labels(examples, "label", self.label_names, self.are_codes)
         if self.problem_type == "single_label_classification":
             return pa.array(encoded)
         return pa.FixedSizeListArray.from_arrays(pa.array(encoded.reshape(-1)), len(self.label_names))
@@ -319,13 +348,48 @@ TASK = TextClassification
 
 
 def find_problem_type(options: TextOptions, train: Examples) -> ProblemType:
-    """What kind of labels these are: lists of labels, numbers with fractions, or one label."""
+    """What kind of labels these are: lists of labels, numbers some of which have a fraction, or one label.
+
+    Where names are declared, numbers are classes.
+    """
     if options.problem_type != "auto":
         return options.problem_type
     kind = train.table["label"].type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if pa.types.is_list(kind):
         return "multi_label_classification"
-    return "regression" if pa.types.is_floating(kind) else "single_label_classification"
+    is_named = options.label_names is not None or train.label_names is not None
+    return "regression" if pa.types.is_floating(kind) and not is_named else "single_label_classification"
+
+
+def how_labels_are_read(options: TextOptions, train: Examples) -> str:
+    """What the values of the labels decided, and how the recipe says otherwise; empty where there was no choice."""
+    if options.problem_type != "auto" or train.label_names is not None or options.label_names is not None:
+        return ""
+    kind = train.table["label"].type
+    if pa.types.is_floating(kind):
+        otherwise = "to predict classes, set target.options.problem_type to single_label_classification"
+        return f"numbers to be predicted, since some have a fraction; {otherwise}"
+    if pa.types.is_integer(kind):
+        otherwise = "to predict numbers, set target.options.problem_type to regression"
+        return f"classes, since all numbers are whole; {otherwise}"
+    return ""
+
+
+def doubt_problem_type(options: TextOptions, train: Examples, recipe: Recipe) -> list[Problem]:
+    """A warning where numbers are taken for classes though most classes are rare, or for amounts though few differ."""
+    decision = how_labels_are_read(options, train)
+    if not decision:
+        return []
+    values = train.table["label"].drop_null()
+    count = len(values.unique())
+    many_rows_each = count * MANY_ROWS <= len(values)
+    if pa.types.is_integer(values.type) and (many_rows_each or count <= MANY_ROWS):
+        return []
+    if pa.types.is_floating(values.type) and (count > MANY_ROWS or not many_rows_each):
+        return []
+    what = f"the labels of train are {count} different numbers: they are read as {decision}"
+    remedy = "set target.options.problem_type to what they are, regression or single_label_classification"
+    return [Problem(what, recipe.origin.where("target.options.problem_type"), remedy, fatal=False)]
 
 
 def check_label_kind(problem_type: ProblemType, examples: Examples) -> list[Problem]:

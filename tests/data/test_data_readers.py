@@ -106,10 +106,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}\r\n')
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\nx,1\r\n")
     assert open_files([tmp_path / "a.jsonl"], [TEXT], {}).table["text"].to_pylist() == ["x", "y"]
-    assert open_files([tmp_path / "a.csv"], [TEXT, LABEL], {}).table.to_pylist() == [{"text": "x", "label": "1"}]
+    assert open_files([tmp_path / "a.csv"], [TEXT, LABEL], {}).table.to_pylist() == [{"text": "x", "label": 1}]
 
 
-def test_values_of_csv_are_text_and_an_empty_label_is_null(tmp_path: Path) -> None:
+def test_values_of_csv_are_text_where_they_are_no_numbers_and_an_empty_label_is_null(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nNA,1\nnull,\n2024-01-01,007\n")
     examples = open_files([tmp_path / "a.csv"], [TEXT, LABEL], {})
     assert examples.table["text"].to_pylist() == ["NA", "null", "2024-01-01"]

@@ -307,7 +307,9 @@ def test_population_based_training_goes_on_from_good_trials_with_other_rates(
 
 
 @pytest.mark.slow
-def test_suggestions_of_a_killed_search_are_made_again(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_killed_tpe_search_makes_the_suggestions_that_it_would_have_made(
+    recipe: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     space = "search.space={transfer.freeze: {choice: [1, all]}, train.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}"
     options = [space, "search.algorithm=tpe", "search.trials=4", "train.epochs=1"]
     first = run_search(recipe, tmp_path / "s", *options)
@@ -316,8 +318,11 @@ def test_suggestions_of_a_killed_search_are_made_again(recipe: Path, tmp_path: P
     keep_rows(tmp_path / "s", "0000", "0001")
     for lost in ("0002", "0003"):
         shutil.rmtree(tmp_path / "s" / "trials" / lost)
+    suggested = tmp_path / "s" / "suggested.jsonl"
+    suggested.write_text("".join(suggested.read_text().splitlines(keepends=True)[:2]))
     before = {id: times_of(tmp_path / "s" / "trials" / id) for id in ("0000", "0001")}
     again = run_search(recipe, tmp_path / "s", *options)
+    assert len({json.dumps(each) for each in parameters.values()}) == 4
     assert {row["id"]: row["parameters"] for row in again.rows} == parameters
     assert {id: times_of(tmp_path / "s" / "trials" / id) for id in before} == before
     assert again.record["winner"]["id"] == first.record["winner"]["id"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +19,7 @@ from orchestrator.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from orchestrator.recipe.schema import Case
 from orchestrator.search.defaults import rates_of
 from orchestrator.search.domains import Choice, Integers, Numbers, domain_of
-from orchestrator.search.space import Space, decode, describe, short_names, trial_recipe
+from orchestrator.search.space import Space, describe, short_names, trial_recipe
 
 FREEZE, RATE, ADAPTER = "transfer.freeze", "train.learning_rate", "transfer.adapter"
 BASE: dict[str, Any] = {
@@ -163,7 +162,7 @@ def test_random_points_are_different_lie_in_the_space_and_begin_the_same_however
 def test_suggested_points_lie_in_the_space(written: dict[str, Any], seed: int) -> None:
     space, generator, known = space_of(written, num_layers=None), Random(seed), dict[str, Any]()
     for _ in range(5):
-        parameters = decode(space.optuna_define(Suggestions(generator, known)))
+        parameters = space.optuna_define(Suggestions(generator, known))
         assert has_the_values_of_its_space(parameters, written)
 
 
@@ -260,41 +259,6 @@ def test_random_draws_cover_a_range_by_orders_of_magnitude() -> None:
     shares = [sum(10.0**low <= rate < 10.0 ** (low + 1) for rate in rates) / 400 for low in range(-5, -1)]
     assert all(0.18 < share < 0.32 for share in shares)
     assert rates != [point[RATE] for point in space_of({RATE: {"loguniform": [1e-5, 1e-1]}}).random(400, seed=2)]
-
-
-def test_ray_and_optuna_take_the_space_and_survive_a_restart(tmp_path: Path) -> None:
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    written = {
-        FREEZE: {"choice": [0, "stem", 2, "all"]},
-        ADAPTER: [{"when": {FREEZE: "all"}, "choice": [None]}, {"choice": [None, {"type": "lora"}]}],
-        f"{ADAPTER}.r": {"when": {f"{ADAPTER}.type": "lora"}, "integers": [2, 8]},
-        RATE: RATES,
-    }
-    space = space_of(written)
-
-    def search() -> Any:
-        return OptunaSearch(space=space.optuna_define, metric="accuracy", mode="max", seed=3)
-
-    def suggest(searcher: Any, numbers: range) -> Iterator[dict[str, Any]]:
-        for number in numbers:
-            parameters = decode(searcher.suggest(f"t{number}"))
-            assert has_the_values_of_its_space(parameters, written)
-            trial_recipe(space.recipe, parameters)
-            accuracy = 1.0 if parameters[FREEZE] == 2 else 0.0
-            searcher.on_trial_complete(f"t{number}", {"accuracy": accuracy, "training_iteration": 1})
-            yield parameters
-
-    whole, first, second = search(), search(), search()
-    expected = list(suggest(whole, range(40)))
-    found = list(suggest(first, range(20)))
-    first.save(str(tmp_path / "searcher"))
-    second.restore(str(tmp_path / "searcher"))
-    found += list(suggest(second, range(20, 40)))
-    assert found == expected
-    assert sum(parameters[FREEZE] == 2 for parameters in found[20:]) > sum(p[FREEZE] == 2 for p in found[:20])
 
 
 def test_a_space_can_be_sent_to_another_process() -> None:

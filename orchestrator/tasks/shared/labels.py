@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 CALIBRATION_BINS = 15
 NUM_LABELS_TOLD = 12
+INTEGER_LABELS, CODES = "integer_labels", "positions"
 DIRECTIONS: Mapping[str, bool] = MappingProxyType(
     {
         "accuracy": True,
@@ -24,14 +25,24 @@ DIRECTIONS: Mapping[str, bool] = MappingProxyType(
 """Metrics that may pick the best checkpoint, and whether higher is better."""
 
 
-def label_config(names: Sequence[str], problem_type: str) -> dict[str, Any]:
-    """What a model's config says of its labels, in the words of transformers."""
+def label_config(names: Sequence[str], problem_type: str, are_codes: bool) -> dict[str, Any]:
+    """What a model's config says of its labels, in the words of transformers; and what whole numbers in data stand for.
+
+    Args:
+        are_codes: they are positions among the names, rather than names themselves.
+    """
     return {
+        INTEGER_LABELS: CODES if are_codes else "names",
         "problem_type": problem_type,
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def numbers_are_codes(config: Any) -> bool:
+    """Whether whole numbers in data are positions among the label names of a model's config."""
+    return getattr(config, INTEGER_LABELS, None) == CODES
 
 
 def names_in(config: Any) -> tuple[str, ...]:
