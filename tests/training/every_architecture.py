@@ -15,7 +15,7 @@ from tiny_configs import PICTURE, tiny_config
 from torch import Tensor, nn
 
 from orchestrator import load_recipe
-from orchestrator.data import open_file, open_pictures
+from orchestrator.data import open_file, open_pictures, rename_columns
 from orchestrator.data.cache import as_table
 from orchestrator.recipe import Recipe
 from orchestrator.training.inference import predict_examples
@@ -58,7 +58,11 @@ def save_source(folder: Path, model_type: str, auto_class: str) -> None:
     config = tiny_config(model_type)
     loader = getattr(transformers, auto_class)
     classes = loader._model_mapping[type(config)]
-    config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]
+    model_class = classes[0] if isinstance(classes, tuple) else classes
+    config.architectures = [model_class.__name__]
+    if model_class.config_class is type(config).sub_configs.get("text_config"):
+        # The weights of such types come with their other parts.
+        loader = transformers.AutoModelForMultimodalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         loader.from_config(config).save_pretrained(folder)
@@ -108,7 +112,8 @@ def answers(model: Path, data: Path, auto_class: str) -> tuple[Tensor, Tensor]:
     """Return what we make of the test split, and what plain transformers does: logits, or each text's loss."""
     trained = load_trained(model)
     task = TASKS[auto_class]
-    examples = open_pictures(data / task / "test") if task.startswith("image") else open_file(data / task / "test.jsonl")
+    found = open_pictures(data / task / "test") if task.startswith("image") else open_file(data / task / "test.jsonl")
+    examples = rename_columns(found, trained.task.prompt_columns(trained.task.options), {})
     ours = predict_examples(trained, examples).predictions
     plain = getattr(transformers, auto_class).from_pretrained(model).eval()
     encoded = trained.task.wrap(as_table(trained.task.encode(examples, trained.processor)), trained.processor)

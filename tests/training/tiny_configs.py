@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 VOCABULARY = 64
@@ -177,6 +178,10 @@ OTHERS = {
     "depth_multiplier": 0.25,
     "scale": 0.25,
     "class_expand": 32,
+    "num_kv_shared_layers": 0,
+    "index_topk": 4,
+    "index_block_size": 2,
+    "index_topk_blocks": 2,
 }
 SMALL = {**WIDTHS, **INNER, **HEADS, **HEAD_DIMS, **DEPTHS, **EXPERTS, **LENGTHS, **PICTURES, **OTHERS}
 SPECIAL = {"pad": 0, "bos": 1, "cls": 1, "eos": 2, "sep": 2, "unk": 3, "mask": 4, "decoder_start": 2}
@@ -199,18 +204,49 @@ STAGES = dict.fromkeys(("depths", "block_sizes", "stage_num_blocks", "num_block_
     ),
     16,
 )
-NEEDED = ("num_key_value_heads", "head_dim")  # Derived from large sizes, or missing, where they are not given.
+NEEDED = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_routed_experts")  # Derived from large sizes, or missing, where they are not given.
 EACH_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
+QUERIES = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "ngram_vocab_size_base": 16,
+    "split_ngram_parts": 2,
+}
 # What the names do not tell.
 CHANGES: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
-    "mamba2": {"num_heads": 8, "head_dim": 8},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "bit": {"num_groups": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cvt": {"mlp_ratio": (2.0, 2.0, 2.0)},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "donut-swin": {"depths": [1, 1], "num_heads": [2, 2]},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"adapter_in_dim": 32}},
+    "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": (32, *[16] * 6)},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "hgnet_v2": {"stem_channels": (3, 16, 16)},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "markuplm": {"max_depth": 4, "tag_pad_id": 15, "subs_pad_id": 15},
+    "nemotron_h": {"n_groups": 2},
+    "perceiver": {"image_size": 64},
+    "qwen4_exp_text": QUERIES,
+    "qwen4_exp": {"text_config": QUERIES},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": (8, 8),
@@ -219,11 +255,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
     },
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "esm": {"vocab_size": VOCABULARY},
-    "dots1": {"n_routed_experts": 4},
-    "bit": {"num_groups": 4},
-    "cvt": {"mlp_ratio": (2.0, 2.0, 2.0)},
+    "swin": {"depths": [1, 1], "num_heads": [2, 2]},
+    "t5": {"decoder_start_token_id": 0},
+    "textnet": {"stem_out_channels": 16},
+    "xlstm": {"hidden_size": 128},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 
 
@@ -234,7 +271,10 @@ def tiny_config(model_type: str) -> Any:
 
 def shrink(config_class: type[Any], changes: dict[str, Any]) -> Any:
     """The class's default config with small sizes, and those of the configs in it; `changes` come last."""
-    default = config_class()
+    try:
+        default = config_class()
+    except StrictDataclassError:
+        default = config_class(**changes)
     values: dict[str, Any] = {}
     changes = dict(changes)
     for field in dataclasses.fields(config_class):
@@ -265,6 +305,8 @@ def _shrink_value(name: str, value: Any) -> Any:
         return SPECIAL.get(kind, OTHER_TOKENS) if isinstance(value, int | list) else value
     if name in STAGES and isinstance(value, list | tuple):
         return type(value)(min(each, STAGES[name]) if isinstance(each, int | float) else each for each in value)
+    if name in PICTURES and isinstance(value, list | tuple):
+        return type(value)(min(each, PICTURES[name]) for each in value)
     if isinstance(value, bool) or name not in SMALL:
         return value
     if isinstance(value, int | float):
