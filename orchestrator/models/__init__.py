@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.models.adapter import adapted_blocks, add_adapter, find_untrained
     from orchestrator.models.blocks import Block, Blocks, find_blocks
+    from orchestrator.models.body import find_body
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
     from orchestrator.models.image_processor import PictureMaker, set_image_size
@@ -58,6 +59,7 @@ __all__ = [
     "check_quantization",
     "extend_adapter",
     "find_blocks",
+    "find_body",
     "find_pick",
     "find_source",
     "find_untrained",
@@ -92,6 +94,7 @@ _HOMES = {
         "Blocks",
         "find_blocks",
     ),
+    "body": ("find_body",),
     "freeze": (
         "Depth",
         "Frozen",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
+from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
 
 Columns = list[tuple[nn.Module, ...]]  # a layer is mostly one module; some models spread it over parallel lists
@@ -71,7 +72,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
         ModelError: the model has no layers.
     """
     calls = _trace(model, example_inputs)
-    columns = _find_layers(model.base_model, calls)
+    columns = _find_layers(find_body(model), calls)
     if not columns:
         remedy = "use a source model built of layers, such as a transformer"
         raise ModelError(Problem(f"no layers were found in {type(model).__name__}", remedy=remedy))
@@ -106,7 +107,7 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        for module in model.base_model.modules():
+        for module in find_body(model).modules():
             stack.callback(module.register_forward_pre_hook(note_call).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -115,7 +116,7 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
     # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]
-        for module in model.base_model.modules()
+        for module in find_body(model).modules()
         if module not in calls
     }
     return calls | {module: min(times) for module, times in inside.items() if times}
@@ -175,7 +176,7 @@ def _assign_modules(model: Any, columns: Columns, calls: Calls) -> tuple[Owners,
     elements = {element for column in columns for element in column}
     starts = [calls[column[0]] for column in columns]
     containers = []
-    for module in model.base_model.modules():
+    for module in find_body(model).modules():
         if module in owners:
             continue
         owners[module] = _find_owner(module, calls, starts)
@@ -195,7 +196,7 @@ def _find_owner(module: nn.Module, calls: Calls, starts: Sequence[int]) -> int:
 
 def _find_wrappers(model: Any) -> list[nn.Module]:
     """The model itself, and whatever else is around its body."""
-    body = model.base_model
+    body = find_body(model)
     return [module for module in model.modules() if module is not body and body in set(module.modules())]
 
 

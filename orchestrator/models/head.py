@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models import deep_head
+from orchestrator.models.body import find_body
 from orchestrator.models.deep_head import DeepHead, put_deep_head
 from orchestrator.models.folder import CONFIG_FILE
 from orchestrator.recipe import Head
@@ -49,12 +50,40 @@ def set_head(model: Any, head: Head, new_parameters: frozenset[str]) -> frozense
 
 
 def head_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules outside the body: neither inside it nor around it."""
-    body = model.base_model
+    """Names and modules outside the body: neither inside it nor around it. Where there are none, the output layer."""
+    body = find_body(model)
     inside = set(body.modules())
-    for name, module in model.named_modules():
-        if module not in inside and body not in set(module.modules()):
+    outside = [
+        (name, module)
+        for name, module in model.named_modules()
+        if module not in inside and body not in set(module.modules())
+    ]
+    yield from outside or _output_layers_inside(model)
+
+
+def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of what has an output for each label, in a model whose body holds its head."""
+    deep = getattr(model.config, "deep_head", None)
+    paths = _find_sized_by_labels(model) if deep is None else [deep["path"]]
+    for path in paths:
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
             yield name, module
+
+
+def _find_sized_by_labels(model: Any) -> list[str]:
+    """Names of the modules whose own weights have another shape where there is one label more."""
+    config = copy.deepcopy(model.config)
+    config.num_labels += 1
+    probe = _outline(model, config)
+    shapes = {name: parameter.shape for name, parameter in probe.named_parameters()}
+    differ = (name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in differ))
+
+
+def _outline(model: Any, config: Any) -> Any:
+    """A model of the same class by another config, without memory for weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return type(model)(config)
 
 
 def find_output_layer(model: Any) -> tuple[str, nn.Linear | DeepHead]:
@@ -119,12 +148,11 @@ def _find_dropout_settings(model: Any) -> list[str]:
     marks = {name: LOWEST_MARK + MARK_STEP * index for index, name in enumerate(names)}
     for name, mark in marks.items():
         setattr(config, name, mark)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        probe = type(model)(config)
-    in_head = {module.p for _, module in head_modules(probe) if isinstance(module, nn.Dropout)}
-    in_body = {
-        value for module in probe.base_model.modules() for value in vars(module).values() if isinstance(value, float)
-    }
+    probe = _outline(model, config)
+    head = {module for _, module in head_modules(probe)}
+    in_head = {module.p for module in head if isinstance(module, nn.Dropout)}
+    body = set(find_body(probe).modules()) - head
+    in_body = {value for module in body for value in vars(module).values() if isinstance(value, float)}
     return [name for name, mark in marks.items() if mark in in_head and mark not in in_body]
 
 

@@ -20,9 +20,10 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import ModelError, Problem
+from orchestrator.models.body import find_body
 from orchestrator.models.deep_head import DeepHead, with_deep_head
 from orchestrator.models.folder import MERGE, weight_files
-from orchestrator.models.head import find_output_layer
+from orchestrator.models.head import find_output_layer, head_modules
 from orchestrator.models.hub import LOADING_ERRORS, explain
 from orchestrator.models.low_rank import add_changes, read_changes
 from orchestrator.models.quantize import keep_quantized_weights, layers_outside_body, quantization, quantized_layers
@@ -166,14 +167,24 @@ def fit_to_tokenizer(model: Any, tokenizer: Any, source: SourceModel) -> None:
     Raises:
         ModelError: the tokenizer has tokens that the model has no embedding for.
     """
-    embeddings = model.get_input_embeddings().weight
-    if len(tokenizer) > embeddings.shape[0]:
-        what = f"the tokenizer of {source.name!r} has {len(tokenizer)} tokens, its model embeds {embeddings.shape[0]}"
+    num_embedded = _count_embedded(model)
+    if num_embedded is not None and len(tokenizer) > num_embedded:
+        what = f"the tokenizer of {source.name!r} has {len(tokenizer)} tokens, its model embeds {num_embedded}"
         raise ModelError(Problem(what, source.where, "use the tokenizer that the model was trained with"))
     # Not before the model is built: an embedding does not learn the token that it was told is padding, and where the
     # end-of-text token pads, it is to be learned like any other.
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def _count_embedded(model: Any) -> int | None:
+    """Return how many tokens a model tells apart; None where that is any number (CANINE hashes characters)."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        weight = None
+    size: int | None = getattr(model.config.get_text_config(), "vocab_size", None) if weight is None else len(weight)
+    return size
 
 
 def add_embeddings(model: Any, tokenizer: Any) -> None:
@@ -287,17 +298,21 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
             return loader
         what = f"{source.name!r} is of the type {config.model_type!r}, for which transformers has no {auto_class}"
         raise ModelError(Problem(what, source.where, "use a source model of another type"))
-    if getattr(config, "deep_head", None) is None:
-        return loader
     found = loader._model_mapping[type(config)]
-    return with_deep_head(found[0] if isinstance(found, tuple) else found)
+    model_class = found[0] if isinstance(found, tuple) else found
+    # Of a model of several kinds of input the part for texts is loaded, and saved with a config of its own.
+    own = type(config).sub_configs.get("text_config")
+    if own is not None and getattr(model_class, "config_class", None) is own and own not in loader._model_mapping:
+        what = f"the part of {source.name!r} that reads texts would be saved as a model of the type {own.model_type!r}, "
+        what += f"for which transformers has no {auto_class}, so it could not be loaded again"
+        raise ModelError(Problem(what, source.where, "use a source model of another type"))
+    return loader if getattr(config, "deep_head", None) is None else with_deep_head(model_class)
 
 
 def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str]) -> None:
     """The body must come from the source; only a head may be missing, or be of another shape."""
-    if model.base_model is model:
-        return
-    inside = {parameter for parameter in model.base_model.parameters()}
+    head = {parameter for _, module in head_modules(model) for parameter in module.parameters()}
+    inside = set(find_body(model).parameters()) - head
     body = {name for name, parameter in model.named_parameters() if parameter in inside}
     remedy = "check that config.json and the weights belong together"
     if wrong := sorted(entry for entry in mismatched if entry[0] in body):

@@ -10,6 +10,7 @@ from torch import nn
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.folder import MERGE
+from orchestrator.models.head import head_modules
 from orchestrator.models.source import SourceModel
 
 
@@ -38,8 +39,7 @@ def quantization(format_name: str, whole: list[str]) -> dict[str, Any]:
 
 def layers_outside_body(model: Any) -> list[str]:
     """Names of the linear layers of the head: it may be trained."""
-    body = set(model.base_model.modules())
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in body]
+    return [name for name, module in head_modules(model) if isinstance(module, nn.Linear)]
 
 
 def keep_quantized_weights(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ A mask over the whole row would do too, but costs its square: here attention cos
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,24 +15,44 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "texts_in_a_row"
+OWN = "sdpa"
 LENGTHS = "text_lengths"
 """The input that holds the length of each text in the row; shape [texts]."""
+CHOSEN = ("indices", "block_indices")
+"""The arguments by which sparse attention is told which tokens or blocks of them each token attends to."""
 STAND_IN = (1, 1, 1, 1)
 """The shape of what is given for a mask with them."""
 
 
 def attend_within_texts(model: Any) -> None:
-    """Have the model take `text_lengths`, where it attends as PyTorch does (`sdpa`); else it stays as it is."""
+    """Have the model take `text_lengths`, where it attends as PyTorch does (`sdpa`); else it stays as it is.
+
+    Without them it attends by its own implementation: some models compute otherwise where its name is not `sdpa`.
+    """
+    both = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    configs = [config for config in both if config._attn_implementation == OWN]
+    # Others never ask transformers for the function that is called by this name.
+    if not configs or not model._supports_attention_backend:
+        return
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
-        if config._attn_implementation == "sdpa":
-            config._attn_implementation = NAME
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **inputs: Any) -> Any:
+        # Until the next pass: gradient checkpointing computes layers again during the backward pass.
+        for config in configs:
+            config._attn_implementation = NAME if LENGTHS in inputs else OWN
+        return whole(*args, **inputs)
+
+    model.forward = forward
+    model.takes_texts_in_a_row = True
 
 
 def takes_texts_in_a_row(model: Any) -> bool:
     """Whether `attend_within_texts` has changed the model."""
-    return bool(model.config.get_text_config()._attn_implementation == NAME)
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(whole, "takes_texts_in_a_row", False))
 
 
 def spell_out(inputs: dict[str, Any]) -> None:
@@ -53,6 +74,8 @@ def _attend(
             raise ValueError("the model did not hand on the lengths of the texts")
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return output, None
+    if any(given.get(name) is not None for name in CHOSEN):
+        raise ValueError("the model chooses the tokens that it attends to, of the whole row")
     window = given.get("sliding_window")
     outputs: list[Tensor] = []
     for parts in zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True):

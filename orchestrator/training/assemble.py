@@ -87,7 +87,7 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     """
     recipe = prepared.recipe
     transfer, seed = recipe.transfer, recipe.train.seed
-    body = module.base_model
+    body = models.find_body(module)
     if prepared.task.has_new_head:
         with models.seeded(seed):
             new = models.set_head(module, transfer.head, new)
