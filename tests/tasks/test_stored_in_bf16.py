@@ -109,7 +109,8 @@ def test_a_trained_model_is_used_in_the_precision_that_is_asked_for(
     done = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     expected = done.result["metrics"]["test"]["nll"]
     scores = {wanted: evaluate(tmp_path / "run", None, "test", precision=wanted)["metrics"] for wanted in WANTED}
-    assert scores["bf16"]["nll"] == pytest.approx(expected, rel=1e-5)
+    # A model that was trained whole is written in bf16 too, which rounds its norms.
+    assert scores["bf16"]["nll"] == pytest.approx(expected, rel=1e-5 if "adapter" in transfer else 1e-4)
     assert scores["fp32"]["nll"] == pytest.approx(expected, rel=1e-2)
     assert scores["fp32"]["nll"] != scores["bf16"]["nll"]
     assert scores["auto"] == scores["fp32"]  # There is no GPU.
