@@ -345,10 +345,12 @@ def run_chat(options: argparse.Namespace) -> dict[str, Any]:
 def run_export(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.training.merging import export
 
-    export(options.model, options.output, options.merge)
+    moved = export(options.model, options.output, options.merge)
     if not options.json:
         print(f"the model is in {options.output}")
-    return {"status": "exported", "output": str(options.output), "merged": options.merge}
+        if moved is not None:
+            print(f"its weights are in the source's format; rounding moved its outputs by {moved:.1e} of the largest")
+    return {"status": "exported", "output": str(options.output), "merged": options.merge, "rounding": moved}
 
 
 def run_recipes(options: argparse.Namespace) -> dict[str, Any]:

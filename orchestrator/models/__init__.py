@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_untrained
+    from orchestrator.models.adapter import adapted_blocks, add_adapter, has_learned, trained_parts
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.body import find_body
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.models.quantize import check_quantization, quantized_layers
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
+    from orchestrator.models.stored import StoredFormats, stored_formats
     from orchestrator.models.texts_in_a_row import attend_within_texts, takes_texts_in_a_row
     from orchestrator.models.token_loss import answer_with_losses, losses_of
     from orchestrator.models.wide import ComputesInFp32
@@ -49,6 +50,7 @@ __all__ = [
     "PictureMaker",
     "Prefix",
     "SourceModel",
+    "StoredFormats",
     "Unsplit",
     "adapted_blocks",
     "add_adapter",
@@ -62,10 +64,10 @@ __all__ = [
     "find_body",
     "find_pick",
     "find_source",
-    "find_untrained",
     "fingerprint",
     "fit_to_tokenizer",
     "freeze_blocks",
+    "has_learned",
     "load_config",
     "load_image_processor",
     "load_model",
@@ -80,14 +82,17 @@ __all__ = [
     "set_head",
     "set_image_size",
     "split_model",
+    "stored_formats",
     "takes_texts_in_a_row",
+    "trained_parts",
     "write_deep_head_code",
 ]
 _HOMES = {
     "adapter": (
         "adapted_blocks",
         "add_adapter",
-        "find_untrained",
+        "has_learned",
+        "trained_parts",
     ),
     "blocks": (
         "Block",
@@ -144,6 +149,10 @@ _HOMES = {
     "split": (
         "Unsplit",
         "split_model",
+    ),
+    "stored": (
+        "StoredFormats",
+        "stored_formats",
     ),
     "texts_in_a_row": (
         "attend_within_texts",

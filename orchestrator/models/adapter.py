@@ -173,28 +173,50 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
     return found
 
 
-def find_untrained(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
-    """Names of the parts of an adapter that training has left as they were; and of those that are empty.
+def trained_parts(model: Any) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the modules of a `PeftModel` that learn, each with those of its parameters that get a gradient at once.
 
-    Args:
-        taken: what the adapter began with, where that was not zero.
+    A module that is adapted counts by its second factor: as long as that one is zero, the first gets no gradient.
+
+    Returns:
+        By a module's name in the source, parameters by their names in `model`.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    names = {id(value): name for name, value in model.named_parameters()}
+    parts = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
-            _, start = taken.get(name, (None, None))
-            for part, weight in module.lora_B[ADAPTER_NAME].named_parameters():
-                # A LoRA begins with this factor at zero.
-                scaled = weight.detach() * module.scaling[ADAPTER_NAME]
-                if not weight.any() or (start is not None and torch.equal(scaled, start.to(scaled))):
-                    yield f"{name}.lora_B.{part}"
+            found = module.lora_B[ADAPTER_NAME].parameters()
         elif isinstance(module, ModulesToSaveWrapper):
-            before = dict(module.original_module.named_parameters())
-            for part, weight in module.modules_to_save[ADAPTER_NAME].named_parameters():
-                if weight.numel() == 0 or torch.equal(weight, before[part].to(weight)):
-                    yield f"{name}.{part}"
+            found = module.modules_to_save[ADAPTER_NAME].parameters()
+        else:
+            continue
+        parts[name] = {names[id(value)]: value for value in found if value.requires_grad}
+    # What shares its weights with another module may have none of its own.
+    return {name: values for name, values in parts.items() if values}
+
+
+def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]) -> bool:
+    """Whether any module of a `PeftModel` is other than before training. Modules trained whole are taken to be.
+
+    Args:
+        taken: the factors that the adapter began with, where the second was not zero.
+        weights: the trained ones, by their names in `model`.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, values in trained_parts(model).items():
+        module = model.get_base_model().get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            return True
+        _, start = taken.get(name, (None, None))
+        for each in values:
+            scaled = weights[each] * module.scaling[ADAPTER_NAME]
+            if scaled.any() and (start is None or not torch.equal(scaled, start.to(scaled))):
+                return True
+    return False
 
 
 def _check_trained(wrapped: Any, targets: list[str], saved: list[str]) -> None:

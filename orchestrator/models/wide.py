@@ -1,4 +1,4 @@
-"""A model whose weights are held in bf16, computing as if they were in fp32: its weights are widened one at a time."""
+"""A model whose weights are held in bf16 or fp16, computing as if they were in fp32, one widened at a time."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_NARROW = frozenset({torch.bfloat16, torch.float16})
 _ASKED_FOR_FORMAT: Any = vars(torch._C.TensorBase)["dtype"].__get__
 
 
 class ComputesInFp32(TorchFunctionMode):
-    """Inside it, functions that are given bf16 beside fp32 compute in fp32, embeddings are looked up in fp32, and
-    parameters in bf16 say that they are in fp32, for models that ask them.
+    """Inside it, functions that are given bf16 or fp16 beside fp32 compute in fp32, embeddings are looked up in fp32,
+    and parameters in bf16 or fp16 say that they are in fp32, for models that ask them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == _ASKED_FOR_FORMAT:
             found = func(*args)
-            return torch.float32 if found == torch.bfloat16 and isinstance(args[0], nn.Parameter) else found
+            return torch.float32 if found in _NARROW and isinstance(args[0], nn.Parameter) else found
         if func is nn.functional.embedding:
             looked_up = func(*args, **kwargs)
-            return looked_up.float() if looked_up.dtype == torch.bfloat16 else looked_up
-        is_mixed = {torch.bfloat16, torch.float32} <= set(_formats((*args, *kwargs.values())))
+            return looked_up.float() if looked_up.dtype in _NARROW else looked_up
+        formats = set(_formats((*args, *kwargs.values())))
+        is_mixed = torch.float32 in formats and not _NARROW.isdisjoint(formats)
         if is_mixed and not _needs_the_very_tensors(func):
             args, kwargs = _widened(args), {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -48,7 +50,7 @@ def _formats(values: Iterable[Any]) -> Iterable[torch.dtype]:
 
 def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.dtype == torch.bfloat16 else value
+        return value.float() if value.dtype in _NARROW else value
     if type(value) in (list, tuple):
         return type(value)(map(_widened, value))
     return value

@@ -34,6 +34,8 @@ class Parts:
     """Those that the source did not have, by their names before an adapter."""
     taken: models.Changes = field(default_factory=dict)
     """What the adapter began with, and the weights that it lies on lack."""
+    caching: list[tuple[Any, bool]] = field(default_factory=list)
+    """Configs whose `use_cache` training has turned off, with the value that they had."""
 
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
@@ -104,13 +106,25 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
                 taken = models.begin_with_principal_parts(module)
         blocks = models.adapted_blocks(module, blocks)
     raise_if_fatal(prepared.task.check_trained(module, recipe), ModelError)
+    caching: list[tuple[Any, bool]] = []
     if recipe.train.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-        # A decoder's key-value cache would be filled once more when its layers are computed again.
-        body.config.use_cache = False
+        caching = turn_off_caches(body.config)
     head_is_new = bool(new) or transfer.from_scratch
     groups = make_groups(module, blocks, recipe)
-    return Parts(module, body, blocks, frozen, groups, head_is_new, new, taken)
+    return Parts(module, body, blocks, frozen, groups, head_is_new, new, taken, caching)
+
+
+def turn_off_caches(config: Any) -> list[tuple[Any, bool]]:
+    """Set `use_cache` to False wherever a config, or its part for texts, has it; returns the values that were there.
+
+    A decoder's key-value cache would be filled once more when its layers are computed again for the backward pass.
+    """
+    both = {id(each): each for each in (config, config.get_text_config())}.values()
+    found = [(each, each.use_cache) for each in both if hasattr(each, "use_cache")]
+    for each, _ in found:
+        each.use_cache = False
+    return found
 
 
 def _size(parameter: Any) -> int:

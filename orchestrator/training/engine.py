@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
+
+
+FormatOf = Callable[[str], torch.dtype]
+"""Returns the number format that the value of this name is wanted in."""
+
+
+def in_fp32(name: str) -> torch.dtype:
+    return torch.float32
 
 
 class Engine(ABC):
@@ -94,8 +102,15 @@ class Engine(ABC):
         """Read back what `write_state` wrote on the same number of workers."""
 
     @abstractmethod
-    def trained_weights(self) -> dict[str, Tensor]:
-        """All trained parameters in fp32 on the CPU, whole, and the statistics; all workers call it, each gets them."""
+    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+        """Return all trained parameters, whole, and the statistics, on the CPU of worker 0; an empty dict elsewhere.
+
+        All workers call it. One parameter after the other is put together, so that no worker but the first holds more
+        than one of them.
+
+        Args:
+            format_of: returns the number format that a value is wanted in, given its name.
+        """
 
     def agree(self, trouble: str | None) -> str | None:
         """Wait for all workers; the first trouble that any of them had, on all of them."""
@@ -196,8 +211,10 @@ class TorchEngine(Engine):
                 key: value if key == "step" else value.to(self.device) for key, value in entries.items()
             }
 
-    def trained_weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", torch.float32) for name, value in self._state().items()}
+    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+        if self.rank != 0:
+            return {}
+        return {name: on_cpu(value, format_of(name)) for name, value in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
         return {**self.trained, **self.statistics}
@@ -267,15 +284,31 @@ class DeepSpeedEngine(Engine):
         path, _ = self.model.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         assert path is not None, f"DeepSpeed found nothing in {folder}"
 
-    def trained_weights(self) -> dict[str, Tensor]:
+    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
         for name, parameter in self.trained.items():
-            # Without ZeRO or bf16 there is no separate fp32 copy: the parameter is it.
+            # All workers take part in putting it together. Without ZeRO or bf16 there is no separate fp32 copy: the
+            # parameter is it.
             whole = safe_get_full_fp32_param(parameter)
-            weights[name] = (parameter.detach() if whole is None else whole).to("cpu", torch.float32).clone()
-        return weights | {name: value.to("cpu", torch.float32) for name, value in self.statistics.items()}
+            if self.rank == 0:
+                weights[name] = on_cpu(parameter if whole is None else whole, format_of(name), copy=True)
+        if self.rank == 0:
+            weights |= {name: on_cpu(value, format_of(name)) for name, value in self.statistics.items()}
+        return weights
+
+
+def on_cpu(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """Return a tensor on the CPU; floating-point values in `dtype`, or in fp32 where one is too large for `dtype`.
+
+    Args:
+        copy: make a copy even where the tensor is as wanted already.
+    """
+    wanted = dtype if value.is_floating_point() else value.dtype
+    found = value.detach().to("cpu", wanted, copy=copy)
+    is_too_large = wanted == torch.float16 and not found.isfinite().all()
+    return value.detach().to("cpu", torch.float32, copy=copy) if is_too_large else found
 
 
 def trained_statistics(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

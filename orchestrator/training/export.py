@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from orchestrator import models
-from orchestrator.errors import RunFailed
+from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.assemble import Parts, assemble
@@ -21,15 +24,50 @@ from orchestrator.training.precision import Precision
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import write_json
 from orchestrator.training.weight_formats import may_load_as_stored
+from orchestrator.training.written_weights import save_whole, under_all_names, whole_state
 
 DESCRIPTION = "transfer.json"
-NAMED = 3
+
+
+class AfterTraining(contextlib.AbstractContextManager[None]):
+    """Turns whatever fails inside into a RunFailed that says what is kept: the training itself is finished.
+
+    Nothing inside may wait for other workers, whose death would be taken for such a failure.
+
+    Args:
+        checkpoint: the best one's place in the run directory.
+        logs: where the traceback is printed to.
+    """
+
+    def __init__(self, checkpoint: str, logs: Path) -> None:
+        self.checkpoint = checkpoint
+        self.logs = logs
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, OrchestratorError):
+            return
+        traceback.print_exception(error)
+        raise RunFailed(
+            f"training is finished, with its best weights in {self.checkpoint}, but its model could not be written: "
+            f"{type(error).__name__}: {error}\n"
+            f"    -> the whole story is in {self.logs}; the same command goes on from there without training again"
+        ) from error
+
+
+def formats_to_write(prepared: Prepared, parts: Parts) -> models.StoredFormats:
+    """Return the formats that trained weights are written in: the source's, but an adapter stays in fp32."""
+    if prepared.recipe.transfer.adapter is not None:
+        return models.StoredFormats()
+    return models.stored_formats(prepared.source, models.load_config(prepared.source), parts.module)
 
 
 def export_model(
     prepared: Prepared,
     parts: Parts,
     weights: dict[str, Tensor],
+    formats: models.StoredFormats,
     folder: Path,
     result: dict[str, Any],
     rebuild: Precision | None,
@@ -37,32 +75,32 @@ def export_model(
     """Write the model directory: safetensors, config, processor, model card. The folder appears whole or not at all.
 
     Args:
-        weights: every trained parameter in fp32, by its name in `parts.module`.
+        weights: every trained parameter, by its name in `parts.module`, in its format.
+        formats: what each weight is written in.
         result: the run's result, for the card.
-        rebuild: what the model in `parts` was trained in, where it was rounded for that or spread over workers: the
-            weights are put into one built anew. None where they are put into it.
+        rebuild: what the model in `parts` was trained in, where it was rounded for that or spread over workers: what
+            was not trained comes from one built anew. None where it comes from that model.
 
     Raises:
-        RunFailed: a part of the adapter learned nothing.
+        RunFailed: the adapter learned nothing.
     """
-    if rebuild is not None:
-        # Of an adapter's model nothing but the adapter is written.
-        is_adapter = prepared.recipe.transfer.adapter is not None
-        parts = assemble(prepared, as_stored=is_adapter and may_load_as_stored(prepared.recipe, rebuild))
     module = parts.module
-    here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in weights.items():
-            here[name].copy_(value)
-    if prepared.recipe.transfer.adapter is not None:
-        refuse_untrained(parts)
-    # Gradient checkpointing turned it off; those who generate with the model want it as it was.
-    if hasattr(module.config, "use_cache"):
-        module.config.use_cache = models.load_config(prepared.source).use_cache
+    for config, value in parts.caching:
+        config.use_cache = value  # Those who generate with the model want it as it was.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    module.save_pretrained(partial)
-    extend_saved_adapter(prepared, parts, partial)
+    if prepared.recipe.transfer.adapter is not None:
+        refuse_untrained(parts, weights)
+        module.save_pretrained(partial, state_dict=under_all_names(module, weights))
+        extend_saved_adapter(prepared, parts, partial)
+    else:
+
+        def build_anew() -> Any:
+            assert rebuild is not None
+            return assemble(prepared, may_load_as_stored(prepared.recipe, rebuild)).module
+
+        state = whole_state(module, weights, formats, None if rebuild is None else build_anew)
+        save_whole(module, state, formats.main, partial)
     prepared.processor.save_pretrained(partial)
     if prepared.recipe.transfer.head.layers:
         models.write_deep_head_code(module, partial, prepared.task.auto_class)
@@ -81,15 +119,16 @@ def extend_saved_adapter(prepared: Prepared, parts: Parts, folder: Path) -> None
         models.extend_adapter(folder, others)
 
 
-def refuse_untrained(parts: Parts) -> None:
-    """Raise RunFailed where a part of the adapter is as it was before training, or empty."""
-    untrained = list(models.find_untrained(parts.module, parts.taken))
-    if untrained:
-        some = ", ".join(untrained[:NAMED]) + (", ..." if len(untrained) > NAMED else "")
+def refuse_untrained(parts: Parts, weights: Mapping[str, Tensor]) -> None:
+    """Raise RunFailed where the whole adapter is as it was before training.
+
+    Args:
+        weights: every trained parameter, by its name in `parts.module`.
+    """
+    if not models.has_learned(parts.module, parts.taken, weights):
         raise RunFailed(
-            f"{len(untrained)} parts of the adapter learned nothing ({some}), so no model was written\n"
-            "    -> if the model does not use those modules, leave them out of transfer.adapter; "
-            "else raise train.learning_rate or the number of steps"
+            "the adapter is as it was before training, so no model was written\n"
+            "    -> raise train.learning_rate or the number of steps"
         )
 
 

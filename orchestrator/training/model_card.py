@@ -101,9 +101,15 @@ def _names(task: Task) -> dict[str, str]:
     }
 
 
-def card_of_merged(card: str, task: Task) -> str:
-    """The card of an adapter, for the model that it was folded into."""
+def card_of_merged(card: str, task: Task, note: str | None = None) -> str:
+    """Return the card of an adapter, for the model that it was folded into.
+
+    Args:
+        note: on its weights.
+    """
     card = card.replace("library_name: peft", "library_name: transformers", 1)
+    if note is not None:
+        card = card.replace("\n\n## Results", f"\n\nThe adapter is merged; {note}.\n\n## Results", 1)
     return card.replace(adapter_code(task), model_code(task))
 
 

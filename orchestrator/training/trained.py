@@ -35,6 +35,8 @@ class Trained:
     processor: Any
     device: torch.device
     precision: Precision
+    formats: models.StoredFormats
+    """Of its weights' files; of the source's, where it is an adapter."""
 
     @property
     def as_stored(self) -> bool:
@@ -52,11 +54,15 @@ def find_trained(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
 
 
-def load_trained(folder: Path, wanted: Wanted = "auto", device: torch.device | None = None) -> Trained:
+def load_trained(
+    folder: Path, wanted: Wanted = "auto", device: torch.device | None = None, as_stored: bool | None = None
+) -> Trained:
     """Load a model directory, or the one in a run directory.
 
     Args:
         device: None for a GPU where there is one.
+        as_stored: leave weights in bf16 that are stored so, unless they are to be quantized. In fp32 the model is then
+            not to be run but inside `models.ComputesInFp32`. None to do so where it is to compute in bf16.
 
     Raises:
         InputError: it is none of ours, or its source is not to be found; bf16 is wanted where the hardware lacks it.
@@ -67,8 +73,11 @@ def load_trained(folder: Path, wanted: Wanted = "auto", device: torch.device | N
     options = task_class.Options.model_validate(description["options"])
     recipe = parse_recipe(description["recipe"])
     precision = choose_for_use(wanted, recipe, device)
-    as_stored = may_load_as_stored(recipe, precision)
+    adapter = recipe.transfer.adapter
+    is_quantized = adapter is not None and adapter.quantize is not None
+    as_stored = may_load_as_stored(recipe, precision) if as_stored is None else as_stored and not is_quantized
     model, source = load_base(inner, description, task_class.auto_class, as_stored)
+    formats = models.stored_formats(source, models.load_config(source), model)
     task = task_class.restore(options, model.config)
     # The processor was saved beside the weights, also beside those of an adapter.
     here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
@@ -76,7 +85,8 @@ def load_trained(folder: Path, wanted: Wanted = "auto", device: torch.device | N
     with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
         task.fit_model(model, processor, source)
         model = put_adapter_on(model, inner)
-    return Trained(inner, description, task, ready(model, recipe, precision, device), processor, device, precision)
+    model = ready(model, recipe, precision, device)
+    return Trained(inner, description, task, model, processor, device, precision, formats)
 
 
 def choose_for_use(wanted: Wanted, recipe: Recipe, device: torch.device) -> Precision:
@@ -117,9 +127,14 @@ def load_base(
 
 def put_adapter_on(base: Any, folder: Path) -> Any:
     """The base with the folder's adapter on it, where there is one."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    return PeftModel.from_pretrained(base, folder) if holds_adapter(folder) else base
+    if not holds_adapter(folder):
+        return base
+    for name in PeftConfig.from_pretrained(str(folder)).modules_to_save or ():
+        # The copy that the adapter's weights are read into has the format of the module that it is made from.
+        base.get_submodule(name).float()
+    return PeftModel.from_pretrained(base, folder)
 
 
 def holds_adapter(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_d
 from orchestrator.training.deepspeed_setup import deepspeed_config, plain_linear
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import refer_to_source, score
-from orchestrator.training.export import export_model, write_predictions
+from orchestrator.training.export import AfterTraining, export_model, formats_to_write, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
@@ -30,6 +30,7 @@ from orchestrator.training.preemption import Notice, Watch
 from orchestrator.training.prefix_cache import model_identity
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
+from orchestrator.training.reached import Reached
 from orchestrator.training.remote_checkpoints import open_store
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 from orchestrator.training.spreading import assemble_share, is_spread, spread
@@ -226,7 +227,9 @@ def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) ->
     evaluator = Evaluator(
         engine, prepared.task, session.feeds["select"], session.metric, train, plan, session.directory
     )
+    adapter = prepared.recipe.transfer.adapter
     hooks: list[Hook] = [
+        *([Reached(engine, session.parts.module, session.directory.note)] if adapter is not None else []),
         Clock(plan, session.metric.name, session.progress, memory.seconds, engine.device),
         Recorder(session.directory, train.log_every, writes=engine.rank == 0),
         evaluator,
@@ -251,7 +254,8 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
     best_step = take_best_weights(session, memory)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
-    weights = engine.trained_weights()
+    formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredFormats()
+    weights = engine.trained_weights(formats.of)
     peaks = engine.gather(memory.peak_bytes)
     if engine.rank != 0:
         return
@@ -275,20 +279,21 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         "parameters": session.parts.count_parameters(),
     }
     rebuild = session.precision if engine.rounds_weights else None
-    export_model(prepared, session.parts, weights, directory.model, result, rebuild)
-    write_predictions(prepared, main, scored[main].predictions, directory.predictions)
-    if "test" in scored:
-        row = {
-            "step": memory.step,
-            "split": "test",
-            "phase": "best",
-            **scored["test"].metrics,
-            "seconds": memory.seconds,
-        }
-        directory.append_metrics(row)
-    result["seconds_exporting"] = time.monotonic() - started
-    write_json(directory.result, finite(result))
-    directory.send_results()
+    with AfterTraining(result["best_checkpoint"], directory.logs):
+        export_model(prepared, session.parts, weights, formats, directory.model, result, rebuild)
+        write_predictions(prepared, main, scored[main].predictions, directory.predictions)
+        if "test" in scored:
+            row = {
+                "step": memory.step,
+                "split": "test",
+                "phase": "best",
+                **scored["test"].metrics,
+                "seconds": memory.seconds,
+            }
+            directory.append_metrics(row)
+        result["seconds_exporting"] = time.monotonic() - started
+        write_json(directory.result, finite(result))
+        directory.send_results()
 
 
 def take_best_weights(session: Session, memory: Memory) -> int:

@@ -1,0 +1,83 @@
+"""The number formats that a source's files hold its weights in, which is what a trained model is written in too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from orchestrator.models.folder import weight_files
+from orchestrator.models.source import SourceModel
+
+# Of safetensors. Whatever else there is, such as fp64, is read into fp32, and written so.
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StoredFormats:
+    """The format of each weight of a model."""
+
+    main: torch.dtype = torch.float32
+    """That of most numbers, and of weights that the source does not have."""
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """By the names of weights that are in another one."""
+
+    def of(self, name: str) -> torch.dtype:
+        return self.others.get(name, self.main)
+
+
+def stored_formats(source: SourceModel, config: Any, model: Any) -> StoredFormats:
+    """Return the formats of a source's weights, by the names that they have in a model.
+
+    Where the files lie here, their own word counts, otherwise the config's.
+
+    Args:
+        config: the source's.
+    """
+    if not source.is_local:
+        dtype = config.get_text_config().dtype
+        return StoredFormats(dtype if dtype in _NARROW.values() else torch.float32)
+    numbers: Counter[torch.dtype] = Counter()
+    found: dict[str, torch.dtype] = {}
+    for path in weight_files(Path(source.location)):
+        with safe_open(path, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                found[name] = _NARROW.get(part.get_dtype(), torch.float32)
+                numbers[found[name]] += torch.Size(part.get_shape()).numel()
+    (main, _), *_ = numbers.most_common(1)
+    odd = {name: dtype for name, dtype in found.items() if dtype != main}
+    return StoredFormats(main, _by_names_in(model, odd) if odd else {})
+
+
+def _by_names_in(model: Any, stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return formats by a model's names, which may begin otherwise than those in files.
+
+    A weight in fp32 gives its format to whatever ends most like it: where that is the wrong one, it keeps more digits
+    than it had. One in fewer digits does so only where its name is the same, but for the prefix of the body.
+    """
+    endings: dict[str, list[str]] = {}
+    for name in model.state_dict(keep_vars=True):
+        endings.setdefault(name.rpartition(".")[2], []).append(name)
+    formats: dict[str, torch.dtype] = {}
+    for name, dtype in stored.items():
+        alike = endings.get(name.rpartition(".")[2], [])
+        if dtype == torch.float32:
+            most = max((_equal_parts(name, each) for each in alike), default=0)
+            formats |= {each: dtype for each in alike if _equal_parts(name, each) == most}
+        else:
+            prefix = f"{model.base_model_prefix}."
+            formats |= {each: dtype for each in alike if each.removeprefix(prefix) == name.removeprefix(prefix)}
+    return formats
+
+
+def _equal_parts(one: str, other: str) -> int:
+    """Return how many parts of two dotted names are the same, from their ends."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -1,0 +1,73 @@
+"""The weights that a model is written with: gathered under the names of its state dict, in its source's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.models.folder import CONFIG_FILE, INDEX_FILE
+from orchestrator.models.stored import StoredFormats
+from orchestrator.training.engine import on_cpu
+
+SHARD_SIZE = "5GB"
+
+
+def tensors_by_name(module: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield each entry of a model's state dict: its name, the one that a tensor shared by several goes by, the tensor.
+
+    The latter is that of `named_parameters`.
+    """
+    names = {id(value): name for name, value in module.named_parameters()}
+    for name, value in module.state_dict(keep_vars=True).items():
+        yield name, names.get(id(value), name), value
+
+
+def under_all_names(module: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under every name that a model has for them: tied ones have several."""
+    return {name: weights[own] for name, own, _ in tensors_by_name(module) if own in weights}
+
+
+def whole_state(
+    module: Any, weights: dict[str, Tensor], formats: StoredFormats, rebuild: Callable[[], Any] | None
+) -> dict[str, Tensor]:
+    """Return a model's state dict on the CPU, with trained weights in their places.
+
+    Args:
+        weights: the trained ones, by their names in `named_parameters`, in their formats.
+        rebuild: builds the model anew, for the rest of its weights; None to take them from `module`.
+    """
+    entries = list(tensors_by_name(module))
+    if rebuild is not None and any(own not in weights and value.is_floating_point() for _, own, value in entries):
+        # The same model has the same names.
+        entries = list(tensors_by_name(rebuild()))
+    whole = dict(weights)
+    for _, own, value in entries:
+        if own not in whole:
+            whole[own] = on_cpu(value, formats.of(own))
+    return {name: whole[own] for name, own, _ in entries}
+
+
+def save_whole(module: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+    """Write a model's config and weights, in files of at most 5 GB; their values come from the state dict alone.
+
+    Args:
+        dtype: the format that config.json names, which is what others load the model in.
+    """
+    values = {id(value): value.numel() for value in state.values()}
+    # What the model itself holds may be spread over workers, or rounded.
+    module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
+    name = str(dtype).removeprefix("torch.")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    for part in (config, *(config[key] for key in module.config.sub_configs if isinstance(config.get(key), dict))):
+        if "dtype" in part:
+            part["dtype"] = name
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (folder / INDEX_FILE).exists():
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        index["metadata"]["total_parameters"] = sum(values.values())
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
