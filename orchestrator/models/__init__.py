@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
     from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.prefix import Prefix
-    from orchestrator.models.quantize import check_quantization, quantized_layers
+    from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.texts_in_a_row import attend_within_texts, takes_texts_in_a_row
@@ -75,6 +75,7 @@ __all__ = [
     "read_changes",
     "resolve_depth",
     "seeded",
+    "set_compute_dtype",
     "set_head",
     "set_image_size",
     "split_model",
@@ -131,6 +132,7 @@ _HOMES = {
     "quantize": (
         "check_quantization",
         "quantized_layers",
+        "set_compute_dtype",
     ),
     "source": (
         "SourceModel",
