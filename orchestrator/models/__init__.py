@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
     from orchestrator.models.image_processor import PictureMaker, set_image_size
+    from orchestrator.models.length import held_length, layer_changes
     from orchestrator.models.load import (
         LoadedModel,
         add_embeddings,
@@ -64,6 +65,8 @@ __all__ = [
     "fingerprint",
     "fit_to_tokenizer",
     "freeze_blocks",
+    "held_length",
+    "layer_changes",
     "load_config",
     "load_image_processor",
     "load_model",
@@ -106,6 +109,10 @@ _HOMES = {
     "image_processor": (
         "PictureMaker",
         "set_image_size",
+    ),
+    "length": (
+        "held_length",
+        "layer_changes",
     ),
     "load": (
         "LoadedModel",

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.tasks.shared.chat import Template
-from orchestrator.tasks.shared.tokenizers import longest_input
+from orchestrator.tasks.shared.tokenizers import longest_conversation
 from orchestrator.tasks.shared.writing import end_tokens, plain_closing, without_closing
 from orchestrator.training.trained import Wanted, load_trained
 
@@ -63,7 +63,7 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
     tokenizer, options = trained.processor, trained.task.options
     template = Template.of(tokenizer, tokenizer.chat_template)
     ends, closing = end_tokens(trained.model, tokenizer, template), plain_closing(template)
-    longest = longest_input(tokenizer, trained.model.config)
+    longest = longest_conversation(tokenizer, trained.model)
     system = system or options.system
     begin = [{"role": "system", "content": system}] if system else []
     turns = list(begin)

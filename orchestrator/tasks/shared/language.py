@@ -23,7 +23,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section, Text
 from orchestrator.tasks.base import Arrays, Encoded, Task
 from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
-from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
+from orchestrator.tasks.shared.tokenizers import check_length, tokenizer_state
 from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
 from orchestrator.tasks.shared.writing import (
     as_prompt,
@@ -204,12 +204,7 @@ class LanguageTask(Task):
             what = f"the tokenizer of {recipe.source.model} does not tell which characters its tokens come from"
             remedy = "use a source model with a tokenizer.json"
             problems.append(Problem(what, recipe.origin.where("source.model"), remedy))
-        longest = longest_input(processor, config)
-        if longest is not None and self.options.max_length > longest:
-            what = f"max_length is {self.options.max_length}, but {recipe.source.model} reads at most {longest} tokens"
-            where = recipe.origin.where("target.options.max_length")
-            problems.append(Problem(what, where, f"set target.options.max_length to {longest} or less"))
-        return problems
+        return problems + check_length(self.options.max_length, processor, config, self.auto_class, recipe)
 
     def _check_ends(self, processor: Any, recipe: Recipe) -> list[Problem]:
         """Warn where no token of the chat template ends an answer."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from orchestrator.data.conversations import Sample
 from orchestrator.tasks.shared.chat import Template, render_sample
-from orchestrator.tasks.shared.tokenizers import longest_input
+from orchestrator.tasks.shared.tokenizers import longest_conversation
 from orchestrator.tasks.shared.tokens import tokenize
 
 ANSWER = "so be it"
@@ -112,7 +112,7 @@ def write_answers(
     """
     import torch
 
-    longest = longest_input(tokenizer, model.config)
+    longest = longest_conversation(tokenizer, model)
     encoded = [ids for ids, _ in tokenize(prompts, are_chats, tokenizer)]
     # Where there is no room for an answer after it, a prompt loses its beginning.
     ids = [row if longest is None else row[-max(1, longest - max_new_tokens) :] for row in encoded]
