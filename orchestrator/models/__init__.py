@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
     from orchestrator.models.image_processor import PictureMaker, set_image_size
+    from orchestrator.models.length import held_length, layer_changes
     from orchestrator.models.load import (
         LoadedModel,
         add_embeddings,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
     from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.prefix import Prefix
-    from orchestrator.models.quantize import check_quantization, quantized_layers
+    from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.stored import StoredFormats, stored_formats
@@ -68,6 +69,8 @@ __all__ = [
     "fit_to_tokenizer",
     "freeze_blocks",
     "has_learned",
+    "held_length",
+    "layer_changes",
     "load_config",
     "load_image_processor",
     "load_model",
@@ -79,6 +82,7 @@ __all__ = [
     "read_changes",
     "resolve_depth",
     "seeded",
+    "set_compute_dtype",
     "set_head",
     "set_image_size",
     "split_model",
@@ -114,6 +118,10 @@ _HOMES = {
         "PictureMaker",
         "set_image_size",
     ),
+    "length": (
+        "held_length",
+        "layer_changes",
+    ),
     "load": (
         "LoadedModel",
         "add_embeddings",
@@ -139,6 +147,7 @@ _HOMES = {
     "quantize": (
         "check_quantization",
         "quantized_layers",
+        "set_compute_dtype",
     ),
     "source": (
         "SourceModel",

@@ -353,13 +353,21 @@ def _files(source: SourceModel) -> dict[str, Any]:
 @contextmanager
 def _plain_errors(source: SourceModel) -> Iterator[None]:
     """Errors of transformers in the words of the user; none of its warnings and progress bars."""
+    with quiet_transformers():
+        try:
+            yield
+        except LOADING_ERRORS as error:
+            raise ModelError(explain(error, source.name, source.revision, source.where)) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Have transformers show none of its warnings and progress bars."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except LOADING_ERRORS as error:
-        raise ModelError(explain(error, source.name, source.revision, source.where)) from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

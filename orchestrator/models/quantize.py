@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 from orchestrator.errors import ModelError, Problem
@@ -48,6 +49,12 @@ def keep_quantized_weights(model: nn.Module) -> None:
     """
     for layer in quantized_layers(model).values():
         layer.support_avx512bf16_for_cpu = False
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit weights multiplied in `dtype`. Otherwise it is fp32, whatever the format of their inputs is."""
+    for layer in quantized_layers(model).values():
+        layer.compute_dtype = dtype
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

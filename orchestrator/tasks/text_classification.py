@@ -33,7 +33,7 @@ from orchestrator.tasks.shared.labels import (
     single_label_metrics,
     softmax,
 )
-from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
+from orchestrator.tasks.shared.tokenizers import check_length, tokenizer_state
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
@@ -202,16 +202,7 @@ class TextClassification(Task):
         models.fit_to_tokenizer(model, processor, source)
 
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
-        longest = longest_input(processor, config)
-        if longest is None or self.options.max_length <= longest:
-            return []
-        return [
-            Problem(
-                f"max_length is {self.options.max_length}, but {recipe.source.model} reads at most {longest} tokens",
-                recipe.origin.where("target.options.max_length"),
-                f"set target.options.max_length to {longest} or less",
-            )
-        ]
+        return check_length(self.options.max_length, processor, config, self.auto_class, recipe)
 
     def cache_parts(self, processor: Any) -> list[Any]:
         read = [self.problem_type, self.label_names, self.are_codes]

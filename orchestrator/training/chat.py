@@ -10,22 +10,26 @@ from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.tasks.shared.chat import Template
-from orchestrator.tasks.shared.tokenizers import longest_input
-from orchestrator.tasks.shared.writing import end_tokens
+from orchestrator.tasks.shared.tokenizers import longest_conversation
+from orchestrator.tasks.shared.writing import end_tokens, plain_closing, without_closing
 from orchestrator.training.trained import Wanted, load_trained
 
 FORGET, LEAVE = "/new", ("/quit", "/exit")
 
 
 class Screen(TextStreamer):  # type: ignore[misc]
-    """Writes what the model says, word by word."""
+    """Writes what the model says, word by word, up to the text that closes an answer."""
 
-    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+    def __init__(self, tokenizer: Any, out: TextIO, closing: str = "") -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.out = out
+        self.closing = closing
         self.has_begun = False
+        self.is_closed = False
+        self.held_back = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = self._before_closing(text, stream_end)
         if not self.has_begun:
             text = text.lstrip()
             self.has_begun = bool(text)
@@ -33,6 +37,17 @@ class Screen(TextStreamer):  # type: ignore[misc]
         self.out.write("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
         self.out.write("\n" if stream_end else "")
         self.out.flush()
+
+    def _before_closing(self, text: str, stream_end: bool) -> str:
+        """Return what is to be shown; text that may be the beginning of the closing waits for more."""
+        if not self.closing or self.is_closed:
+            return "" if self.is_closed else text
+        before, found, _ = (self.held_back + text).partition(self.closing)
+        self.is_closed = bool(found)
+        waits = range(len(self.closing) - 1, 0, -1) if not found and not stream_end else ()
+        size = next((size for size in waits if before.endswith(self.closing[:size])), 0)
+        self.held_back = before[len(before) - size :]
+        return before[: len(before) - size]
 
 
 def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: Wanted = "auto") -> None:
@@ -47,7 +62,8 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
     tokenizer, options = trained.processor, trained.task.options
     template = Template.of(tokenizer, tokenizer.chat_template)
-    ends, longest = end_tokens(tokenizer, template), longest_input(tokenizer, trained.model.config)
+    ends, closing = end_tokens(trained.model, tokenizer, template), plain_closing(template)
+    longest = longest_conversation(tokenizer, trained.model)
     system = system or options.system
     begin = [{"role": "system", "content": system}] if system else []
     turns = list(begin)
@@ -77,7 +93,7 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
                     do_sample=False,
                     eos_token_id=ends or None,
                     pad_token_id=tokenizer.pad_token_id,
-                    streamer=Screen(tokenizer, out),
+                    streamer=Screen(tokenizer, out, closing),
                 )
-            answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
-            turns.append({"role": "assistant", "content": answer})
+            answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+            turns.append({"role": "assistant", "content": without_closing(answer, closing)})

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
 from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, process_group
 from orchestrator.training.devices import uses_gpu
-from orchestrator.training.precision import Precision
+from orchestrator.training.precision import Precision, dtype_of
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
 
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -72,8 +73,9 @@ class Engine(ABC):
         """What trained modules learn without gradients; the engine may have put other tensors in their place."""
         return dict(trained_statistics(self.module))
 
-    def narrow(self, recipe: Recipe) -> None:
-        """Under autocast, hold frozen weights in the format that they are computed with."""
+    def narrow(self, recipe: Recipe, precision: Precision) -> None:
+        """Hold frozen weights in the format that they are computed with, and have 4-bit weights multiplied in it."""
+        set_compute_dtype(self.module, dtype_of(precision))
         if self.autocasts and may_narrow(recipe):
             # What lies under an adapter is not saved with it.
             self.rounds_weights = hold_frozen_in_bf16(self.module) and recipe.transfer.adapter is None
@@ -163,7 +165,7 @@ class TorchEngine(Engine):
         super().__init__(module, accelerator)
         self.autocasts = precision == "bf16"
         self.max_grad_norm = recipe.train.max_grad_norm
-        self.narrow(recipe)
+        self.narrow(recipe, precision)
         module.to(self.device)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.model = accelerator.prepare_model(module)
@@ -249,7 +251,7 @@ class DeepSpeedEngine(Engine):
             kwargs_handlers=[backend],
         )
         super().__init__(module, accelerator)
-        self.narrow(recipe)
+        self.narrow(recipe, precision)
         is_offloaded = any(key in config["zero_optimization"] for key in OFFLOADS)
         optimizer = torch.optim.AdamW(groups, fused=not is_offloaded)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)

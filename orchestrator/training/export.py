@@ -115,8 +115,13 @@ def extend_saved_adapter(prepared: Prepared, parts: Parts, folder: Path) -> None
     others = [{name: (first, -second) for name, (first, second) in parts.taken.items()}] if parts.taken else []
     if prepared.source.adapter is not None:
         others.append(models.read_changes(Path(prepared.source.adapter)))
-    if others and prepared.recipe.transfer.adapter is not None:
+    if prepared.recipe.transfer.adapter is None:
+        return
+    if others:
         models.extend_adapter(folder, others)
+    if parts.module.get_base_model().can_generate():
+        # peft saves none, so the base's own would hold.
+        parts.module.generation_config.save_pretrained(folder)
 
 
 def refuse_untrained(parts: Parts, weights: Mapping[str, Tensor]) -> None:

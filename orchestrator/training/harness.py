@@ -15,7 +15,7 @@ from orchestrator.data.hub import offline_unless_reachable
 from orchestrator.data.messages import show_name
 from orchestrator.errors import DataError, InputError, Problem, nearest
 from orchestrator.tasks.shared.chat import Template
-from orchestrator.tasks.shared.tokenizers import longest_input
+from orchestrator.tasks.shared.tokenizers import longest_conversation
 from orchestrator.tasks.shared.writing import ANSWER
 from orchestrator.training.trained import Trained, Wanted, load_trained
 
@@ -203,7 +203,7 @@ def as_harness_model(trained: Trained, chat_template: bool, batch_size: int) -> 
     model = HarnessModel(
         pretrained=trained.model,
         tokenizer=trained.processor,
-        max_length=longest_input(trained.processor, trained.model.config),
+        max_length=longest_conversation(trained.processor, trained.model),
         batch_size=batch_size,
         add_bos_token=begins,
     )

@@ -25,7 +25,7 @@ from orchestrator.training.feed import Feed
 from orchestrator.training.loop import NEVER, make_plan
 from orchestrator.training.precision import Precision
 from orchestrator.training.simulation import Pass, fake_weights, simulate
-from orchestrator.training.subject import Subject, build, layer_changes
+from orchestrator.training.subject import Subject, build
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow, survives
 
 Rows = npt.NDArray[np.int64]
@@ -224,7 +224,7 @@ def _measure(
 def layers_left_out(subject: Subject) -> int | None:
     """The number of layers, where it is so large that not all of them are gone through."""
     config = models.load_config(subject.prepared.source)
-    if subject.reads_weights or layer_changes(config, 1) is None or config.num_hidden_layers <= LAYERS_SIMULATED:
+    if subject.reads_weights or models.layer_changes(config, 1) is None or config.num_hidden_layers <= LAYERS_SIMULATED:
         return None
     return int(config.num_hidden_layers)
 
@@ -237,7 +237,7 @@ def _add(total: Any, other: Any, base: Any, times: float) -> Any:
 
 
 def _some_layers(subject: Subject, recipe: Recipe, frozen: int, trained: int) -> Parts:
-    changes = layer_changes(models.load_config(subject.prepared.source), frozen + trained)
+    changes = models.layer_changes(models.load_config(subject.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.freeze == "stem" else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})

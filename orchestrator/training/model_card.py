@@ -88,7 +88,12 @@ def adapter_code(task: Task) -> str:
     template = _ADAPTER if hasattr(peft, peft_class) else _ADAPTER_ON_SOURCE
     num_labels = task.config_changes().get("num_labels")
     labels = "" if num_labels is None else f", num_labels={num_labels}"
-    return template.format(peft_class=peft_class, labels=labels, **_names(task))
+    code = template.format(peft_class=peft_class, labels=labels, **_names(task))
+    if task.auto_class != "AutoModelForCausalLM":
+        return code
+    # peft leaves it out, and where answers end is in it.
+    code = code.replace("import AutoTokenizer", "import AutoTokenizer, GenerationConfig")
+    return f'{code}\nmodel.generation_config = GenerationConfig.from_pretrained("path/to/this/folder")'
 
 
 def _names(task: Task) -> dict[str, str]:

@@ -17,7 +17,7 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine import micro_batch_size
 from orchestrator.training.layouts import Planner
 from orchestrator.training.measuring import Load, Measured
-from orchestrator.training.precision import Precision
+from orchestrator.training.precision import Precision, dtype_of
 from orchestrator.training.subject import open_subject
 
 BYTES_OF_ADAM = 28
@@ -107,7 +107,7 @@ def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
 
 def measure_products(precision: Precision, on_gpu: bool) -> float:
     """Operations a second of matrix products of a common size, on this machine, at their best."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = dtype_of(precision)
     device, size = ("cuda", 4096) if on_gpu else ("cpu", 1024)
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / _least_seconds(lambda: left @ right)

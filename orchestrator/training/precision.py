@@ -19,6 +19,11 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Return the dtype that matrix products are computed in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def choose_precision(recipe: Recipe, device: torch.device) -> Precision:
     """`auto` resolved for this device; raises ModelError where bf16 is asked for and the hardware lacks it."""
     wanted = recipe.train.precision

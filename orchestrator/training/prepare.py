@@ -22,7 +22,7 @@ from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, read_options
 
 T = TypeVar("T")
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 @dataclass(frozen=True)

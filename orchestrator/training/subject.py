@@ -133,17 +133,6 @@ def _bytes_from_scratch(prepared: Prepared) -> int:
     return sum(4 * value.numel() for value in model.parameters())
 
 
-def layer_changes(config: Any, number: int) -> dict[str, Any] | None:
-    """What makes a config's model have so many layers; None where that is not known."""
-    text = config.get_text_config()
-    if text is not config or not isinstance(getattr(config, "num_hidden_layers", None), int):
-        return None
-    if getattr(config, "is_encoder_decoder", False):
-        return None
-    kinds = getattr(config, "layer_types", None)
-    return {"num_hidden_layers": number, **({"layer_types": list(kinds)[:number]} if kinds else {})}
-
-
 def _bends_logits(config: Any) -> bool:
     """Whether a model does something to its logits after the output layer, by the names that this goes by."""
     values: Mapping[str, Any] = config.get_text_config().to_dict()

@@ -16,7 +16,7 @@ from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks import Task, find_task
 from orchestrator.training.export import DESCRIPTION
-from orchestrator.training.precision import Precision, has_bf16
+from orchestrator.training.precision import Precision, dtype_of, has_bf16
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
 
 Wanted = Literal["auto", "fp32", "bf16"]
@@ -103,6 +103,7 @@ def choose_for_use(wanted: Wanted, recipe: Recipe, device: torch.device) -> Prec
 def ready(model: Any, recipe: Recipe, precision: Precision, device: torch.device) -> Any:
     """The model on its device, in evaluation mode; its weights and passes in the precision that it computes in."""
     model.requires_grad_(False)
+    models.set_compute_dtype(model, dtype_of(precision))
     if precision == "bf16":
         if may_narrow(recipe):
             hold_frozen_in_bf16(model)

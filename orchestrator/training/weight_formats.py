@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from orchestrator.models import quantized_layers
 from orchestrator.recipe import Recipe
 from orchestrator.training.precision import Precision
 
@@ -67,8 +66,6 @@ def hold_frozen_in_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = 
                 weight.data = weight.data.clone()
         if type(part) is nn.Embedding and part.weight.dtype == torch.bfloat16:
             part.register_forward_hook(_widen)
-    for layer in quantized_layers(module).values():
-        layer.compute_dtype = torch.bfloat16
     return is_rounded
 
 

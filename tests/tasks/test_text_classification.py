@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
+from orchestrator import load_recipe, train
 from orchestrator.data import Examples, open_files
+from orchestrator.errors import InputError
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.shared.labels import expected_calibration_error, single_label_metrics, softmax
 from orchestrator.tasks.text_classification import (
@@ -23,6 +26,7 @@ from orchestrator.tasks.text_classification import (
     multi_label_metrics,
     regression_metrics,
 )
+from orchestrator.training.prepare import prepare
 
 Make = Callable[..., Examples]
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -46,8 +50,6 @@ def make_examples(tmp_path: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_bert: Path) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(tiny_bert)
 
 
@@ -248,3 +250,29 @@ def test_predictions_are_told_in_the_names_of_the_labels() -> None:
     numbers = TextClassification(TextOptions(), REGRESSION, ("score",)).prediction_rows({"logits": logits[:, :1]})
     assert numbers["prediction"] == [2.0, pytest.approx(0.1)]
     assert set(numbers) == {"prediction"}
+
+
+def test_a_model_that_counts_positions_from_its_padding_on_trains_with_the_length_that_the_remedy_names(
+    write_recipe: Callable[..., Path], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """As RoBERTa does: of 34 positions one is never read where padding is token 0."""
+    source = tmp_path / "source"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(source)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=34, pad_token_id=0, **sizes)
+    RobertaForMaskedLM(config).save_pretrained(source)
+    data = tmp_path / "long.jsonl"
+    rows = [{"text": f"cat dog {number} " * 20, "label": number % 2} for number in range(48)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def recipe_of(max_length: int) -> Recipe:
+        target = {"task": "text-classification", "data": str(data), "options": {"max_length": max_length}}
+        return load_recipe(write_recipe(source={"model": str(source)}, target=target, train={"epochs": 1}))
+
+    for too_long in (34, 200):
+        with pytest.raises(InputError, match="reads at most 33 tokens"):
+            prepare(recipe_of(too_long))
+    run = train(recipe_of(33), tmp_path / "run")
+    assert run.result["status"] == "finished"

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
+import orchestrator
+from orchestrator.models import quantized_layers
 from orchestrator.recipe import parse_recipe
+from orchestrator.training.assemble import assemble
 from orchestrator.training.engine import build_engine
+from orchestrator.training.prepare import prepare
+from orchestrator.training.trained import ready
 from orchestrator.training.weight_formats import hold_frozen_in_bf16
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -107,3 +114,50 @@ def test_engines_hold_frozen_weights_so_but_not_under_dora(
         build("llama"), [{**groups[0], "params": [nn.Parameter(torch.zeros(1))]}], recipe, "fp32"
     ) as engine:
         assert all(value.dtype == torch.float32 for value in engine.module.parameters())
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "scale", [{"engine": "torch"}, *({"engine": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)), None]
+)
+def test_weights_in_4_bits_are_multiplied_in_the_precision_of_the_run(
+    task: str,
+    variant: str,
+    precision: Any,
+    scale: dict[str, Any] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    write_recipe: Callable[..., Path],
+    small_data: Path,
+    tiny_bert: Path,
+    tiny_gpt2: Path,
+) -> None:
+    """In training with each engine, and in inference (`scale` is None)."""
+    source = tiny_bert if task == "text-classification" else tiny_gpt2
+    adapter = {"type": "lora", "r": 2, "quantize": "nf4"} | ({"variant": "dora"} if variant == "dora" else {})
+    recipe = orchestrator.load_recipe(
+        write_recipe(
+            source={"model": str(source)},
+            target={"task": task, "data": str(small_data), "options": {"max_length": 32}},
+            transfer={"adapter": adapter},
+            train={"precision": precision},
+            scale=scale or {},
+        )
+    )
+    parts = assemble(prepare(recipe))
+    formats = []
+    multiply = bitsandbytes.matmul_4bit
+
+    def record(given: Tensor, *others: Any, **named: Any) -> Tensor:
+        formats.append(given.dtype)
+        return multiply(given, *others, **named)
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", record)
+    if scale is None:
+        ready(parts.module, recipe, precision, torch.device("cpu"))(**IDS)
+    else:
+        with build_engine(parts.module, parts.groups, recipe, precision) as engine:
+            engine.model(**IDS)
+    assert len(formats) == len(quantized_layers(parts.module))
+    assert set(formats) == {torch.bfloat16 if precision == "bf16" else torch.float32}

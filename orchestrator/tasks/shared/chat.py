@@ -3,7 +3,8 @@
 A chat template (Jinja, from the tokenizer, a file, or one that ships here) turns a conversation into one text. What an
 assistant said is found in it either by the marks that the template has for it (`{% generation %}`), or by rendering
 the conversation again with that turn's content replaced: where the two texts begin to differ and end to differ is
-where the content stands, whatever the template does to the turns around it.
+where the content stands, whatever the template does to the turns around it. What the template writes after it, up to
+where the header of the next turn begins, closes the answer, and is learned with it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Template:
     tokens: dict[str, Any]
     """`bos_token`, `eos_token` and the like."""
     ends: tuple[str, ...]
-    """Special tokens: the one that follows an answer ends it, and is learned with it."""
+    """Special tokens: the first one in what follows an answer ends it."""
 
     @classmethod
     def of(cls, tokenizer: Any, text: str) -> Template:
@@ -61,6 +62,11 @@ class Template:
     def has_marks(self) -> bool:
         """Whether it says itself what an assistant generates."""
         return _MARKS.search(self.text) is not None
+
+    def first_end(self, text: str) -> str | None:
+        """Return the first special token in a text; of those that begin at the same place the longest."""
+        found = [(text.index(token), -len(token), token) for token in self.ends if token in text]
+        return min(found)[2] if found else None
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The text, and what the template marks in it as generated; raises what Jinja raises."""
@@ -93,14 +99,19 @@ def render_sample(sample: Sample, template: Template, train_on: TrainOn) -> tupl
     learned = [number for number in answers if number >= sample.num_given]
     if train_on == "last":
         learned = learned[-1:]
-    if len(marked) == len(answers):
-        return text, [span for number, span in zip(answers, marked, strict=True) if number in learned]
-    return text, [find_answer(sample.turns, number, text, template) for number in learned]
+    if len(marked) != len(answers):
+        return text, [find_answer(sample.turns, number, text, template) for number in learned]
+    spans = []
+    for number, span in zip(answers, marked, strict=True):
+        if number in learned:
+            has_end = text[slice(*span)].rstrip().endswith(template.ends)
+            spans.append(span if has_end else _close(sample.turns, number, text, span, template))
+    return text, spans
 
 
 def find_answer(turns: Sequence[Turn], number: int, text: str, template: Template) -> Span:
-    """Where the answer of turn `number` stands in the rendered text: from the end of the generation prompt to the end
-    of the special token that closes it.
+    """Return where the answer of turn `number` stands in the rendered text: from the end of the generation prompt to
+    the end of what closes it.
 
     Raises:
         ValueError: the template leaves the answer out.
@@ -116,7 +127,21 @@ def find_answer(turns: Sequence[Turn], number: int, text: str, template: Templat
         begin, _ = _differing(turns[: number + 1], number, last, template)
         between = last[len(asked) : begin] if last.startswith(asked) else ""
         start -= len(between) if text[:start].endswith(between) else 0
-    return start, _end_of_answer(text, end, template)
+    return _close(turns, number, text, (start, end), template)
+
+
+def lacks_end(turns: Sequence[Turn], text: str, template: Template) -> bool:
+    """Whether a rendered conversation ends with an answer after which no special token follows.
+
+    Raises:
+        ValueError: the template leaves the answer out.
+    """
+    if not turns or turns[-1]["role"] != "assistant":
+        return False
+    if text.rstrip().endswith(template.ends):
+        return False
+    _, end = _differing(turns, len(turns) - 1, text, template)
+    return template.first_end(text[end:]) is None
 
 
 def _differing(turns: Sequence[Turn], number: int, text: str, template: Template) -> Span:
@@ -129,13 +154,20 @@ def _differing(turns: Sequence[Turn], number: int, text: str, template: Template
     return begin, len(text) - _common_length(text[begin:][::-1], other[begin:][::-1])
 
 
-def _end_of_answer(text: str, end: int, template: Template) -> int:
-    """The end with the special token that closes the answer, if one follows, perhaps after a space."""
-    begin = end
-    while begin < len(text) and text[begin].isspace():
-        begin += 1
-    closing = next((token for token in template.ends if text.startswith(token, begin)), None)
-    return end if closing is None else begin + len(closing)
+def _close(turns: Sequence[Turn], number: int, text: str, answer: Span, template: Template) -> Span:
+    """Return the span of an answer, extended to the end of what closes it: up to the first special token, or to where
+    the next turn begins.
+    """
+    start, end = answer
+    after = text[end:]
+    space = len(after) - len(after.lstrip())
+    if not after[space:].startswith(template.ends) and number < len(turns) - 1:
+        # What also follows the answer where it is the last turn belongs to no other turn.
+        last, marked = template.render(turns[: number + 1])
+        last_end = marked[-1][1] if marked else _differing(turns[: number + 1], number, last, template)[1]
+        after = after[: _common_length(after, last[last_end:])]
+    token = template.first_end(after)
+    return start, end + (len(after) if token is None else after.index(token) + len(token))
 
 
 def _common_length(first: str, second: str) -> int:

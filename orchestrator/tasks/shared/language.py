@@ -16,19 +16,29 @@ from orchestrator.data.columns import Column
 from orchestrator.data.conversations import Sample, check_prompts, read_prompts
 from orchestrator.data.examples import Examples
 from orchestrator.data.forms import Form, prompt_columns
+from orchestrator.data.messages import show_value
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section, Text
 from orchestrator.tasks.base import Arrays, Encoded, Task
 from orchestrator.tasks.shared.chat import SHIPPED, Template, TrainOn, read_template
-from orchestrator.tasks.shared.tokenizers import longest_input, tokenizer_state
+from orchestrator.tasks.shared.tokenizers import check_length, tokenizer_state
 from orchestrator.tasks.shared.tokens import CannotEncode, encode_samples
-from orchestrator.tasks.shared.writing import as_prompt, end_tokens, write_answers
+from orchestrator.tasks.shared.writing import (
+    as_prompt,
+    closings,
+    end_tokens,
+    plain_closing,
+    set_ends,
+    turn_marks,
+    write_answers,
+)
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
 
+CHAT_FORMS = {"messages", "sharegpt", "alpaca"}
 IGNORED = -100  # As models.token_loss has it, which needs torch.
 
 
@@ -38,12 +48,14 @@ class LanguageOptions(Section):
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Examples are cut at this many tokens."""
     chat_template: str | None = None
-    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own."""
+    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own. What it
+    writes after an answer is learned; where that holds no special token, the end-of-text token follows the last one."""
     system: str | None = None
     """A system prompt for conversations that have none."""
     add_tokens: list[Text] = Field(default_factory=list)
     """Tokens that the source's tokenizer lacks, such as `<tool>`. Each begins as the mean of all others, so embeddings
-    must be trained: without a frozen stem, or as `modules_to_save` of an adapter."""
+    must be trained: without a frozen stem, or as `modules_to_save` of an adapter. Those that the chat template writes
+    around turns are special tokens."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """How much `predict` and `chat` write at most."""
 
@@ -139,15 +151,18 @@ class LanguageTask(Task):
         from orchestrator import models
 
         tokenizer, problems = models.load_tokenizer(source)
-        tokenizer.add_tokens(self.options.add_tokens)
         if self.options.chat_template is not None:
             tokenizer.chat_template = read_template(self.options.chat_template)
         elif not tokenizer.chat_template:
             tokenizer.chat_template = SHIPPED["plain"]
-            if {"messages", "sharegpt", "alpaca"}.intersection(self.forms):
+            if CHAT_FORMS.intersection(self.forms):
                 what = f"{source.name!r} has no chat template; `plain` is used, and saved with the model"
                 remedy = "set target.options.chat_template to another one (chatml, a file)"
                 problems = [*problems, Problem(what, source.where, remedy, fatal=False)]
+        # Nothing where the recipe names a file that is not there, which is told later.
+        marks = turn_marks(self.options.add_tokens, Template.of(tokenizer, tokenizer.chat_template or ""))
+        for token in self.options.add_tokens:
+            tokenizer.add_tokens([token], special_tokens=token in marks)
         return tokenizer, problems
 
     def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
@@ -156,6 +171,7 @@ class LanguageTask(Task):
         if self.options.add_tokens:
             models.add_embeddings(model, processor)
         models.fit_to_tokenizer(model, processor, source)
+        set_ends(model, processor, Template.of(processor, processor.chat_template))
         models.answer_with_losses(model)
         models.attend_within_texts(model)
 
@@ -178,6 +194,8 @@ class LanguageTask(Task):
         if named is not None and read_template(named) is None:
             where = recipe.origin.where("target.options.chat_template")
             problems.append(Problem(f"there is no chat template {named}", where, "use plain or chatml, or a file"))
+        else:
+            problems += self._check_ends(processor, recipe)
         if recipe.transfer.head.layers:
             where = recipe.origin.where("transfer.head.layers")
             what = "a language model keeps its output layer, so it takes no extra head layers"
@@ -186,12 +204,23 @@ class LanguageTask(Task):
             what = f"the tokenizer of {recipe.source.model} does not tell which characters its tokens come from"
             remedy = "use a source model with a tokenizer.json"
             problems.append(Problem(what, recipe.origin.where("source.model"), remedy))
-        longest = longest_input(processor, config)
-        if longest is not None and self.options.max_length > longest:
-            what = f"max_length is {self.options.max_length}, but {recipe.source.model} reads at most {longest} tokens"
-            where = recipe.origin.where("target.options.max_length")
-            problems.append(Problem(what, where, f"set target.options.max_length to {longest} or less"))
-        return problems
+        return problems + check_length(self.options.max_length, processor, config, self.auto_class, recipe)
+
+    def _check_ends(self, processor: Any, recipe: Recipe) -> list[Problem]:
+        """Warn where no token of the chat template ends an answer."""
+        template = Template.of(processor, processor.chat_template)
+        found = closings(template)
+        has_chats = self.options.chat_template is not None or CHAT_FORMS.intersection(self.forms)
+        if not has_chats or not found or template.first_end(found[-1]) is not None:
+            return []
+        closing = show_value(found[-1]) if found[-1] else "nothing"
+        end = processor.eos_token
+        after = (
+            f"{end} follows the last answer of a conversation" if end is not None else "nothing ends what is written"
+        )
+        what = f"the chat template closes answers with {closing}, not with a special token; {after}"
+        remedy = "name the token that closes answers in target.options.add_tokens, or use the template `plain`"
+        return [Problem(what, recipe.origin.where("target.options.chat_template"), remedy, fatal=False)]
 
     def cache_parts(self, processor: Any) -> list[Any]:
         return [
@@ -252,9 +281,10 @@ class LanguageTask(Task):
         samples = [self._with_system(sample) for sample in read_prompts(examples, self._form)]
         prompts = [as_prompt(sample, template) for sample in samples]
         are_chats = [bool(sample.turns) for sample in samples]
-        ends = end_tokens(processor, template)
+        ends, closing = end_tokens(model, processor, template), plain_closing(template)
         length = self.options.max_new_tokens
-        return {"prediction": write_answers(model, processor, prompts, are_chats, ends, batch_size, length, in_step)}
+        written = write_answers(model, processor, prompts, are_chats, ends, batch_size, length, in_step, closing)
+        return {"prediction": written}
 
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         import torch

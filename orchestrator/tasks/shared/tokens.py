@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from orchestrator.data.conversations import Sample
 from orchestrator.data.examples import Examples
-from orchestrator.tasks.shared.chat import Span, Template, TrainOn, render_sample
+from orchestrator.tasks.shared.chat import Span, Template, TrainOn, lacks_end, render_sample
 
 TEXTS_TOGETHER = 1024
 TOKENS = pa.schema({"input_ids": pa.list_(pa.int32()), "learned": pa.list_(pa.int8())})
@@ -42,7 +42,8 @@ def encode_samples(
 ) -> pa.RecordBatch:
     """`input_ids` and `learned` (1 or 0 for each token, never 1 for the first), both lists of uneven length.
 
-    Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says.
+    Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says, and an
+    end-of-text token after a last answer that no special token ends.
 
     Raises:
         CannotEncode: the template fails on an example.
@@ -50,11 +51,11 @@ def encode_samples(
     ids: list[npt.NDArray[np.int32]] = []
     learned: list[npt.NDArray[np.int8]] = []
     written = [write(sample, template, train_on, row) for row, sample in enumerate(samples)]
-    encoded = tokenize([text for text, _ in written], [bool(sample.turns) for sample in samples], tokenizer)
-    for sample, (text, spans), (own, offsets) in zip(samples, written, encoded, strict=True):
+    encoded = tokenize([text for text, *_ in written], [bool(sample.turns) for sample in samples], tokenizer)
+    for (text, spans, is_open), (own, offsets) in zip(written, encoded, strict=True):
         kept = learned_tokens(text, spans, np.array(offsets, np.int64).reshape(-1, 2))
         row_ids = np.array(own, np.int32)
-        if not sample.turns:
+        if is_open:
             row_ids, kept = end_text(row_ids, kept, tokenizer.eos_token_id)
         kept[:1] = 0
         ids.append(row_ids[:max_length])
@@ -93,15 +94,16 @@ def longest_tokens(number: int, length: int) -> pa.RecordBatch:
     return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
 
 
-def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tuple[str, list[Span]]:
-    """The text of an example, and the stretches that are learned."""
+def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tuple[str, list[Span], bool]:
+    """Return the text of an example, the stretches that are learned, and whether it lacks an end of its own."""
     if not sample.turns:
         text = sample.prompt + sample.completion
-        return text, [(0 if train_on == "all" else len(sample.prompt), len(text))]
+        return text, [(0 if train_on == "all" else len(sample.prompt), len(text))], True
     from jinja2 import TemplateError
 
     try:
-        return render_sample(sample, template, train_on)
+        text, spans = render_sample(sample, template, train_on)
+        return text, spans, lacks_end(sample.turns, text, template)
     except (TemplateError, ValueError, TypeError) as error:
         raise CannotEncode(f"the chat template fails: {error}", row) from error
 
