@@ -18,6 +18,7 @@ from orchestrator.search.outcome import (
     OneTrial,
     Outcome,
     Spec,
+    forget_unscored,
     history,
     taken_over,
     write_outcome,
@@ -79,6 +80,7 @@ class Trial(OneTrial):
 
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
         self.directory.create()
+        forget_unscored(self.directory)
         self._enter()
         assert self.session is not None
         self.memory = resume(self.session)

@@ -19,10 +19,9 @@ from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.model_card import model_card
 from orchestrator.training.precision import Precision
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.run_directory import write_json
+from orchestrator.training.run_directory import DESCRIPTION, write_json
 from orchestrator.training.weight_formats import may_load_as_stored
 
-DESCRIPTION = "transfer.json"
 NAMED = 3
 
 

@@ -10,8 +10,8 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import InputError, Problem, RunFailed
-from orchestrator.training.export import DESCRIPTION
 from orchestrator.training.model_card import card_of_merged
+from orchestrator.training.run_directory import DESCRIPTION
 from orchestrator.training.trained import (
     Trained,
     find_trained,

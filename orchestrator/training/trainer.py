@@ -23,6 +23,7 @@ from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
+from orchestrator.training.identity import identity_to_keep
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
@@ -132,6 +133,8 @@ def open_session(
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
+        if engine.rank == 0:
+            store.identity = identity_to_keep(prepared, directory, attempt)
         packs = share_findings(engine, parts, packs)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(
@@ -187,9 +190,10 @@ def resume(session: Session) -> Memory:
     """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
     found: Checkpoint | None = None
     notes: list[str] = []
+    num_rows = 0
     if session.engine.rank == 0:
         found, notes = session.store.newest_valid()
-        session.directory.forget_metrics_after(found.step if found else 0)
+        num_rows = session.directory.forget_metrics_after(found.step if found else 0)
         for note in notes:
             session.directory.note(note)
     found = session.engine.from_first_worker(found)
@@ -199,7 +203,18 @@ def resume(session: Session) -> Memory:
     session.store.bring(found.step)
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
-    return Memory(**here.state)
+    memory = Memory(**here.state)
+    if session.engine.rank == 0:
+        note_lost_rows(session, memory, num_rows)
+    return memory
+
+
+def note_lost_rows(session: Session, memory: Memory, num_rows: int) -> None:
+    """Say so where metrics.jsonl has fewer rows than were written up to the checkpoint."""
+    lost, memory.num_rows = memory.num_rows - num_rows, num_rows
+    if lost > 0:
+        what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {memory.step}"
+        session.directory.note(f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again")
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:
