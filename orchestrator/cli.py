@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from orchestrator import __version__, show
 from orchestrator.errors import InputError, OrchestratorError, Problem, nearest
 from orchestrator.job_commands import add_verbs as add_job_verbs
+from orchestrator.storage import is_url
 
 INTERRUPTED = 130
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
@@ -63,7 +64,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     train.add_argument("--output", metavar="DIR", help="run directory, or its URL (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
-    search.add_argument("--output", type=Path, metavar="DIR", help="search directory (default: storage/name-search)")
+    search.add_argument("--output", type=folder_or_url, metavar="DIR", help="default: storage/name-search")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
     evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", used)
@@ -87,6 +88,11 @@ def build_parser() -> tuple[Parser, list[str]]:
     schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
     verb("doctor", run_doctor, "Tell what this machine has, and what is missing with the command that installs it.")
     return parser, list(verbs.choices)
+
+
+def folder_or_url(text: str) -> Path | str:
+    """Return a path; a URL as it is, which a path would not be."""
+    return text if is_url(text) else Path(text)
 
 
 def build_parents() -> tuple[Parser, Parser, Parser]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.data.streaming import num_streamed
 from orchestrator.recipe import dump_recipe
-from orchestrator.search.records import Newcomers, score_of
+from orchestrator.search.records import Newcomers, score_of, with_own_name
 from orchestrator.search.space import trial_recipe
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.devices import choose_device
@@ -46,7 +46,7 @@ class Bench:
     def session(self, parameters: dict[str, Any], directory: RunDirectory) -> Iterator[Session]:
         """Everything that a trial with these parameters needs."""
         prepared = trial_inputs(self.prepared, parameters)
-        write_atomically(directory.recipe, dump_recipe(prepared.recipe))
+        write_atomically(directory.recipe, dump_recipe(with_own_name(prepared.recipe, directory.root.name)))
         with open_session(prepared, directory, 0, self.device, None, self.metric, self.boundaries) as session:
             yield session
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 from orchestrator.errors import RunFailed
@@ -17,10 +17,12 @@ from orchestrator.search.outcome import BEST_WEIGHTS, Spec
 from orchestrator.search.pack import NoFeatures
 from orchestrator.search.packing import pack_trials
 from orchestrator.search.plan import Plan
-from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id
+from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id, with_own_name
 from orchestrator.search.space import trial_recipe
 from orchestrator.search.winner import keep_winner
-from orchestrator.training.run_directory import write_atomically
+from orchestrator.training.checkpoint import IDENTITY
+from orchestrator.training.identity import identity_to_keep
+from orchestrator.training.run_directory import write_atomically, write_json
 
 SEED = "train.seed"
 
@@ -38,8 +40,14 @@ class Place(Protocol):
         """Run trials until there are no more or time is up; without `specs`, those that an algorithm suggests."""
 
 
-def begin_record(plan: Plan, directory: SearchDirectory) -> None:
+def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
+    """Write down what is searched, and that it has begun.
+
+    Args:
+        notes: sentences for the user.
+    """
     write_atomically(directory.recipe, dump_recipe(plan.prepared.recipe))
+    write_json(directory.root / IDENTITY, identity_to_keep(plan.prepared, directory))
     record = directory.read_record()
     directory.update_record(
         status="running",
@@ -52,6 +60,7 @@ def begin_record(plan: Plan, directory: SearchDirectory) -> None:
         identity=plan.prepared.identity,
         warnings=[str(warning) for warning in plan.prepared.warnings],
         budget=plan.budget,
+        notes=[*record.get("notes", []), *notes],
     )
 
 
@@ -66,7 +75,6 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_
     limit = plan.search.seconds
     left = None if limit is None else max(1.0, limit - before)
     place = choose_place(plan, directory, wait_for_cluster, can_run_here(plan))
-    begin_record(plan, directory)
     try:
         run_all(plan, directory, screen, place, left)
     except NoFeatures:
@@ -75,7 +83,8 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_
     if plan.search.reseed_top and plan.search.reseeds:
         reseed(plan, directory, screen, place)
     winner = choose_winner(plan, directory)
-    write_atomically(directory.best, dump_recipe(trial_recipe(plan.prepared.recipe, winner["parameters"])))
+    best = trial_recipe(plan.prepared.recipe, winner["parameters"])
+    write_atomically(directory.best, dump_recipe(with_own_name(best, "best")))
     result = keep_winner(plan.prepared, plan.metric, directory, winner)
     seconds = before + time.monotonic() - started
     directory.update_record(

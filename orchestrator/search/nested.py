@@ -22,6 +22,7 @@ from orchestrator.search.outcome import (
     taken_over,
     write_outcome,
 )
+from orchestrator.search.records import with_own_name
 from orchestrator.training.run_directory import RunDirectory, write_atomically, write_json
 
 HANDOVER = "handover"
@@ -99,7 +100,7 @@ class NestedTrial(OneTrial):
     def _begin(self) -> None:
         self.directory.create()
         recipe = trial_inputs(self.bench.prepared, self.spec.parameters).recipe
-        write_atomically(self.directory.recipe, dump_recipe(recipe))
+        write_atomically(self.directory.recipe, dump_recipe(with_own_name(recipe, self.spec.id)))
         self.crew = self.foreman.crew()
         self.crew.begin(self.spec.id, self.spec.parameters, self._seen, self._start_from)
 

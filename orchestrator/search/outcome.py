@@ -14,8 +14,9 @@ from typing import Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.search.bench import Bench
 from orchestrator.search.running import Report
+from orchestrator.training.checkpoint import STATE
 from orchestrator.training.hooks import Memory, judge
-from orchestrator.training.run_directory import RunDirectory, finite, write_json
+from orchestrator.training.run_directory import RunDirectory, finite, parse_object, write_json
 
 OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
 # What a trial's model or numbers may cause, and what therefore ends the trial but not the search.
@@ -55,7 +56,7 @@ class OneTrial(abc.ABC):
         self.bench = bench
         self.spec = spec
         self.directory = directory
-        self.outcome = read_outcome(directory)
+        self.outcome = read_whole_outcome(directory)
         self._rows = self._replay() if self.outcome else self._advance()
 
     def advance(self) -> Report:
@@ -105,11 +106,13 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> Memory:
     found = Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
     before = best_of(directory, bench)
     # The other may have been behind: those steps will be taken again.
-    directory.forget_metrics_after(found.step)
+    num_rows = directory.forget_metrics_after(found.step)
     own = best_of(directory, bench)
     if own.best_step != before.best_step:
         (directory.root / BEST_WEIGHTS).unlink(missing_ok=True)
-    return replace(found, best_step=own.best_step, best_score=own.best_score, best_loss=own.best_loss)
+    return replace(
+        found, best_step=own.best_step, best_score=own.best_score, best_loss=own.best_loss, num_rows=num_rows
+    )
 
 
 def best_of(directory: RunDirectory, bench: Bench) -> Memory:
@@ -124,6 +127,25 @@ def best_of(directory: RunDirectory, bench: Bench) -> Memory:
 def history(directory: RunDirectory) -> list[dict[str, Any]]:
     """The evaluations on *select* so far, as rows of metrics.jsonl."""
     return [row for row in directory.read_metrics() if row.get("split") == "select"]
+
+
+def read_whole_outcome(directory: RunDirectory) -> Outcome | None:
+    """Return what became of the trial; None also where the evaluations that it goes by are lost: it is run again."""
+    outcome = read_outcome(directory)
+    return outcome if outcome is None or has_evaluation(directory, outcome.best_step) else None
+
+
+def forget_unscored(directory: RunDirectory) -> None:
+    """Have a trial begin again whose checkpoints go by evaluations that are lost: it could not be compared."""
+    states = [parse_object(directory.read(f"checkpoints/{name}/{STATE}")) for name in directory.committed()]
+    if not all(has_evaluation(directory, state.get("best_step")) for state in states):
+        shutil.rmtree(directory.checkpoints)
+        directory.create()
+
+
+def has_evaluation(directory: RunDirectory, step: int | None) -> bool:
+    """Whether the evaluation at a step is recorded; True for None."""
+    return step is None or any(row.get("step") == step for row in history(directory))
 
 
 def read_outcome(directory: RunDirectory) -> Outcome | None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from orchestrator.recipe import dump_recipe
 from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.heads import Head, Heads
-from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_outcome, write_outcome
-from orchestrator.search.records import SearchDirectory
+from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_whole_outcome, write_outcome
+from orchestrator.search.records import SearchDirectory, with_own_name
 from orchestrator.search.running import Report
 from orchestrator.search.trial import Trial
 from orchestrator.training.features import boundary_of
@@ -38,7 +38,7 @@ class Pack:
         self.bench = bench
         self.directory = directory
         self.only_on_features = only_on_features
-        self.specs = [spec for spec in specs if read_outcome(directory.trial(spec.id)) is None]
+        self.specs = [spec for spec in specs if read_whole_outcome(directory.trial(spec.id)) is None]
 
     def advance(self) -> Report:
         """Train all of its trials. Where they cannot be stacked, they are trained one after another."""
@@ -78,7 +78,7 @@ class Pack:
     def _keep(self, head: Head, run: RunDirectory, seconds: float, core_seconds: float) -> None:
         """Write the trial's directory; the outcome comes last."""
         run.create()
-        run.recipe.write_text(dump_recipe(head.recipe), encoding="utf-8")
+        run.recipe.write_text(dump_recipe(with_own_name(head.recipe, run.root.name)), encoding="utf-8")
         lines = (json.dumps(finite({**row, "seconds": seconds})) + "\n" for row in head.rows)
         run.metrics.write_text("".join(lines), encoding="utf-8")
         if head.weights and head.memory.best_score is not None and self.bench.may_win(head.memory.best_score):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.run_directory import RunDirectory, finite
+from orchestrator.training.run_directory import RunDirectory, finite, parse_object, write_atomically
 
 BUDGET = ("seconds", "reseed_top", "reseeds")
 """What a finished search may be given more of, in `search`."""
+LONGEST_NAME = 63
+"""Characters of a recipe's name."""
 
 
 class SearchDirectory(RunDirectory):
     """A search's directory (design, section 5): its trials are run directories."""
+
+    kind = "search"
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -35,6 +39,16 @@ class SearchDirectory(RunDirectory):
         return RunDirectory(self.trials / id)
 
 
+def with_own_name(recipe: Recipe, what: str) -> Recipe:
+    """Return the recipe with a run name of its own, so that `train` does not put its run where another one is.
+
+    Args:
+        what: a trial's id, or "best".
+    """
+    base = recipe.name.removesuffix("-search")[: LONGEST_NAME - len(what) - 1]
+    return recipe.model_copy(update={"name": f"{base}-{what}"})
+
+
 def trial_id(number: int) -> str:
     return f"{number:04d}"
 
@@ -42,17 +56,23 @@ def trial_id(number: int) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of trials.jsonl; a torn last one is passed over."""
     try:
-        return parse_rows(path.read_text(encoding="utf-8"))
+        return parse_rows(path.read_bytes())
     except FileNotFoundError:
         return []
 
 
-def parse_rows(text: str) -> list[dict[str, Any]]:
-    rows = []
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+def parse_rows(data: bytes) -> list[dict[str, Any]]:
+    return [row for line in data.split(b"\n") if (row := parse_object(line))]
+
+
+def drop_damaged_rows(path: Path) -> list[str]:
+    """Drop the lines of trials.jsonl that cannot be read; returns a sentence for the user where there are any."""
+    rows = read_rows(path)
+    lost = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) - len(rows) if path.exists() else 0
+    if lost == 0:
+        return []
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return [f"{lost} of the lines of {path.name} could not be read: what their trials left is looked at again"]
 
 
 class Newcomers:
@@ -72,7 +92,7 @@ class Newcomers:
             return []
         ended = new[: new.rfind(b"\n") + 1]
         self._num_bytes_read += len(ended)
-        return parse_rows(ended.decode())
+        return parse_rows(ended)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

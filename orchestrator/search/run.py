@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -11,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import InputError, Problem, RunFailed
+from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
-from orchestrator.search.records import BUDGET, SearchDirectory, read_rows
+from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows, read_rows
 from orchestrator.search.space import FREEZE
 from orchestrator.storage import is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.cluster import ray_cluster
+from orchestrator.training.identity import PLACES, refuse_changes
+from orchestrator.training.interruption import Interruption
+from orchestrator.training.occupancy import kind_held
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
-from orchestrator.training.run import PLACES, create_directory, refuse_changes, set_aside
+from orchestrator.training.run import check_directory, create_directory, set_aside
 from orchestrator.training.worker import output_to
 
 FREE_TO_CHANGE = {
@@ -53,7 +55,11 @@ class SearchRun:
 
 
 def search(
-    recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
+    recipe: Recipe,
+    output: Path | str | None = None,
+    fresh: bool = False,
+    strict: bool = False,
+    screen: TextIO | None = None,
 ) -> SearchRun:
     """Search as the recipe says; the same call goes on where an earlier one was interrupted.
 
@@ -68,12 +74,15 @@ def search(
         ClusterError: the cluster cannot hold a trial.
         RunFailed: no trial has a score.
     """
-    if output is None and is_url(recipe.scale.storage):
+    place, where = recipe.scale.storage, recipe.origin.where("scale.storage")
+    if output is not None:
+        place, where = str(output), "--output"
+    if is_url(place):
         remedy = "give --output a folder that all nodes share, or set scale.storage to one"
-        what = f"a search needs a folder, and scale.storage is {recipe.scale.storage}"
-        raise InputError(Problem(what, recipe.origin.where("scale.storage"), remedy))
-    directory = SearchDirectory((output or default_output(recipe)).absolute())
-    with contextlib.ExitStack() as stack:
+        raise InputError(Problem(f"a search needs a folder, and {place} is none", where, remedy))
+    directory = SearchDirectory(Path(output or default_output(recipe)).absolute())
+    check_directory(directory, recipe, fresh)
+    with Interruption().listening(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = cluster_when_needed(recipe, stack)
         # These need torch, which takes seconds to import: Ray starts meanwhile.
@@ -87,18 +96,21 @@ def search(
             set_aside(directory)
         create_directory(directory)
         stack.enter_context(directory.locked())
-        refuse_changes(plan.prepared, directory, FREE_TO_CHANGE)
+        notes = refuse_changes(plan.prepared, directory, FREE_TO_CHANGE) if kind_held(directory) else []
         record = directory.read_record()
-        if directory.result.exists() and record.get("status") == "finished" and record.get("budget") == plan.budget:
+        if directory.has_finished() and record.get("status") == "finished" and record.get("budget") == plan.budget:
             return finished(plan.prepared.warnings, directory)
+        notes += drop_damaged_rows(directory.rows)
         shown = None
         if screen is not None:
             shown = stack.enter_context(own_stream(screen))
             stack.enter_context(output_to(directory.logs / "command.log"))
         try:
+            course.begin_record(plan, directory, notes)
             course.run(plan, directory, shown, wait_for_cluster)
-        except (KeyboardInterrupt, RunFailed) as error:
-            directory.update_record(status="failed" if isinstance(error, RunFailed) else "interrupted")
+        except (KeyboardInterrupt, OrchestratorError) as error:
+            is_interrupted = isinstance(error, KeyboardInterrupt)
+            directory.update_record(status="interrupted" if is_interrupted else "failed")
             write_report(directory.root)
             raise
         return finished(plan.prepared.warnings, directory)
@@ -142,5 +154,5 @@ def default_output(recipe: Recipe) -> Path:
 
 
 def finished(warnings: list[Problem], directory: SearchDirectory) -> SearchRun:
-    result = json.loads(directory.result.read_text(encoding="utf-8"))
-    return SearchRun(directory.root, directory.read_record(), read_rows(directory.rows), result, warnings)
+    record, rows = directory.read_record(), read_rows(directory.rows)
+    return SearchRun(directory.root, record, rows, directory.read_result(), warnings)

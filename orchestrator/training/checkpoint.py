@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunFailed
-from orchestrator.training.run_directory import write_atomically
+from orchestrator.training.run_directory import parse_object, write_atomically
 
 MANIFEST = "MANIFEST.json"
 COMMITTED = "COMMITTED"
 STATE = "state.json"
+IDENTITY = "identity.json"
 _NAME = re.compile(r"step-(\d{8})")
 _LEFTOVER = re.compile(r"\.step-\d{8}\.partial")
 
@@ -68,6 +69,8 @@ class CheckpointStore:
         self.agree = agree
         self.may_commit = may_commit
         self.place = str(folder)
+        self.identity: dict[str, Any] | None = None
+        """What the run was begun with, which stands with every checkpoint."""
 
     def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         """Save one checkpoint; every worker calls this, and `write_files` puts its files into the folder it is given.
@@ -79,7 +82,7 @@ class CheckpointStore:
         partial = self.folder / f".step-{step:08d}.partial"
 
         def commit() -> None:
-            write_atomically(partial / STATE, json.dumps(state))
+            self._write_state(partial, state)
             self._commit(partial, step)
 
         self._together(partial, lambda: self._start(partial), only_first=True)
@@ -105,6 +108,11 @@ class CheckpointStore:
     def _start(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+
+    def _write_state(self, partial: Path, state: dict[str, Any]) -> None:
+        write_atomically(partial / STATE, json.dumps(state))
+        if self.identity is not None:
+            write_atomically(partial / IDENTITY, json.dumps(self.identity, ensure_ascii=False))
 
     def _commit(self, partial: Path, step: int) -> None:
         final = self.folder / f"step-{step:08d}"
@@ -182,6 +190,19 @@ def find_damage(folder: Path) -> str | None:
     except (ValueError, KeyError, UnicodeDecodeError):
         return "its manifest cannot be read"
     return None
+
+
+def read_identity(read: Callable[[str], bytes | None]) -> dict[str, Any]:
+    """Return what the run was begun with that left a checkpoint; {} where it does not say, or no longer.
+
+    Args:
+        read: gives the content of a file of the checkpoint, or None.
+    """
+    data = read(IDENTITY)
+    if data is None:
+        return {}
+    expected = parse_object(read(MANIFEST)).get("files", {}).get(IDENTITY, {}).get("sha256")
+    return parse_object(data) if hashlib.sha256(data).hexdigest() == expected else {}
 
 
 def set_aside(folder: Path) -> Path:

@@ -22,11 +22,9 @@ from orchestrator.training.assemble import Parts, assemble
 from orchestrator.training.model_card import model_card
 from orchestrator.training.precision import Precision
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.run_directory import write_json
+from orchestrator.training.run_directory import DESCRIPTION, write_json
 from orchestrator.training.weight_formats import may_load_as_stored
 from orchestrator.training.written_weights import save_whole, under_all_names, whole_state
-
-DESCRIPTION = "transfer.json"
 
 
 class AfterTraining(contextlib.AbstractContextManager[None]):

@@ -37,6 +37,8 @@ class Memory:
     loss_sum: float = 0.0
     loss_steps: int = 0
     """Losses since the last train row."""
+    num_rows: int = 0
+    """Rows of metrics.jsonl up to the last step."""
     best_step: int | None = None
     best_score: float | None = None
     best_loss: float | None = None
@@ -117,6 +119,7 @@ class Recorder:
         memory.loss_steps += 1
         if step.number % self.log_every:
             return
+        memory.num_rows += 1
         if self.writes:
             self.directory.append_metrics(
                 {
@@ -164,6 +167,7 @@ class Evaluator:
         metrics = score(self.engine, self.task, self.select, self.plan.micro_batch_size).metrics
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
         self.last = {**place, **metrics, "seconds": memory.seconds}
+        memory.num_rows += 1
         if self.engine.rank == 0:
             self.directory.append_metrics(self.last)
         judge(metrics[self.metric.name], metrics["loss"], step.number, memory, self.metric, self.train)

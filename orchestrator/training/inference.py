@@ -180,6 +180,8 @@ def predict(
     """
     if output is not None:
         check_output(output)
+        if output.exists() and Path(data).exists() and output.samefile(data):
+            raise InputError(Problem("the predictions would replace the data", str(output), "give another --output"))
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
     trained = load_trained(folder, precision)

@@ -19,8 +19,8 @@ from torch import nn
 from orchestrator import models
 from orchestrator.errors import InputError, Problem, RunFailed
 from orchestrator.training.engine import on_cpu
-from orchestrator.training.export import DESCRIPTION
 from orchestrator.training.model_card import card_of_merged
+from orchestrator.training.run_directory import DESCRIPTION
 from orchestrator.training.trained import Trained, find_trained, holds_adapter, load_trained
 from orchestrator.training.written_weights import save_whole, tensors_by_name, whole_state
 

@@ -18,7 +18,6 @@ from orchestrator.storage import join
 from orchestrator.training.checkpoint import (
     COMMITTED,
     MANIFEST,
-    STATE,
     CheckpointStore,
     Superseded,
     describe_file,
@@ -75,7 +74,7 @@ class RemoteCheckpointStore(CheckpointStore):
 
         def send() -> None:
             if self.rank == 0:
-                write_atomically(partial / STATE, json.dumps(state))
+                self._write_state(partial, state)
             if self.leads:
                 files = sorted(path for path in partial.rglob("*") if path.is_file())
                 part = {str(path.relative_to(partial)): describe_file(path) for path in files}

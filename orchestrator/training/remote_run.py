@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 import threading
 import time
@@ -78,19 +77,20 @@ class RemoteRunDirectory(RunDirectory):
         self.remote.upload(self.model, "model")
         self.send()
 
-    def exists(self) -> bool:
-        return self.remote.read(self.record.name) is not None
+    def names(self) -> set[str]:
+        found = {name.partition("/")[0] for name in self.remote.names()}
+        return {name for name in found if not name.startswith(".")}
 
     def has_checkpoints(self) -> bool:
         return any(name.startswith("step-") for name in self.remote.folders("checkpoints"))
 
-    def read_record(self) -> dict[str, Any]:
-        data = self.remote.read(self.record.name)
-        with contextlib.suppress(ValueError):
-            found = json.loads(data or b"")
-            if isinstance(found, dict):
-                return found
-        return {}
+    def committed(self) -> list[str]:
+        found = (name.partition("/") for name in self.remote.names("checkpoints"))
+        steps = [step for step, _, name in found if step.startswith("step-") and name == "COMMITTED"]
+        return sorted(steps, reverse=True)
+
+    def read(self, name: str) -> bytes | None:
+        return self.remote.read(name)
 
     def update_record(self, **changes: Any) -> dict[str, Any]:
         record = super().update_record(**changes)

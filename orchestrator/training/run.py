@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeError, RunFailed
-from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
+from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
+from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
 from orchestrator.storage import join
 from orchestrator.training.cluster import cluster_nodes, ray_session, refuse_gpu_here
 from orchestrator.training.disk import refuse_full_disk
+from orchestrator.training.identity import earlier_choice, last_attempt, refuse_another_run
+from orchestrator.training.interruption import Interrupted, Interruption
+from orchestrator.training.occupancy import kind_held, refuse_other_use
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
-from orchestrator.training.progress import live_line
+from orchestrator.training.progress import live_line, own_stream
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.worker import output_to, run_workers
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
-# Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.
-PLACES = {"source": {"model"}, "target": {"data"}}
-# Parts of a recipe that may change between the attempts of one run: they do not change what is learned.
-FREE_TO_CHANGE = {
-    **PLACES,
-    "": {"search"},
-    "train": {"keep", "log_every", "cache_prefix"},
-    "scale": {"max_failures", "storage", "cpus_per_worker", "cache_gigabytes", "wait_for_nodes"},
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,9 @@ def train(
         RunFailed: the training itself failed.
     """
     directory = open_run(output or join(recipe.scale.storage, recipe.name))
-    with contextlib.ExitStack() as stack:
+    check_directory(directory, recipe, fresh)
+    interruption = Interruption()
+    with interruption.listening(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
         wait_for_cluster = stack.enter_context(ray_session(recipe))
@@ -86,10 +82,11 @@ def train(
         if recipe.scale.fit:
             wait_for_cluster()
             prepared, chosen = fit(prepared, directory)
-        refuse_another_run(prepared, directory)
-        if directory.result.exists():
-            return finished_run(prepared, directory, resumed=True)
+        notes = refuse_another_run(prepared, directory)
+        if directory.has_finished():
+            return finished_run(prepared, directory, notes, resumed=True)
         if screen is not None:
+            interruption.screen = stack.enter_context(own_stream(screen))
             # A single worker runs in this process, and writes to this very copy.
             bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
             stack.enter_context(live_line(directory.root, screen, bring))
@@ -97,16 +94,13 @@ def train(
         if prepared.parameters is not None and directory.place == str(directory.root):
             refuse_full_disk(directory.root, recipe, prepared.parameters)
         wait_for_cluster()
-        attempt = start_record(prepared, directory)
         if aside is not None:
-            directory.note(f"the earlier run is in {aside}")
+            notes.append(f"the earlier run is in {aside}")
         if chosen is not None:
-            directory.update_record(chosen=chosen)
-            for place, value in chosen.items():
-                directory.note(f"chosen so that it fits: {place}={value}")
+            notes += [f"chosen so that it fits: {place}={value}" for place, value in chosen.items()]
         resumed = directory.has_checkpoints()
-        run_and_record(prepared, directory, attempt)
-        return finished_run(prepared, directory, resumed)
+        run_and_record(prepared, directory, interruption, {"notes": notes, "chosen": chosen})
+        return finished_run(prepared, directory, [], resumed)
 
 
 def check(recipe: Recipe, strict: bool = False) -> Prepared:
@@ -132,7 +126,7 @@ def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str
     """As a plan has it, or had it when the run began, with what it chose; raises ClusterError where nothing fits."""
     from orchestrator.training.fitting import choose_scale, with_choice
 
-    chosen = directory.read_record().get("chosen")
+    chosen = earlier_choice(directory)
     if chosen is None:
         chosen = choose_scale(prepared, cluster_nodes() if prepared.recipe.scale.workers > 1 else None)
     return with_choice(prepared, chosen), chosen
@@ -140,36 +134,57 @@ def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str
 
 def set_aside(directory: RunDirectory) -> str | None:
     """Move an earlier run to another name, unless it is running; returns that name, or None where there is no run."""
-    if not directory.exists():
+    if kind_held(directory) is None:
         return None
     with directory.locked():
         return directory.set_aside()
 
 
+def check_directory(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
+    """Raise InputError where the directory holds something else, or cannot be looked into."""
+    with _reaching(directory, "looked into"):
+        refuse_other_use(directory, recipe, fresh)
+
+
 def create_directory(directory: RunDirectory) -> None:
-    try:
+    with _reaching(directory, "made"):
         directory.create()
+
+
+@contextlib.contextmanager
+def _reaching(directory: RunDirectory, how: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         remedy = "give another --output, or set scale.storage to a folder that you may write to"
-        raise InputError(
-            Problem(f"the run directory cannot be made: {error.strerror or error}", directory.place, remedy)
-        ) from None
+        what = f"the run directory cannot be {how}: {error.strerror or error}"
+        raise InputError(Problem(what, directory.place, remedy)) from None
 
 
-def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
-    """Run the workers; run.json says how it ended, whatever way it ended."""
+def run_and_record(
+    prepared: Prepared, directory: RunDirectory, interruption: Interruption, known: dict[str, Any]
+) -> None:
+    """Run the workers; run.json says how it ended, whatever way it ended.
+
+    Args:
+        known: what run.json is to hold besides.
+
+    Raises:
+        KeyboardInterrupt: it was asked to end.
+    """
     started = time.time()
     try:
-        run_workers(prepared, directory, attempt)
+        attempt = start_record(prepared, directory, known)
+        run_workers(prepared, directory, attempt, interruption)
+    except (Interrupted, KeyboardInterrupt):
+        directory.update_record(status="interrupted", ended=time.time())
+        raise KeyboardInterrupt from None
     except OrchestratorError as error:
         directory.update_record(status="failed", reason=str(error), ended=time.time())
         raise
     except OSError as error:
         # The disk may be full, so not even this is sure to be recorded.
         raise RunFailed(f"{error}; the checkpoints in {directory.place} are whole") from error
-    except KeyboardInterrupt:
-        directory.update_record(status="interrupted", ended=time.time())
-        raise
     directory.bring()
     directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
     write_report(directory.root)
@@ -177,11 +192,11 @@ def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) ->
     directory.finish()
 
 
-def start_record(prepared: Prepared, directory: RunDirectory) -> int:
+def start_record(prepared: Prepared, directory: RunDirectory, known: dict[str, Any]) -> int:
     """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
     write_atomically(directory.recipe, dump_recipe(prepared.recipe))
     directory.send()
-    attempt = int(directory.read_record().get("attempt", 0)) + 1
+    attempt = last_attempt(directory) + 1
     directory.update_record(
         status="running",
         attempt=attempt,
@@ -193,73 +208,12 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
         },
         machine=platform.node(),
         command=sys.argv,
-        notes=[],
         warnings=[str(warning) for warning in prepared.warnings],
+        **{name: value for name, value in known.items() if value is not None},
     )
     return attempt
 
 
-def refuse_another_run(prepared: Prepared, directory: RunDirectory) -> None:
-    """A run goes on only with the same recipe, data and source; InputError names what changed."""
-    if directory.result.exists() or directory.has_checkpoints():
-        free = FREE_TO_CHANGE
-        if prepared.recipe.scale.min_workers is not None:
-            free = {**free, "scale": {*free["scale"], "workers", "min_workers"}}
-        refuse_changes(prepared, directory, free)
-
-
-def refuse_changes(prepared: Prepared, directory: RunDirectory, free: dict[str, set[str]]) -> None:
-    """Raise InputError that names what changed since the directory's recipe.yaml and record were written.
-
-    Args:
-        free: what may change, as names in sections of the recipe.
-    """
-    record = directory.read_record()
-    if not record or not directory.recipe.exists():
-        return
-    import yaml
-
-    text = directory.recipe.read_text(encoding="utf-8")
-    with contextlib.suppress(RecipeError):  # An older version may have had no place for what has its default now.
-        text = dump_recipe(parse_recipe(text, directory.recipe))
-    old, new = yaml.safe_load(text), yaml.safe_load(dump_recipe(prepared.recipe))
-    remedy = "use --fresh to start over (the old directory is kept under another name), or give another --output"
-    changed = [
-        Problem(
-            f"the run in {directory.place} has {path}: {json.dumps(was)}, now it is {json.dumps(now)}",
-            prepared.recipe.origin.where(path),
-            remedy,
-        )
-        for path, was, now in differences(old, new, free)
-    ]
-    identity = record.get("identity", prepared.identity)
-    for name in sorted({*identity, *prepared.identity}):
-        if identity.get(name) != prepared.identity.get(name):
-            what = "source model" if name == "source" else f"{name} data"
-            changed.append(Problem(f"the {what} changed since the run in {directory.place} began", remedy=remedy))
-    if changed:
-        raise InputError(changed)
-
-
-def differences(
-    old: dict[str, Any], new: dict[str, Any], free: dict[str, set[str]], path: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """Dotted paths whose values differ and matter, with both values."""
-    found = []
-    for key in {**old, **new}:
-        here = f"{path}.{key}" if path else key
-        if key in free.get(path, ()):
-            continue
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, free, here)
-        elif was != now:
-            found.append((here, was, now))
-    return found
-
-
-def finished_run(prepared: Prepared, directory: RunDirectory, resumed: bool) -> Run:
-    result = json.loads(directory.result.read_text(encoding="utf-8"))
-    return Run(
-        directory.root, directory.place, result, prepared.warnings, directory.read_record().get("notes", []), resumed
-    )
+def finished_run(prepared: Prepared, directory: RunDirectory, notes: list[str], resumed: bool) -> Run:
+    notes = [*directory.read_record().get("notes", []), *notes]
+    return Run(directory.root, directory.place, directory.read_result(), prepared.warnings, notes, resumed)

@@ -40,11 +40,26 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def parse_object(data: bytes | None) -> dict[str, Any]:
+    """Return a JSON object; an empty one for what is none, such as a torn file or no file."""
+    try:
+        found = json.loads(data or b"")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+DESCRIPTION = "transfer.json"
+"""The file in a model directory that says how it was trained; transformers does not read it."""
+
+
 class RunDirectory:
     """Names and records of a run directory (design, section 5)."""
 
     leads_node = True
     """Whether this worker does for its node what is done there once."""
+    kind = "run"
+    """What the directory is made for: a run or a search."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -68,9 +83,14 @@ class RunDirectory:
         """Where the run is, for people."""
         return str(self.root)
 
-    def exists(self) -> bool:
-        """Whether there is a run in it."""
-        return self.record.exists()
+    def names(self) -> set[str]:
+        """Return the names of the files and folders in it, without hidden ones."""
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        return {path.name for path in found if not path.name.startswith(".")}
+
+    def committed(self) -> list[str]:
+        """Return the names of the committed checkpoints, the newest first."""
+        return sorted((path.parent.name for path in self.checkpoints.glob("step-*/COMMITTED")), reverse=True)
 
     def has_checkpoints(self) -> bool:
         return any(self.checkpoints.glob("step-*"))
@@ -111,13 +131,26 @@ class RunDirectory:
         self.root.rename(aside)
         return str(aside)
 
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file of the run, as it is where the run is kept; None where there is none."""
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def read_record(self) -> dict[str, Any]:
         """run.json, or an empty dict where there is none (or only a damaged one: it is rebuilt)."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        return parse_object(self.read(self.record.name))
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the content of result.json; {} where there is none, or a damaged one."""
+        return parse_object(self.result.read_bytes()) if self.result.exists() else {}
+
+    def has_finished(self) -> bool:
+        """Whether the result is there and whole, and so is the model's description, unless the model was taken away."""
+        description = self.read(f"{self.model.name}/{DESCRIPTION}")
+        is_whole = bool(parse_object(description)) or self.model.name not in self.names()
+        return bool(self.read_result()) and is_whole
 
     def update_record(self, **changes: Any) -> dict[str, Any]:
         record = {**self.read_record(), **changes}
@@ -132,17 +165,15 @@ class RunDirectory:
         """The rows of metrics.jsonl; a torn last line is passed over."""
         if not self.metrics.exists():
             return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        lines = self.metrics.read_bytes().split(b"\n")
+        return [row for line in lines if (row := parse_object(line))]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run will take again."""
+    def forget_metrics_after(self, step: int) -> int:
+        """Drop the rows of steps that a resumed run will take again; returns how many of its training are left."""
         kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
         write_atomically(self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        return sum(row.get("split") != "test" for row in kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,8 @@ from orchestrator.errors import InputError, Problem
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks import Task, find_task
-from orchestrator.training.export import DESCRIPTION
 from orchestrator.training.precision import Precision, dtype_of, has_bf16
+from orchestrator.training.run_directory import DESCRIPTION, parse_object
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
 
 Wanted = Literal["auto", "fp32", "bf16"]
@@ -48,10 +47,14 @@ def find_trained(folder: Path) -> tuple[Path, dict[str, Any]]:
     """A model directory, or the one in a run directory, and its description; raises InputError when it is none."""
     inner = folder / "model" if (folder / "model").is_dir() else folder
     try:
-        return inner, json.loads((inner / DESCRIPTION).read_text(encoding="utf-8"))
+        description = parse_object((inner / DESCRIPTION).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         remedy = "give the directory of a finished run (runs/NAME), or its model directory (runs/NAME/model)"
         raise InputError(Problem(f"there is no trained model: {DESCRIPTION} is missing", str(folder), remedy)) from None
+    if not description:
+        remedy = "run the command of the training again: it writes its model again, from its last checkpoint"
+        raise InputError(Problem("it is damaged: not a JSON object", str(inner / DESCRIPTION), remedy))
+    return inner, description
 
 
 def load_trained(

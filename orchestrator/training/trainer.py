@@ -23,6 +23,8 @@ from orchestrator.training.export import AfterTraining, export_model, formats_to
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
+from orchestrator.training.identity import identity_to_keep
+from orchestrator.training.interruption import Wish
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
@@ -62,12 +64,22 @@ class Session:
 
 
 def run_worker(
-    prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, is_first: bool, notice: Notice | None = None
+    prepared: Prepared,
+    directory: RunDirectory,
+    attempt: int,
+    device: Any,
+    is_first: bool,
+    notice: Notice | None = None,
+    wish: Wish | None = None,
 ) -> None:
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory.
 
     Args:
         notice: tells when machines will be taken away; None where nobody takes any.
+        wish: tells when the run is to end; None where nobody can wish it.
+
+    Raises:
+        Interrupted: the run is to end; the last step is saved.
     """
     progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
     with open_session(prepared, directory, attempt, device, progress) as session:
@@ -82,9 +94,10 @@ def run_worker(
                 total_steps=session.plan.total_steps,
             )
         saver = make_saver(session)
-        watches = [] if notice is None else [Watch(session.engine, saver, notice, session.tell)]
-        for _ in evaluations(session, memory, [saver, *watches]):
-            pass
+        watch = Watch(session.engine, saver, notice, wish, session.tell)
+        with watch.while_steps_are_taken():
+            for _ in evaluations(session, memory, [saver, watch]):
+                pass
         finish(session, memory, before)
 
 
@@ -133,6 +146,8 @@ def open_session(
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
+        if engine.rank == 0:
+            store.identity = identity_to_keep(prepared, directory, attempt)
         packs = share_findings(engine, parts, packs)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(
@@ -188,9 +203,10 @@ def resume(session: Session) -> Memory:
     """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
     found: Checkpoint | None = None
     notes: list[str] = []
+    num_rows = 0
     if session.engine.rank == 0:
         found, notes = session.store.newest_valid()
-        session.directory.forget_metrics_after(found.step if found else 0)
+        num_rows = session.directory.forget_metrics_after(found.step if found else 0)
         for note in notes:
             session.directory.note(note)
     found = session.engine.from_first_worker(found)
@@ -200,7 +216,18 @@ def resume(session: Session) -> Memory:
     session.store.bring(found.step)
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
-    return Memory(**here.state)
+    memory = Memory(**here.state)
+    if session.engine.rank == 0:
+        note_lost_rows(session, memory, num_rows)
+    return memory
+
+
+def note_lost_rows(session: Session, memory: Memory, num_rows: int) -> None:
+    """Say so where metrics.jsonl has fewer rows than were written up to the checkpoint."""
+    lost, memory.num_rows = memory.num_rows - num_rows, num_rows
+    if lost > 0:
+        what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {memory.step}"
+        session.directory.note(f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again")
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from orchestrator.errors import RunFailed
+from orchestrator.errors import InputError, RunFailed
 from orchestrator.search import here, on_ray, run
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun, freezes_all
@@ -80,6 +82,15 @@ def test_an_interrupted_search_of_heads_goes_on(
     assert (found.record["status"], found.record["attempts"], len(found.rows)) == ("finished", 2, 3)
 
 
+def test_a_search_that_is_terminated_says_that_it_was_interrupted(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here.Here, "_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        search(write(), tmp_path / "search")
+    assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
+
+
 def interrupt_at(id: str, run: Callable[..., None]) -> Callable[..., None]:
     def interrupted(self: here.Here, ledger: Any, spec: dict[str, Any], until: float) -> None:
         if spec["id"].endswith(id):
@@ -139,3 +150,78 @@ def test_a_cluster_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")
     assert has_cluster()
+
+
+def test_the_best_recipe_has_a_run_of_its_own(
+    write: Callable[..., Path], write_toy: WriteToy, tmp_path: Path, no_ray: None
+) -> None:
+    recipe = orchestrator.load_recipe(write(), ["name=toy-search"])
+    found = orchestrator.search(recipe)
+    assert found.directory == tmp_path / "runs" / "toy-search"
+    result = (found.directory / "result.json").read_bytes()
+    best = orchestrator.load_recipe(found.directory / "best.yaml", ["train.epochs=1"])
+    again = orchestrator.train(best)
+    assert again.directory == tmp_path / "runs" / "toy-best"
+    assert again.result["steps"] == found.result["steps"] // 2
+    assert (found.directory / "result.json").read_bytes() == result
+    trial = orchestrator.load_recipe(found.directory / "trials" / "0001" / "recipe.yaml")
+    assert trial.name == "toy-0001"
+
+
+@pytest.mark.parametrize("how", ["torn", "missing"])
+@pytest.mark.parametrize("names", [["search.json"], ["search.json", "recipe.yaml"]], ids=len)
+def test_without_its_record_a_search_is_gone_on_with_on_the_same_recipe_alone(
+    names: list[str], how: str, write: Callable[..., Path], tmp_path: Path, no_ray: None
+) -> None:
+    recipe = write()
+    first = search(recipe, tmp_path / "search")
+    for name in names:
+        damage(tmp_path / "search" / name, how)
+    with pytest.raises(InputError, match=r"has train.epochs: 2.0, now it is 1.0"):
+        search(recipe, tmp_path / "search", "train.epochs=1")
+    (tmp_path / "less").mkdir()
+    source = orchestrator.load_recipe(recipe).target.data
+    for path in Path(str(source)).iterdir():
+        (tmp_path / "less" / path.name).write_text(path.read_text().partition("\n")[2])
+    with pytest.raises(InputError, match=r"train data changed since the search"):
+        search(recipe, tmp_path / "search", f"target.data={tmp_path / 'less'}")
+    again = search(recipe, tmp_path / "search")
+    assert again.rows == first.rows
+    assert again.record["winner"]["id"] == first.record["winner"]["id"]
+    assert any(note.startswith("search.json was damaged or missing") for note in again.record["notes"])
+
+
+def test_lines_of_trials_that_are_torn_are_told_and_come_back(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None
+) -> None:
+    recipe = write()
+    first = search(recipe, tmp_path / "search")
+    (tmp_path / "search" / "result.json").unlink()
+    rows = tmp_path / "search" / "trials.jsonl"
+    one, other = rows.read_bytes().splitlines(keepends=True)
+    rows.write_bytes(one[:30] + b"\xff\xfe\n" + other)
+    again = search(recipe, tmp_path / "search")
+    assert {row["id"]: row["metrics"] for row in again.rows} == {row["id"]: row["metrics"] for row in first.rows}
+    assert again.record["notes"] == [
+        "1 of the lines of trials.jsonl could not be read: what their trials left is looked at again"
+    ]
+    assert search(recipe, tmp_path / "search").record["notes"] == again.record["notes"]
+
+
+def test_a_trial_whose_scores_are_lost_is_run_again(write: Callable[..., Path], tmp_path: Path, no_ray: None) -> None:
+    recipe = write()
+    first = search(recipe, tmp_path / "search")
+    (tmp_path / "search" / "result.json").unlink()
+    for name in ("trials.jsonl", "trials/0001/metrics.jsonl"):
+        (tmp_path / "search" / name).unlink()
+    again = search(recipe, tmp_path / "search")
+    assert again.counts == first.counts
+    metrics = {row["id"]: row["metrics"] for row in again.rows}
+    assert metrics["0001"] == pytest.approx({row["id"]: row["metrics"] for row in first.rows}["0001"], rel=1e-5)
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
