@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models import deep_head
+from orchestrator.models.attempt import CallFailed, calling_model
 from orchestrator.models.deep_head import DeepHead, put_deep_head
 from orchestrator.models.folder import CONFIG_FILE
 from orchestrator.recipe import Head
@@ -118,9 +121,13 @@ def _find_dropout_settings(model: Any) -> list[str]:
     names = [name for name, value in settings if "drop" in name and (value is None or isinstance(value, float | int))]
     marks = {name: LOWEST_MARK + MARK_STEP * index for index, name in enumerate(names)}
     for name, mark in marks.items():
-        setattr(config, name, mark)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        probe = type(model)(config)
+        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is no rate, but a flag or a count.
+            setattr(config, name, mark)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), calling_model("finding the dropout settings"):
+            probe = type(model)(config)
+    except CallFailed:
+        return []
     in_head = {module.p for _, module in head_modules(probe) if isinstance(module, nn.Dropout)}
     in_body = {
         value for module in probe.base_model.modules() for value in vars(module).values() if isinstance(value, float)

@@ -23,6 +23,7 @@ from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
+from orchestrator.training.logs import log_to
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
@@ -69,7 +70,7 @@ def run_worker(
         notice: tells when machines will be taken away; None where nobody takes any.
     """
     progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
-    with open_session(prepared, directory, attempt, device, progress) as session:
+    with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         memory = resume(session)
         if session.engine.rank == 0:
