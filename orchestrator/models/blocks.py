@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
+from orchestrator.models.attempt import calling_model
 from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
 
@@ -70,6 +71,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
 
     Raises:
         ModelError: the model has no layers.
+        CallFailed: the model cannot read the inputs.
     """
     calls = _trace(model, example_inputs)
     columns = _find_layers(find_body(model), calls)
@@ -112,7 +114,9 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
-        model(**{name: value.to(model.device) for name, value in example_inputs.items()})
+        inputs = {name: value.to(model.device) for name, value in example_inputs.items()}
+        with calling_model("finding the layers"):
+            model(**inputs)
     # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models import deep_head
+from orchestrator.models.attempt import CallFailed, calling_model
 from orchestrator.models.body import find_body
 from orchestrator.models.deep_head import DeepHead, put_deep_head
 from orchestrator.models.folder import CONFIG_FILE
@@ -147,8 +150,13 @@ def _find_dropout_settings(model: Any) -> list[str]:
     names = [name for name, value in settings if "drop" in name and (value is None or isinstance(value, float | int))]
     marks = {name: LOWEST_MARK + MARK_STEP * index for index, name in enumerate(names)}
     for name, mark in marks.items():
-        setattr(config, name, mark)
-    probe = _outline(model, config)
+        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is no rate, but a flag or a count.
+            setattr(config, name, mark)
+    try:
+        with calling_model("finding the dropout settings"):
+            probe = _outline(model, config)
+    except CallFailed:
+        return []
     head = {module for _, module in head_modules(probe)}
     in_head = {module.p for module in head if isinstance(module, nn.Dropout)}
     body = set(find_body(probe).modules()) - head

@@ -9,6 +9,7 @@ the whole layer's before it is used.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
 from orchestrator.models.blocks import Block, Blocks
 
-# What a model's own code may raise when it is given other shapes than it expects.
-FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+logger = logging.getLogger(__name__)
+FINDING = "finding the position that the head reads"
+PICKING = "computing one position in the last layer"
 TOLERANCE = 1e-4  # Relative; a wrong position is off by far more, another order of sums by far less.
 
 
@@ -38,6 +41,12 @@ class Pick:
         """Find the position in a batch, from the model's inputs."""
         mask = inputs.get("attention_mask")
         self.last = None if mask is None or self.position == "first" else mask.sum(-1) - 1
+
+    def fits(self, values: Tensor, num_examples: int) -> bool:
+        """Whether the axes of values begin with examples and positions; some models have them in another order."""
+        if values.dim() < 2 or values.shape[0] != num_examples:
+            return False
+        return self.last is None or int(self.last.max()) < values.shape[1]
 
     def take(self, values: Tensor, axis: int = 1) -> Tensor:
         """The position of each example, as an axis of length 1; `values` is [batch, ..., positions at `axis`, ...]."""
@@ -70,9 +79,11 @@ def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | N
     hook = blocks.layers[-1].elements[-1].register_forward_hook(cut)
     try:
         with torch.no_grad(), evaluating(model):
-            logits = model(**inputs).logits
+            logits = attempt(model, inputs, FINDING)
             # Layers that are called without their hooks tell nothing.
-            gradient = torch.autograd.grad(logits.sum(), found, allow_unused=True)[-1] if found else None
+            gradient = attempt_gradients(logits, found, FINDING)[-1] if found else None
+    except CallFailed:
+        return None
     finally:
         hook.remove()
     if gradient is None or gradient.dim() != 3 or gradient.shape[1] < 2:
@@ -89,6 +100,8 @@ def _match(read: Tensor, inputs: dict[str, Tensor]) -> Pick | None:
     for position in ("first", "last"):
         pick = Pick(position)
         pick.look_at(inputs)
+        if not pick.fits(read, count_examples(inputs)):
+            continue
         one = pick.take(read[..., None].float()).sum()
         if read.sum() == len(read) == one:
             return pick
@@ -105,22 +118,22 @@ def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pi
         return False
     element = layer.elements[0]
     undo = [model.register_forward_pre_hook(_look(pick), with_kwargs=True).remove]
-    with evaluating(model), torch.no_grad():
-        whole = model(**inputs).logits
-        try:
-            late = _find_late_modules(model, element, inputs, pick)
-            undo += [_replace(module, _late_function(pick)) for module in late]
-            # A layer that is computed again in the backward pass is computed without modes, and has to do the same.
-            mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
-            undo.append(_replace(element, _layer_function(pick, mode)))
-            picked = model(**inputs).logits
-        except FAILURES:  # Modules that take something else than [batch, positions, width].
-            picked = torch.full_like(whole, torch.nan)
-    if is_close(picked, whole):
-        return True
-    for action in undo:
-        action()
-    return False
+    is_right = False
+    with evaluating(model), torch.no_grad(), contextlib.suppress(CallFailed):
+        whole = attempt(model, inputs, PICKING)
+        late = _find_late_modules(model, element, inputs, pick)
+        undo += [_replace(module, _late_function(pick)) for module in late]
+        # A layer that is computed again in the backward pass is computed without modes, and has to do the same.
+        mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
+        undo.append(_replace(element, _layer_function(pick, mode)))
+        # Fails where modules take something else than [batch, positions, width].
+        is_right = is_close(attempt(model, inputs, PICKING), whole)
+        if not is_right:
+            logger.info("%s: not possible, because the logits would not be the same", PICKING)
+    if not is_right:
+        for action in reversed(undo):
+            action()
+    return is_right
 
 
 def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], pick: Pick) -> list[nn.Module]:
@@ -142,21 +155,25 @@ def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], 
     hooks.append(layer.register_forward_pre_hook(start_graph, with_kwargs=True))
     try:
         with torch.enable_grad(), evaluating(model):
-            logits = model(**inputs).logits
-            gradients = torch.autograd.grad(logits.sum(), [output for _, output in calls], allow_unused=True)
+            logits = attempt(model, inputs, PICKING)
+            gradients = attempt_gradients(logits, [output for _, output in calls], PICKING)
     finally:
         for hook in hooks:
             hook.remove()
     pick.look_at(inputs)
     late: dict[nn.Module, bool] = {}
     for (module, _), gradient in zip(calls, gradients, strict=True):
-        is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pick)
+        is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pick, count_examples(inputs))
         late[module] = late.get(module, True) and is_late
     return [module for module, is_late in late.items() if is_late]
 
 
-def _is_picked_alone(read: Tensor, pick: Pick) -> bool:
-    if read.shape[1] < 2:
+def count_examples(inputs: dict[str, Any]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _is_picked_alone(read: Tensor, pick: Pick, num_examples: int) -> bool:
+    if read.shape[1] < 2 or not pick.fits(read, num_examples):
         return False
     # No gradient tells nothing: what a new adapter's zeros hide now will matter as soon as they have learned.
     picked = pick.take(read[..., None].float())
@@ -242,11 +259,11 @@ def _replace(module: nn.Module, function: Callable[..., Any]) -> Callable[[], No
     return undo
 
 
-def is_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways to the same logits agree, as far as another order of sums lets them."""
+def is_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether two ways to the same numbers agree, as far as another order of sums lets them."""
     # Against the size of the logits themselves: those of a new head are small, and so are differences that matter.
     scale = float(expected.detach().abs().max())
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @contextmanager

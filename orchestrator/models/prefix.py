@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.models.attempt import calling_model
 from orchestrator.models.blocks import Blocks
 from orchestrator.models.pick import Pick
 
@@ -106,11 +107,15 @@ class Prefix:
         Args:
             inputs: the model's inputs, padded on the right.
             start: a shallower boundary to go on from, with its `features`; None starts at the inputs.
+
+        Raises:
+            NotSeen: the pass ended before all of them were reached.
+            CallFailed: the model raised an error.
         """
         this = self._pass = _Pass(fed_at=start, features=features, wanted=frozenset(boundaries))
         self._stay = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), calling_model("computing the frozen blocks"):
                 self.model(**inputs)
         except _Reached:
             pass
@@ -118,7 +123,7 @@ class Prefix:
             self._stay = False
             self._pass = _Pass()
         if this.taken.keys() != this.wanted:
-            raise NotSeen
+            raise NotSeen("its code calls layers in a way that cannot be followed")
         return this.taken
 
     _stay = False

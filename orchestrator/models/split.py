@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.pick import FAILURES, Pick, evaluating, is_close
+from orchestrator.models.pick import Pick, count_examples, evaluating, is_close
 from orchestrator.models.prefix import FEATURES, Form, NotSeen, Prefix, hidden_of, with_hidden
 
 HANDS_ON_MORE = "its layers hand on more than hidden states"
+NO_ROWS = "what its layers hand on does not have one row for each example"
+SPLITTING = "feeding the output of the frozen blocks"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def split_model(
     """
     try:
         stem = _find_replaceable(model, blocks, inputs)
-    except FAILURES as error:
-        return Unsplit(f"{HANDS_ON_MORE} ({type(error).__name__})")
+    except CallFailed as error:
+        return Unsplit(f"{HANDS_ON_MORE} ({error.reason})")
     prefix = Prefix(model, body, blocks, boundary, pick, stem)
     reason = _try_out(prefix, inputs, beside)
     if reason is None:
@@ -84,9 +87,8 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     hooks.append(blocks.layers[0].elements[0].register_forward_pre_hook(cut_hidden, with_kwargs=True))
     try:
         with torch.enable_grad(), evaluating(model):
-            logits = model(**inputs).logits
-            starts = [start for _, start in outputs]
-            gradients = torch.autograd.grad(logits.sum(), starts, allow_unused=True) if starts else ()
+            logits = attempt(model, inputs, SPLITTING)
+            gradients = attempt_gradients(logits, [start for _, start in outputs], SPLITTING)
     finally:
         for hook in hooks:
             hook.remove()
@@ -97,50 +99,61 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
 def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor]) -> str | None:
     """Why feeding features does not give what the whole model gives; None when it does."""
     model, boundary = prefix.model, prefix.boundary
-    with evaluating(model), torch.no_grad():
-        try:
+    try:
+        with evaluating(model), torch.no_grad():
             with torch.enable_grad():
-                whole = model(**inputs).logits
+                whole = attempt(model, inputs, SPLITTING)
             if boundary > prefix.num_layers:
                 prefix.needed = _find_needed(model, prefix, inputs)
                 if prefix.needed is None:
                     return "its head reads more than one output of its body"
             features = prefix.compute(inputs, [boundary])[boundary]
+            if not (isinstance(features, Tensor) and features.shape[:1] == (count_examples(inputs),)):
+                return NO_ROWS
+            features = as_stored(features, beside)
             # Not all of the examples: what a layer hands on of a batch besides hidden states fits no other batch.
             some = max(1, len(features) - 1)
             given = {name: value[:some] for name, value in beside.items()}
             with torch.enable_grad():
-                fed = model(**given, **{FEATURES: features[:some]}).logits
-        except FAILURES as error:
-            return f"{HANDS_ON_MORE} ({type(error).__name__})"
-        except NotSeen:
-            return "its code calls layers in a way that cannot be followed"
-    if _reached_by(fed, model) != _reached_by(whole, model):
+                fed = attempt(model, {**given, FEATURES: features[:some]}, SPLITTING)
+            reached = [_reached_by(logits, model) for logits in (whole, fed)]
+    except CallFailed as error:
+        return f"{HANDS_ON_MORE} ({error.reason})"
+    except NotSeen as error:
+        return str(error)
+    if reached[0] != reached[1]:
         return "something is trained that its frozen blocks depend on"
     return None if is_close(fed, whole[:some]) else HANDS_ON_MORE
+
+
+def as_stored(features: Tensor, beside: dict[str, Tensor]) -> Tensor:
+    """Return features as a store gives them back, with zeros where a text is padded: some heads read what is there."""
+    mask = beside.get("attention_mask")
+    if mask is None or features.dim() != 3 or features.shape[:2] != mask.shape:
+        return features
+    return features * mask[..., None].to(features.dtype)
 
 
 def _reached_by(logits: Tensor, model: nn.Module) -> list[bool]:
     """Which trained parameters have a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not logits.requires_grad:
-        return [False] * len(trained)
-    gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
-    return [gradient is not None for gradient in gradients]
+    return [gradient is not None for gradient in attempt_gradients(logits, trained, SPLITTING)]
 
 
 def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
-    """The one part of the body's output that the logits depend on; None where there are several."""
-    model(**inputs)
+    """The one part of the body's output that the logits depend on; None where there are several, or it is not named."""
+    attempt(model, inputs, SPLITTING)
     output = prefix.output
+    if not isinstance(output, dict):  # The body was not called, or returns a plain tuple.
+        return None
     parts = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
     leaves = {name: value.detach().requires_grad_() for name, value in parts.items()}
     original = prefix.body.forward
     prefix.body.forward = lambda *args, **kwargs: type(output)(**{**output, **leaves})
     try:
         with torch.enable_grad():
-            logits = model(**inputs).logits
-            gradients = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
+            logits = attempt(model, inputs, SPLITTING)
+            gradients = attempt_gradients(logits, list(leaves.values()), SPLITTING)
     finally:
         prefix.body.forward = original
     needed = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None]

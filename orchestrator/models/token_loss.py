@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.models.pick import FAILURES, evaluating, is_close
+from orchestrator.models.attempt import CallFailed, attempt
+from orchestrator.models.pick import evaluating, is_close
 from orchestrator.models.texts_in_a_row import spell_out
 
 IGNORED = -100
 """What stands for no target."""
 NUMBERS_TOGETHER = 2**24  # Logits at a time.
 ENLARGED = 64.0
+DIRECT = "computing losses without all logits at a time"
 
 
 def answer_with_losses(model: Any) -> None:
@@ -94,15 +96,15 @@ class _Losses:
         """Whether the losses are those of the model's own logits, which some models scale or bend afterwards."""
         weight = self.layer.weight
         ids = torch.arange(1, 9, device=weight.device).remainder(len(weight))[None]
-        targets, kept = ids.flip(1), weight.clone()
+        inputs, kept = {"input_ids": ids, "target_ids": ids.flip(1)}, weight.clone()
         # The small logits of a model that knows nothing are hardly bent yet.
         weight.mul_(ENLARGED)
         try:
             with evaluating(self.model):
-                whole = self.model(input_ids=ids, target_ids=targets).logits
+                whole = attempt(self.model, inputs, DIRECT)
                 self.is_direct = True
-                direct = self.model(input_ids=ids, target_ids=targets).logits
-        except FAILURES:
+                direct = attempt(self.model, inputs, DIRECT)
+        except CallFailed:
             return False
         finally:
             weight.copy_(kept)

@@ -14,6 +14,7 @@ from orchestrator.search.records import Newcomers, score_of, with_own_name
 from orchestrator.search.space import trial_recipe
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.devices import choose_device
+from orchestrator.training.logs import log_to
 from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.trainer import Session, open_session
@@ -47,7 +48,8 @@ class Bench:
         """Everything that a trial with these parameters needs."""
         prepared = trial_inputs(self.prepared, parameters)
         write_atomically(directory.recipe, dump_recipe(with_own_name(prepared.recipe, directory.root.name)))
-        with open_session(prepared, directory, 0, self.device, None, self.metric, self.boundaries) as session:
+        opened = open_session(prepared, directory, 0, self.device, None, self.metric, self.boundaries)
+        with log_to(directory.logs), opened as session:
             yield session
 
     def may_win(self, score: float) -> bool:

@@ -18,6 +18,8 @@ import torch
 from orchestrator import models
 from orchestrator.data.cache import cache_folder
 from orchestrator.models import Prefix
+from orchestrator.models.attempt import CallFailed
+from orchestrator.models.prefix import NotSeen
 from orchestrator.recipe import Recipe
 from orchestrator.search.here import can_run_here
 from orchestrator.search.packing import trains_only_the_head
@@ -182,9 +184,12 @@ def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
         cache = PrefixCache(open_store(frozen.recipe), prefix, engine, identity, lambda phase: None)
         boundaries = sorted({min(boundary, prefix.boundary) for boundary in plan.boundaries})
         sizes = dict.fromkeys(boundaries, 0)
-        for name in CACHED_SPLITS:
-            for boundary, num_bytes in cache.sizes(frozen.encoded(name), boundaries).items():
-                sizes[boundary] += num_bytes
+        try:
+            for name in CACHED_SPLITS:
+                for boundary, num_bytes in cache.sizes(frozen.encoded(name), boundaries).items():
+                    sizes[boundary] += num_bytes
+        except (CallFailed, NotSeen):
+            return {}
     return sizes
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from orchestrator.data.batches import evaluation_batches
+from orchestrator.models.attempt import calling_model
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
@@ -28,6 +29,7 @@ from orchestrator.training.loop import cut, rate_schedule, seed_dropout
 from orchestrator.training.trainer import Session
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
+STACKING = "training several heads together"
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # As in torch.optim.AdamW.
 
 
@@ -79,7 +81,11 @@ class Heads:
         self.schedules = [rate_schedule(recipe.train, session.plan.total_steps) for recipe in recipes]
 
     def train(self) -> list[Head]:
-        """Train all heads to their ends."""
+        """Train all heads to their ends.
+
+        Raises:
+            CallFailed: the model, its head or the task's loss cannot be stacked, or there is no memory for all of them.
+        """
         session, plan = self.session, self.session.plan
         losses: list[Tensor] = []
         for index in range(plan.total_steps):
@@ -109,8 +115,9 @@ class Heads:
             seed_dropout(plan.seed, index, number, 0)
             batch = feed.batch(mine)
             labels = batch.pop("labels")
-            losses = vmap(self._loss_function(batch, labels), randomness="same")(self.stacked) / num_targets
-            torch.autograd.backward(losses.sum())
+            with calling_model(STACKING):
+                losses = vmap(self._loss_function(batch, labels), randomness="same")(self.stacked) / num_targets
+                torch.autograd.backward(losses.sum())
             total += losses.detach()
         self._update(index, total)
         return total
@@ -213,7 +220,8 @@ class Heads:
                 outputs = functional_call(session.engine.model, parameters, (), batch)
                 return task.predict(outputs), task.loss(outputs, labels)
 
-            predictions, losses = vmap(score)(self.stacked)
+            with calling_model(STACKING):
+                predictions, losses = vmap(score)(self.stacked)
             total += losses
             rows.append(mine)
             parts.append({name: values.transpose(0, 1).cpu().numpy() for name, values in predictions.items()})

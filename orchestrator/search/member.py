@@ -23,6 +23,7 @@ from orchestrator.search.outcome import BEST_WEIGHTS, MEMORY, TRIAL_ERRORS
 from orchestrator.search.records import SearchDirectory
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.hooks import Memory, is_due
+from orchestrator.training.logs import log_to
 from orchestrator.training.loop import Step
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import RunDirectory, finite, write_atomically, write_json
@@ -145,7 +146,8 @@ class Member:
     def _train(self, orders: Orders, run: RunDirectory, is_again: bool) -> None:
         began = time.process_time()
         inputs = trial_inputs(self.prepared, orders.parameters)
-        with open_session(inputs, run, 0, self.device, None, self.metric, self.boundaries) as session:
+        opened = open_session(inputs, run, 0, self.device, None, self.metric, self.boundaries)
+        with log_to(run.logs), opened as session:
             keeper = Keeper(session, run)
             memory = keeper.start(None if is_again or orders.start_from is None else Path(orders.start_from))
             self._tell_place(session, memory, began, resumed=memory.step)

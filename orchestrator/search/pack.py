@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from orchestrator.models.attempt import CallFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.heads import Head, Heads
@@ -19,6 +22,8 @@ from orchestrator.search.running import Report
 from orchestrator.search.trial import Trial
 from orchestrator.training.features import boundary_of
 from orchestrator.training.run_directory import RunDirectory, finite
+
+logger = logging.getLogger(__name__)
 
 
 class NoFeatures(RuntimeError):
@@ -42,13 +47,8 @@ class Pack:
 
     def advance(self) -> Report:
         """Train all of its trials. Where they cannot be stacked, they are trained one after another."""
-        if self.specs:
-            try:
-                self._train_together()
-            except TRIAL_ERRORS as error:
-                if self.only_on_features and isinstance(error, NoFeatures):
-                    raise
-                self._train_in_turn()
+        if self.specs and not self._train_together():
+            self._train_in_turn()
         return Report(None, True, {})
 
     def stop(self) -> None:
@@ -60,20 +60,36 @@ class Pack:
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
         """A pack is trained in one go."""
 
-    def _train_together(self) -> None:
+    def _train_together(self) -> bool:
+        """Train them on one model; False where that is not possible.
+
+        Raises:
+            NoFeatures: as `only_on_features` says.
+        """
         began, cpu = time.monotonic(), time.process_time()
         first = self.directory.trial(self.specs[0].id)
         first.create()
-        with self.bench.session(self.specs[0].parameters, first) as session:
+        with contextlib.ExitStack() as stack:
+            try:
+                session = stack.enter_context(self.bench.session(self.specs[0].parameters, first))
+            except TRIAL_ERRORS:
+                logger.info("a pack of trials cannot begin, so each one is trained by itself", exc_info=True)
+                return False
             assert boundary_of(session.parts) is not None
             if session.feeds["train"].features is None:
-                raise NoFeatures
+                if self.only_on_features:
+                    raise NoFeatures
+                return False
             recipes = [trial_inputs(self.bench.prepared, spec.parameters).recipe for spec in self.specs]
-            heads = Heads(session, recipes).train()
+            try:
+                heads = Heads(session, recipes).train()
+            except CallFailed:
+                return False
         seconds = (time.monotonic() - began) / len(heads)
         core_seconds = (time.process_time() - cpu) / len(heads)
         for spec, head in zip(self.specs, heads, strict=True):
             self._keep(head, self.directory.trial(spec.id), seconds, core_seconds)
+        return True
 
     def _keep(self, head: Head, run: RunDirectory, seconds: float, core_seconds: float) -> None:
         """Write the trial's directory; the outcome comes last."""

@@ -17,6 +17,7 @@ from orchestrator.search.records import SearchDirectory
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.devices import choose_device
 from orchestrator.training.hooks import Memory
+from orchestrator.training.logs import log_to
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.trainer import Session, evaluations, finish, make_saver, open_session, resume
 
@@ -33,7 +34,7 @@ def keep_winner(
     scale = inputs.recipe.scale.model_copy(update={name: getattr(Scale(), name) for name in ("zero_stage", "engine")})
     plain = replace(inputs, recipe=inputs.recipe.model_copy(update={"scale": scale}))
     run = directory.trial(winner["id"])
-    with open_session(plain, run, 0, choose_device(plain.recipe), None, metric) as session:
+    with log_to(run.logs), open_session(plain, run, 0, choose_device(plain.recipe), None, metric) as session:
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
             memory = Memory(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])

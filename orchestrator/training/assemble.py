@@ -11,6 +11,7 @@ import torch
 from orchestrator import models
 from orchestrator.errors import ModelError, Problem, raise_if_fatal
 from orchestrator.models import Blocks, Frozen
+from orchestrator.models.attempt import CallFailed
 from orchestrator.recipe import Recipe
 from orchestrator.training.prepare import Prepared
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
@@ -75,7 +76,7 @@ def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **ch
     """
     config = models.load_config(prepared.source, **prepared.task.config_changes(), **changes)
     # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
-    with torch.device("meta"), contextlib.suppress(RuntimeError):
+    with torch.device("meta"), contextlib.suppress(RuntimeError, CallFailed):
         loaded = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0)
         return put_together(prepared, loaded.model, new)
     return None
@@ -141,11 +142,19 @@ def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, A
 
 
 def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
-    """The model's blocks; raises ModelError where it cannot read what the task feeds it."""
+    """Return the model's blocks.
+
+    Raises:
+        ModelError: it cannot read what the task feeds it.
+        CallFailed: its outline looks at the values of its inputs, which has none.
+    """
     try:
         return models.find_blocks(module, prepared.task.example_inputs(prepared.processor), new)
-    except ValueError as error:  # What transformers raises where inputs have the wrong size.
-        what = f"{prepared.source.name!r} cannot read the task's inputs: {error}"
+    except CallFailed as error:
+        # A ValueError is what transformers raises where inputs have the wrong size.
+        if module.device.type == "meta" and not isinstance(error.__cause__, ValueError):
+            raise
+        what = f"{prepared.source.name!r} cannot read the task's inputs: {error.__cause__}"
         where = prepared.recipe.origin.where("target.options")
         remedy = "set the task's options to what the source model was trained with (null, where they may be null)"
         raise ModelError(Problem(what, where, remedy)) from error

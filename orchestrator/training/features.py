@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from orchestrator import models
 from orchestrator.models import Prefix, Unsplit
-from orchestrator.models.pick import FAILURES, evaluating, is_close
+from orchestrator.models.attempt import CallFailed, attempt
+from orchestrator.models.pick import evaluating, is_close
+from orchestrator.models.prefix import NotSeen
 from orchestrator.tasks import Encoded
 from orchestrator.training.assemble import Parts
 from orchestrator.training.engine import Engine
@@ -89,9 +91,10 @@ def can_pack(feed: Feed, module: nn.Module) -> bool:
             batch = {name: torch.from_numpy(values).to(feed.device) for name, values in arrays.items()}
             batch.pop("labels")
             try:
-                found.append(module(**batch).logits.sum((0, 1))[:1])
-            except FAILURES:
+                logits = attempt(module, batch, "putting several examples in one row")
+            except CallFailed:
                 return False
+            found.append(logits.sum((0, 1))[:1])
     return is_close(found[1], found[0])
 
 
@@ -122,9 +125,15 @@ def make_feeds(
         leads_node: whether this worker does for its node what is done there once.
     """
     feeds = {name: Feed(prepared.encoded(name), engine.device, engine.float_type) for name in prepared.tables}
-    reason = split.reason if isinstance(split, Unsplit) else None
-    if isinstance(split, Prefix):
-        found = store_features(prepared, split, engine, precision, tell, boundaries, leads_node)
+    if split is None:
+        return feeds
+    # Machines that differ may find out different things, but all workers of a run do the same.
+    cache = (
+        open_cache(prepared, split, engine, precision, tell, leads_node) if isinstance(split, Prefix) else split.reason
+    )
+    reason = engine.agree(cache if isinstance(cache, str) else None)
+    if isinstance(cache, PrefixCache) and reason is None:
+        found = store_features(prepared, cache, boundaries)
         reason = engine.agree(found if isinstance(found, str) else None)
         if reason is None and not isinstance(found, str):
             for name, rows in found.items():
@@ -134,32 +143,41 @@ def make_feeds(
     return feeds
 
 
-def store_features(
-    prepared: Prepared,
-    prefix: Prefix,
-    engine: Engine,
-    precision: str,
-    tell: Callable[[str], None],
-    boundaries: Sequence[int] = (),
-    leads_node: bool = True,
-) -> dict[str, Any] | str:
-    """The stored features of each split that is read often; or why there are none."""
+def open_cache(
+    prepared: Prepared, prefix: Prefix, engine: Engine, precision: str, tell: Callable[[str], None], leads_node: bool
+) -> PrefixCache | str:
+    """The cache of the frozen blocks' output; or why there is none."""
+    identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
     try:
-        identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
         store = open_store(prepared.recipe)
         shared = open_shared(prepared.recipe, store, engine, leads_node)
-        cache = PrefixCache(store, prefix, engine, identity, tell, shared)
-        found = {}
+    except OSError as error:
+        return _cannot_store(error)
+    return PrefixCache(store, prefix, engine, identity, tell, shared)
+
+
+def store_features(prepared: Prepared, cache: PrefixCache, boundaries: Sequence[int] = ()) -> dict[str, Any] | str:
+    """The stored features of each split that is read often; or why there are none. All workers call this."""
+    boundary = cache.prefix.boundary
+    # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
+    wanted = sorted({*(each for each in boundaries if each < boundary), boundary})
+    cache.bring([prepared.keys[name] for name in CACHED_SPLITS], wanted)
+    found = {}
+    try:
         for name in CACHED_SPLITS:
-            # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
-            wanted = sorted({*(each for each in boundaries if each < prefix.boundary), prefix.boundary})
             rows = cache.rows(prepared.keys[name], prepared.encoded(name), wanted)
             if isinstance(rows, str):
                 return rows
-            found[name] = rows[prefix.boundary]
-        return found
+            found[name] = rows[boundary]
+    except (CallFailed, NotSeen) as error:
+        return f"the model cannot be stopped between its blocks ({error})"
     except OSError as error:
-        return f"features cannot be stored: {error.strerror or error}"
+        return _cannot_store(error)
+    return found
+
+
+def _cannot_store(error: OSError) -> str:
+    return f"features cannot be stored: {error.strerror or error}"
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from orchestrator.data.batches import cheapest_cuts
 from orchestrator.data.cache import cache_folder, content_key
 from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
 from orchestrator.models import Prefix
+from orchestrator.models.pick import is_close
 from orchestrator.recipe import Recipe
 from orchestrator.storage import RemoteFolder, is_url, join
 from orchestrator.tasks import Encoded
@@ -31,6 +32,8 @@ FEATURES_VERSION = 1  # Part of each key: raise it when the same model and data 
 ROWS_IN_STRETCH = 256
 TOKENS_IN_PASS = 4096
 EXAMPLES_IN_PASS = 64
+BATCH_MATTERS = "what they make of an example depends on the other examples of its batch"
+BATCH_TOLERANCE = 3e-2  # Relative: bf16 and TF32 round otherwise in a batch of another size.
 
 Tell = Callable[[str], None]
 Indices = npt.NDArray[np.int64]
@@ -58,18 +61,24 @@ class PrefixCache:
     def open(self, examples: str, boundary: int) -> Rows | None:
         return self.store.open(self.key(examples, boundary))
 
+    def bring(self, examples: Sequence[str], boundaries: Sequence[int]) -> None:
+        """Bring the entries of these splits that another machine has computed. All workers call this, and wait."""
+        if self.shared is not None:
+            self.shared.bring(self.key(each, boundary) for each in examples for boundary in boundaries)
+
     def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, Rows] | str:
         """The entries of a split at these boundaries, computed where they are missing; or why they cannot be stored.
 
         Raises:
             OSError: the disk failed or filled up on the way.
+            CallFailed, NotSeen: as `Prefix.compute`.
         """
-        if self.shared is not None:
-            self.shared.bring(self.key(examples, boundary) for boundary in boundaries)
         found = {boundary: self.open(examples, boundary) for boundary in boundaries}
         missing = [boundary for boundary, rows in found.items() if rows is None]
         if missing:
             layouts = self._layouts(encoded, missing)
+            if self._depends_on_batch(encoded, layouts):
+                return BATCH_MATTERS
             kept = frozenset(self.key(examples, boundary) for boundary in boundaries)
             reason = self.store.make_room(self._bytes_to_come(examples, layouts), kept)
             if reason is not None:
@@ -92,7 +101,7 @@ class PrefixCache:
 
     def _layouts(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, tuple[Layout, str]]:
         """The form of each boundary's rows, and the name of their number format, from one small batch."""
-        some = np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
+        some = shortest_and_longest(encoded)
         layouts = {}
         for boundary, values in self._forward(encoded, some, boundaries).items():
             array, name = as_array(values)
@@ -102,6 +111,22 @@ class PrefixCache:
             lengths = tuple(map(int, encoded.lengths)) if ragged else None
             layouts[boundary] = Layout(array.shape[2 if ragged else 1 :], str(array.dtype), len(encoded), lengths), name
         return layouts
+
+    def _depends_on_batch(self, encoded: Encoded, layouts: dict[int, tuple[Layout, str]]) -> bool:
+        """Whether an example alone and beside another one gives different features, in shape or in values.
+
+        Some models pad texts to whole windows, or have the examples of a batch share something.
+        """
+        some = shortest_and_longest(encoded)
+        shortest = some[np.argsort(encoded.lengths[some], kind="stable")[:1]]
+        both, alone = (self._forward(encoded, rows, list(layouts)) for rows in (some, shortest))
+        for boundary, (layout, _) in layouts.items():
+            values = both[boundary][some == shortest[0]]
+            if layout.lengths is not None:
+                values = values[:, : max(1, layout.lengths[shortest[0]])]
+            if not is_close(alone[boundary].float(), values.float(), BATCH_TOLERANCE):
+                return True
+        return False
 
     @contextmanager
     def _writers(
@@ -172,6 +197,11 @@ class PrefixCache:
         batch.pop("labels", None)
         with self.engine.autocast(), torch.no_grad():
             return self.prefix.compute(batch, boundaries, start, features)
+
+
+def shortest_and_longest(encoded: Encoded) -> Indices:
+    """Two rows of a split, or one where there are no more."""
+    return np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
 
 
 def stretches(lengths: Indices) -> list[Indices]:

@@ -25,6 +25,7 @@ from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.identity import identity_to_keep
 from orchestrator.training.interruption import Wish
+from orchestrator.training.logs import log_to
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
@@ -82,7 +83,7 @@ def run_worker(
         Interrupted: the run is to end; the last step is saved.
     """
     progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
-    with open_session(prepared, directory, attempt, device, progress) as session:
+    with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         memory = resume(session)
         if session.engine.rank == 0:

@@ -50,6 +50,7 @@ READ = {
     "resnet": None,
     "swin": None,
     "squeezebert": None,
+    "xlnet": None,
 }
 # Layers that are shared, or spread over parallel lists, are left as they are.
 LEFT_AS_THEY_ARE = ("xlm",)

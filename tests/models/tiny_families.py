@@ -27,6 +27,11 @@ PICTURES = {
         },
     ),
     "mobilenet": ("MobileNetV2Config", {"depth_multiplier": 0.25}),
+    "mobilenet-v1": ("MobileNetV1Config", {"depth_multiplier": 0.25}),
+    "convnext": (
+        "ConvNextConfig",
+        {"image_size": 32, "patch_size": 2, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]},
+    ),
     "resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}),
     "swin": (
         "SwinConfig",

@@ -23,6 +23,7 @@ DECODER = {**ENCODER, "num_key_value_heads": 1, "head_dim": 8}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", ENCODER),
     "roberta": ("RobertaConfig", ENCODER),
+    "mpnet": ("MPNetConfig", ENCODER),
     "distilbert": (
         "DistilBertConfig",
         {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, **LABELS},
@@ -90,12 +91,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Its layers are called without hooks, and are not linear.
 SQUEEZEBERT = {"squeezebert": ("SqueezeBertConfig", {**ENCODER, "embedding_size": 16})}
+# What some shortcuts cannot be used with.
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    # Its layers have positions before examples, and its head reads the last position, padded or not.
+    "xlnet": (
+        "XLNetConfig",
+        {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 3, "n_head": 2, "d_inner": 32, **LABELS},
+    ),
+    # Its layers read texts that are padded to whole windows.
+    "longformer": ("LongformerConfig", {**ENCODER, "attention_window": [4, 4, 4], "sep_token_id": 2}),
+}
 NUM_LAYERS = {"albert": 1, "t5": 4, "bart": 4}  # the others have 3
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny sequence classifier with random weights."""
-    config_name, values = {**CONFIGS, **SQUEEZEBERT}[name]
+    config_name, values = {**CONFIGS, **SQUEEZEBERT, **ODD}[name]
     config = getattr(transformers, config_name)(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

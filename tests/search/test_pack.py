@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from orchestrator import load_recipe
 from orchestrator.recipe import Recipe
-from orchestrator.search import pack as packs
+from orchestrator.search import heads
 from orchestrator.search.bench import Bench
 from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
 from orchestrator.search.pack import Pack
@@ -266,17 +266,34 @@ def test_weights_are_kept_where_they_may_win(prepared: Prepared, tmp_path: Path)
 def test_heads_that_cannot_be_trained_together_are_trained_in_turn(
     trouble: str, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("vmap: there is no rule for this")
 
     if trouble == "cannot be stacked":
-        monkeypatch.setattr(packs, "Heads", fail)
+        monkeypatch.setattr(heads, "vmap", lambda *_, **__: fail)
     else:
         monkeypatch.setattr("orchestrator.training.trainer.split_at_boundary", lambda *_: None)
     specs = specs_of(DIFFERENT[:2])
     directory = directory_in(tmp_path / "pack")
     assert Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance().is_last
     check_same(directory, train_alone(prepared, specs, tmp_path / "alone"), specs)
+    if trouble == "cannot be stacked":
+        log = (directory.trial("0000").logs / "worker-0.log").read_text()
+        assert "training several heads together: not possible" in log
+        assert "Traceback" in log
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_heads_that_cannot_be_stacked(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: Any) -> None:
+        raise RuntimeError("an index is wrong")
+
+    monkeypatch.setattr(heads.Heads, "_update", mistake)
+    specs = specs_of(DIFFERENT[:2])
+    directory = directory_in(tmp_path / "pack")
+    with pytest.raises(RuntimeError, match="an index is wrong"):
+        Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance()
 
 
 # ---- what is packed

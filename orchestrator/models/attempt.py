@@ -1,0 +1,68 @@
+"""Call a model in a way that its code may not be made for, to find out whether a shortcut can be used.
+
+A shortcut that is not possible is not used: the run goes on without it, and the log says why. Only the model's forward
+and backward pass are guarded. An error anywhere else is a mistake of this package, and is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+# What a model's code may raise when it is given other shapes than it expects.
+_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, NameError)
+
+
+class CallFailed(Exception):
+    """The model raised an error, which is the cause of this one."""
+
+    @property
+    def reason(self) -> str:
+        """The name of the error."""
+        return type(self.__cause__).__name__
+
+
+@contextmanager
+def calling_model(what: str) -> Iterator[None]:
+    """Guard a call of a model.
+
+    Args:
+        what: names the attempt in the log.
+
+    Raises:
+        CallFailed: the call raised an error, which is in the log with its traceback.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        logger.info("%s: not possible, because the model raised an error", what, exc_info=True)
+        raise CallFailed(f"{type(error).__name__}: {error}") from error
+
+
+def attempt(model: Callable[..., Any], inputs: dict[str, Any], what: str) -> Tensor:
+    """Return the logits of a model.
+
+    Raises:
+        CallFailed: as `calling_model`, or the model returns something else than logits.
+    """
+    with calling_model(what):
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+
+def attempt_gradients(logits: Tensor, leaves: Sequence[Tensor], what: str) -> list[Tensor | None]:
+    """Return the gradient of the sum of the logits for each leaf; None for those that they do not depend on.
+
+    Raises:
+        CallFailed: as `calling_model`.
+    """
+    if not (leaves and logits.requires_grad):
+        return [None] * len(leaves)
+    with calling_model(what), torch.enable_grad():
+        return list(torch.autograd.grad(logits.sum(), list(leaves), allow_unused=True))
