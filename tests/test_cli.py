@@ -33,6 +33,23 @@ def run_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [("{}.5", "some have a fraction; to predict classes, set target.options"), ("{}", "classes, since all numbers")],
+)
+def test_validate_says_what_numbers_as_labels_are_read_as_until_the_recipe_does(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: Capture, label: str, told: str
+) -> None:
+    rows = "".join(f"look at {'the old' * number} house,{label.format(number % 3)}\n" for number in range(1, 61))
+    (tmp_path / "numbers.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    data = {"target": {"task": "text-classification", "data": str(tmp_path / "numbers.csv")}}
+    recipe = str(write_recipe(**data))
+    assert main(["validate", recipe]) == 0
+    assert told in capsys.readouterr().out
+    assert main(["validate", recipe, "target.options.problem_type=regression"]) == 0
+    assert "target.options.problem_type" not in capsys.readouterr().out
+
+
 def test_a_model_is_trained_scored_used_and_copied_by_five_commands(
     write_recipe: Callable[..., Path],
     small_data: Path,

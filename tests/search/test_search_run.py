@@ -117,6 +117,50 @@ def test_a_line_is_asked_for_its_trial_as_often_however_many_there_are(
     assert 0 < asked[1] <= 1.1 * asked[0]
 
 
+class Listing:
+    """A place that runs nothing, and keeps what it was told to run."""
+
+    num_packs = 0
+
+    def __init__(self) -> None:
+        self.specs: list[dict[str, Any]] = []
+
+    def run_trials(self, ledger: Any, specs: Any, how: Any, seconds: float | None = None) -> None:
+        self.specs = list(specs)
+
+
+def test_a_search_killed_while_it_repeats_trials_goes_on_with_the_same_seeds(
+    plan_of: Callable[..., Plan], directory: SearchDirectory
+) -> None:
+    plan = plan_of(reseed_top=2, reseeds=2)
+    for number, accuracy in enumerate((0.7, 0.9, 0.8)):
+        write_row(directory, f"000{number}", accuracy)
+    first, again = Listing(), Listing()
+    course.reseed(plan, directory, None, first)
+    assert [spec["id"] for spec in first.specs] == ["0001-seed-1", "0001-seed-2", "0002-seed-1", "0002-seed-2"]
+    write_row(directory, "0001-seed-1", 0.95)
+    write_row(directory, "0001-seed-2", 0.1)
+    course.reseed(plan, directory, None, again)
+    assert again.specs == first.specs
+
+
+@pytest.mark.parametrize("algorithm", ["random", "grid"])
+def test_a_killed_search_that_knows_its_trials_beforehand_has_the_same_under_the_same_numbers(
+    plan_of: Callable[..., Plan], directory: SearchDirectory, algorithm: str
+) -> None:
+    space = {RATE: {"loguniform": [1.0e-5, 1.0e-2]}}
+    listed = []
+    for _ in range(2):
+        plan = plan_of(algorithm=algorithm, trials=6, space=space)
+        place = Listing()
+        course.run_all(plan, directory, None, place, None)
+        listed.append(place.specs)
+        write_row(directory, "0000", 0.7)
+        write_row(directory, "0003", 0.9)
+    assert listed[0] == listed[1]
+    assert len({spec["parameters"][RATE] for spec in listed[0]}) == 6
+
+
 def test_without_a_score_there_is_no_winner_but_reasons(
     plan_of: Callable[..., Plan], directory: SearchDirectory
 ) -> None:
