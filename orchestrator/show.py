@@ -155,6 +155,7 @@ def planned(found: TrainingPlan, out: TextIO) -> None:
         ("passes", f"{found.micro_batch} examples in each, {passes} a step, at most {found.longest:,} positions"),
         ("memory", f"{size(chosen.memory.total)} of the {size(found.room)} that a worker may take: {adjective}"),
         ("", parts),
+        ("main memory", told_main_memory(found)),
         ("time", told_time(found)),
         ("disk", told_disk(found)),
         ("network", f"{size(chosen.network)} sent by each worker in a step"),
@@ -199,6 +200,11 @@ def told_time(found: TrainingPlan) -> str:
     if effort.seconds is None or found.steps is None:
         return pace
     return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {pace}"
+
+
+def told_main_memory(found: TrainingPlan) -> str:
+    loading = f"{size(found.loading_bytes)} of each machine while the model is loaded"
+    return f"{loading}, {size(found.model_bytes)} of the first one while it is written"
 
 
 def told_disk(found: TrainingPlan) -> str:

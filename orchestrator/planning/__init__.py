@@ -10,7 +10,7 @@ from orchestrator.planning.failures import (
     young_interval,
 )
 from orchestrator.planning.machines import Machine, machine_of, processors, read_shape
-from orchestrator.planning.memory import Memory, ModelSize, PassSize, Setting, memory_of
+from orchestrator.planning.memory import Memory, ModelSize, PassSize, Setting, loading_bytes, memory_of
 
 __all__ = [
     "EFFICIENCY",
@@ -24,6 +24,7 @@ __all__ = [
     "between_failures",
     "daly_interval",
     "expected_failures",
+    "loading_bytes",
     "machine_of",
     "memory_of",
     "network_bytes",

@@ -85,6 +85,21 @@ def memory_of(model: ModelSize, size: PassSize, setting: Setting) -> Memory:
     return Memory({name: each for name, each in parts.items() if each}, main)
 
 
+def loading_bytes(numbers: int, stored: int, held: int, copies: int) -> int:
+    """Return the bytes of a machine's main memory that loading a model takes.
+
+    What is held as it is stored is a map of its file, which all workers of a machine share. What is not is a copy, one
+    for each of them.
+
+    Args:
+        numbers: of the model.
+        stored: bytes of a number in its file.
+        held: bytes of a number in memory.
+        copies: workers of a machine that load it.
+    """
+    return numbers * stored if held == stored else numbers * held * copies
+
+
 def _plain(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]:
     """PyTorch alone, DDP, and DeepSpeed without ZeRO, all of which keep everything on every worker."""
     gradients = size.gradients

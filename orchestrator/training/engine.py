@@ -257,7 +257,8 @@ class DeepSpeedEngine(Engine):
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         # Accelerate told transformers of ZeRO-3; a model loaded later, for the export, is not to be sharded.
         unset_hf_deepspeed_config()
-        self.rounds_weights = True  # Or spreads them over the workers.
+        # Or spreads them over the workers.
+        self.rounds_weights |= config["bf16"]["enabled"] or recipe.scale.zero_stage == 3
         # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.

@@ -103,7 +103,7 @@ def export_model(
     if prepared.recipe.transfer.head.layers:
         models.write_deep_head_code(module, partial, prepared.task.auto_class)
     write_json(partial / DESCRIPTION, describe_model(prepared))
-    (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(prepared, result, formats.main), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -97,13 +97,17 @@ def merged_model(trained: Trained) -> tuple[Any, float | None]:
 
 
 def changed_layers(base: nn.Module) -> dict[str, Any]:
-    """Return the layers that are adapted, or quantized, by name; a quantized layer under an adapter is part of it."""
+    """Return the layers that are adapted, or quantized, by name; without those that are parts of one of them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    inside = {id(part) for module in adapted.values() for part in module.modules()}
-    quantized = models.quantized_layers(base).items()
-    return adapted | {name: module for name, module in quantized if id(module) not in inside}
+    quantized = {id(module) for module in models.quantized_layers(base).values()}
+    found: dict[str, Any] = {}
+    inside: set[int] = set()
+    for name, module in base.named_modules():  # What contains others comes before them.
+        if id(module) not in inside and (isinstance(module, BaseTunerLayer) or id(module) in quantized):
+            found[name] = module
+            inside |= {id(part) for part in module.modules()}
+    return found
 
 
 def plain_layer(layer: Any) -> nn.Module:
@@ -118,13 +122,21 @@ def plain_layer(layer: Any) -> nn.Module:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.float())
         return plain.requires_grad_(False)
+    merged: nn.Module
+    if not models.quantized_layers(layer):
+        wide: Any = copy.deepcopy(layer).float()
+        if hasattr(wide, "unload_and_optionally_merge_module"):  # Adapted parameters, of which one may hold another.
+            merged = wide.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            wide.merge()
+            merged = wide.get_base_layer()
+        return merged
     base = layer.get_base_layer()
-    is_quantized = base in models.quantized_layers(layer).values()
-    layer.base_layer = plain_layer(base) if is_quantized else copy.deepcopy(base).float()
+    layer.base_layer = plain_layer(base)
     try:
         # A layer in 4 bits has a `merge` of its own, which rounds the sum to 4 bits again.
         Linear.merge(layer)
-        merged: nn.Module = layer.base_layer
+        merged = layer.base_layer
     finally:
         layer.base_layer = base
         layer.merged_adapters.clear()
@@ -134,8 +146,13 @@ def plain_layer(layer: Any) -> nn.Module:
 @contextlib.contextmanager
 def merged_in_turn(model: Any) -> Iterator[None]:
     """Have each adapted layer compute with weights that are merged for this one pass, and dropped after it."""
-    layers = list(changed_layers(model.get_base_model()).values())
-    hooks = [layer.register_forward_hook(lambda layer, given, output: plain_layer(layer)(*given)) for layer in layers]
+    layers = changed_layers(model.get_base_model()).values()
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, given, named, output: plain_layer(layer)(*given, **named), with_kwargs=True
+        )
+        for layer in layers
+    ]
     try:
         yield
     finally:

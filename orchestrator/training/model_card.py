@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import torch
 import yaml
 
 from orchestrator.recipe import dump_recipe
@@ -35,8 +36,12 @@ model = PeftModel.from_pretrained(source, "path/to/this/folder")
 {processor} = {processor_class}.from_pretrained("path/to/this/folder")"""
 
 
-def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
-    """A model card in Markdown with the front matter that model hubs read."""
+def model_card(prepared: Prepared, result: dict[str, Any], dtype: torch.dtype) -> str:
+    """Return a model card in Markdown with the front matter that model hubs read.
+
+    Args:
+        dtype: the format that most weights are written in.
+    """
     recipe, source = prepared.recipe, prepared.source
     front = {
         "library_name": "peft" if recipe.transfer.adapter else "transformers",
@@ -46,6 +51,10 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
     }
     best = f"weights of step {result['best_step']}"
     licence = source.licence or "not stated by the source; check it before you share this model"
+    name = str(dtype).removeprefix("torch.")
+    rounding = (
+        [] if dtype == torch.float32 else [f"| weights | {name}, as the source's; scored before rounding to it |"]
+    )
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {recipe.name}",
@@ -61,6 +70,7 @@ def model_card(prepared: Prepared, result: dict[str, Any]) -> str:
                 f"| data | {describe_data(prepared)} |",
                 f"| trained | {result['parameters']['trained']:,} of {result['parameters']['total']:,} parameters |",
                 f"| training | {result['steps']} steps in {result['seconds']:.0f} s; {best} |",
+                *rounding,
             ]
         ),
         "## Results\n\n" + results_table(result["metrics"]),

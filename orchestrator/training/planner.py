@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning import Effort, Machine
+import torch
+
+from orchestrator import models
+from orchestrator.planning import Effort, Machine, loading_bytes
 from orchestrator.planning.memory import BF16, FP32
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine import micro_batch_size
@@ -26,6 +29,7 @@ from orchestrator.training.measuring import Measured, positions
 from orchestrator.training.pace import balance_of, caches, effort_of
 from orchestrator.training.precision import Precision
 from orchestrator.training.subject import open_subject
+from orchestrator.training.weight_formats import may_load_as_stored
 
 STATES = 3
 """fp32 numbers in a checkpoint for each trained one: its weight and Adam's moments."""
@@ -54,6 +58,9 @@ class TrainingPlan:
     checkpoint_bytes: int
     """Of each one that is kept."""
     model_bytes: int
+    """Of the model that is left, on the disk, and in the main memory of the first machine while it is written."""
+    loading_bytes: int
+    """Of each machine's main memory while the source is loaded."""
     cache_bytes: int | None
     """Of stored features of the frozen blocks; None where there will be none."""
     concurrent: int
@@ -105,7 +112,8 @@ def plan(
         steps=steps,
         effort=effort_of(planner, recipe, micro_batch, steps, cached, calibration),
         checkpoint_bytes=STATES * FP32 * found.size.trained,
-        model_bytes=FP32 * (found.size.trained + (recipe.transfer.adapter is None) * found.size.frozen),
+        model_bytes=model_bytes(planner, recipe, found),
+        loading_bytes=main_memory_to_load(planner, recipe, found),
         cache_bytes=cache_bytes(planner, recipe, found) if cached else None,
         concurrent=concurrent(planner, recipe, chosen),
         advice={} if chosen.fits else advise(planner, recipe),
@@ -129,6 +137,31 @@ def steps_of(recipe: Recipe, num_examples: int | None) -> int | None:
     if num_examples is None:
         return None
     return math.ceil((recipe.train.epochs or 0) * -(-num_examples // recipe.train.global_batch_size))
+
+
+def format_of_source(planner: Planner) -> Any:
+    """Return the number format of the source's files, by its config."""
+    return models.load_config(planner.subject.prepared.source).get_text_config().dtype
+
+
+def model_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
+    if recipe.transfer.adapter is not None:
+        return FP32 * found.size.trained
+    is_narrow = format_of_source(planner) in (torch.bfloat16, torch.float16)
+    return (BF16 if is_narrow else FP32) * (found.size.trained + found.size.frozen)
+
+
+def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> int:
+    """Return the bytes of a machine's main memory that its workers take to load the source."""
+    dtype, scale, adapter = format_of_source(planner), recipe.scale, recipe.transfer.adapter
+    stored = BF16 if dtype in (torch.bfloat16, torch.float16) else FP32
+    is_held_so = dtype == torch.bfloat16 and may_load_as_stored(recipe, planner.precision(recipe))
+    # What is quantized goes to the device weight by weight.
+    is_quantized = adapter is not None and adapter.quantize is not None
+    is_spread = scale.zero_stage == 3 and scale.workers > 1
+    copies = 1 if is_spread else min(-(-scale.workers // planner.machine.nodes), planner.machine.devices)
+    numbers = found.size.trained + found.size.frozen
+    return loading_bytes(numbers, stored, stored if is_held_so or is_quantized else FP32, copies)
 
 
 def cache_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:

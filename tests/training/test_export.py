@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import RunFailed
 from orchestrator.training import export, loop, trainer, written_weights
 from orchestrator.training.engine import in_fp32, on_cpu
 from orchestrator.training.inference import evaluate
+from orchestrator.training.prepare import prepare
+from orchestrator.training.run_directory import RunDirectory
 
 WriteRecipe = Callable[..., Path]
 SHORT = {"epochs": 1, "learning_rate": 1.0e-2}
@@ -77,7 +82,10 @@ def test_a_model_is_written_in_the_format_of_its_source(
         expected = trained[name].to(value.dtype) if name in trained else stored[name]
         assert torch.equal(value, expected), name
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert config["dtype"] == str(format_of("")).removeprefix("torch.")
+    name = str(format_of("")).removeprefix("torch.")
+    assert config["dtype"] == name
+    card = (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
+    assert (f"| weights | {name}" in card) == (name != "float32")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
     assert model.dtype == format_of("")
 
@@ -140,6 +148,10 @@ def test_checkpointing_leaves_no_trace_in_the_config_of_a_model_without_a_cache(
     assert "use_cache" not in json.loads((run.directory / "model/config.json").read_text())
 
 
+def decays_in_fp32(name: str) -> torch.dtype:
+    return torch.float32 if name.endswith(".A_log") else torch.bfloat16
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_text_part_of_a_model_whose_whole_config_has_no_cache_is_exported(
     checkpointing: bool, write_recipe: WriteRecipe, tiny_bert: Path, tmp_path: Path, small_data: Path
@@ -153,7 +165,9 @@ def test_the_text_part_of_a_model_whose_whole_config_has_no_cache_is_exported(
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
     config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
     assert not hasattr(config, "use_cache")
-    source = write_model(tmp_path / "source", config, "Qwen3_5ForConditionalGeneration", tiny_bert)
+    # Its files have other names for the text part's weights than that part has.
+    whole = write_model(tmp_path / "whole", config, "Qwen3_5ForConditionalGeneration", tiny_bert)
+    source = copy_in(tmp_path / "source", whole, decays_in_fp32)
     recipe = write_recipe(
         source={"model": str(source)},
         target={
@@ -166,6 +180,8 @@ def test_the_text_part_of_a_model_whose_whole_config_has_no_cache_is_exported(
     run = train(load_recipe(recipe), tmp_path / "run")
     model = transformers.AutoModelForCausalLM.from_pretrained(run.directory / "model")
     assert model.config.use_cache
+    written = load_file(run.directory / "model" / "model.safetensors")
+    assert {name: value.dtype for name, value in written.items()} == {name: decays_in_fp32(name) for name in written}
 
 
 def test_a_failed_export_leaves_a_run_that_the_same_command_goes_on_with(
@@ -197,3 +213,70 @@ def test_a_failed_export_leaves_a_run_that_the_same_command_goes_on_with(
     written = load_file(tmp_path / "run/model/model.safetensors")
     expected = load_file(whole.directory / "model/model.safetensors")
     assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def work(rank: int, folder: Path, recipe_path: Path) -> None:
+    """One of two workers: trains, and writes how many whole parameters it held at a time while they were gathered."""
+    os.environ.update({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"})
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    import deepspeed.utils
+
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    put_together = deepspeed.utils.safe_get_full_fp32_param
+    finish = trainer.finish
+
+    def count(parameter: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(found() is not None for found in alive))
+        whole = put_together(parameter)
+        alive.append(weakref.ref(whole))
+        return whole
+
+    def look(session: Any, *others: Any) -> None:
+        weights = session.engine.trained_weights()
+        assert bool(weights) == (rank == 0)
+        if rank == 0:
+            save_file(weights, folder / "trained.safetensors")
+        deepspeed.utils.safe_get_full_fp32_param = count
+        finish(session, *others)
+
+    trainer.finish = look
+    prepared = prepare(load_recipe(recipe_path))
+    trainer.run_worker(prepared, RunDirectory(folder / "run"), 1, torch.device("cpu"), is_first=rank == 0)
+    (folder / f"{rank}.json").write_text(json.dumps({"gathered": len(alive), "most": most}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", [{"freeze": 1}, {"freeze": 0}, {"adapter": {"type": "lora", "r": 2}}], ids=str)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_workers_leave_the_model_to_the_first(
+    stage: int, transfer: dict[str, Any], write_recipe: WriteRecipe, tiny_bert: Path, tmp_path: Path
+) -> None:
+    source = copy_in(tmp_path / "source", tiny_bert, FORMATS["bf16"])
+    recipe = write_recipe(
+        source={"model": str(source)},
+        transfer=transfer,
+        train={**SHORT, "precision": "fp32"},
+        scale={"workers": 2, "zero_stage": stage},
+    )
+    RunDirectory(tmp_path / "run").create()
+    multiprocessing.spawn(work, (tmp_path, recipe), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["gathered"] == second["gathered"] > 8
+    assert second["most"] <= 1
+    trained = load_file(tmp_path / "trained.safetensors")
+    (path,) = (tmp_path / "run/model").glob("*.safetensors")
+    written = load_file(path)
+    if "adapter" in transfer:
+        # An adapter is nothing that the source has, so it keeps its digits.
+        short = {name.replace(".default", "").replace(".modules_to_save", ""): name for name in trained}
+        assert written.keys() == short.keys()
+        assert all(torch.equal(value, trained[short[name]]) for name, value in written.items())
+        return
+    stored = load_file(source / "model.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    for name, value in written.items():
+        assert torch.equal(value, trained[name].bfloat16() if name in trained else stored[name]), name

@@ -60,6 +60,30 @@ def language_recipe(config: Path, **sections: Any) -> Recipe:
     return parse_recipe(yaml.safe_dump(data))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "stage", "loading", "written"),
+    [
+        ("bfloat16", "bf16", 0, 2, 2),
+        ("bfloat16", "fp32", 0, 4 * 8, 2),
+        ("bfloat16", "fp32", 3, 4, 2),
+        ("float16", "bf16", 2, 4 * 8, 2),
+        ("float32", "fp32", 0, 4, 4),
+    ],
+)
+def test_a_plan_tells_the_main_memory_of_loading_and_writing_a_model(
+    dtype: str, precision: str, stage: int, loading: int, written: int, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}))
+    recipe = language_recipe(
+        tmp_path, train={"precision": precision, "steps": 2}, scale={"workers": 16, "zero_stage": stage}
+    )
+    machine = read_shape("2x8xH100-80GB")
+    found = plan(recipe, machine)
+    assert found.loading_bytes == loading * found.total
+    assert found.model_bytes == written * found.total
+
+
 def changed(recipe: Recipe, **sections: Any) -> Recipe:
     return parse_recipe(yaml.safe_dump({**recipe.model_dump(), **sections}))
 
