@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.errors import RunFailed
@@ -26,7 +25,6 @@ from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 
 NEVER = 10**12
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,12 @@ def take_step(
 
 def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> list[list[npt.NDArray[np.int64]]]:
     """The passes of a step, each with the rows of every worker."""
-    # Where the cut decides what is dropped out, it must not depend on whether features are stored.
-    lengths = feed.lengths if feed.is_even and not drops_out(engine.module) else feed.encoded.lengths
+    # Not the lengths of stored features: the cut decides what is dropped out, and what batch norms see, and neither may
+    # depend on whether features are stored.
+    lengths = feed.encoded.lengths
     # Where examples are packed there is no padding to save by further passes.
     cost = NEVER if feed.packs else engine.cost_of_pass
     return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost)
-
-
-def drops_out(module: nn.Module) -> bool:
-    """Whether something in training mode draws at random."""
-    return any(each.training and each.p > 0 for each in module.modules() if isinstance(each, _DROPOUTS))
 
 
 def seed_dropout(*numbers: int) -> None:
