@@ -69,7 +69,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
         new_parameters: names of the parameters that the source did not have.
 
     Raises:
-        ModelError: the model has no layers.
+        ModelError: the model has no layers, or returns no logits.
     """
     calls = _trace(model, example_inputs)
     columns = _find_layers(find_body(model), calls)
@@ -112,7 +112,10 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
-        model(**{name: value.to(model.device) for name, value in example_inputs.items()})
+        output = model(**{name: value.to(model.device) for name, value in example_inputs.items()})
+    if "logits" not in output:
+        what = f"{type(model).__name__} returns no logits"
+        raise ModelError(Problem(what, remedy="use a source model of another architecture"))
     # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]

@@ -133,7 +133,8 @@ def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
     except ValueError as error:  # What transformers raises where inputs have the wrong size.
         what = f"{prepared.source.name!r} cannot read the task's inputs: {error}"
         where = prepared.recipe.origin.where("target.options")
-        remedy = "set the task's options to what the source model was trained with (null, where they may be null)"
+        remedy = "set the task's options to what the source model was trained with (null, where they may be null); "
+        remedy += "if it needs inputs of other kinds, use another one"
         raise ModelError(Problem(what, where, remedy)) from error
 
 
