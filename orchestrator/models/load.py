@@ -322,7 +322,9 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
     # Of a model of several kinds of input the part for texts is loaded, and saved with a config of its own.
     own = type(config).sub_configs.get("text_config")
     if own is not None and getattr(model_class, "config_class", None) is own and own not in loader._model_mapping:
-        what = f"the part of {source.name!r} that reads texts would be saved as a model of the type {own.model_type!r}, "
+        what = (
+            f"the part of {source.name!r} that reads texts would be saved as a model of the type {own.model_type!r}, "
+        )
         what += f"for which transformers has no {auto_class}, so it could not be loaded again"
         raise ModelError(Problem(what, source.where, "use a source model of another type"))
     return loader if getattr(config, "deep_head", None) is None else with_deep_head(model_class)

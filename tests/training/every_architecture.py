@@ -144,7 +144,9 @@ def answers(model: Path, data: Path, auto_class: str, batch_size: int) -> tuple[
             inputs["use_cache"] = False
         with torch.no_grad():
             logits = plain(**inputs).logits
-        theirs.append(logits if targets is None else nn.functional.cross_entropy(logits[0], targets[0], reduction="sum"))
+        theirs.append(
+            logits if targets is None else nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
+        )
     if task == "causal-lm":
         return torch.from_numpy(ours["nll"]).float(), torch.stack(theirs)
     return torch.from_numpy(ours["logits"]), torch.cat(theirs)

@@ -42,7 +42,9 @@ EVERY = [
         auto_class,
         model_type,
         id=f"{auto_class.removeprefix('AutoModelFor')}-{model_type}",
-        marks=[pytest.mark.xfail(reason=WAITING[auto_class, model_type])] if (auto_class, model_type) in WAITING else [],
+        marks=[pytest.mark.xfail(reason=WAITING[auto_class, model_type])]
+        if (auto_class, model_type) in WAITING
+        else [],
     )
     for auto_class, names in MAPPINGS.items()
     for model_type in names
