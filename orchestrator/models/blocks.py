@@ -70,7 +70,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
         new_parameters: names of the parameters that the source did not have.
 
     Raises:
-        ModelError: the model has no layers.
+        ModelError: the model has no layers, or returns no logits.
         CallFailed: the model cannot read the inputs.
     """
     calls = _trace(model, example_inputs)
@@ -116,7 +116,10 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         model.eval()
         inputs = {name: value.to(model.device) for name, value in example_inputs.items()}
         with calling_model("finding the layers"):
-            model(**inputs)
+            output = model(**inputs)
+    if "logits" not in output:
+        what = f"{type(model).__name__} returns no logits"
+        raise ModelError(Problem(what, remedy="use a source model of another architecture"))
     # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]

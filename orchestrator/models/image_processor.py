@@ -48,6 +48,7 @@ class PictureMaker:
         """
         self.processor = processor
         try:
+            _process(processor, _tried_pictures()[0])
             self.values = _find_values(processor)
             made = [self.make(picture) for picture in _tried_pictures()]
             own = [_process(processor, picture) for picture in _tried_pictures()]
@@ -140,9 +141,11 @@ def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any
 
 def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
     """What the processor makes of one picture; [3, height, width]."""
-    found = np.asarray(processor(picture, **options)["pixel_values"][0])
-    if found.ndim != 3 or found.shape[0] != 3:
-        raise ValueError(f"a picture becomes an array of the shape {found.shape}")
+    made = processor(picture, **options)
+    found = np.asarray(made["pixel_values"][0]) if "pixel_values" in made else None
+    if found is None or found.ndim != 3 or found.shape[0] != 3:
+        shapes = " and ".join(f"{name} of the shape {np.shape(values[0])}" for name, values in made.items())
+        raise ValueError(f"it makes {shapes} of a picture, not pixel_values of the shape (3, height, width)")
     return found
 
 

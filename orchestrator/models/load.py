@@ -221,9 +221,26 @@ def _check_adapter(source: SourceModel, auto_class: str) -> None:
 
 
 def _build(loader: Any, config: Any, source: SourceModel) -> Any:
-    if issubclass(loader, transformers.PreTrainedModel):
-        return loader._from_config(config, dtype=torch.float32)
-    return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+    with _building(source):
+        if issubclass(loader, transformers.PreTrainedModel):
+            return loader._from_config(config, dtype=torch.float32)
+        return loader.from_config(config, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+
+
+@contextmanager
+def _building(source: SourceModel) -> Iterator[None]:
+    """Turn what a model's own code raises, while nothing but it runs, into words of the user."""
+    try:
+        yield
+    except ImportError as error:
+        what = f"the code of {source.name!r} needs a package: {error}"
+        remedy = "install it, or use another source model"
+    except (AttributeError, KeyError, TypeError, AssertionError) as error:
+        what = f"transformers cannot build {source.name!r} from its config: {type(error).__name__}: {error}"
+        remedy = "use another source model"
+    else:
+        return
+    raise ModelError(Problem(" ".join(what.split()), source.where, remedy))
 
 
 def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
@@ -245,17 +262,19 @@ def _load_weights(
     """The model, and what transformers reports of its weights."""
 
     def load(**arguments: Any) -> tuple[Any, dict[str, Any]]:
-        found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
-            source.location,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the shapes are checked by the caller, where head and body are told apart
-            output_loading_info=True,
-            adapter_kwargs={"local_files_only": source.is_offline},
-            **arguments,
-            **_hub_arguments(source),
-        )
+        with _building(source):
+            found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
+                source.location,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                # The shapes are checked by the caller, where head and body are told apart.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                adapter_kwargs={"local_files_only": source.is_offline},
+                **arguments,
+                **_hub_arguments(source),
+            )
         return found
 
     if quantize is None:

@@ -156,7 +156,8 @@ def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
             raise
         what = f"{prepared.source.name!r} cannot read the task's inputs: {error.__cause__}"
         where = prepared.recipe.origin.where("target.options")
-        remedy = "set the task's options to what the source model was trained with (null, where they may be null)"
+        remedy = "set the task's options to what the source model was trained with (null, where they may be null); "
+        remedy += "if it needs inputs of other kinds, use another one"
         raise ModelError(Problem(what, where, remedy)) from error
 
 

@@ -135,6 +135,39 @@ def test_a_model_that_drops_the_lengths_on_the_way_is_found_out() -> None:
         model(**row())
 
 
+FALCON = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+CHOOSING = {
+    **SIZES,
+    **LATENT,
+    "num_key_value_heads": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 3,
+    "mlp_layer_types": ["dense", "dense"],
+}
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("Falcon", FALCON), ("DeepseekV32", CHOOSING)])
+def test_a_model_that_asks_what_its_attention_is_called_computes_as_before(family: str, sizes: dict[str, Any]) -> None:
+    found = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**sizes)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        if changed:
+            answer_with_losses(model)
+            attend_within_texts(model)
+        with torch.no_grad():
+            found.append(model(input_ids=texts()[2][None]).logits)
+    assert torch.equal(*found)
+    if takes_texts_in_a_row(model):
+        with pytest.raises(ValueError, match="chooses the tokens that it attends to"):
+            model(**row())
+
+
 def test_a_saved_config_does_not_know_of_it(tmp_path: Any) -> None:
     model = build("llama")
     attend_within_texts(model)

@@ -11,6 +11,7 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_configs import PICTURE, tiny_config
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.training.inference import predict_examples
 from orchestrator.training.trained import load_trained
 
-WORDS = tuple(f"w{number}" for number in range(40))
+WORDS = tuple(f"{first}{second}" for first in "bcdfghjk" for second in "aeiou")
 LABELS = ("first", "second", "third")
 ROWS = {"train": (0, 8), "select": (8, 11), "test": (11, 14)}
 TASKS = {
@@ -53,8 +54,12 @@ def _sentence(number: int) -> str:
     return " ".join(WORDS[index] for index in draw.integers(0, len(WORDS), 4 + number % 5))
 
 
-def save_source(folder: Path, model_type: str, auto_class: str) -> None:
-    """Save a tiny model with random weights, and what prepares its inputs."""
+def save_source(folder: Path, model_type: str, auto_class: str, with_weights: bool = True) -> None:
+    """Save a tiny model with random weights, and what prepares its inputs.
+
+    Args:
+        with_weights: False for a config alone, beside a file without weights: for what cannot be built.
+    """
     config = tiny_config(model_type)
     loader = getattr(transformers, auto_class)
     classes = loader._model_mapping[type(config)]
@@ -63,14 +68,27 @@ def save_source(folder: Path, model_type: str, auto_class: str) -> None:
     if model_class.config_class is type(config).sub_configs.get("text_config"):
         # The weights of such types come with their other parts.
         loader = transformers.AutoModelForMultimodalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        loader.from_config(config).save_pretrained(folder)
+    if with_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            loader.from_config(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     if auto_class == "AutoModelForImageClassification":
-        size = {"height": PICTURE, "width": PICTURE}
-        transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)
+        image_processor(model_type).save_pretrained(folder)
     else:
         save_tokenizer(folder)
+
+
+def image_processor(model_type: str) -> Any:
+    """What prepares pictures for this type; one like ViT's for most."""
+    size = {"height": PICTURE, "width": PICTURE}
+    if model_type == "siglip2":
+        return transformers.Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)
+    if model_type == "imagegpt":
+        return transformers.ImageGPTImageProcessorPil(clusters=[[0, 0, 0], [1, 1, 1]], size=size)
+    return transformers.ViTImageProcessorPil(size=size)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -108,13 +126,13 @@ def recipe_for(source: Path, data: Path, auto_class: str, **transfer: Any) -> Re
     return load_recipe(path)
 
 
-def answers(model: Path, data: Path, auto_class: str) -> tuple[Tensor, Tensor]:
+def answers(model: Path, data: Path, auto_class: str, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return what we make of the test split, and what plain transformers does: logits, or each text's loss."""
     trained = load_trained(model)
     task = TASKS[auto_class]
     found = open_pictures(data / task / "test") if task.startswith("image") else open_file(data / task / "test.jsonl")
     examples = rename_columns(found, trained.task.prompt_columns(trained.task.options), {})
-    ours = predict_examples(trained, examples).predictions
+    ours = predict_examples(trained, examples, batch_size).predictions
     plain = getattr(transformers, auto_class).from_pretrained(model).eval()
     encoded = trained.task.wrap(as_table(trained.task.encode(examples, trained.processor)), trained.processor)
     theirs = []
@@ -122,9 +140,13 @@ def answers(model: Path, data: Path, auto_class: str) -> tuple[Tensor, Tensor]:
         inputs = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).items()}
         inputs.pop("labels", None)
         targets = inputs.pop("target_ids", None)
+        if targets is not None:
+            inputs["use_cache"] = False
         with torch.no_grad():
             logits = plain(**inputs).logits
-        theirs.append(logits if targets is None else nn.functional.cross_entropy(logits[0], targets[0], reduction="sum"))
+        theirs.append(
+            logits if targets is None else nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
+        )
     if task == "causal-lm":
         return torch.from_numpy(ours["nll"]).float(), torch.stack(theirs)
     return torch.from_numpy(ours["logits"]), torch.cat(theirs)

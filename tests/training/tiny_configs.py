@@ -145,23 +145,23 @@ DEPTHS = dict.fromkeys(
 )
 EXPERTS = dict.fromkeys(
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4
-) | dict.fromkeys(
-    ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "n_group", "topk_group"), 2
+) | dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "n_group", "topk_group"), 2)
+LENGTHS = (
+    dict.fromkeys(
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "n_ctx",
+            "context_length",
+            "max_seq_len",
+            "max_source_positions",
+            "max_target_positions",
+        ),
+        64,
+    )
+    | dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "local_attention"), 8)
+    | {"window_size": 4}
 )
-LENGTHS = dict.fromkeys(
-    (
-        "max_position_embeddings",
-        "n_positions",
-        "n_ctx",
-        "context_length",
-        "max_seq_len",
-        "max_source_positions",
-        "max_target_positions",
-    ),
-    64,
-) | dict.fromkeys(
-    ("sliding_window", "sliding_window_size", "attention_window_size", "local_attention"), 8
-) | {"window_size": 4}
 PICTURES = {"image_size": PICTURE, "patch_size": 16}
 OTHERS = {
     "hidden_size_per_layer_input": 8,
@@ -179,6 +179,9 @@ OTHERS = {
     "scale": 0.25,
     "class_expand": 32,
     "num_kv_shared_layers": 0,
+    "adapter_in_dim": 32,
+    "adapter_out_dim": 32,
+    "adapter_input_size": 32,
     "index_topk": 4,
     "index_block_size": 2,
     "index_topk_blocks": 2,
@@ -187,24 +190,33 @@ SMALL = {**WIDTHS, **INNER, **HEADS, **HEAD_DIMS, **DEPTHS, **EXPERTS, **LENGTHS
 SPECIAL = {"pad": 0, "bos": 1, "cls": 1, "eos": 2, "sep": 2, "unk": 3, "mask": 4, "decoder_start": 2}
 OTHER_TOKENS = 5
 # Lists with an entry for each stage.
-STAGES = dict.fromkeys(("depths", "block_sizes", "stage_num_blocks", "num_block_repeats", "n_attn_blocks"), 1) | dict.fromkeys(
-    ("num_heads", "num_attention_heads", "mlp_ratio", "mlp_ratios", "stage_numb_of_layers", "expand_ratios"), 2
-) | dict.fromkeys(
-    (
-        "hidden_sizes",
-        "embed_dim",
-        "embed_dims",
-        "neck_hidden_sizes",
-        "stage_in_channels",
-        "stage_mid_channels",
-        "stage_out_channels",
-        "base_attn_unit_dims",
-        "in_channels",
-        "out_channels",
-    ),
-    16,
+STAGES = (
+    dict.fromkeys(("depths", "block_sizes", "stage_num_blocks", "num_block_repeats", "n_attn_blocks"), 1)
+    | dict.fromkeys(
+        ("num_heads", "num_attention_heads", "mlp_ratio", "mlp_ratios", "stage_numb_of_layers", "expand_ratios"), 2
+    )
+    | dict.fromkeys(
+        (
+            "hidden_sizes",
+            "embed_dim",
+            "embed_dims",
+            "neck_hidden_sizes",
+            "stage_in_channels",
+            "stage_mid_channels",
+            "stage_out_channels",
+            "base_attn_unit_dims",
+            "in_channels",
+            "out_channels",
+        ),
+        16,
+    )
 )
-NEEDED = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_routed_experts")  # Derived from large sizes, or missing, where they are not given.
+NEEDED = (
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts_per_tok",
+    "n_routed_experts",
+)  # Derived from large sizes, or missing, where they are not given.
 EACH_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
 QUERIES = {
@@ -221,15 +233,22 @@ QUERIES = {
 # What the names do not tell.
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "blt": {"use_cache": False},
     "bit": {"num_groups": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cvt": {"mlp_ratio": (2.0, 2.0, 2.0)},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "donut-swin": {"depths": [1, 1], "num_heads": [2, 2]},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"adapter_in_dim": 32}},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": (32, *[16] * 6)},
+    "efficientnet": {
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+        "hidden_dim": 1280,
+        "in_channels": (32, *[16] * 6),
+    },
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
