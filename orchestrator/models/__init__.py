@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.models.adapter import adapted_blocks, add_adapter, find_untrained
+    from orchestrator.models.batch_norm import fit_momentum, untuned_norms
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
@@ -62,6 +63,7 @@ __all__ = [
     "find_source",
     "find_untrained",
     "fingerprint",
+    "fit_momentum",
     "fit_to_tokenizer",
     "freeze_blocks",
     "load_config",
@@ -79,6 +81,7 @@ __all__ = [
     "set_image_size",
     "split_model",
     "takes_texts_in_a_row",
+    "untuned_norms",
     "write_deep_head_code",
 ]
 _HOMES = {
@@ -86,6 +89,10 @@ _HOMES = {
         "adapted_blocks",
         "add_adapter",
         "find_untrained",
+    ),
+    "batch_norm": (
+        "fit_momentum",
+        "untuned_norms",
     ),
     "blocks": (
         "Block",
