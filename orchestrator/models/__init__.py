@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.models.adapter import adapted_blocks, add_adapter, has_learned, trained_parts
+    from orchestrator.models.batch_norm import fit_momentum, untuned_norms
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.body import find_body
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
@@ -66,6 +67,7 @@ __all__ = [
     "find_pick",
     "find_source",
     "fingerprint",
+    "fit_momentum",
     "fit_to_tokenizer",
     "freeze_blocks",
     "has_learned",
@@ -89,6 +91,7 @@ __all__ = [
     "stored_formats",
     "takes_texts_in_a_row",
     "trained_parts",
+    "untuned_norms",
     "write_deep_head_code",
 ]
 _HOMES = {
@@ -97,6 +100,10 @@ _HOMES = {
         "add_adapter",
         "has_learned",
         "trained_parts",
+    ),
+    "batch_norm": (
+        "fit_momentum",
+        "untuned_norms",
     ),
     "blocks": (
         "Block",

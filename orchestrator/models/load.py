@@ -31,10 +31,6 @@ from orchestrator.models.source import SourceModel
 
 TOKENIZER_FILE = "tokenizer.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# The share of the last batch in a batch norm's running statistics. The two libraries mean opposite things by momentum,
-# so models that came from TensorFlow have 0.997 and more: the statistics of one batch, with which they score at random.
-HIGHEST_MOMENTUM = 0.1
-MOMENTUM_OF_PRETRAINED = 0.01
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,6 @@ def load_model(
     streams stay as they are. The output layer of a source that was trained for other labels is drawn anew too, even
     where its shape would fit.
 
-    Batch norms whose running statistics would follow the last batch (a momentum above 0.1) are given one of 0.01, which
-    keeps most of what the source knew; from scratch 0.1, PyTorch's own, since there is nothing to keep.
-
     An adapter that the source names is added to the weights.
 
     Args:
@@ -141,16 +134,13 @@ def load_model(
     loader = _find_loader(auto_class, config, source)
     with _plain_errors(source), seeded(seed):
         if from_scratch:
-            built = _build(loader, config, source).eval()
-            _calm_batch_norms(built, HIGHEST_MOMENTUM)
-            return LoadedModel(built, frozenset())
+            return LoadedModel(_build(loader, config, source).eval(), frozenset())
         # What an adapter adds is added in fp32: a weight that is trained afterwards keeps its digits.
         is_narrow = as_stored and source.adapter is None and is_stored_in_bf16(source, config)
         dtype = torch.bfloat16 if is_narrow else torch.float32
         model, report = _load_weights(loader, config, source, quantize, dtype)
         _widen_buffers(model, loader, config, source)
         keep_quantized_weights(model)
-        _calm_batch_norms(model, MOMENTUM_OF_PRETRAINED)
         names = {parameter: name for name, parameter in model.named_parameters()}
         new = (set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}) & set(names.values())
         _check_body(model, source, report["mismatched_keys"], new)
@@ -301,12 +291,6 @@ def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceMod
         owner, _, leaf = name.rpartition(".")
         buffers = model.get_submodule(owner)._buffers
         buffers[leaf] = model.get_buffer(name).float() if name in stored else wide[name]
-
-
-def _calm_batch_norms(model: nn.Module, momentum: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.momentum or 0.0) > HIGHEST_MOMENTUM:
-            module.momentum = momentum
 
 
 def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:

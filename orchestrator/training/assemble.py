@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
             if transfer.adapter.init == "pissa":
                 taken = models.begin_with_principal_parts(module)
         blocks = models.adapted_blocks(module, blocks)
+    frozen = replace(frozen, modules=(*frozen.modules, *models.untuned_norms(module)))
     raise_if_fatal(prepared.task.check_trained(module, recipe), ModelError)
     caching: list[tuple[Any, bool]] = []
     if recipe.train.gradient_checkpointing:

@@ -159,7 +159,9 @@ class RunDirectory:
 
     def note(self, text: str) -> None:
         """Keep a sentence about the run that its user should see at the end."""
-        self.update_record(notes=[*self.read_record().get("notes", []), text])
+        notes = self.read_record().get("notes", [])
+        if text not in notes:  # A run that goes on finds out the same again.
+            self.update_record(notes=[*notes, text])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a torn last line is passed over."""

@@ -12,6 +12,7 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
+from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, MainMetric
 from orchestrator.training.answers import Answer, write_answers
 from orchestrator.training.assemble import Parts
@@ -150,6 +151,9 @@ def open_session(
         if engine.rank == 0:
             store.identity = identity_to_keep(prepared, directory, attempt)
         packs = share_findings(engine, parts, packs)
+        fitted = models.fit_momentum(parts.module, passes_to_evaluation(recipe, plan))
+        if fitted is not None and engine.rank == 0:
+            directory.note(fitted)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(
             prepared, split, engine, precision, session.tell, directory.note, boundaries, directory.leads_node
@@ -161,6 +165,15 @@ def open_session(
             for name, feed in session.feeds.items():
                 refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, [*identity, prepared.keys[name]])
         yield session
+
+
+def passes_to_evaluation(recipe: Recipe, plan: Plan) -> int:
+    """Return the least number of passes that a worker trains between two evaluations."""
+    every = recipe.train.evaluate_every
+    steps = plan.order.steps_per_epoch if every == "epoch" else int(every)
+    return min(steps, plan.total_steps) * -(
+        -recipe.train.global_batch_size // (recipe.scale.workers * plan.micro_batch_size)
+    )
 
 
 def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:

@@ -15,6 +15,7 @@ from orchestrator.models import (
     SourceModel,
     find_blocks,
     find_source,
+    fit_momentum,
     freeze_blocks,
     load_config,
     load_model,
@@ -120,22 +121,51 @@ def test_frozen_batch_norms_keep_their_statistics_bit_by_bit(name: str, depth: i
     assert bool(trained) == (depth != "all")
 
 
-@pytest.mark.parametrize(("name", "momentum"), [("mobilenet-v1", 0.01), ("mobilenet-v2", 0.01), ("resnet", 0.1)])
-def test_running_statistics_do_not_follow_the_last_batch(name: str, momentum: float, tmp_path: Path) -> None:
-    build(name).save_pretrained(tmp_path)
-    assert {module.momentum for module in batch_norms(build(name))} in ({0.9997}, {0.997}, {0.1})
-    source = source_of(tmp_path)
-    config = load_config(source)
-    loaded = load_model(source, "AutoModelForImageClassification", config, False, 0).model
-    assert {module.momentum for module in batch_norms(loaded)} == {momentum}
-    scratch = load_model(source, "AutoModelForImageClassification", config, True, 0).model
-    assert {module.momentum for module in batch_norms(scratch)} == {0.1}
+@pytest.mark.parametrize("name", WITH_BATCH_NORM)
+@pytest.mark.parametrize(("num_updates", "fitting"), [(3, 0.1), (60, 0.05), (100_000, 0.01)])
+def test_tuned_batch_norms_get_a_momentum_that_fits_the_run(name: str, num_updates: int, fitting: float) -> None:
+    model = build(name)
+    declared = {module.momentum for module in batch_norms(model)}
+    note = fit_momentum(model, num_updates)
+    # PyTorch's own momentum is left to those that have it.
+    expected = 0.1 if name == "resnet" else fitting
+    assert {module.momentum for module in batch_norms(model)} == {expected}
+    assert (note is None) == (name == "resnet")
+    assert note is None or all(f"{fitting:.2g} instead of the model's {value}" in note for value in declared)
+    assert fit_momentum(model, num_updates) is None
+
+
+@pytest.mark.parametrize(
+    ("norm", "momentum", "expected"),
+    [
+        (nn.BatchNorm1d(4, momentum=None), None, 0.05),
+        (nn.BatchNorm2d(4, momentum=0.0), 0.0, 0.05),
+        (nn.BatchNorm2d(4, momentum=0.001), 0.001, 0.05),
+        (nn.BatchNorm2d(4, momentum=0.06), 0.06, 0.06),
+        (nn.SyncBatchNorm(4, momentum=0.99), 0.99, 0.05),
+        (nn.InstanceNorm2d(4, momentum=0.99, affine=True, track_running_stats=True), 0.99, 0.05),
+        (nn.InstanceNorm2d(4, momentum=0.99, affine=True), 0.99, 0.99),
+    ],
+)
+def test_it_is_so_for_every_norm_with_running_statistics(norm: Any, momentum: Any, expected: float) -> None:
+    assert norm.momentum == momentum
+    note = fit_momentum(norm, 60)
+    assert norm.momentum == expected
+    assert (note is None) == (momentum == expected)
+
+
+def test_of_frozen_batch_norms_nothing_is_said() -> None:
+    model = build("mobilenet-v1")
+    blocks = find_blocks(model, INPUTS, frozenset())
+    freeze_blocks(model, blocks, resolve_depth("all", len(blocks.layers)))
+    assert fit_momentum(model, 60) is None
 
 
 def test_statistics_of_an_odd_last_batch_do_not_take_over(tmp_path: Path) -> None:
     build("mobilenet-v2").save_pretrained(tmp_path)
     source = source_of(tmp_path)
     model = load_model(source, "AutoModelForImageClassification", load_config(source), False, 0).model.train()
+    fit_momentum(model, 1000)
     generator = torch.Generator().manual_seed(0)
     for scale in [1.0] * 50 + [30.0]:
         model(scale * torch.randn(8, 3, 32, 32, generator=generator))

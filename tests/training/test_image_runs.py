@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from orchestrator import load_recipe, train
@@ -245,3 +246,69 @@ def test_everything_wrong_with_pictures_and_labels_comes_in_one_report(
     text = str(refused.value)
     for what in ("is empty (0 bytes)", "leads out of the folder", "violet (1)"):
         assert what in text
+
+
+@pytest.fixture(scope="module")
+def small_convolutions(tmp_path_factory: pytest.TempPathFactory, tiny_mobilenet: Path) -> dict[str, Path]:
+    """Folders with a MobileNetV1 a quarter as wide, and a MobileViT, which has batch norms beside linear layers."""
+    from transformers import AutoModelForImageClassification, MobileNetV1Config, MobileViTConfig
+
+    configs = {
+        "mobilenet-v1": MobileNetV1Config(image_size=32, depth_multiplier=0.25, num_labels=5),
+        "mobilevit": MobileViTConfig(
+            image_size=32,
+            hidden_sizes=[16, 16, 16],
+            neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+            num_attention_heads=2,
+            output_stride=8,
+            num_labels=5,
+        ),
+    }
+    folders = {}
+    for name, config in configs.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        shutil.copy(tiny_mobilenet / "preprocessor_config.json", folders[name])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForImageClassification.from_config(config).train()
+            # With statistics of no data nothing comes through many layers.
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 1.0
+            with torch.no_grad():
+                model(torch.randn(16, 3, 32, 32))
+            model.save_pretrained(folders[name])
+    return folders
+
+
+def test_the_score_on_select_follows_that_on_train_where_batch_norms_are_tuned(
+    small_convolutions: dict[str, Path], small_pictures: Path, write_toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    target = {"task": "image-classification", "options": {}}
+    path = write_toy(tmp_path / "recipe.yaml", small_convolutions["mobilenet-v1"], small_pictures, target=target)
+    train(load_recipe(path, ["transfer.freeze=50%", "train.epochs=16", "train.global_batch_size=12"]), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [row for row in rows if row["split"] == "select"]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < 0.2
+    # Statistics that lag behind, or follow the last batch, have losses above that of a guess, which is 1.1.
+    assert max(row["loss"] for row in scores[8:]) < 0.9
+    (note,) = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert "instead of the model's 0.9997" in note
+
+
+def test_statistics_stay_beneath_an_adapter_because_they_are_not_exported_with_it(
+    small_convolutions: dict[str, Path], small_pictures: Path, write_toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    target = {"task": "image-classification", "options": {}}
+    path = write_toy(tmp_path / "recipe.yaml", small_convolutions["mobilevit"], small_pictures, target=target)
+    overrides = [
+        "transfer.freeze=0",
+        "transfer.adapter={type: lora, r: 4}",
+        "train.steps=8",
+        "train.learning_rate=1e-2",
+    ]
+    train(load_recipe(path, overrides), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    again = evaluate(tmp_path / "run" / "model", str(small_pictures / "test"), "test")
+    assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-6)

@@ -1,0 +1,56 @@
+"""Running statistics: how fast those of tuned norms follow the batches of a run, and that those of others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+LOWEST_MOMENTUM, HIGHEST_MOMENTUM = 0.01, 0.1
+UPDATES_TO_FORGET = 3.0
+"""Averages of the batches: after this many times 1 / momentum updates, 5 % of the earlier statistics are left."""
+
+
+def fit_momentum(model: nn.Module, num_updates: int) -> str | None:
+    """Give tuned batch norms a momentum that fits the run; return a sentence about those that were changed, or None.
+
+    The momentum is the share of the last batch in the running statistics, which evaluation uses. Where it is too high
+    they follow the last batch: TensorFlow means the opposite by the word, so models that came from there have 0.997 and
+    more. Where it is too low for a short run they are those of the source, with weights that have changed. In between
+    the model's own is kept. None, an average over all batches that the source has seen, is too low for any run.
+
+    Args:
+        num_updates: training passes between two evaluations.
+    """
+    fitting = min(HIGHEST_MOMENTUM, max(LOWEST_MOMENTUM, UPDATES_TO_FORGET / max(1, num_updates)))
+    changed = [
+        norm
+        for norm in running_norms(model)
+        if norm.momentum is None or not fitting <= norm.momentum <= HIGHEST_MOMENTUM
+    ]
+    before = sorted({str(norm.momentum) for norm in changed if _is_tuned(norm)})
+    for norm in changed:
+        norm.momentum = fitting
+    if not before:
+        return None
+    return (
+        f"tuned batch norms have a momentum of {fitting:.2g} instead of the model's {', '.join(before)}, "
+        "so that their running statistics fit what is trained; frozen ones keep their statistics"
+    )
+
+
+def running_norms(model: nn.Module) -> Iterator[Any]:
+    """Batch norms of all kinds, and instance norms, that keep running statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            yield module
+
+
+def untuned_norms(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return those whose parameters are not trained, as beneath an adapter: what is exported has the source's."""
+    return tuple(norm for norm in running_norms(model) if not _is_tuned(norm))
+
+
+def _is_tuned(norm: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
