@@ -69,8 +69,7 @@ def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
     deep = getattr(model.config, "deep_head", None)
     paths = _find_sized_by_labels(model) if deep is None else [deep["path"]]
     for path in paths:
-        for name, module in model.get_submodule(path).named_modules(prefix=path):
-            yield name, module
+        yield from model.get_submodule(path).named_modules(prefix=path)
 
 
 def _find_sized_by_labels(model: Any) -> list[str]:

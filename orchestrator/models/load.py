@@ -304,8 +304,9 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
     found = loader._model_mapping[type(config)]
     model_class = found[0] if isinstance(found, tuple) else found
     # Of a model of several kinds of input the part for texts is loaded, and saved with a config of its own.
-    own = type(config).sub_configs.get("text_config")
-    if own is not None and getattr(model_class, "config_class", None) is own and own not in loader._model_mapping:
+    own: Any = type(config).sub_configs.get("text_config")
+    is_part = own is not None and getattr(model_class, "config_class", None) is own
+    if is_part and own not in loader._model_mapping:
         what = (
             f"the part of {source.name!r} that reads texts would be saved as a model of the type {own.model_type!r}, "
         )

@@ -1,7 +1,7 @@
-"""Every causal language model and every classifier of texts and pictures that transformers knows is trained or refused.
+"""Every causal language model, and every classifier of texts and pictures, of transformers is trained or refused.
 
-Each is built from a tiny config, trained for two steps, exported, and loaded with plain transformers, which must compute
-what we do. What we refuse is named here with the reason, and it is refused before anything starts.
+Each is built from a tiny config, trained for two steps, exported, and loaded with plain transformers, which must
+compute what we do. What is refused is named here with the reason, and it is refused before anything starts.
 """
 
 from __future__ import annotations
