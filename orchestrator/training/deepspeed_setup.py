@@ -82,6 +82,24 @@ def check_deepspeed(recipe: Recipe) -> None:
         ) from error
 
 
+def free_engine(model: Any) -> None:
+    """Remove from a model what DeepSpeed's engine `model` has hung on it, and DeepSpeed's own references to the model.
+
+    The hooks on the parameters' gradients hold the engine, and so its optimizer, for as long as the parameters live.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    model.destroy()
+    # ZeRO-3 never takes a model off this list, nor the modules that an error found in their forward pass.
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # It caches a method, which holds the model's modules as arguments, under a decorator of its own.
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
 @contextlib.contextmanager
 def plain_linear() -> Iterator[None]:
     """On the way out, PyTorch's linear function: ZeRO-3 puts its own in that place, where it would stay for good."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
-from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, process_group
+from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, free_engine, process_group
 from orchestrator.training.devices import uses_gpu
 from orchestrator.training.precision import Precision, dtype_of
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
@@ -85,8 +85,15 @@ class Engine(ABC):
         """The precision of the model's forward pass, for parts of the model that are called without the rest."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this worker's share of the loss; on the `last` pass of a step, sum over workers."""
+    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return what the forward and the backward pass of a micro-batch are to be run inside.
+
+        Gradients are summed over the workers in the `last` pass of a step, and where it can be avoided in no other.
+        """
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this worker's share of the loss."""
 
     @abstractmethod
     def step(self, rate_factor: float) -> float:
@@ -113,6 +120,10 @@ class Engine(ABC):
         Args:
             format_of: returns the number format that a value is wanted in, given its name.
         """
+
+    def close(self) -> None:
+        """Free the gradients, and leave nothing behind that keeps the model and the optimizer from being freed."""
+        self.module.zero_grad(set_to_none=True)
 
     def agree(self, trouble: str | None) -> str | None:
         """Wait for all workers; the first trouble that any of them had, on all of them."""
@@ -174,12 +185,15 @@ class TorchEngine(Engine):
         context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        if last or self.num_workers == 1:
-            torch.autograd.backward(loss * self.num_workers)
-        else:
-            with self.model.no_sync():
-                torch.autograd.backward(loss * self.num_workers)
+    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # DDP decides in the forward pass whether the backward pass will synchronize.
+        context: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext() if last or self.num_workers == 1 else self.model.no_sync()
+        )
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss * self.num_workers)
 
     def step(self, rate_factor: float) -> float:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
@@ -187,7 +201,8 @@ class TorchEngine(Engine):
         if torch.isfinite(norm):  # A broken gradient must not reach the weights; the loop ends the run.
             self._set_rates(rate_factor)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients are views of its buckets. New ones would stand beside the buckets until they are synchronized.
+        self.optimizer.zero_grad(set_to_none=self.num_workers == 1)
         return float(norm)
 
     def write_state(self, folder: Path) -> None:
@@ -206,12 +221,11 @@ class TorchEngine(Engine):
         with torch.no_grad():
             for name, value in load_file(folder / "weights.safetensors", device=str(self.device)).items():
                 here[name].copy_(value)
-        state = load_file(folder / "optimizer.safetensors")
-        for name, parameter in self.trained.items():
-            entries = {key: value for (key, owner), value in _split_names(state).items() if owner == name}
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(self.device) for key, value in entries.items()
-            }
+        # Adam's count of steps too: a fused step takes it from the device of the parameters alone.
+        state = load_file(folder / "optimizer.safetensors", device=str(self.device))
+        for joined, value in state.items():
+            key, _, name = joined.partition(":")
+            self.optimizer.state[self.trained[name]][key] = value
 
     def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
         if self.rank != 0:
@@ -268,8 +282,12 @@ class DeepSpeedEngine(Engine):
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Stages 2 and 3 sum up gradients in every pass, because no worker keeps whole ones.
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self.num_workers, scale_wrt_gas=False)
 
     def step(self, rate_factor: float) -> float:
@@ -300,6 +318,10 @@ class DeepSpeedEngine(Engine):
         if self.rank == 0:
             weights |= {name: on_cpu(value, format_of(name)) for name, value in self.statistics.items()}
         return weights
+
+    def close(self) -> None:
+        free_engine(self.model)
+        super().close()
 
 
 def on_cpu(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
@@ -361,7 +383,11 @@ def build_engine(
     engine_class = DeepSpeedEngine if uses_deepspeed(recipe) else TorchEngine
     with process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
         try:
-            yield engine_class(module, groups, recipe, precision)
+            engine = engine_class(module, groups, recipe, precision)
+            try:
+                yield engine
+            finally:
+                engine.close()
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             for name, value in before.items():
@@ -369,11 +395,3 @@ def build_engine(
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
-
-
-def _split_names(state: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    split = {}
-    for joined, value in state.items():
-        key, _, name = joined.partition(":")
-        split[key, name] = value
-    return split

@@ -122,9 +122,10 @@ def take_step(
         batch = feed.batch(mine if len(mine) else rows[:1], stream)
         labels = batch.pop("labels")
         weight = 1.0 / num_targets if len(mine) else 0.0
-        with contextlib.nullcontext() if len(mine) else evaluating(engine.module):
+        mode = contextlib.nullcontext() if len(mine) else evaluating(engine.module)
+        with mode, engine.in_pass(last=number == len(passes) - 1):
             loss = task.loss(engine.model(**batch), labels) * weight
-            engine.backward(loss, last=number == len(passes) - 1)
+            engine.backward(loss)
         total += loss.detach()
     norm = engine.step(plan.rate_factor(index))
     return float(engine.sum_over_workers(total)), norm

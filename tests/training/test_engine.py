@@ -1,0 +1,179 @@
+"""The engines: which devices their tensors are on, how often workers exchange gradients, what is left of them."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+
+from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.training.engine import Engine, build_engine
+from orchestrator.training.precision import Precision
+
+CUDA = torch.device("cuda", 0)
+NUM_PASSES = 4
+ENGINES = ["engine: torch", "engine: deepspeed", "zero_stage: 1", "zero_stage: 2", "zero_stage: 3"]
+
+
+def recipe_with(scale: str) -> Recipe:
+    return parse_recipe(f"name: a\nsource: {{model: ./m}}\ntarget: {{task: causal-lm, data: ./d}}\nscale: {{{scale}}}")
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters()), "lr": 0.1, "initial_lr": 0.1}]
+
+
+def take_step(engine: Engine, num_passes: int = 1) -> None:
+    inputs = torch.ones(3, 4, device=engine.device, dtype=engine.float_type)
+    for number in range(num_passes):
+        with engine.in_pass(last=number == num_passes - 1):
+            engine.backward(engine.model(inputs).square().mean() / num_passes)
+    engine.step(1.0)
+
+
+def step_optimizer(engine: Engine) -> None:
+    """Take the optimizer's step with gradients that have no values."""
+    for parameter in engine.trained.values():
+        parameter.grad = torch.empty_like(parameter)
+    engine.optimizer.step()
+
+
+@pytest.fixture
+def files_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files of optimizers hold tensors without values, which come back on the device that is asked for."""
+    written: dict[Path, dict[str, Tensor]] = {}
+
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        written[path] = {name: value.to("cpu") for name, value in tensors.items()}
+
+    def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+        # Values that are not there cannot be copied into weights.
+        tensors = written[path] if path.stem == "optimizer" else {}
+        return {name: value.to(device) for name, value in tensors.items()}
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    monkeypatch.setattr(safetensors.torch, "load_file", load)
+
+
+def test_a_resumed_adam_has_all_its_state_on_the_device_of_its_parameters(
+    files_without_values: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Accelerator, "device", property(lambda _: CUDA))
+    monkeypatch.setattr(nn.Module, "to", lambda module, _: module)  # Which is not possible without values.
+    recipe = recipe_with("engine: torch")
+    first, second = make_model(), make_model()
+    with FakeTensorMode():
+        for layer in (*first, *second):
+            for name, value in layer.named_parameters():
+                layer.register_parameter(name, nn.Parameter(torch.empty(value.shape, device=CUDA)))
+        with build_engine(first, groups_of(first), recipe, "fp32") as engine:
+            step_optimizer(engine)
+            engine.write_state(tmp_path)
+        with build_engine(second, groups_of(second), recipe, "fp32") as engine:
+            engine.read_state(tmp_path)
+            step_optimizer(engine)
+            state = [engine.optimizer.state[parameter] for parameter in engine.trained.values()]
+            found = {(key, value.device) for entries in state for key, value in entries.items()}
+    assert found == {("step", CUDA), ("exp_avg", CUDA), ("exp_avg_sq", CUDA)}
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group with this process in it and no other."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_sums_up_gradients_once_in_a_step_of_several_passes(alone: None) -> None:
+    model = make_model()
+    reduced: list[int] = []
+
+    def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reduced.append(bucket.index())
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    with build_engine(model, groups_of(model), recipe_with("engine: torch"), "fp32") as engine:
+        engine.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        engine.model.register_comm_hook(None, count)
+        engine.num_workers = 2
+        for _ in range(3):
+            reduced.clear()
+            take_step(engine, NUM_PASSES)
+            assert reduced == [0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [*ENGINES, "zero_stage: 3, offload: all"])
+def test_an_engine_that_failed_in_a_step_leaves_nothing_behind(scale: str, precision: Precision) -> None:
+    references: dict[str, weakref.ref[Any]] = {}
+
+    def fail() -> None:
+        model = make_model()
+        with build_engine(model, groups_of(model), recipe_with(scale), precision) as engine:
+            take_step(engine, num_passes=2)
+            model[1].register_forward_hook(out_of_memory)
+            found = {"model": model, "parameter": model[0].weight, "optimizer": engine.optimizer, "engine": engine}
+            references.update({name: weakref.ref(each) for name, each in found.items()})
+            take_step(engine)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
+    gc.collect()
+    assert [name for name, reference in references.items() if reference() is not None] == []
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("scale", ENGINES)
+def test_an_engine_goes_on_from_what_it_wrote_as_if_nothing_had_happened(scale: str, tmp_path: Path) -> None:
+    whole, first, second = make_model(), make_model(), make_model()
+    with build_engine(whole, groups_of(whole), recipe_with(scale), "fp32") as engine:
+        take_step(engine)
+        take_step(engine)
+        expected = engine.trained_weights()
+    with build_engine(first, groups_of(first), recipe_with(scale), "fp32") as engine:
+        take_step(engine)
+        engine.write_state(tmp_path)
+    with build_engine(second, groups_of(second), recipe_with(scale), "fp32") as engine:
+        engine.read_state(tmp_path)
+        take_step(engine)
+        found = engine.trained_weights()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("scale", ["engine: deepspeed", "zero_stage: 1"])
+def test_deepspeed_sums_up_whole_gradients_once_in_a_step(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        reduced.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", count)
+    model = make_model()
+    size = sum(value.numel() for value in model.parameters())
+    with build_engine(model, groups_of(model), recipe_with(scale), "fp32") as engine:
+        for _ in range(2):
+            reduced.clear()
+            take_step(engine, NUM_PASSES)
+            assert [number for number in reduced if number >= size] == [size]
