@@ -40,7 +40,7 @@ def add_verbs(verb: Callable[..., Any], recipe: Any) -> None:
 
 
 def add_address(verb: Any) -> Any:
-    text = "the cluster's dashboard, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS, or this machine)"
+    text = "the cluster's dashboard, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS or this machine)"
     verb.add_argument("--address", metavar="URL", help=text)
     verb.add_argument("--insecure", action="store_true", help="let recipe, data and token travel unencrypted")
     return verb

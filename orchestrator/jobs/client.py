@@ -19,7 +19,8 @@ import psutil
 
 from orchestrator.errors import ClusterError, InputError, Problem
 
-ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own.
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Ray's own, in its order. The second one may also name a cluster to join, `HOST:6379`, which is no dashboard."""
 MOST_NODES = 10_000  # Ray tells of no more at once.
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 REACH_SECONDS = 3.0
@@ -79,7 +80,7 @@ class Cluster:
     def _nodes(self) -> list[Any]:
         from ray.util.state import list_nodes
 
-        with self._telling():
+        with self._telling(), without_address_variables():
             # Nodes that have died count as missing output for Ray, although nobody asked for them.
             found: list[Any] = list_nodes(
                 self.address, [("state", "=", "ALIVE")], MOST_NODES, detail=True, raise_on_missing_output=False
@@ -155,7 +156,7 @@ class Cluster:
 
 
 def connect(address: str | None, insecure: bool = False) -> Cluster:
-    """The cluster at an address: `http://HOST:8265`; None for $RAY_API_SERVER_ADDRESS, or this machine.
+    """The cluster at an address: `http://HOST:8265`; None for the one that Ray's variables name, or this machine.
 
     Its token is found as Ray's documentation says ($RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
 
@@ -166,8 +167,8 @@ def connect(address: str | None, insecure: bool = False) -> Cluster:
         InputError: no such kind of address, or one that is not safe.
         ClusterError: nobody answers, or the token is refused.
     """
-    given = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
-    checked = check_address(given, insecure)
+    given, where = (address, "--address") if address else named_address()
+    checked = check_address(given, insecure, where)
     parts = urlsplit(checked)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -180,21 +181,40 @@ def connect(address: str | None, insecure: bool = False) -> Cluster:
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)  # It tells of each upload.
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # And of each log that has ended.
-    with telling(checked):
+    with telling(checked), without_address_variables():
         return Cluster(checked, JobSubmissionClient(checked))
 
 
-def check_address(address: str, insecure: bool) -> str:
+def named_address() -> tuple[str, str]:
+    """Return the dashboard's address where the user gives none, and what names it."""
+    for name in ADDRESS_VARIABLES:
+        value = os.environ.get(name, "")
+        if (name == ADDRESS_VARIABLES[0] and value) or value.startswith(("http://", "https://")):
+            return value, name
+    return DEFAULT_ADDRESS, "--address"
+
+
+@contextmanager
+def without_address_variables() -> Iterator[None]:
+    """Hide the variables that Ray's clients prefer to the address that they are given."""
+    hidden = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def check_address(address: str, insecure: bool, where: str = "--address") -> str:
     """The address with its scheme; raises InputError where it is none, or where anybody could read what is sent."""
     full = address if "://" in address else f"http://{address}"
     parts = urlsplit(full)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         remedy = "give the address of the cluster's dashboard: http://HOST:8265"
-        raise InputError(Problem(f"{address!r} is no address of a Ray dashboard", "--address", remedy))
+        raise InputError(Problem(f"{address!r} is no address of a Ray dashboard", where, remedy))
     if parts.scheme == "http" and not insecure and not _is_loopback(parts.hostname):
         what = f"{address} is another machine, and http sends recipe, data and token in the clear"
         remedy = "use https, or a tunnel (ssh -L 8265:localhost:8265 HOST), or --insecure in a network that you trust"
-        raise InputError(Problem(what, "--address", remedy))
+        raise InputError(Problem(what, where, remedy))
     return full
 
 

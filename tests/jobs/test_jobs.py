@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +183,82 @@ def test_addresses_of_this_machine_and_encrypted_ones_are_taken(given: str) -> N
 
 def test_another_machine_is_taken_unencrypted_where_the_user_says_so() -> None:
     assert check_address("10.0.0.1:8265", insecure=True) == "http://10.0.0.1:8265"
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Callable[[], SimpleNamespace]]:
+    """Starts stand-ins for a cluster's dashboard, which keep the paths that they are asked for."""
+    servers = []
+
+    def start() -> SimpleNamespace:
+        asked: list[str] = []
+
+        class Dashboard(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path.partition("?")[0])
+                listed = {"total": 0, "num_after_truncation": 0, "num_filtered": 0, "result": []}
+                answers: dict[str, Any] = {
+                    "version": {"ray_version": "2.60.0"},
+                    "jobs/": [],
+                    "nodes": {"result": True, "msg": "", "data": {"result": listed}},
+                    "logs": {"logs": ""},
+                    "stop": {"stopped": True},
+                }
+                body = next(json.dumps(value) for end, value in answers.items() if asked[-1].endswith(end)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}", asked=asked)
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_cluster_that_is_named_is_asked_whatever_the_environment_says(
+    variable: str, dashboard: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, other = dashboard(), dashboard()
+    monkeypatch.setenv(variable, other.address)
+    cluster = connect(named.address)
+    assert cluster.jobs() == []
+    assert not cluster.is_here
+    cluster.stop("some-job")
+    assert cluster.logs("some-job") == ""
+    assert other.asked == []
+    expected = {"/api/version", "/api/jobs/", "/api/v0/nodes", "/api/jobs/some-job/stop", "/api/jobs/some-job/logs"}
+    assert set(named.asked) == expected
+    assert os.environ[variable] == other.address
+
+
+def test_without_an_address_the_one_of_the_environment_is_asked_and_told(
+    dashboard: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dashboard()
+    monkeypatch.setenv("RAY_ADDRESS", named.address)
+    cluster = connect(None)
+    assert cluster.address == named.address
+    assert cluster.jobs() == []
+    assert named.asked
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_an_address_of_the_environment_is_held_to_the_same(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "http://10.0.0.1:8265")
+    with pytest.raises(InputError, match=f"{variable}.*in the clear"):
+        connect(None)
 
 
 def test_local_files_travel_and_the_recipe_finds_them(
