@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from orchestrator.errors import InputError, Problem, nearest
 
@@ -15,12 +16,16 @@ _SHAPE = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([a-z][a-z0-9-]*?)(?:-(\d+)GB)?", re
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device, as its maker's data sheet has it."""
+    """One device: its speed as its maker's data sheet has it, its memory as PyTorch finds it."""
 
-    gigabytes: tuple[int, ...]
-    """The sizes of memory that it is sold with, the usual one first."""
+    memory: dict[int, float]
+    """GiB that PyTorch finds (`torch.cuda.get_device_properties(0).total_memory`), by the gigabytes that it is sold
+    with, the usual size first. Drivers keep some for themselves and for error correction, and not all of them as much,
+    so it is the least that out-of-memory errors in public logs give as "total capacity"."""
     teraflops: float
     """Dense matrix products in bf16 (fp16 where it has no bf16), without sparsity; 10^12 operations a second."""
+    teraflops_fp32: float
+    """The same in fp32. Not TF32, which PyTorch does not use for matrix products unless it is told to."""
     link: float
     """To the other devices of its machine, one way; 10^9 bytes a second."""
     bandwidth: float
@@ -30,21 +35,22 @@ class Accelerator:
 
 ACCELERATORS = MappingProxyType(
     {
-        "T4": Accelerator((16,), 65.0, 16.0, 320.0, has_bf16=False),
-        "V100": Accelerator((32, 16), 125.0, 150.0, 900.0, has_bf16=False),
-        "RTX3090": Accelerator((24,), 71.0, 32.0, 936.0),
-        "RTX4090": Accelerator((24,), 165.0, 32.0, 1008.0),
-        "A10": Accelerator((24,), 125.0, 32.0, 600.0),
-        "A10G": Accelerator((24,), 70.0, 32.0, 600.0),
-        "A6000": Accelerator((48,), 155.0, 56.0, 768.0),
-        "L4": Accelerator((24,), 121.0, 32.0, 300.0),
-        "L40S": Accelerator((48,), 362.0, 32.0, 864.0),
-        "A100": Accelerator((80, 40), 312.0, 300.0, 2039.0),
-        "H100": Accelerator((80, 94), 989.0, 450.0, 3350.0),
-        "H200": Accelerator((141,), 989.0, 450.0, 4800.0),
-        "B200": Accelerator((180,), 2250.0, 900.0, 8000.0),
-        "MI250X": Accelerator((128,), 383.0, 250.0, 3277.0),
-        "MI300X": Accelerator((192,), 1307.0, 448.0, 5300.0),
+        "T4": Accelerator({16: 14.56}, 65.0, 8.1, 16.0, 320.0, has_bf16=False),
+        "V100": Accelerator({32: 31.73, 16: 15.77}, 125.0, 15.7, 150.0, 900.0, has_bf16=False),
+        "RTX3090": Accelerator({24: 23.56}, 71.0, 35.6, 32.0, 936.0),
+        "RTX4090": Accelerator({24: 23.49}, 165.0, 82.6, 32.0, 1008.0),
+        "A10": Accelerator({24: 21.96}, 125.0, 31.2, 32.0, 600.0),
+        "A10G": Accelerator({24: 21.96}, 70.0, 35.0, 32.0, 600.0),
+        "A6000": Accelerator({48: 47.26}, 155.0, 38.7, 56.0, 768.0),
+        "L4": Accelerator({24: 21.96}, 121.0, 30.3, 32.0, 300.0),
+        "L40S": Accelerator({48: 44.34}, 362.0, 91.6, 32.0, 864.0),
+        "A100": Accelerator({80: 79.10, 40: 39.38}, 312.0, 19.5, 300.0, 2039.0),
+        "H100": Accelerator({80: 79.10, 94: 93.02}, 989.0, 67.0, 450.0, 3350.0),
+        "H200": Accelerator({141: 139.72}, 989.0, 67.0, 450.0, 4800.0),
+        "B200": Accelerator({180: 178.35}, 2250.0, 75.0, 900.0, 7672.0),
+        # One of the two devices that PyTorch and Ray find on a card.
+        "MI250X": Accelerator({64: 63.98}, 191.5, 47.9, 200.0, 1638.0),
+        "MI300X": Accelerator({192: 191.69}, 1307.0, 163.4, 448.0, 5300.0),
     }
 )
 NETWORK = 25e9
@@ -62,7 +68,7 @@ class Machine:
     memory: int
     """Bytes of one accelerator; of a node where it has none, whose workers share them."""
     rate: float | None
-    """Floating-point operations a second of one device at its best; None where nobody has measured it."""
+    """Floating-point operations a second of one device at its best, in bf16; None where nobody has measured it."""
     link: float
     """Bytes a second between devices of a node."""
     network: float
@@ -71,6 +77,11 @@ class Machine:
     has_bf16: bool
     bandwidth: float | None = None
     """Bytes a second of a device's own memory; None where nobody has measured it."""
+    rate_fp32: float | None = None
+    """As `rate`, in fp32; None where it is the same."""
+
+    def rate_in(self, precision: Literal["fp32", "bf16"]) -> float | None:
+        return self.rate if precision == "bf16" or self.rate_fp32 is None else self.rate_fp32
 
     @property
     def places(self) -> int:
@@ -79,7 +90,7 @@ class Machine:
 
 
 def machine_names() -> list[str]:
-    return [f"{name}-{size}GB" for name, each in ACCELERATORS.items() for size in each.gigabytes]
+    return [f"{name}-{size}GB" for name, each in ACCELERATORS.items() for size in each.memory]
 
 
 def read_shape(text: str, option: str = "--on") -> Machine:
@@ -96,9 +107,9 @@ def read_shape(text: str, option: str = "--on") -> Machine:
         known = f"did you mean {close}?" if close else f"known are {', '.join(ACCELERATORS)}"
         raise InputError(Problem(f"{text!r} is no shape such as 4x8xH100-80GB", option, known))
     kind = ACCELERATORS[name]
-    size = int(found[4]) if found[4] else kind.gigabytes[0]
-    if size not in kind.gigabytes:
-        sizes = " or ".join(f"{each}GB" for each in kind.gigabytes)
+    size = int(found[4]) if found[4] else next(iter(kind.memory))
+    if size not in kind.memory:
+        sizes = " or ".join(f"{each}GB" for each in kind.memory)
         raise InputError(Problem(f"{text!r}: an {name} has {sizes}, not {size}GB", option, f"write {name}-{sizes}"))
     first, second = (int(number) if number else None for number in (found[1], found[2]))
     nodes, devices = (first, second) if second is not None else (1, first or 1)
@@ -108,13 +119,14 @@ def read_shape(text: str, option: str = "--on") -> Machine:
         name=f"{name}-{size}GB",
         nodes=nodes,
         devices=devices,
-        memory=size * GIB,
+        memory=int(kind.memory[size] * GIB),
         rate=kind.teraflops * 1e12,
         link=kind.link * 1e9,
         network=NETWORK,
         is_gpu=True,
         has_bf16=kind.has_bf16,
         bandwidth=kind.bandwidth * 1e9,
+        rate_fp32=kind.teraflops_fp32 * 1e12,
     )
 
 
@@ -134,6 +146,9 @@ def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
         raise InputError(Problem(what, "--address", "name what the training is to run on: --on 4x8xH100-80GB"))
     # Ray writes some sizes without the B: A100-40G.
     kind = re.sub(r"-(\d+)G$", r"-\1GB", kinds.pop())
+    if kind in ACCELERATORS:
+        # Ray does not tell the size by itself, so a plan takes the smallest.
+        kind = f"{kind}-{min(ACCELERATORS[kind].memory)}GB"
     devices = int(min(node["GPU"] for node in with_gpus))
     return read_shape(f"{len(with_gpus)}x{devices}x{kind}", "--address")
 

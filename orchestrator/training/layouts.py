@@ -68,8 +68,7 @@ class Planner:
         return micro_batch, recipe.scale.workers, self.autocasts(recipe), checkpointing, is_third, transfer
 
     def precision(self, recipe: Recipe) -> Precision:
-        wanted = recipe.train.precision
-        return wanted if wanted != "auto" else ("bf16" if self.machine.has_bf16 else "fp32")
+        return precision_on(self.machine, recipe)
 
     def autocasts(self, recipe: Recipe) -> bool:
         """ZeRO holds the weights themselves in bf16."""
@@ -129,6 +128,12 @@ class Planner:
                 break
             number = -(-number // 2)
         return None
+
+
+def precision_on(machine: Machine, recipe: Recipe) -> Precision:
+    """Return the precision that the recipe trains in on a machine."""
+    wanted = recipe.train.precision
+    return wanted if wanted != "auto" else ("bf16" if machine.has_bf16 else "fp32")
 
 
 def machine_here(recipe: Recipe) -> Machine:

@@ -73,10 +73,12 @@ def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     """Operations a second of a worker, and where that is from."""
     if calibration is not None:
         return pace_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
-    if planner.machine.rate is not None:
-        return planner.machine.rate * EFFICIENCY, f"{EFFICIENCY:.0%} of what a {planner.machine.name} does at its best"
-    rate = measure_products(planner.precision(planner.subject.prepared.recipe))
-    return EFFICIENCY * rate, "matrix products timed here"
+    precision = planner.precision(planner.subject.prepared.recipe)
+    rate = planner.machine.rate_in(precision)
+    if rate is not None:
+        basis = f"{EFFICIENCY:.0%} of what a {planner.machine.name} does in {precision} at its best"
+        return rate * EFFICIENCY, basis
+    return EFFICIENCY * measure_products(precision), "matrix products timed here"
 
 
 def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
@@ -112,10 +114,11 @@ def measure_products(precision: Precision) -> float:
     return 2 * size**3 / _least_seconds(lambda: left @ right)
 
 
-def balance_of(machine: Machine) -> float:
+def balance_of(machine: Machine, precision: Precision) -> float:
     """Operations that a machine does while it moves a byte: as its data sheet has it, or measured on this one."""
-    if machine.rate is not None and machine.bandwidth is not None:
-        return machine.rate / machine.bandwidth
+    rate = machine.rate_in(precision)
+    if rate is not None and machine.bandwidth is not None:
+        return rate / machine.bandwidth
     numbers = torch.ones(NUMBERS_MOVED, device="cuda" if torch.cuda.is_available() else "cpu")
     # A common function of one number, which processors do not do as fast as they move it.
     moved = 2 * numbers.nbytes / _least_seconds(lambda: torch.nn.functional.gelu(numbers))

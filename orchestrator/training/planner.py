@@ -12,7 +12,16 @@ from orchestrator.planning.memory import BF16, FP32
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine import micro_batch_size
 from orchestrator.training.features import CACHED_SPLITS
-from orchestrator.training.layouts import SPARE, Option, Planner, advise, machine_here, possible, with_scale
+from orchestrator.training.layouts import (
+    SPARE,
+    Option,
+    Planner,
+    advise,
+    machine_here,
+    possible,
+    precision_on,
+    with_scale,
+)
 from orchestrator.training.measuring import Measured, positions
 from orchestrator.training.pace import balance_of, caches, effort_of
 from orchestrator.training.precision import Precision
@@ -70,7 +79,8 @@ def plan(
     machine = machine or machine_here(recipe)
     subject = open_subject(recipe, num_examples)
     # A guess of the pace has its share of what is no product in it; one that was measured tells them apart.
-    planner = Planner(subject, machine, 0.0 if calibration is None else balance_of(machine))
+    balance = 0.0 if calibration is None else balance_of(machine, precision_on(machine, recipe))
+    planner = Planner(subject, machine, balance)
     notes = list(subject.notes)
     if recipe.train.precision == "bf16" and not machine.has_bf16:
         notes.append(f"a {machine.name} does not compute bf16 in hardware, so the run would be refused")

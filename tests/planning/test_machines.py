@@ -22,8 +22,42 @@ from orchestrator.planning.machines import ACCELERATORS, GIB
 def test_shapes_name_nodes_devices_and_what_they_are(text: str, nodes: int, devices: int, name: str) -> None:
     found = read_shape(text)
     assert (found.nodes, found.devices, found.name, found.places) == (nodes, devices, name, nodes * devices)
-    assert found.memory == int(name.rpartition("-")[2].removesuffix("GB")) * GIB
     assert found.is_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("T4", 14.5, 15.0),
+        ("V100-16GB", 15.7, 16.0),
+        ("A10G", 21.9, 22.5),
+        ("L4", 21.9, 22.5),
+        ("L40S", 44.3, 45.0),
+        ("A100-40GB", 39.3, 40.0),
+        ("H100", 79.0, 79.65),
+        ("H200", 139.7, 140.4),
+        ("B200", 178.0, 179.1),
+    ],
+)
+def test_devices_have_the_memory_that_pytorch_finds(name: str, least: float, most: float) -> None:
+    """`most` is what `nvidia-smi` tells."""
+    assert least <= read_shape(name).memory / GIB <= most
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_no_device_has_all_the_memory_that_it_is_sold_with(name: str) -> None:
+    assert all(0.9 * size < found < size for size, found in ACCELERATORS[name].memory.items())
+
+
+def test_products_in_fp32_have_a_rate_of_their_own() -> None:
+    found = read_shape("A100")
+    assert (found.rate_in("bf16"), found.rate_in("fp32")) == (312e12, 19.5e12)
+    assert all(each.teraflops_fp32 < each.teraflops for each in ACCELERATORS.values())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("A100", "A100-40GB"), ("V100", "V100-16GB"), ("A100-80G", "A100-80GB")])
+def test_of_a_size_that_the_cluster_does_not_tell_the_smallest_is_planned_with(kind: str, name: str) -> None:
+    assert machine_of([{"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{kind}": 1.0}]).name == name
 
 
 @pytest.mark.parametrize(
@@ -43,7 +77,7 @@ def test_shapes_that_are_none_are_refused_with_what_would_be_right(text: str, wo
 
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_every_accelerator_can_be_named_as_it_is_shown(name: str) -> None:
-    for size in ACCELERATORS[name].gigabytes:
+    for size in ACCELERATORS[name].memory:
         assert read_shape(f"{name}-{size}GB").name == f"{name}-{size}GB"
 
 

@@ -21,7 +21,7 @@ import orchestrator
 from orchestrator import load_recipe
 from orchestrator.cli import main
 from orchestrator.errors import InputError, ModelError
-from orchestrator.planning import processors, read_shape
+from orchestrator.planning import EFFICIENCY, processors, read_shape
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.training import measuring
 from orchestrator.training.assemble import assemble
@@ -168,6 +168,15 @@ def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     fits = {(option.zero_stage, option.offload): option.fits for option in found.options}
     assert fits[3, "none"]
     assert not fits[2, "none"]
+
+
+def test_the_pace_is_that_of_the_precision(tmp_path: Path) -> None:
+    recipe = language_recipe(write_config(tmp_path), train={"steps": 1})
+    # A T4 has no bf16, and in fp32 an eighth of what its data sheet tells of fp16.
+    assert plan(recipe, read_shape("T4")).effort.rate == EFFICIENCY * 8.1e12
+    assert plan(recipe, read_shape("A100")).effort.rate == EFFICIENCY * 312e12
+    in_fp32 = changed(recipe, train={"steps": 1, "precision": "fp32"})
+    assert plan(in_fp32, read_shape("A100")).effort.rate == EFFICIENCY * 19.5e12
 
 
 def test_following_the_advice_makes_it_fit(tmp_path: Path) -> None:
