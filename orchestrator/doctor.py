@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 
@@ -24,6 +25,8 @@ EXTRAS = {
     "track": "tensorboard",
     "test": "pytest",
 }
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+"""There where NVIDIA's driver runs, in containers only where they are given a GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def examine_hardware() -> list[Finding]:
         return found
     import torch
 
+    from orchestrator.training.devices import driver_remedy, why_gpu_is_unusable
     from orchestrator.training.precision import has_bf16
 
     fast = has_bf16(torch.device("cpu"))
@@ -80,11 +84,18 @@ def examine_hardware() -> list[Finding]:
             "processor", f"bf16 in hardware{' (AMX)' if amx else ''}" if fast else "no bf16 in hardware; trains in fp32"
         )
     )
+    reason = why_gpu_is_unusable()
+    if reason is not None:
+        value = f"{torch.cuda.device_count()}, which PyTorch cannot use: {reason}"
+        return [*found, Finding("GPU", value, driver_remedy())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(Finding(f"GPU {index}", f"{properties.name}, {properties.total_memory / gib:.0f} GiB"))
     if not torch.cuda.is_available():
-        found.append(Finding("GPU", "none; trains on the processor"))
+        is_there = torch.version.cuda is None and NVIDIA_DEVICE.exists()
+        value = "one, but this PyTorch is built without CUDA" if is_there else "none"
+        remedy = "pip install --force-reinstall torch" if is_there else None
+        found.append(Finding("GPU", f"{value}; trains on the processor", remedy))
     return found
 
 

@@ -60,6 +60,28 @@ def test_gpus_are_listed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GPU" not in found
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old. Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    found = by_name()["GPU"]
+    assert found.value == "2, which PyTorch cannot use: The NVIDIA driver on your system is too old"
+    assert "install a driver for that" in str(found.remedy)
+
+
+def test_a_gpu_that_this_build_of_pytorch_knows_nothing_of_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path)
+    assert by_name()["GPU"].value == "one, but this PyTorch is built without CUDA; trains on the processor"
+    monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "none")
+    assert by_name()["GPU"] == Finding("GPU", "none; trains on the processor")
+
+
 def test_the_cluster_named_by_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert by_name()["Ray cluster"].value == "10.0.0.1:6379"

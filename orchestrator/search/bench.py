@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.data.streaming import num_streamed
 from orchestrator.recipe import dump_recipe
 from orchestrator.search.records import Newcomers, score_of
 from orchestrator.search.space import trial_recipe
 from orchestrator.tasks.base import MainMetric
+from orchestrator.training.devices import choose_device
 from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.trainer import Session, open_session
@@ -41,7 +40,7 @@ class Bench:
         self._newcomers = Newcomers(trials)
         self._best_scores: list[float] = []
         """The best of `trials` until now, best first, as many as are kept."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(prepared.recipe)
 
     @contextmanager
     def session(self, parameters: dict[str, Any], directory: RunDirectory) -> Iterator[Session]:

@@ -25,6 +25,7 @@ from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.resources import num_concurrent, resources_here, trial_resources
 from orchestrator.search.space import trial_recipe
 from orchestrator.training.assemble import assemble
+from orchestrator.training.devices import choose_device
 from orchestrator.training.engine import build_engine, micro_batch_size
 from orchestrator.training.evaluation import score
 from orchestrator.training.features import CACHED_SPLITS, split_at_boundary
@@ -148,8 +149,7 @@ def mean_share(evaluations: int, grace: int, reduction: int) -> float:
 def measure(plan: Plan) -> Pace:
     """Time some steps of the whole model, and size up its features."""
     prepared = plan.prepared
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(prepared.recipe, device)
+    precision = choose_precision(prepared.recipe, choose_device(prepared.recipe))
     whole = with_transfer(prepared, freeze=0, adapter=None)
     parts = assemble(whole)
     steps = steps_of(whole)

@@ -21,11 +21,14 @@ from orchestrator.search.running import Report
 from orchestrator.search.space import trial_recipe
 from orchestrator.search.workplace import make_workplace
 from orchestrator.training.cluster import has_cluster
+from orchestrator.training.devices import uses_gpu
 
 
 def can_run_here(plan: Plan) -> bool:
     """Whether every trial trains only its head, and there is nothing to spread trials over but this machine's cores."""
-    if plan.known is None or plan.search.scheduler == "pbt" or has_cluster() or torch.cuda.device_count() > 1:
+    if plan.known is None or plan.search.scheduler == "pbt" or has_cluster():
+        return False
+    if uses_gpu(plan.prepared.recipe) and torch.cuda.device_count() > 1:
         return False
     return all(trains_only_the_head(trial_recipe(plan.prepared.recipe, parameters)) for parameters in plan.known)
 

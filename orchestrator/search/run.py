@@ -79,8 +79,10 @@ def search(
         # These need torch, which takes seconds to import: Ray starts meanwhile.
         from orchestrator.search import course
         from orchestrator.search.plan import make_plan
+        from orchestrator.training.devices import refuse_unusable_gpu
 
         plan = make_plan(encode_inputs(inputs, strict))
+        refuse_unusable_gpu(recipe)  # The winner's model is made in this process, wherever the trials run.
         if fresh:
             set_aside(directory)
         create_directory(directory)

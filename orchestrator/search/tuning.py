@@ -27,6 +27,7 @@ from orchestrator.search.halving import Halving
 from orchestrator.search.resources import TrialResources
 from orchestrator.search.running import Listener, Workplace
 from orchestrator.search.searchers import SCORE, Listed, Unsaved
+from orchestrator.training.cluster import HIDES_GPUS
 
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 MAX_RESTARTS = 2  # Of a trial whose process died.
@@ -212,19 +213,20 @@ def plain_actors() -> Iterator[None]:
     """Have Ray Tune's actors run in processes that Ray has started already, with what those have imported.
 
     It hands environment variables to its actors, for which Ray would start other processes. On a cluster that this
-    process has started they are there anyway.
+    process has started they are there anyway; on any other, actors without a GPU are told to see none.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        yield
-        return
     handed = (class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE)
     before = [each.copy() for each in handed]
-    for each in handed:
-        each.clear()
+    if os.environ.get("RAY_ADDRESS"):
+        class_cache.DEFAULT_ENV_VARS[HIDES_GPUS] = "1"
+    else:
+        for each in handed:
+            each.clear()
     try:
         yield
     finally:
         for each, values in zip(handed, before, strict=True):
+            each.clear()
             each.update(values)
 
 

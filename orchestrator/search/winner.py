@@ -15,6 +15,7 @@ from orchestrator.search.bench import trial_inputs
 from orchestrator.search.outcome import BEST_WEIGHTS
 from orchestrator.search.records import SearchDirectory
 from orchestrator.tasks.base import MainMetric
+from orchestrator.training.devices import choose_device
 from orchestrator.training.hooks import Memory
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.trainer import Session, evaluations, finish, make_saver, open_session, resume
@@ -31,9 +32,8 @@ def keep_winner(
     # In one process nothing needs to be spread, and the weights are put in as they are.
     scale = inputs.recipe.scale.model_copy(update={name: getattr(Scale(), name) for name in ("zero_stage", "engine")})
     plain = replace(inputs, recipe=inputs.recipe.model_copy(update={"scale": scale}))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = directory.trial(winner["id"])
-    with open_session(plain, run, 0, device, None, metric) as session:
+    with open_session(plain, run, 0, choose_device(plain.recipe), None, metric) as session:
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
             memory = Memory(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])

@@ -17,6 +17,8 @@ from orchestrator.recipe import Recipe
 
 SECONDS_FOR_FIRST_PROCESSES = 10.0
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""Has Ray's processes that are given no GPU see none; by itself Ray lets them see all of their node."""
 SECONDS_BETWEEN_LOOKS_FOR_MORE = 120.0
 """An elastic run that finds room for more workers begins again from its last checkpoint."""
 
@@ -124,6 +126,7 @@ def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault(WATCHER, "0")
+        os.environ.setdefault(HIDES_GPUS, "1")
         # Otherwise Ray connects to any cluster that somebody has started on this machine.
         options = {"address": "local", "num_cpus": max(num_processes, os.cpu_count() or 1), "include_dashboard": False}
         if preload:
@@ -144,11 +147,21 @@ def wait_for_processes(count: int) -> None:
 
 
 def refuse_missing_gpu(recipe: Recipe) -> None:
-    """Raise ClusterError where the one worker, which is this process, is to have a GPU and there is none."""
+    """Raise ClusterError where the one worker, which is this process, is to have a GPU and there is none for it."""
     import torch
 
+    refuse_gpu_here(recipe)
     if recipe.scale.gpus_per_worker == 1 and not torch.cuda.is_available():
         raise ClusterError(str(too_few(recipe, "GPU", 1, 0)))
+
+
+def refuse_gpu_here(recipe: Recipe) -> None:
+    """Raise ClusterError where this machine is to compute, and its GPU cannot be used as the recipe wants."""
+    # On another cluster this process only waits for the workers.
+    if recipe.scale.workers == 1 or not os.environ.get("RAY_ADDRESS"):
+        from orchestrator.training.devices import refuse_unusable_gpu
+
+        refuse_unusable_gpu(recipe)
 
 
 def refuse_dead_address(address: str) -> None:

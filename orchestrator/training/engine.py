@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
 from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, process_group
+from orchestrator.training.devices import uses_gpu
 from orchestrator.training.precision import Precision
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
 
@@ -140,7 +141,7 @@ class TorchEngine(Engine):
         has_statistics = any(True for _ in trained_statistics(module))
         kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=has_statistics)
         accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=not uses_gpu(recipe),
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[kwargs],
         )

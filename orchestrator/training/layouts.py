@@ -12,6 +12,7 @@ import torch
 from orchestrator.planning import Machine, Memory, ModelSize, PassSize, Setting, memory_of, network_bytes, processors
 from orchestrator.planning.memory import BF16, FP32
 from orchestrator.recipe import Recipe
+from orchestrator.training.devices import uses_gpu
 from orchestrator.training.engine import micro_batch_size, uses_deepspeed
 from orchestrator.training.measuring import Load, Measured, measure, measure_load, whether_packed
 from orchestrator.training.precision import Precision, has_bf16
@@ -137,8 +138,8 @@ def precision_on(machine: Machine, recipe: Recipe) -> Precision:
 
 
 def machine_here(recipe: Recipe) -> Machine:
-    """This machine's GPUs, or its cores where it has none."""
-    if torch.cuda.is_available():
+    """This machine's GPUs, or its cores where it has none or the recipe wants none."""
+    if uses_gpu(recipe):
         first = torch.cuda.get_device_properties(0)
         return Machine(
             name=first.name,

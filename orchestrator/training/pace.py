@@ -78,7 +78,7 @@ def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     if rate is not None:
         basis = f"{EFFICIENCY:.0%} of what a {planner.machine.name} does in {precision} at its best"
         return rate * EFFICIENCY, basis
-    return EFFICIENCY * measure_products(precision), "matrix products timed here"
+    return EFFICIENCY * measure_products(precision, planner.machine.is_gpu), "matrix products timed here"
 
 
 def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
@@ -105,11 +105,10 @@ def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
     return float(total / result["seconds"])
 
 
-def measure_products(precision: Precision) -> float:
+def measure_products(precision: Precision, on_gpu: bool) -> float:
     """Operations a second of matrix products of a common size, on this machine, at their best."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 1024
+    device, size = ("cuda", 4096) if on_gpu else ("cpu", 1024)
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / _least_seconds(lambda: left @ right)
 
@@ -119,10 +118,10 @@ def balance_of(machine: Machine, precision: Precision) -> float:
     rate = machine.rate_in(precision)
     if rate is not None and machine.bandwidth is not None:
         return rate / machine.bandwidth
-    numbers = torch.ones(NUMBERS_MOVED, device="cuda" if torch.cuda.is_available() else "cpu")
+    numbers = torch.ones(NUMBERS_MOVED, device="cuda" if machine.is_gpu else "cpu")
     # A common function of one number, which processors do not do as fast as they move it.
     moved = 2 * numbers.nbytes / _least_seconds(lambda: torch.nn.functional.gelu(numbers))
-    return measure_products("fp32") / moved
+    return measure_products("fp32", machine.is_gpu) / moved
 
 
 def _least_seconds(work: Callable[[], torch.Tensor]) -> float:

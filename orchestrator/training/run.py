@@ -16,7 +16,7 @@ from orchestrator.errors import InputError, OrchestratorError, Problem, RecipeEr
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.report import write_report
 from orchestrator.storage import join
-from orchestrator.training.cluster import cluster_nodes, ray_session
+from orchestrator.training.cluster import cluster_nodes, ray_session, refuse_gpu_here
 from orchestrator.training.disk import refuse_full_disk
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 from orchestrator.training.progress import live_line
@@ -78,6 +78,7 @@ def train(
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
         wait_for_cluster = stack.enter_context(ray_session(recipe))
         prepared = check_model(encode_inputs(inputs, strict))
+        refuse_gpu_here(recipe)
         aside = set_aside(directory) if fresh else None
         create_directory(directory)
         stack.enter_context(directory.locked())

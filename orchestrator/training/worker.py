@@ -15,7 +15,7 @@ from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
-from orchestrator.training.cluster import has_notices, remove_orphans, scaling
+from orchestrator.training.cluster import HIDES_GPUS, has_notices, remove_orphans, scaling
 from orchestrator.training.dead_workers import last_line, reason, teller
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
@@ -133,11 +133,18 @@ def fit(
             callbacks: list[Any] = super()._create_default_callbacks()
             return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
+    class OnCpu(TorchConfig):  # type: ignore[misc]
+        """Without a context on the first GPU that this process sees, which Ray Train otherwise makes."""
+
+        train_func_context = contextlib.nullcontext
+
     run = Trainer(
         loop,
         train_loop_config=config,
         scaling_config=size,
-        torch_config=TorchConfig(timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS),
+        torch_config=(OnCpu if recipe.scale.gpus_per_worker == 0 else TorchConfig)(
+            timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS
+        ),
         run_config=ray.train.RunConfig(
             name=f"attempt-{attempt}",
             storage_path=str(storage),
@@ -176,13 +183,16 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     import ray.train
     from ray.train.torch import get_device
 
+    from orchestrator.training.devices import choose_device
+
     context = ray.train.get_context()
     rank = context.get_world_rank()
     prepared = config["prepared"]
+    alone = not isinstance(prepared, ray.ObjectRef)  # In the calling process.
     if config["credentials"] is not None:
         os.environ.update(ray.get(config["credentials"]))
     with contextlib.ExitStack() as stack:
-        if isinstance(prepared, ray.ObjectRef):
+        if not alone:
             # By the same address as Ray numbers the workers of a node, of which two on one machine are one.
             directory = open_run(config["place"], ray.util.get_node_ip_address())
             directory.leads_node = context.get_local_rank() == 0
@@ -198,7 +208,8 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         prepared = with_workers(prepared, context.get_world_size())
         try:
             notice = PreemptionNotice() if config["has_notices"] else None
-            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank, notice)
+            device = choose_device(prepared.recipe) if alone else get_device()
+            train_in_passes_that_fit(prepared, directory, config["attempt"], device, rank, notice)
         except OrchestratorError as error:
             return error
         if directory.leads_node:
@@ -253,14 +264,21 @@ def train_in_passes_that_fit(
 
 
 def worker_environment() -> dict[str, Any]:
-    """The runtime environment of Ray Train's workers: how their threads wait, and what they import beforehand.
+    """The runtime environment of Ray Train's workers: how their threads wait, what they import beforehand, and that
+    those without a GPU see none.
 
     Ray's hook for new processes is set by the variable that it uses itself, because Ray lets only whole jobs set it.
     """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
     hook = f"{import_ahead.__name__}.{import_ahead.start.__name__}"
-    return {"env_vars": {"GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"], WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook}}
+    return {
+        "env_vars": {
+            "GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"],
+            WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
+            HIDES_GPUS: "1",
+        }
+    }
 
 
 @contextlib.contextmanager
