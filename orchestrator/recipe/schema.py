@@ -57,7 +57,8 @@ class Source(Section):
     revision: Text | None = None
     """Hub revision; a full commit hash is required when `trust_remote_code` is true."""
     config: Text | None = None
-    """A copy of the model's config.json (or its folder), for `orchestrator plan` where the model is out of reach."""
+    """A copy of the model's config.json, under any name, or its folder: for `orchestrator plan` where the model is out of
+    reach."""
     trust_remote_code: bool = False
     """Run model code from the Hub. Refused without a pinned commit in `revision`."""
 

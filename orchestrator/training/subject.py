@@ -172,13 +172,17 @@ def _find_source(recipe: Recipe) -> SourceModel:
 def _open_config(recipe: Recipe) -> SourceModel:
     where = recipe.origin.where("source.config")
     path = recipe.origin.folder / str(recipe.source.config)
-    folder = path.parent if path.is_file() else path
+    file = path if path.is_file() else path / CONFIG_FILE
+    remedy = f"name a copy of the model's {CONFIG_FILE}, or the folder that holds it"
     try:
-        json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what = f"{show_path(folder / CONFIG_FILE)} cannot be read: {error}"
-        raise InputError(Problem(what, where, f"name a model's {CONFIG_FILE}, or the folder that holds it")) from error
-    return SourceModel(recipe.source.model, str(folder), None, True, recipe.source.trust_remote_code, None, where)
+        raise InputError(Problem(f"{show_path(file)} cannot be read: {error}", where, remedy)) from error
+    if not isinstance(values, dict):
+        raise InputError(Problem(f"{show_path(file)} holds no JSON object", where, remedy))
+    # Code of the model's own lies beside a file that has its usual name.
+    location = str(file.parent if file.name == CONFIG_FILE else file)
+    return SourceModel(recipe.source.model, location, None, True, recipe.source.trust_remote_code, None, where)
 
 
 def _size(source: SourceModel) -> int:

@@ -170,6 +170,21 @@ def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     assert not fits[2, "none"]
 
 
+@pytest.mark.parametrize("name", ["llama70b-config.json", "config.json", "llama.txt"])
+def test_a_config_may_have_any_name(name: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "model") / "config.json"
+    moved = shutil.copy(config, tmp_path / name)
+    found = plan(language_recipe(moved, train={"steps": 1}), read_shape("T4"))
+    assert found.total == plan(language_recipe(config.parent, train={"steps": 1}), read_shape("T4")).total
+
+
+@pytest.mark.parametrize(("text", "words"), [("[]", "odd.json holds no JSON object"), ("{", "odd.json cannot be read")])
+def test_a_config_that_is_none_is_refused_by_its_name(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        plan(language_recipe(tmp_path / "odd.json"), read_shape("T4"))
+
+
 def test_the_pace_is_that_of_the_precision(tmp_path: Path) -> None:
     recipe = language_recipe(write_config(tmp_path), train={"steps": 1})
     # A T4 has no bf16, and in fp32 an eighth of what its data sheet tells of fp16.
