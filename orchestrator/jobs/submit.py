@@ -115,7 +115,9 @@ def refuse_too_small(workers: int, each: dict[str, int], nodes: Sequence[dict[st
     needs = " and ".join(f"{number} {kind}" for kind, number in wanted.items())
     where = recipe.origin.where("scale.workers")
     remedy = f"set scale.workers to {room} or less" if room else "lower scale.cpus_per_worker or scale.gpus_per_worker"
+    known = f", scale.gpus_per_worker to {each['GPU']}" if recipe.scale.gpus_per_worker == "auto" else ""
     raise ClusterError(
         f"{where}: {workers} workers with {needs} each do not fit: the cluster has {len(nodes)} nodes ({have})\n"
         f"    -> {remedy}, or give the cluster more nodes; where an autoscaler does, set scale.wait_for_nodes to true"
+        f"{known}"
     )

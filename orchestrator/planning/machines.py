@@ -138,8 +138,11 @@ def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
     """
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     if not with_gpus:
-        cores = min(int(node.get("CPU", 0)) for node in nodes)
-        return processors("the cluster's CPUs", len(nodes), cores, int(min(node.get("memory", 0) for node in nodes)))
+        # A head node may be there for no work.
+        workers = [node for node in nodes if node.get("CPU", 0) >= 1] or nodes
+        cores = min(int(node.get("CPU", 0)) for node in workers)
+        memory = int(min(node.get("memory", 0) for node in workers))
+        return processors("the cluster's CPUs", len(workers), cores, memory)
     kinds = {name.partition(":")[2] for node in with_gpus for name in node if name.startswith("accelerator_type:")}
     if len(kinds) != 1:
         what = f"the cluster's GPUs are of {len(kinds)} kinds ({', '.join(sorted(kinds)) or 'none is named'})"

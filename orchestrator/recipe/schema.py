@@ -57,8 +57,8 @@ class Source(Section):
     revision: Text | None = None
     """Hub revision; a full commit hash is required when `trust_remote_code` is true."""
     config: Text | None = None
-    """A copy of the model's config.json, under any name, or its folder: for `orchestrator plan` where the model is out of
-    reach."""
+    """A copy of the model's config.json under any name, or its folder: for `orchestrator plan` where the model is out
+    of reach."""
     trust_remote_code: bool = False
     """Run model code from the Hub. Refused without a pinned commit in `revision`."""
 
@@ -247,9 +247,10 @@ class Scale(Section):
     wait_for_nodes: bool = False
     """Where the cluster has no room yet, wait for nodes that its autoscaler brings, instead of refusing."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
-    """GPUs of a worker; `auto` takes one where the cluster has them."""
+    """GPUs of a worker; `auto` takes one where the cluster has them, 0 none wherever it runs."""
     cpus_per_worker: Literal["auto"] | PositiveInt = "auto"
-    """Cores of a worker; `auto` shares the machine's cores among the workers."""
+    """Cores of a worker, which is placed whole on one machine; `auto` shares the cores of the machines that workers fit
+    on."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """`torch` is plain PyTorch or DDP; `auto` takes DeepSpeed when `zero_stage` is above 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0

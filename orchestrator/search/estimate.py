@@ -22,7 +22,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.search.here import can_run_here
 from orchestrator.search.packing import trains_only_the_head
 from orchestrator.search.plan import Plan, make_plan
-from orchestrator.search.resources import num_concurrent, resources_here, trial_resources
+from orchestrator.search.resources import nodes_here, num_concurrent, trial_resources
 from orchestrator.search.space import trial_recipe
 from orchestrator.training.assemble import assemble
 from orchestrator.training.devices import choose_device
@@ -79,8 +79,8 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     """
     prepared = encode_inputs(read_inputs(recipe, strict), strict)
     plan = make_plan(prepared)
-    have, is_here = resources_here(recipe), can_run_here(plan)
-    concurrent = 1 if is_here else num_concurrent(plan, have, trial_resources(recipe, have))
+    nodes, is_here = nodes_here(recipe), can_run_here(plan)
+    concurrent = 1 if is_here else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:

@@ -17,7 +17,7 @@ from orchestrator.search.resources import num_concurrent, trial_resources
 from orchestrator.search.searchers import Listed, Suggested, optuna_searcher
 from orchestrator.search.space import decode
 from orchestrator.search.workplace import make_workplace
-from orchestrator.training.cluster import cluster_resources
+from orchestrator.training.cluster import cluster_nodes
 
 SUGGESTED = "suggested.jsonl"
 
@@ -28,9 +28,9 @@ class OnRay:
     def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
         self.plan = plan
         self.directory = directory
-        have = cluster_resources()
-        self.resources = trial_resources(plan.prepared.recipe, have)
-        self.concurrent = num_concurrent(plan, have, self.resources)
+        nodes = cluster_nodes()
+        self.resources = trial_resources(plan.prepared.recipe, nodes)
+        self.concurrent = num_concurrent(plan, nodes, self.resources)
 
     @property
     def num_packs(self) -> int:

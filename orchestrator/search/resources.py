@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from orchestrator.errors import ClusterError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.search.plan import Plan
+from orchestrator.training.room import Nodes, count_room, least_size, refuse_without_room
 
 Resources = dict[str, float]
 BYTES_OF_A_PROCESS = 1_500_000_000  # Python with torch and what a batch needs, before the model.
@@ -39,51 +39,30 @@ class TrialResources:
         return self.worker if self.workers == 1 else {"memory": 1.0}
 
 
-def resources_here(recipe: Recipe) -> Resources:
-    """CPUs and GPUs of a cluster that is started on this machine: more workers than cores share them."""
+def nodes_here(recipe: Recipe) -> Nodes:
+    """The one node of a cluster that is started on this machine: more workers than cores share them."""
     import torch
 
-    return {"CPU": float(max(recipe.scale.workers, os.cpu_count() or 1)), "GPU": float(torch.cuda.device_count())}
+    return [{"CPU": float(max(recipe.scale.workers, os.cpu_count() or 1)), "GPU": float(torch.cuda.device_count())}]
 
 
-def trial_resources(recipe: Recipe, have: Resources) -> TrialResources:
+def trial_resources(recipe: Recipe, nodes: Nodes) -> TrialResources:
     """CPUs and GPUs of one trial.
-
-    Args:
-        have: those of the cluster.
 
     Raises:
         ClusterError: the cluster can never hold one.
     """
-    scale, workers = recipe.scale, recipe.scale.workers
-    gpus = float(min(1, int(have["GPU"]) // workers)) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
-    cpus = 1.0 if scale.cpus_per_worker == "auto" else float(scale.cpus_per_worker)
-    wanted = {"CPU": cpus, "GPU": float(gpus)}
-    short = [too_little(recipe, kind, each, have[kind]) for kind, each in wanted.items() if each * workers > have[kind]]
-    if short:
-        raise ClusterError("\n".join(map(str, short)))
-    return TrialResources({kind: each for kind, each in wanted.items() if each}, workers)
+    each = least_size(recipe, nodes)
+    refuse_without_room(recipe, recipe.scale.workers, each, nodes, is_trial=True)
+    return TrialResources({kind: float(number) for kind, number in each.items() if number}, recipe.scale.workers)
 
 
-def too_little(recipe: Recipe, kind: str, each: float, have: float) -> Problem:
-    """What the cluster lacks of one kind of resource."""
-    workers, lower = recipe.scale.workers, f"lower scale.{kind.lower()}s_per_worker"
-    if workers == 1:
-        return Problem(f"a trial needs {each:g} {kind}s, the cluster has {have:g}", None, f"{lower}, or give it more")
-    what = (
-        f"a trial has {workers} workers with {each:g} {kind} each, so it needs {workers * each:g} {kind}s; "
-        f"the cluster has {have:g}"
-    )
-    remedy = f"set scale.workers to {have // each:g} or less" if have >= each else lower
-    return Problem(what, recipe.origin.where("scale.workers"), f"{remedy}, or give the cluster more {kind}s")
-
-
-def num_concurrent(plan: Plan, have: Resources, each: TrialResources) -> int:
+def num_concurrent(plan: Plan, nodes: Nodes, each: TrialResources) -> int:
     """Trials at a time: as the recipe says, or as many as cores, GPUs and free memory are for; no more than trials.
 
     Trials of several workers are never more than the cluster holds: one more would hold its actor, and only wait.
     """
-    by_devices = min(int(have[kind] // wanted) for kind, wanted in each.total.items())
+    by_devices = count_room(each.worker, nodes) // each.workers
     trials = max(1, plan.num_trials)
     if plan.search.concurrent != "auto":
         wanted = min(plan.search.concurrent, trials)

@@ -23,7 +23,7 @@ from orchestrator.search.resources import trial_resources
 from orchestrator.search.running import RunningTrial
 from orchestrator.search.trial import Trial
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.cluster import cluster_resources
+from orchestrator.training.cluster import cluster_nodes
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.worker import run_crew
 
@@ -78,7 +78,7 @@ def make_workplace(
     foreman = None
     workers = prepared.recipe.scale.workers
     if workers > 1:
-        resources = trial_resources(prepared.recipe, cluster_resources()).worker
+        resources = trial_resources(prepared.recipe, cluster_nodes()).worker
         threads = max(int(resources["CPU"]), num_threads // workers)
 
         def hire() -> Crew:

@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.errors import ClusterError, Problem
 from orchestrator.recipe import Recipe
+from orchestrator.training.room import least_size, refuse_without_room, size_of_worker
 
 SECONDS_FOR_FIRST_PROCESSES = 10.0
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -29,27 +30,16 @@ def scaling(recipe: Recipe) -> Any:
     Raises:
         ClusterError: the cluster cannot hold them, and the recipe does not wait for one that can.
     """
-    import ray
     from ray.train import ScalingConfig
 
-    have = ray.cluster_resources()
-    scale = recipe.scale
-    workers = scale.min_workers or scale.workers
-    gpus = min(1, int(have.get("GPU", 0)) // workers) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
-    share = max(1, int(have.get("CPU", 1)) // scale.workers)
-    wanted = {"CPU": share if scale.cpus_per_worker == "auto" else scale.cpus_per_worker, "GPU": gpus}
-    short = [
-        too_few(recipe, kind, each, int(have.get(kind, 0)))
-        for kind, each in wanted.items()
-        if workers * each > have.get(kind, 0)
-    ]
-    if short and not scale.wait_for_nodes:
-        raise ClusterError("\n".join(map(str, short)))
-    resources = {kind: each for kind, each in wanted.items() if each}
+    scale, nodes = recipe.scale, cluster_nodes()
+    if not scale.wait_for_nodes:
+        refuse_without_room(recipe, scale.min_workers or scale.workers, least_size(recipe, nodes), nodes)
+    each = size_of_worker(recipe, nodes)
     return ScalingConfig(
         num_workers=scale.workers if scale.min_workers is None else (scale.min_workers, scale.workers),
-        use_gpu=gpus > 0,
-        resources_per_worker=resources,
+        use_gpu=each["GPU"] > 0,
+        resources_per_worker={kind: number for kind, number in each.items() if number},
         elastic_resize_monitor_interval_s=SECONDS_BETWEEN_LOOKS_FOR_MORE,
     )
 
@@ -61,25 +51,10 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster."""
-    import ray
-
-    return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-
-
 def has_cluster() -> bool:
     """Whether this process is told of a Ray cluster, or is in one already."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
-
-
-def too_few(recipe: Recipe, kind: str, each: int, have: int) -> Problem:
-    """What the cluster lacks of one kind of resource, for workers that want `each` of it."""
-    workers = recipe.scale.min_workers or recipe.scale.workers
-    fewer = f"set scale.workers to {have // each} or less" if have >= each else f"set scale.{kind.lower()}s_per_worker"
-    what = f"{workers} workers with {each} {kind} each need {workers * each} {kind}s, the cluster has {have}"
-    return Problem(what, recipe.origin.where("scale.workers"), f"{fewer}, or give the cluster more {kind}s")
 
 
 @contextlib.contextmanager
@@ -152,7 +127,8 @@ def refuse_missing_gpu(recipe: Recipe) -> None:
 
     refuse_gpu_here(recipe)
     if recipe.scale.gpus_per_worker == 1 and not torch.cuda.is_available():
-        raise ClusterError(str(too_few(recipe, "GPU", 1, 0)))
+        where, remedy = recipe.origin.where("scale.gpus_per_worker"), "set it to auto or 0, or use a machine with a GPU"
+        raise ClusterError(str(Problem("gpus_per_worker is 1, and this machine has no GPU", where, remedy)))
 
 
 def refuse_gpu_here(recipe: Recipe) -> None:

@@ -26,6 +26,8 @@ def choose_scale(prepared: Prepared, nodes: Sequence[Mapping[str, float]] | None
         InputError: the cluster's GPUs are of a kind that is not known.
     """
     recipe = prepared.recipe
+    if nodes is not None and recipe.scale.gpus_per_worker == 0:
+        nodes = [{kind: number for kind, number in node.items() if kind != "GPU"} for node in nodes]
     machine = machine_here(recipe) if nodes is None else machine_of(nodes)
     planner = Planner(Subject(prepared, len(prepared.encoded("train"))), machine)
     option = planner.option(recipe, micro_batch_size(recipe))

@@ -38,26 +38,39 @@ def rates(*values: float) -> str:
 
 def test_a_trial_takes_what_all_of_its_workers_take(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.cpus_per_worker=3"])
-    found = trial_resources(recipe, {"CPU": 8.0, "GPU": 2.0})
+    found = trial_resources(recipe, [{"CPU": 8.0, "GPU": 2.0}])
     assert found.worker == {"CPU": 3.0, "GPU": 1.0}
     assert found.total == {"CPU": 6.0, "GPU": 2.0}
-    assert trial_resources(load_recipe(write_recipe()), {"CPU": 8.0, "GPU": 0.0}).actor == {"CPU": 1.0}
+    assert trial_resources(load_recipe(write_recipe()), [{"CPU": 8.0, "GPU": 0.0}]).actor == {"CPU": 1.0}
 
 
 def test_the_actor_of_several_workers_takes_nothing_that_workers_need(write_recipe: Callable[..., Path]) -> None:
-    found = trial_resources(load_recipe(write_recipe(), ["scale.workers=2"]), {"CPU": 2.0, "GPU": 0.0})
+    found = trial_resources(load_recipe(write_recipe(), ["scale.workers=2"]), [{"CPU": 2.0, "GPU": 0.0}])
     assert not {"CPU", "GPU"} & found.actor.keys()
 
 
-def test_workers_share_no_gpu(write_recipe: Callable[..., Path]) -> None:
+def test_workers_share_no_gpu_and_leave_none_without_a_word(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["scale.workers=2"])
-    assert trial_resources(recipe, {"CPU": 4.0, "GPU": 1.0}).worker == {"CPU": 1.0}
+    with pytest.raises(ClusterError, match=r"room for 1 [\s\S]*workers to 1 or less, or scale.gpus_per_worker to 0"):
+        trial_resources(recipe, [{"CPU": 4.0, "GPU": 1.0}])
+    recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.gpus_per_worker=0"])
+    assert trial_resources(recipe, [{"CPU": 4.0, "GPU": 1.0}]).worker == {"CPU": 1.0}
 
 
 def test_a_trial_that_never_fits_is_refused(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["scale.workers=4", "scale.cpus_per_worker=2"])
-    with pytest.raises(ClusterError, match=r"4 workers with 2 CPU each, so it needs 8 CPUs; the cluster has 7[\s\S]*3"):
-        trial_resources(recipe, {"CPU": 7.0, "GPU": 0.0})
+    with pytest.raises(ClusterError, match=r"a trial has 4 workers with 2 CPU each[\s\S]*room for 3 \(1 node: 7 CPU"):
+        trial_resources(recipe, [{"CPU": 7.0}])
+
+
+def test_the_workers_of_a_trial_are_placed_whole_on_nodes(write_recipe: Callable[..., Path]) -> None:
+    # 12 CPUs in all, and no node has 4.
+    recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.cpus_per_worker=4"])
+    with pytest.raises(ClusterError, match="room for 0"):
+        trial_resources(recipe, [{"CPU": 3.0}] * 4)
+    plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=8))
+    # 24 CPUs in all would be for four trials with two workers of 3 CPUs, but each node holds one worker alone.
+    assert num_concurrent(plan, [{"CPU": 4.0}] * 6, TrialResources({"CPU": 3.0}, workers=2)) == 3
 
 
 @pytest.mark.parametrize(("concurrent", "expected"), [("auto", 3), (2, 2), (8, 3)])
@@ -66,7 +79,7 @@ def test_as_many_trials_run_as_their_workers_fit(concurrent: Any, expected: int)
     each = TrialResources({"CPU": 2.0}, workers=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
-        assert num_concurrent(plan, {"CPU": 14.0, "GPU": 0.0}, each) == expected
+        assert num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each) == expected
 
 
 # ---- the actor and its crew
