@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A Ray cluster of all nodes of a Slurm job, for one command of the orchestrator:
 #   sbatch --nodes 4 --gpus-per-node 8 cluster/slurm.sh train RECIPE scale.workers=32 scale.storage=/shared/runs
-# The environment that is active when it is submitted must hold the orchestrator, on every node under the same path.
+# The environment that is active when it is submitted must hold the orchestrator, on every node under the same path, and
+# its PyTorch must suit the nodes' NVIDIA driver (srun --gpus 1 orchestrator doctor).
 #SBATCH --job-name=orchestrator
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -9,7 +10,7 @@
 set -euo pipefail
 
 if [ "$#" -eq 0 ] || [ -z "${SLURM_JOB_NODELIST:-}" ]; then
-  sed -n '2,4p' "$0" >&2
+  sed -n '2,5p' "$0" >&2
   exit 2
 fi
 

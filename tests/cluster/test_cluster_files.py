@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,27 @@ def test_files_for_the_launcher_fit_its_schema(path: Path) -> None:
     assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
     # Reached through a tunnel alone.
     assert "--dashboard-host=127.0.0.1" in "".join(starts)
+
+
+OLDEST_DRIVER = {"12": 525, "13": 580}
+"""Of NVIDIA for Linux, by the CUDA that PyTorch was built for (CUDA's release notes, "minor version compatibility")."""
+
+
+def test_images_of_machines_have_a_driver_that_suits_the_locked_torch() -> None:
+    lock = (CLUSTER / "requirements.lock").read_text(encoding="utf-8")
+    cuda = re.search(r"^nvidia-cuda-runtime(?:-cu\d+)?==(\d+)\.", lock, re.MULTILINE)
+    assert cuda is not None
+    oldest = OLDEST_DRIVER[cuda[1]]
+    gcp, aws = (
+        [node["node_config"] for node in yaml.safe_load((CLUSTER / name).read_text())["available_node_types"].values()]
+        for name in ("gcp.yaml", "aws.yaml")
+    )
+    images = [node["disks"][0]["initializeParams"]["sourceImage"] for node in gcp]
+    assert all(int(image.rpartition("-nvidia-")[2]) >= oldest for image in images)
+    # Amazon numbers its images, so the user looks up the latest one. What Ray takes by itself is years old.
+    assert {node["ImageId"] for node in aws} == {"IMAGE"}
+    for name in ("aws.yaml", "Dockerfile", "kuberay/cluster.yaml"):
+        assert f"{oldest} or newer" in (CLUSTER / name).read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "job.yaml"])
