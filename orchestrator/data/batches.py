@@ -59,7 +59,12 @@ class BatchOrder:
 
 
 def deal(
-    batch: Indices, lengths: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int
+    batch: Indices,
+    lengths: Indices,
+    num_workers: int,
+    micro_batch_size: int,
+    cost_of_pass: int,
+    tokens_per_pass: int | None = None,
 ) -> list[list[Indices]]:
     """Deal a global batch: `result[i][rank]` are the examples of worker `rank` in the i-th forward pass.
 
@@ -70,13 +75,16 @@ def deal(
     Args:
         micro_batch_size: examples of one worker in one pass, at most.
         cost_of_pass: what one more pass costs, in the unit of `lengths`.
+        tokens_per_pass: as in `cheapest_cuts`.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    cuts = cheapest_cuts(lengths[order], num_workers, micro_batch_size, cost_of_pass)
+    cuts = cheapest_cuts(lengths[order], num_workers, micro_batch_size, cost_of_pass, tokens_per_pass)
     return [[part[rank::num_workers] for rank in range(num_workers)] for part in np.split(order, cuts)]
 
 
-def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int) -> list[int]:
+def cheapest_cuts(
+    ascending: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int, tokens_per_pass: int | None = None
+) -> list[int]:
     """Where to cut sorted examples into passes so that padded tokens and passes cost least.
 
     A pass costs `cost_of_pass` and, on its busiest worker, its number of examples times its longest one. The cheapest
@@ -84,6 +92,8 @@ def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, c
 
     Args:
         ascending: lengths; shape [num_examples].
+        tokens_per_pass: the most that a pass may have on its busiest worker, padding counted, in the unit of the
+            lengths; a single example that is longer has a pass of its own. None for no limit.
 
     Returns:
         The first example of each pass but the first one.
@@ -95,6 +105,9 @@ def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, c
     for end in range(1, num_examples + 1):
         starts = np.arange(max(0, end - largest), end)
         busiest = -(-(end - starts) // num_workers)
+        if tokens_per_pass is not None:
+            fits = busiest * ascending[end - 1] <= max(tokens_per_pass, ascending[end - 1])
+            starts, busiest = starts[fits], busiest[fits]
         costs = cheapest[starts] + cost_of_pass + busiest * ascending[end - 1]
         best = int(costs.argmin())
         cheapest[end], begins[end] = costs[best], starts[best]
@@ -107,7 +120,12 @@ def cheapest_cuts(ascending: Indices, num_workers: int, micro_batch_size: int, c
 
 
 def evaluation_batches(
-    lengths: Indices, batch_size: int, num_workers: int, rank: int, cost_of_pass: int
+    lengths: Indices,
+    batch_size: int,
+    num_workers: int,
+    rank: int,
+    cost_of_pass: int,
+    tokens_per_pass: int | None = None,
 ) -> Iterator[Indices]:
     """This worker's share of a split, each example once over all workers, longest first (memory fails early, not late).
 
@@ -117,8 +135,9 @@ def evaluation_batches(
     Args:
         batch_size: examples of a worker in one pass, at most.
         cost_of_pass: as in `cheapest_cuts`.
+        tokens_per_pass: as in `cheapest_cuts`.
     """
     order = np.argsort(-lengths, kind="stable")
-    cuts = cheapest_cuts(lengths[order[::-1]], num_workers, batch_size, cost_of_pass)
+    cuts = cheapest_cuts(lengths[order[::-1]], num_workers, batch_size, cost_of_pass, tokens_per_pass)
     for part in np.split(order, [len(order) - cut for cut in reversed(cuts)]):
         yield part[rank::num_workers]

@@ -210,7 +210,8 @@ class Train(Section):
     """Examples per optimizer step, over all workers."""
     micro_batch_size: Literal["auto"] | PositiveInt = "auto"
     """Examples per forward pass on one worker; `auto` takes a worker's whole share of the global batch, up to 32, and
-    half as many each time that memory runs out. The losses stay the same, but for what dropout draws."""
+    half as many tokens in a pass each time that memory runs out. The losses stay the same, but for what dropout draws.
+    """
     group_by_length: bool = True
     """Put examples of similar length into a batch (in shuffled order), so that little is spent on padding."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -25,6 +25,7 @@ from orchestrator.tasks.base import MainMetric
 from orchestrator.training.hooks import Memory, is_due
 from orchestrator.training.logs import log_to
 from orchestrator.training.loop import Step
+from orchestrator.training.out_of_memory import is_out_of_memory
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.run_directory import RunDirectory, finite, write_atomically, write_json
 from orchestrator.training.trainer import Session, evaluations, open_session, resume
@@ -33,7 +34,7 @@ from orchestrator.training.worker import output_to
 SECONDS_OF_ONE_WAIT = 60.0  # Workers that wait for worker 0 must hear of it before their collective times out.
 SHARE_OF_TIME_FOR_SAVING = 0.05
 # What would come again if the workers were started again.
-LASTING_ERRORS = (OrchestratorError, torch.OutOfMemoryError, MemoryError, ValueError, ArithmeticError)
+LASTING_ERRORS = (OrchestratorError, ValueError, ArithmeticError)
 
 
 def serve(
@@ -139,7 +140,7 @@ class Member:
             self.tell(over=True, failure=str(error))
         except TRIAL_ERRORS as error:
             # The others may be waiting for this one. Ray Train sees it die and starts all again.
-            if isinstance(error, LASTING_ERRORS):
+            if isinstance(error, LASTING_ERRORS) or is_out_of_memory(error):
                 write_atomically(note, str(error) or type(error).__name__)
             raise
 

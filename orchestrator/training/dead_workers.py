@@ -1,4 +1,4 @@
-"""What the user is told when workers die, in the words of the run and not in those of Ray's logs."""
+"""When workers die: what the user is told, in the words of the run and not in those of Ray's logs; what follows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,48 @@ import contextlib
 import os
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
+
+
+class BeginAgain(Exception):
+    """Raised by a worker that has to begin again, with all others, for a reason that does not count as a failure."""
+
+
+class GiveUp(Exception):
+    """Raised by a worker for which beginning again would be of no use; the others may be waiting for it."""
+
+    def __init__(self, error: OrchestratorError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def error_of(failure: Any) -> OrchestratorError | None:
+    """Return what a worker has given up for, from what Ray Train raises; None where none has."""
+    found = getattr(failure, "worker_failures", {}).values()
+    return next((each.error for each in found if isinstance(each, GiveUp)), None)
+
+
+def failure_policy(config: Any) -> Any:
+    """Return Ray Train's own policy for failed workers, but for those that say themselves what is to follow.
+
+    Args:
+        config: Ray Train's `FailureConfig`.
+    """
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+    class Policy(DefaultFailurePolicy):  # type: ignore[misc]
+        def make_decision(self, training_failed_error: Any) -> Any:
+            # Where one worker stops, others die of it.
+            failures = getattr(training_failed_error, "worker_failures", {}).values()
+            if any(isinstance(each, GiveUp) for each in failures):
+                return FailureDecision.RAISE
+            if any(isinstance(each, BeginAgain) for each in failures):
+                return FailureDecision.RETRY
+            return super().make_decision(training_failed_error)
+
+    return Policy(config)
 
 
 def teller(place: str, keys: Any) -> Any:
@@ -21,6 +61,8 @@ def teller(place: str, keys: Any) -> Any:
 
     class Teller(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any(isinstance(each, (BeginAgain, GiveUp)) for each in worker_exceptions.values()):
+                return  # The worker has told it.
             if keys is not None:
                 os.environ.update(ray.get(keys))
             told = what_died(worker_exceptions)

@@ -41,12 +41,16 @@ def predict_rows(model: Any, task: Task, feed: Feed, rows: np.ndarray[Any, Any])
     return {name: values.cpu().numpy() for name, values in task.predict(outputs).items()}, loss
 
 
-def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scored:
+def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_per_pass: int | None = None) -> Scored:
     """Score a split over all workers; metrics hold `loss`, the mean over targets, beside the task's own.
 
     All workers call this, and each takes part in every forward pass, for models that are sharded over them.
+
+    Args:
+        micro_batch_size: examples of a pass in training; here it is twice as many.
+        tokens_per_pass: the same of its tokens, as in `Prepared`.
     """
-    gathered = predict_share(engine, task, feed, micro_batch_size)
+    gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
     predictions, metrics = {}, {}
     if engine.rank == 0:
         predictions = in_order(gathered)
@@ -56,12 +60,16 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Scor
     return Scored(engine.from_first_worker(metrics), predictions)
 
 
-def predict_share(engine: Engine, task: Task, feed: Feed, micro_batch_size: int) -> Gathered:
+def predict_share(
+    engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_per_pass: int | None = None
+) -> Gathered:
     """Predict this worker's share of a split; returns those of all workers, on worker 0."""
     engine.model.eval()
     rows, parts, total = [], [], 0.0
-    batch_size = micro_batch_size * EVALUATION_BATCH_FACTOR
-    for mine in evaluation_batches(feed.lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass):
+    batch_size, lengths = micro_batch_size * EVALUATION_BATCH_FACTOR, feed.lengths
+    most = None if tokens_per_pass is None else tokens_per_pass * EVALUATION_BATCH_FACTOR
+    most = feed.tokens_per_pass(most, lengths)
+    for mine in evaluation_batches(lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass, most):
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
         predictions, loss = predict_rows(engine.model, task, feed, asked)
         if len(mine):
@@ -72,18 +80,26 @@ def predict_share(engine: Engine, task: Task, feed: Feed, micro_batch_size: int)
     return gathered
 
 
-def refer_to_source(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, identity: Sequence[str]) -> None:
+def refer_to_source(
+    engine: Engine,
+    task: Task,
+    feed: Feed,
+    micro_batch_size: int,
+    identity: Sequence[str],
+    tokens_per_pass: int | None = None,
+) -> None:
     """Have the split hold what the model, not trained yet, makes of its examples. All workers call this.
 
     Args:
         identity: what that depends on. It is stored under this, and under how the examples are dealt out: sums over
             other batches differ in their last bits.
     """
-    key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size)
+    limit = [] if tokens_per_pass is None else [tokens_per_pass]
+    key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size, *limit)
     kept = kept_table(key) if engine.rank == 0 else None
     found = engine.from_first_worker(None if kept is None else np.stack([column.to_numpy() for column in kept], 1))
     if found is None:
-        gathered = predict_share(engine, task, feed, micro_batch_size)
+        gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
         (found,) = in_order(gathered).values() if engine.rank == 0 else (None,)
         if found is not None:
             table = pa.table({str(number): column for number, column in enumerate(found.T)})

@@ -59,6 +59,12 @@ class Feed:
             batch[FEATURES] = as_tensor(values, self.features.note).to(self.device, non_blocking=True)
         return batch
 
+    def tokens_per_pass(self, most: int | None, lengths: npt.NDArray[np.int64]) -> int | None:
+        """Return a limit of tokens in the unit of the lengths that a pass is cut by: features may have one position."""
+        if most is None or lengths is self.encoded.lengths:
+            return most
+        return max(1, most // int(self.encoded.lengths.max()))
+
     def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """What goes along with features of these rows: masks, labels."""
         return self._to_device(self.encoded.beside_features(rows))

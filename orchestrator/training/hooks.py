@@ -164,7 +164,8 @@ class Evaluator:
         self.last = None
         if not is_due(self.train.evaluate_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps):
             return
-        metrics = score(self.engine, self.task, self.select, self.plan.micro_batch_size).metrics
+        size = (self.plan.micro_batch_size, self.plan.tokens_per_pass)
+        metrics = score(self.engine, self.task, self.select, *size).metrics
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
         self.last = {**place, **metrics, "seconds": memory.seconds}
         memory.num_rows += 1

@@ -54,13 +54,17 @@ class Plan:
     micro_batch_size: int
     learning_rate: float
     seed: int
+    tokens_per_pass: int | None = None
+    """As `Prepared` has it."""
 
 
-def make_plan(train: Train, lengths: npt.NDArray[np.int64], micro_batch_size: int) -> Plan:
+def make_plan(
+    train: Train, lengths: npt.NDArray[np.int64], micro_batch_size: int, tokens_per_pass: int | None = None
+) -> Plan:
     order = BatchOrder(lengths, train.global_batch_size, train.group_by_length, train.seed)
     total = train.steps or math.ceil((train.epochs or 0) * order.steps_per_epoch)
     factor = rate_schedule(train, total)
-    return Plan(order, total, factor, micro_batch_size, train.learning_rate, train.seed)
+    return Plan(order, total, factor, micro_batch_size, train.learning_rate, train.seed, tokens_per_pass)
 
 
 def rate_schedule(train: Train, total_steps: int) -> Callable[[int], float]:
@@ -138,7 +142,8 @@ def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> 
     lengths = feed.encoded.lengths
     # Where examples are packed there is no padding to save by further passes.
     cost = NEVER if feed.packs else engine.cost_of_pass
-    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost)
+    most = feed.tokens_per_pass(plan.tokens_per_pass, lengths)
+    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost, most)
 
 
 def seed_dropout(*numbers: int) -> None:

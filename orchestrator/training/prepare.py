@@ -57,6 +57,8 @@ class Prepared:
     warnings: list[Problem]
     parameters: dict[str, int] | None = None
     """How many there are, `total` and `trained`; None where nobody has looked, or only the weights tell."""
+    tokens_per_pass: int | None = None
+    """The most of a worker's pass, padding counted, in the unit of the examples' lengths; None for no limit."""
 
     def encoded(self, split: str) -> Encoded:
         return self.task.wrap(self.tables[split], self.processor)

@@ -130,7 +130,7 @@ def open_session(
     as_stored = may_load_as_stored(recipe, precision)
     parts = assemble_share(prepared, as_stored)
     train = prepared.encoded("train")
-    plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
+    plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
     # What is tried out here is compared more finely than bf16 computes.
     with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
         split = split_at_boundary(prepared, parts, plan)
@@ -163,7 +163,8 @@ def open_session(
             session.tell("asking the source")
             identity = model_identity(recipe, prepared.identity["source"], precision, engine)
             for name, feed in session.feeds.items():
-                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, [*identity, prepared.keys[name]])
+                names = [*identity, prepared.keys[name]]
+                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, names, prepared.tokens_per_pass)
         yield session
 
 
@@ -369,7 +370,7 @@ class Reported:
 
 def score_split(session: Session, name: str) -> Reported:
     prepared, micro_batch = session.prepared, session.plan.micro_batch_size
-    scored = score(session.engine, prepared.task, session.feeds[name], micro_batch)
+    scored = score(session.engine, prepared.task, session.feeds[name], micro_batch, prepared.tokens_per_pass)
     written = write_answers(session.engine, prepared.task, prepared.processor, prepared.examples[name], micro_batch)
     return Reported({**scored.metrics, **written.metrics}, scored.predictions, written.answers)
 

@@ -16,7 +16,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.cluster import HIDES_GPUS, has_notices, remove_orphans, scaling
-from orchestrator.training.dead_workers import last_line, reason, teller
+from orchestrator.training.dead_workers import BeginAgain, GiveUp, error_of, failure_policy, last_line, reason, teller
 from orchestrator.training.interruption import Interruption, Wish
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
@@ -131,7 +131,7 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without Ray Train's guard of placement groups.
+        """Without Ray Train's guard of placement groups, and with a policy of its own for failed workers.
 
         The guard is a detached actor, a process for each run. Where the run is killed it never ends: not without a
         dashboard, and else because it tries to from a thread, where it cannot. What a run has reserved is given back
@@ -147,6 +147,10 @@ def fit(
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()
             return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            policy = failure_policy(self.run_config.failure_config)
+            return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
     class OnCpu(TorchConfig):  # type: ignore[misc]
         """Without a context on the first GPU that this process sees, which Ray Train otherwise makes."""
@@ -171,6 +175,8 @@ def fit(
     try:
         outcome = run.fit().return_value
     except ray.train.TrainingFailedError as error:
+        if (found := error_of(error)) is not None:
+            raise found from error
         raise RunFailed(
             f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
             f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
@@ -228,6 +234,9 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         else:
             directory = open_run(config["place"])
         prepared = with_workers(prepared, context.get_world_size())
+        # After the imports ahead, which come to the same modules.
+        from orchestrator.training.devices import choose_device
+
         try:
             notice = PreemptionNotice() if config["has_notices"] else None
             device = choose_device(prepared.recipe) if alone else get_device()
@@ -288,9 +297,13 @@ def train_in_passes_that_fit(
             if not is_out_of_memory(error):
                 raise
             if prepared.recipe.scale.workers > 1:
-                halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
-                raise  # The others wait for this one: Ray ends them, and all begin again.
-        halve_passes(tried, directory, prepared.recipe.train.micro_batch_size == "auto")
+                # The others wait for this one, so Ray ends them.
+                try:
+                    halve_passes(tried, directory)
+                except RunFailed as failed:
+                    raise GiveUp(failed) from error
+                raise BeginAgain(str(error)) from error
+        halve_passes(tried, directory)
 
 
 def worker_environment() -> dict[str, Any]:

@@ -29,6 +29,23 @@ def padded_size(batches: list[Indices], lengths: Indices) -> int:
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 
+@given(lengths_of_examples, st.integers(1, 4), st.integers(1, 32), st.integers(0, 100), st.integers(1, 400))
+def test_no_pass_has_more_tokens_than_it_may_but_for_a_single_example(
+    lengths: Indices, workers: int, size: int, cost: int, most: int
+) -> None:
+    passes = deal(np.arange(len(lengths)), lengths, workers, size, cost, most)
+    assert sorted(np.concatenate([mine for hands in passes for mine in hands]).tolist()) == list(range(len(lengths)))
+    for mine in (mine for hands in passes for mine in hands if len(mine)):
+        assert len(mine) <= size
+        assert len(mine) == 1 or len(mine) * lengths[mine].max() <= most
+
+
+def test_short_examples_stay_together_where_long_ones_need_passes_of_their_own() -> None:
+    lengths = np.array([4] * 16 + [64] * 2)
+    passes = deal(np.arange(18), lengths, 1, 32, 1000, 64)
+    assert [len(mine) for (mine,) in passes] == [16, 1, 1]
+
+
 @given(lengths_of_examples, st.integers(1, 40), st.booleans(), st.integers(0, 2**31 - 1), st.integers(0, 5))
 def test_every_example_stands_once_in_an_epoch(
     lengths: Indices, size: int, grouped: bool, seed: int, epoch: int
