@@ -64,9 +64,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     train.add_argument("--output", metavar="DIR", help="run directory, or its URL (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
-    search.add_argument(
-        "--output", type=folder_or_url, metavar="DIR", help="search directory (default: storage/name-search)"
-    )
+    search.add_argument("--output", type=folder_or_url, metavar="DIR", help="default: storage/name-search")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
     evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", used)

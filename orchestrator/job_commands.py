@@ -16,7 +16,7 @@ from orchestrator.storage import is_url
 if TYPE_CHECKING:
     from orchestrator.jobs import Cluster, Job
 
-SECONDS_TO_STOP = 15.0
+SECONDS_TO_STOP = 90.0  # A job has some time to save.
 
 
 def add_verbs(verb: Callable[..., Any], recipe: Any) -> None:

@@ -43,6 +43,7 @@ KNOWS_RAY = {
     "training/worker.py",
     "training/cluster.py",
     "training/dead_workers.py",
+    "training/wish.py",
     "jobs/client.py",
     "jobs/on_cluster.py",
     *(f"search/{name}.py" for name in ("tuning", "searchers", "halving", "ending")),

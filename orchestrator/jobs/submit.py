@@ -16,6 +16,9 @@ from orchestrator.jobs.upload import RECIPE_FILE, pack
 from orchestrator.recipe import Recipe
 from orchestrator.storage import is_url, join, split
 
+SECONDS_TO_SAVE = 60
+"""From the wish that a job stops until Ray kills it; Ray's own 3 seconds are too few for a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -68,7 +71,8 @@ def submit(
         job_id = f"{base}-{len(earlier) + 1}" if earlier else base
         command = ["python", "-m", "orchestrator.jobs.on_cluster", verb, RECIPE_FILE, "--output", directory]
         metadata = {TAG: version, "verb": verb, "name": recipe.name, "directory": directory}
-        cluster.submit(job_id, shlex.join(command), metadata, runtime_env={"working_dir": folder}, **needs)
+        environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_SAVE)}}
+        cluster.submit(job_id, shlex.join(command), metadata, runtime_env=environment, **needs)
     return Submitted(cluster.job(job_id), True, upload.num_files, upload.num_bytes)
 
 

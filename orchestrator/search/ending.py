@@ -18,6 +18,7 @@ from typing import Any
 from ray.tune import Callback
 
 from orchestrator.training.cluster import own_groups, remove_orphans
+from orchestrator.training.interruption import SIGNALS
 
 SECONDS_BETWEEN_SWEEPS = 2.0
 SECONDS_TO_DIE = 10.0  # For actors that were told to end.
@@ -25,23 +26,26 @@ SECONDS_TO_DIE = 10.0  # For actors that were told to end.
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Have Ctrl-C end the search as Ray Tune ends one, with its trials stopped; then raise KeyboardInterrupt.
+    """Have Ctrl-C, or SIGTERM, end the search as Ray Tune ends one, with its trials stopped; raise KeyboardInterrupt.
 
-    Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second Ctrl-C does
+    Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second signal does
     not wait for anything.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1)}
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: Any) -> None:
         interrupted.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        for each in SIGNALS:
+            signal.signal(each, before[each])
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in SIGNALS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:

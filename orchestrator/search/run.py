@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import InputError, Problem, RunFailed
+from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
@@ -20,6 +20,7 @@ from orchestrator.storage import is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.cluster import ray_cluster
 from orchestrator.training.identity import PLACES, refuse_changes
+from orchestrator.training.interruption import Interruption
 from orchestrator.training.occupancy import kind_held
 from orchestrator.training.prepare import encode_inputs, read_inputs
 from orchestrator.training.progress import own_stream
@@ -81,7 +82,7 @@ def search(
         raise InputError(Problem(f"a search needs a folder, and {place} is none", where, remedy))
     directory = SearchDirectory(Path(output or default_output(recipe)).absolute())
     check_directory(directory, recipe, fresh)
-    with contextlib.ExitStack() as stack:
+    with Interruption().listening(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = cluster_when_needed(recipe, stack)
         # These need torch, which takes seconds to import: Ray starts meanwhile.
@@ -105,8 +106,9 @@ def search(
         try:
             course.begin_record(plan, directory, notes)
             course.run(plan, directory, shown, wait_for_cluster)
-        except (KeyboardInterrupt, RunFailed) as error:
-            directory.update_record(status="failed" if isinstance(error, RunFailed) else "interrupted")
+        except (KeyboardInterrupt, OrchestratorError) as error:
+            is_interrupted = isinstance(error, KeyboardInterrupt)
+            directory.update_record(status="interrupted" if is_interrupted else "failed")
             write_report(directory.root)
             raise
         return finished(plan.prepared.warnings, directory)

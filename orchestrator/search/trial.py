@@ -43,10 +43,12 @@ class Trial(OneTrial):
         self._started, self._cpu = time.monotonic(), time.process_time()
         self._saved = time.monotonic()
         self._saved_step = 0
+        self._takes_step = False
 
     def stop(self) -> None:
-        if self.session is not None and self.memory.step > self._saved_step:
-            self._checkpoint()  # It may be taken up again.
+        # It may be taken up again; but not from a step that was broken off, whose weights are half changed.
+        if self.session is not None and not self._takes_step and self.memory.step > self._saved_step:
+            self._checkpoint()
         self._let_go()
 
     def save(self, folder: Path) -> None:
@@ -94,8 +96,12 @@ class Trial(OneTrial):
 
     def _evaluations(self) -> Iterator[tuple[dict[str, Any], bool]]:
         assert self.session is not None
+        self._takes_step = True
         for row in evaluations(self.session, self.memory, [self]):
+            self._takes_step = False
             yield row, self._is_last(row)
+            self._takes_step = True
+        self._takes_step = False
 
     def _count_earlier_time(self) -> None:
         """What it took before it was left, or interrupted, counts too."""

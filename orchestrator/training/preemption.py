@@ -1,13 +1,18 @@
-"""Machines that will be taken away soon: the run saves a checkpoint before that, and holds still."""
+"""The end of a run that is known before it comes: a checkpoint is saved before that.
+
+Machines will be taken away, or whoever gave the command wants it to end.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.training.engine import Engine
 from orchestrator.training.hooks import Memory, Saver
+from orchestrator.training.interruption import Interrupted, Wish
 from orchestrator.training.loop import Step
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -24,37 +29,58 @@ class Notice(Protocol):
 
 
 class Watch:
-    """Looks for a notice every few seconds, at the same steps on all workers, and has the step saved that it comes at.
+    """Looks every few seconds, at the same steps on all workers, whether the end is near, and has that step saved.
 
     What would be computed after that is lost with the machine, so the run waits for its end.
     """
 
-    def __init__(self, engine: Engine, saver: Saver, notice: Notice, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: Engine, saver: Saver, notice: Notice | None, wish: Wish | None, tell: Callable[[str], None]
+    ) -> None:
         """
         Args:
+            notice: of machines that will be taken away; None where nobody takes any.
+            wish: that the run ends; None where nobody can have it.
             tell: shows the user a phase.
         """
         self.engine = engine
         self.saver = saver
         self.notice = notice
+        self.wish = wish
         self.tell = tell
         self._next = 1
         self._looked: tuple[int, float] | None = None
 
     def after_step(self, step: Step, memory: Memory) -> None:
+        # One worker alone may look at each step: nobody has to be asked.
+        if self.engine.num_workers == 1 and self._is_wished():
+            self._end(step, memory)
         if step.number < self._next:
             return
-        self._next = step.number + self._steps_to_pass(step.number)
-        if self.notice.is_given():
+        num_steps, is_wished = self.engine.from_first_worker((self._steps_to_pass(step.number), self._is_wished()))
+        self._next = step.number + num_steps
+        if is_wished:
+            self._end(step, memory)
+        if self.notice is not None and self.notice.is_given():
             self.saver.save(step, memory)
             self.tell(f"a machine is about to be taken away; step {step.number} is saved")
             self.notice.wait()
 
+    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.wish is None else self.wish.while_steps_are_taken()
+
+    def _is_wished(self) -> bool:
+        return self.wish is not None and self.wish.is_given()
+
+    def _end(self, step: Step, memory: Memory) -> None:
+        self.tell(f"interrupted; step {step.number} is being saved")
+        self.saver.save(step, memory)
+        raise Interrupted(f"interrupted; step {step.number} is saved")
+
     def _steps_to_pass(self, number: int) -> int:
-        """How many steps are as long as a look is to wait for the next one; the first worker's clock decides."""
+        """Return how many steps are as long as a look is to wait for the next one, by this worker's clock."""
         now = time.monotonic()
         steps, since = self._looked or (number - 1, now - SECONDS_BETWEEN_LOOKS)
         self._looked = number, now
         pace = (now - since) / max(1, number - steps)
-        found: int = self.engine.from_first_worker(max(1, int(SECONDS_BETWEEN_LOOKS / max(pace, 1e-3))))
-        return found
+        return max(1, int(SECONDS_BETWEEN_LOOKS / max(pace, 1e-3)))

@@ -19,9 +19,10 @@ from orchestrator.storage import join
 from orchestrator.training.cluster import cluster_nodes, ray_session
 from orchestrator.training.disk import refuse_full_disk
 from orchestrator.training.identity import earlier_choice, last_attempt, refuse_another_run
+from orchestrator.training.interruption import Interrupted, Interruption
 from orchestrator.training.occupancy import kind_held, refuse_other_use
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
-from orchestrator.training.progress import live_line
+from orchestrator.training.progress import live_line, own_stream
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 from orchestrator.training.worker import output_to, run_workers
@@ -67,7 +68,8 @@ def train(
     """
     directory = open_run(output or join(recipe.scale.storage, recipe.name))
     check_directory(directory, recipe, fresh)
-    with contextlib.ExitStack() as stack:
+    interruption = Interruption()
+    with interruption.listening(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
         wait_for_cluster = stack.enter_context(ray_session(recipe))
@@ -83,6 +85,7 @@ def train(
         if directory.has_finished():
             return finished_run(prepared, directory, notes, resumed=True)
         if screen is not None:
+            interruption.screen = stack.enter_context(own_stream(screen))
             # A single worker runs in this process, and writes to this very copy.
             bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
             stack.enter_context(live_line(directory.root, screen, bring))
@@ -90,17 +93,12 @@ def train(
         if prepared.parameters is not None and directory.place == str(directory.root):
             refuse_full_disk(directory.root, recipe, prepared.parameters)
         wait_for_cluster()
-        attempt = start_record(prepared, directory)
         if aside is not None:
             notes.append(f"the earlier run is in {aside}")
-        for note in notes:
-            directory.note(note)
         if chosen is not None:
-            directory.update_record(chosen=chosen)
-            for place, value in chosen.items():
-                directory.note(f"chosen so that it fits: {place}={value}")
+            notes += [f"chosen so that it fits: {place}={value}" for place, value in chosen.items()]
         resumed = directory.has_checkpoints()
-        run_and_record(prepared, directory, attempt)
+        run_and_record(prepared, directory, interruption, {"notes": notes, "chosen": chosen})
         return finished_run(prepared, directory, [], resumed)
 
 
@@ -162,20 +160,30 @@ def _reaching(directory: RunDirectory, how: str) -> Iterator[None]:
         raise InputError(Problem(what, directory.place, remedy)) from None
 
 
-def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
-    """Run the workers; run.json says how it ended, whatever way it ended."""
+def run_and_record(
+    prepared: Prepared, directory: RunDirectory, interruption: Interruption, known: dict[str, Any]
+) -> None:
+    """Run the workers; run.json says how it ended, whatever way it ended.
+
+    Args:
+        known: what run.json is to hold besides.
+
+    Raises:
+        KeyboardInterrupt: it was asked to end.
+    """
     started = time.time()
     try:
-        run_workers(prepared, directory, attempt)
+        attempt = start_record(prepared, directory, known)
+        run_workers(prepared, directory, attempt, interruption)
+    except (Interrupted, KeyboardInterrupt):
+        directory.update_record(status="interrupted", ended=time.time())
+        raise KeyboardInterrupt from None
     except OrchestratorError as error:
         directory.update_record(status="failed", reason=str(error), ended=time.time())
         raise
     except OSError as error:
         # The disk may be full, so not even this is sure to be recorded.
         raise RunFailed(f"{error}; the checkpoints in {directory.place} are whole") from error
-    except KeyboardInterrupt:
-        directory.update_record(status="interrupted", ended=time.time())
-        raise
     directory.bring()
     directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
     write_report(directory.root)
@@ -183,7 +191,7 @@ def run_and_record(prepared: Prepared, directory: RunDirectory, attempt: int) ->
     directory.finish()
 
 
-def start_record(prepared: Prepared, directory: RunDirectory) -> int:
+def start_record(prepared: Prepared, directory: RunDirectory, known: dict[str, Any]) -> int:
     """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
     write_atomically(directory.recipe, dump_recipe(prepared.recipe))
     directory.send()
@@ -199,8 +207,8 @@ def start_record(prepared: Prepared, directory: RunDirectory) -> int:
         },
         machine=platform.node(),
         command=sys.argv,
-        notes=[],
         warnings=[str(warning) for warning in prepared.warnings],
+        **{name: value for name, value in known.items() if value is not None},
     )
     return attempt
 

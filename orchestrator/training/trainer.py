@@ -24,6 +24,7 @@ from orchestrator.training.features import can_pack, make_feeds, split_at_bounda
 from orchestrator.training.feed import Feed
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
 from orchestrator.training.identity import identity_to_keep
+from orchestrator.training.interruption import Wish
 from orchestrator.training.loop import Plan, make_plan, training_steps
 from orchestrator.training.memory_use import reset_peak
 from orchestrator.training.precision import Precision, choose_precision
@@ -62,12 +63,22 @@ class Session:
 
 
 def run_worker(
-    prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, is_first: bool, notice: Notice | None = None
+    prepared: Prepared,
+    directory: RunDirectory,
+    attempt: int,
+    device: Any,
+    is_first: bool,
+    notice: Notice | None = None,
+    wish: Wish | None = None,
 ) -> None:
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory.
 
     Args:
         notice: tells when machines will be taken away; None where nobody takes any.
+        wish: tells when the run is to end; None where nobody can wish it.
+
+    Raises:
+        Interrupted: the run is to end; the last step is saved.
     """
     progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
     with open_session(prepared, directory, attempt, device, progress) as session:
@@ -82,9 +93,10 @@ def run_worker(
                 total_steps=session.plan.total_steps,
             )
         saver = make_saver(session)
-        watches = [] if notice is None else [Watch(session.engine, saver, notice, session.tell)]
-        for _ in evaluations(session, memory, [saver, *watches]):
-            pass
+        watch = Watch(session.engine, saver, notice, wish, session.tell)
+        with watch.while_steps_are_taken():
+            for _ in evaluations(session, memory, [saver, watch]):
+                pass
         finish(session, memory, before)
 
 

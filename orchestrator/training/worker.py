@@ -17,10 +17,12 @@ from orchestrator.storage import credentials, is_url
 from orchestrator.training import import_ahead
 from orchestrator.training.cluster import has_notices, remove_orphans, scaling
 from orchestrator.training.dead_workers import last_line, reason, teller
+from orchestrator.training.interruption import Interruption, Wish
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_run import open_run
 from orchestrator.training.run_directory import RunDirectory
+from orchestrator.training.wish import Asker, Listener
 
 if TYPE_CHECKING:
     from orchestrator.training.preemption import Notice
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
 SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
 SECONDS_UNTIL_A_NODE_GOES = 120.0  # Ray Train's own guess where no deadline is told.
 SECONDS_AFTER_A_DEADLINE = 60.0
+SECONDS_TO_DIE = 5.0  # For a controller that is killed.
 Work = Callable[[Prepared, Any], None]
 
 
-def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> None:
+def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, interruption: Interruption) -> None:
     """Run the training on its workers; returns when it is finished.
 
     One worker runs in this process (Ray Train's local mode), several as Ray Train workers. A worker that dies takes its
@@ -40,13 +43,16 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
 
     Raises:
         OrchestratorError: what a worker found wrong.
+        Interrupted: a signal came, and the workers have saved their last step.
         RunFailed: workers died more often than allowed.
     """
     import ray.train
 
     recipe = prepared.recipe
     distributed = recipe.scale.workers > 1
+    asker = Asker()
     config = {
+        "wish": asker.key if distributed else interruption,
         # In the object store, each node holds the encoded data once, and its workers read them without a copy.
         "prepared": ray.put(prepared) if distributed else prepared,
         "place": directory.place,
@@ -64,9 +70,12 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int) -> No
     told = [teller(directory.place, config["credentials"])] if distributed else []
     for left in reversed(range(recipe.scale.max_failures + 1)):
         try:
-            fit(train_on_worker, config, size, recipe, *where, attempt, told)
+            with asker.waiting(), interruption.passed_on(asker.ask) if distributed else contextlib.nullcontext():
+                fit(train_on_worker, config, size, recipe, *where, attempt, told)
             return
         except ControllerDied as error:
+            if interruption.is_given():
+                raise KeyboardInterrupt from None
             if not left:
                 raise
             directory.note(f"{error}; the run goes on from its last checkpoint")
@@ -129,6 +138,12 @@ def fit(
         without it: by Ray when the job ends, before that by `remove_orphans`.
         """
 
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Keep the controller; Ray's handler of Ctrl-C would kill the workers, and end the command as a failure."""
+            self.controller = controller
+
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()
             return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
@@ -155,6 +170,13 @@ def fit(
         ) from error
     except ray.exceptions.RayActorError as error:
         raise ControllerDied(f"Ray Train's controller died ({reason(error)})") from error
+    except KeyboardInterrupt:
+        if run.controller is not None:  # The cluster may go on after this command, which its workers must not.
+            ray.kill(run.controller)
+            until = time.monotonic() + SECONDS_TO_DIE
+            while remove_orphans() and time.monotonic() < until:
+                time.sleep(0.1)
+        raise
     if isinstance(outcome, OrchestratorError):
         raise outcome
 
@@ -198,7 +220,9 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         prepared = with_workers(prepared, context.get_world_size())
         try:
             notice = PreemptionNotice() if config["has_notices"] else None
-            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank, notice)
+            wish = config["wish"]
+            wish = Listener(wish, rank == 0) if isinstance(wish, str) else wish
+            train_in_passes_that_fit(prepared, directory, config["attempt"], get_device(), rank, notice, wish)
         except OrchestratorError as error:
             return error
         if directory.leads_node:
@@ -233,7 +257,13 @@ class PreemptionNotice:
 
 
 def train_in_passes_that_fit(
-    prepared: Prepared, directory: RunDirectory, attempt: int, device: Any, rank: int, notice: Notice | None
+    prepared: Prepared,
+    directory: RunDirectory,
+    attempt: int,
+    device: Any,
+    rank: int,
+    notice: Notice | None,
+    wish: Wish | None = None,
 ) -> None:
     """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
     from orchestrator.training.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
@@ -242,7 +272,7 @@ def train_in_passes_that_fit(
     while True:
         tried = with_recorded_passes(prepared, directory)
         try:
-            return run_worker(tried, directory, attempt, device, is_first=rank == 0, notice=notice)
+            return run_worker(tried, directory, attempt, device, is_first=rank == 0, notice=notice, wish=wish)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

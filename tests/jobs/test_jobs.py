@@ -85,6 +85,7 @@ def test_a_job_is_stopped_and_its_next_attempt_has_the_same_directory(
         time.sleep(0.2)
     assert ask("stop", first["id"]).returncode == 0
     assert next(job["status"] for job in listed(ask) if job["id"] == first["id"]) == "stopped"
+    assert json.loads((Path(first["directory"]) / "run.json").read_text())["status"] == "interrupted"
     # What is sent for a fetch is no attempt, and nobody needs to see it.
     assert ask("fetch", first["id"], "--output", str(tmp_path / "far"), before=FAR).returncode == 0
     assert [job["id"] for job in listed(ask) if job["id"].startswith(first["id"])] == [first["id"]]

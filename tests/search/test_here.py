@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,15 @@ def test_an_interrupted_search_of_heads_goes_on(
     assert [row["id"] for row in before] == ["0000", "0001"]
     assert found.rows[:2] == before
     assert (found.record["status"], found.record["attempts"], len(found.rows)) == ("finished", 2, 3)
+
+
+def test_a_search_that_is_terminated_says_that_it_was_interrupted(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here.Here, "_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        search(write(), tmp_path / "search")
+    assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
 
 
 def interrupt_at(id: str, run: Callable[..., None]) -> Callable[..., None]:

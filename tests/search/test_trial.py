@@ -398,3 +398,25 @@ def test_a_torn_outcome_is_none(folder: RunDirectory) -> None:
     for text in ("", '{"status": "fini', '{"unknown": 1}'):
         (folder.root / OUTCOME).write_text(text)
         assert read_outcome(folder) is None
+
+
+def test_a_step_that_was_broken_off_is_not_saved(
+    bench: Bench, folder: RunDirectory, monkeypatch: pytest.MonkeyPatch, whole: tuple[list[Report], RunDirectory]
+) -> None:
+    """Its weights are half changed: a trial that went on from there would be another one."""
+    trial = Trial(bench, Spec("0000", PARAMETERS), folder)
+    trial.advance()
+    steps = iter(range(3))
+
+    def break_off(self: Trial, step: Any, memory: Any) -> None:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "after_step", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            trial.advance()
+    trial.stop()
+    assert not folder.committed()
+    again = run_to_the_end(Trial(bench, Spec("0000", PARAMETERS), folder))
+    assert without_times([report.row for report in again]) == without_times([report.row for report in whole[0]])

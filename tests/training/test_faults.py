@@ -179,10 +179,12 @@ def test_killed_controller_of_the_workers_is_replaced_with_the_same_losses(
     assert not processes_of("ray::PlacementGroupCleaner")
 
 
-def start_command(recipe: Path, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:
+def start_command(recipe: Path, directory: Path, *overrides: str, stderr: Any = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "orchestrator.cli", "train", str(recipe), *SIXTY_STEPS, *overrides]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen([*command, "--output", str(directory)], start_new_session=True, env=environment)
+    return subprocess.Popen(
+        [*command, "--output", str(directory)], start_new_session=True, env=environment, stderr=stderr
+    )
 
 
 def kill_everything(command: subprocess.Popen[bytes]) -> None:
@@ -205,6 +207,39 @@ def check_killed_command(recipe: Path, tmp_path: Path, *overrides: str) -> None:
     assert_same_run(whole, killed)
     record: dict[str, Any] = json.loads((killed / "run.json").read_text())
     assert (record["status"], record["attempt"]) == ("finished", 2)
+
+
+def check_interrupted_command(recipe: Path, tmp_path: Path, number: int, *overrides: str) -> None:
+    # So many steps that the command has not ended before its workers hear of the signal.
+    many = ["train.steps=800", "train.save_every=400", "train.evaluate_every=400", *overrides]
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    assert start_command(recipe, whole, *many).wait() == 0
+    with (tmp_path / "told").open("wb") as out:
+        command = start_command(recipe, interrupted, *many, stderr=out)
+        wait_for_step(interrupted, 100)
+        family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+        if number == signal.SIGINT:
+            os.killpg(command.pid, number)  # As a terminal does.
+        else:
+            os.kill(command.pid, number)
+        assert command.wait(60) == 130
+    assert "error: interrupted\n    -> the same command goes on" in (tmp_path / "told").read_text()
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert json.loads((interrupted / "run.json").read_text())["status"] == "interrupted"
+    (saved,) = (int(path.name[5:]) for path in (interrupted / "checkpoints").glob("step-*"))
+    assert saved == max(losses(interrupted))
+    assert start_command(recipe, interrupted, *many).wait() == 0
+    assert losses(interrupted) == pytest.approx(losses(whole), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "workers, number", [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)], ids=["one", "two", "terminated"]
+)
+def test_interrupted_command_saves_its_step_leaves_no_process_and_goes_on(
+    write_recipe: Callable[..., Path], tmp_path: Path, takes_signals: None, workers: int, number: int
+) -> None:
+    check_interrupted_command(write_recipe(), tmp_path, number, f"scale.workers={workers}")
 
 
 def test_killed_command_goes_on_when_it_is_run_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
