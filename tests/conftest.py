@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,17 @@ def write_recipe(tmp_path: Path, tiny_bert: Path, small_data: Path) -> Callable[
         return write_toy_recipe(tmp_path / file, tiny_bert, small_data, **sections)
 
     return write
+
+
+@pytest.fixture
+def takes_signals() -> Iterator[None]:
+    """Signals arrive also where the tests were started in the background, for which shells ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {number: signal.getsignal(number) for number in handlers}
+    signal.signal(signal.SIGINT, before)
+    assert after == handlers
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,8 @@ def start_ray(num_processes: int, preload: Sequence[str] = ()) -> None:
     import ray
 
     options: dict[str, Any] = {}
+    # How often a process that waits for Ray looks whether a signal came; else two of them within a second are one.
+    os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "100")
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores share them. Nobody takes nodes away from a cluster of this one machine.
         os.environ.setdefault(WATCHER, "0")

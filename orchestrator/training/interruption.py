@@ -43,6 +43,8 @@ class Interruption:
     def __init__(self, screen: TextIO | None = None) -> None:
         self.screen = screen
         self._given = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+        """The handlers that were there before; none while no signals are taken."""
         self._pass_on: Callable[[int], None] | None = None
 
     def is_given(self) -> bool:
@@ -54,6 +56,7 @@ class Interruption:
     @contextlib.contextmanager
     def passed_on(self, pass_on: Callable[[int], None]) -> Iterator[None]:
         """Call `pass_on` with the number of the first signal, instead of ending the command."""
+        self._take_over()  # Ray's core, where it has been started since, aborts the process 3 s after a SIGTERM.
         self._pass_on = pass_on
         try:
             yield
@@ -71,14 +74,18 @@ class Interruption:
             yield
             return
         every = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: handler for number, handler in every.items() if handler not in (signal.SIG_IGN, None)}
-        for number in before:
-            signal.signal(number, self._take)
+        self._before = {number: handler for number, handler in every.items() if handler not in (signal.SIG_IGN, None)}
+        self._take_over()
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
+            self._before = {}
+
+    def _take_over(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._take)
 
     def _take(self, number: int, frame: Any) -> None:
         is_first = not self._given.is_set()

@@ -24,6 +24,7 @@ class Asker:
     def __init__(self) -> None:
         self.key = f"interruption-{uuid.uuid4().hex}"
         self._is_waiting = False
+        self._asking: threading.Thread | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -33,16 +34,21 @@ class Asker:
             yield
         finally:
             self._is_waiting = False
+            if self._asking is not None:
+                self._asking.join()  # What it reads from may be closed next.
 
     def ask(self, number: int) -> None:
         """Ask the workers to save and end; where they cannot, this process gets the signal of that number once more."""
-        threading.Thread(target=self._ask, args=(number,), name="interruption", daemon=True).start()
+        self._asking = threading.Thread(target=self._ask, args=(number,), name="interruption", daemon=True)
+        self._asking.start()
 
     def _ask(self, number: int) -> None:
         write(self.key, ASKED)
         until = time.monotonic() + SECONDS_FOR_AN_ANSWER
-        while (answer := read(self.key)) == ASKED and self._is_waiting and time.monotonic() < until:
+        answer: bytes | None = ASKED
+        while answer == ASKED and self._is_waiting and time.monotonic() < until:
             time.sleep(0.1)
+            answer = read(self.key)
         if answer != SAVES and self._is_waiting:
             os.kill(os.getpid(), number)
 

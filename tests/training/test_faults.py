@@ -238,7 +238,7 @@ def check_interrupted_command(recipe: Path, tmp_path: Path, number: int, *overri
     "workers, number", [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)], ids=["one", "two", "terminated"]
 )
 def test_interrupted_command_saves_its_step_leaves_no_process_and_goes_on(
-    write_recipe: Callable[..., Path], tmp_path: Path, workers: int, number: int
+    write_recipe: Callable[..., Path], tmp_path: Path, takes_signals: None, workers: int, number: int
 ) -> None:
     check_interrupted_command(write_recipe(), tmp_path, number, f"scale.workers={workers}")
 

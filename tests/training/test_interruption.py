@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,7 @@ def status_of(directory: Path) -> str:
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
-    """The test leaves this process's handlers as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    assert {number: signal.getsignal(number) for number in before} == before
-
-
-@pytest.fixture
-def send_at(monkeypatch: pytest.MonkeyPatch, handlers: None) -> Callable[..., None]:
+def send_at(monkeypatch: pytest.MonkeyPatch, takes_signals: None) -> Callable[..., None]:
     """Send this process signals in the middle of a step, once."""
 
     def send_at(step: int, *numbers: int) -> None:
@@ -96,7 +88,12 @@ def test_a_second_signal_ends_at_once(write_recipe: WriteRecipe, tmp_path: Path,
 
 @pytest.mark.parametrize("module, name", [(trainer, "finish"), (run, "start_record")])
 def test_where_no_step_is_taken_the_first_signal_ends_at_once(
-    module: Any, name: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
+    module: Any,
+    name: str,
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    takes_signals: None,
 ) -> None:
     real = getattr(module, name)
 
@@ -115,7 +112,7 @@ def test_where_no_step_is_taken_the_first_signal_ends_at_once(
     assert train(recipe, tmp_path / "run").result["steps"] == 12
 
 
-def test_signals_that_a_process_ignores_stay_ignored(handlers: None) -> None:
+def test_signals_that_a_process_ignores_stay_ignored(takes_signals: None) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # As a shell starts what is to run in the background.
     try:
         interruption = Interruption()
@@ -126,7 +123,7 @@ def test_signals_that_a_process_ignores_stay_ignored(handlers: None) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_training_in_another_thread_leaves_signals_alone(handlers: None) -> None:
+def test_a_training_in_another_thread_leaves_signals_alone(takes_signals: None) -> None:
     seen: list[Any] = []
 
     def listen() -> None:
@@ -149,7 +146,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return kept
 
 
-def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], handlers: None) -> None:
+def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], takes_signals: None) -> None:
     interruption, asker = Interruption(), Asker()
     listener, other = Listener(asker.key, listens=True), Listener(asker.key, listens=False)
     with interruption.listening(), asker.waiting(), interruption.passed_on(asker.ask), listener.while_steps_are_taken():
@@ -164,7 +161,7 @@ def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], handler
 
 @pytest.mark.parametrize("listens", [True, False], ids=["they say that they cannot", "they say nothing"])
 def test_workers_that_have_nothing_to_save_are_not(
-    listens: bool, store: dict[str, bytes], handlers: None, monkeypatch: pytest.MonkeyPatch
+    listens: bool, store: dict[str, bytes], takes_signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wish, "SECONDS_FOR_AN_ANSWER", 60.0 if listens else 0.01)
     interruption, asker = Interruption(), Asker()
@@ -187,7 +184,7 @@ def interrupt_at(directory: Path, step: int, number: int) -> threading.Thread:
 
 
 def test_several_workers_save_their_step_and_give_back_what_they_held(
-    write_recipe: WriteRecipe, tmp_path: Path, ray_cluster: None, handlers: None
+    write_recipe: WriteRecipe, tmp_path: Path, ray_cluster: None, takes_signals: None
 ) -> None:
     # So many that they are not done before they hear of it.
     recipe = load_recipe(write_recipe(), [*STEPS, "train.steps=20000", "scale.workers=2"])
