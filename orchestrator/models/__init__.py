@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_untrained
+    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, find_untrained
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
@@ -59,6 +59,7 @@ __all__ = [
     "check_quantization",
     "extend_adapter",
     "find_blocks",
+    "find_experts",
     "find_pick",
     "find_source",
     "find_untrained",
@@ -89,6 +90,7 @@ _HOMES = {
     "adapter": (
         "adapted_blocks",
         "add_adapter",
+        "find_experts",
         "find_untrained",
     ),
     "blocks": (
