@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import orchestrator
 from orchestrator import models
+from orchestrator.errors import InputError
 from orchestrator.recipe import Adapter
 from orchestrator.training.inference import evaluate
 from orchestrator.training.merging import export
@@ -137,6 +138,9 @@ def test_experts_learn_and_what_is_saved_says_the_same_in_plain_peft_and_merged(
     export(run.directory, tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits_of(merged), logits_of(loaded), atol=1e-5, rtol=1e-4)
+    # Another run goes on from the merged model, not from an adapter whose changes are not of linear modules.
+    with pytest.raises(InputError, match="changes weights of experts"):
+        orchestrator.train(recipe_of(write, folder, {}), tmp_path / "on")
 
 
 @pytest.mark.parametrize(
