@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter, has_learned, trained_parts
+    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, has_learned, trained_parts
     from orchestrator.models.batch_norm import fit_momentum, untuned_norms
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.body import find_body
@@ -64,6 +64,7 @@ __all__ = [
     "extend_adapter",
     "find_blocks",
     "find_body",
+    "find_experts",
     "find_pick",
     "find_source",
     "fingerprint",
@@ -98,6 +99,7 @@ _HOMES = {
     "adapter": (
         "adapted_blocks",
         "add_adapter",
+        "find_experts",
         "has_learned",
         "trained_parts",
     ),

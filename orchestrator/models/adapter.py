@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import ModelError, Problem, nearest
@@ -21,7 +22,14 @@ ADAPTER_NAME = "default"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trains_head: bool = True) -> Any:
+def add_adapter(
+    model: Any,
+    blocks: Blocks,
+    depth: Depth,
+    adapter: Adapter,
+    trains_head: bool = True,
+    reaches_experts: bool = True,
+) -> Any:
     """Wrap a model so that only adapters in the layers above the boundary, and the head, are trained.
 
     The stem and the tail get no adapter. The head is trained whole, on a copy that is saved with the adapter; so are
@@ -30,6 +38,7 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trai
     Args:
         depth: what is frozen; no adapter goes below it.
         trains_head: False to leave the source's own head as it is.
+        reaches_experts: whether weights of experts get an adapter, as a linear module does (see `find_experts`).
 
     Returns:
         A `peft.PeftModel`.
@@ -46,20 +55,25 @@ def add_adapter(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, trai
         )
     head = _find_saved_modules(model, blocks) if trains_head else []
     saved = [*head, *(name for name in _find_named_modules(model, blocks, depth, adapter) if name not in head)]
-    targets = [name for name in _find_targets(model, blocks, depth, adapter) if name not in saved]
+    modules = dict(model.named_modules())
+    found = [name for name in _find_targets(model, blocks, depth, adapter, reaches_experts) if name not in saved]
+    through_weights = find_experts(model)
+    targets = [name for name in found if name in modules and f"{name}.weight" not in through_weights]
+    experts = [name if name in through_weights else f"{name}.weight" for name in found if name not in targets]
     config = peft.LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.variant == "rslora",
         use_dora=adapter.variant == "dora",
-        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        fan_in_fan_out=bool(targets) and all(isinstance(modules[name], Conv1D) for name in targets),
         target_modules=targets,
+        target_parameters=experts or None,
         modules_to_save=saved,
         ensure_weight_tying=_ties(model, saved),
     )
     wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    _check_trained(wrapped, targets, saved)
+    _check_trained(wrapped, targets, experts, saved)
     return wrapped
 
 
@@ -87,14 +101,60 @@ def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
     return Blocks(stem, tuple(layers), tail, head, blocks.containers)
 
 
-def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> list[str]:
-    """Full names of the linear modules that get an adapter."""
+def find_experts(model: Any) -> list[str]:
+    """Return the full names of the weights that peft reaches as parameters alone.
+
+    They are the stacked weights of experts, of shape [experts, ..., ...], and the linear modules whose names peft takes
+    for experts' of former versions of the model (`gate_proj` of a shared expert, for example).
+    """
+    found = []
+    last_parts = {_last_part(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    renamed = {name for name in last_parts if _is_renamed(name, model)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _last_part(name) in renamed:
+            found.append(f"{name}.weight")
+        elif not isinstance(module, _ConvNd):
+            own = module.named_parameters(recurse=False)
+            found += [f"{name}.{part}" for part, weight in own if weight.dim() == 3 and len(weight) > 1]
+    return found
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear function, which the routers of some mixtures of experts are made from."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward or not module.weight.is_floating_point():
+        return True
+    return isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
+
+
+def _is_renamed(name: str, model: Any) -> bool:
+    """Whether peft puts something else in the place of a target whose name ends so."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # Several such names become one.
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, reaches_experts: bool) -> list[str]:
+    """Full names of the linear modules, and of the experts' weights, that get an adapter."""
     new = set(blocks.head.parameters)
     names = {module: name for name, module in model.named_modules()}
+    experts = find_experts(model)
 
     def linear_names(layers: tuple[Block, ...]) -> list[str]:
-        modules = (module for block in layers for module in block.modules if isinstance(module, nn.Linear | Conv1D))
-        return [names[module] for module in modules if f"{names[module]}.weight" not in new]
+        inside = {names[module]: module for block in layers for module in block.modules}
+        linear = [name for name, module in inside.items() if isinstance(module, Conv1D) or _is_linear(module)]
+        kept = [name for name in linear if f"{name}.weight" not in new]
+        if not reaches_experts:
+            return [name for name in kept if f"{name}.weight" not in experts]
+        return kept + [name for name in experts if name.rpartition(".")[0] in inside.keys() - set(linear)]
 
     everywhere, above = linear_names(blocks.layers), linear_names(blocks.layers[depth.num_layers :])
     if not everywhere:
@@ -219,16 +279,21 @@ def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights:
     return False
 
 
-def _check_trained(wrapped: Any, targets: list[str], saved: list[str]) -> None:
+def _check_trained(wrapped: Any, targets: list[str], experts: list[str], saved: list[str]) -> None:
     """Exactly the adapters asked for, and the copies of what is saved whole, are trained."""
+    from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = wrapped.get_base_model()
-    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    assert adapted == set(targets), f"adapters are in {adapted ^ set(targets)}"
+    tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    # Several weights of one module have a wrapper each, one inside the other.
+    around = [name for name, module in tuned.items() if isinstance(module, ParamWrapper)]
+    adapted = {name for name in tuned if name not in around}
+    adapted |= {f"{name.removesuffix('.base_layer')}.{tuned[name].parameter_name}" for name in around}
+    assert adapted == {*targets, *experts}, f"adapters are in {adapted ^ {*targets, *experts}}"
     copies = tuple(f"{name}.modules_to_save.{ADAPTER_NAME}." for name in saved)
     frozen_parts = {f"{name}.base_layer.{part}" for name in targets for part in ("weight", "bias")}
-    adapters = tuple(f"{name}." for name in targets)
+    adapters = (*(f"{name}." for name in targets), *(f"{name}.lora_{part}." for name in around for part in "AB"))
     for name, parameter in base.named_parameters():
         expected = name.startswith(copies) or (name.startswith(adapters) and name not in frozen_parts)
         assert parameter.requires_grad == expected, f"requires_grad of {name} is wrong"

@@ -1,7 +1,7 @@
 """How many tokens a model holds, found by trying: some count positions from 2 on, and some hold more than they say.
 
-A stand-in of the model, whose weights are zeros that take no memory, reads made-up texts. Matrix products are left out,
-so that a try costs little for a model of any size.
+A stand-in of the model, whose weights are zeros that take no memory, reads made-up texts. A few tokens show which
+tables of positions it has, and one more than a table holds shows whether it limits the model. Shapes show the rest.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from orchestrator.models.load import quiet_transformers
 FEW, MORE = 4, 6
 # Of models with an encoder and a decoder.
 _NUMBERS_OF_LAYERS = ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
-LONGEST_TRIED = 16_384
-"""Tokens; the mask of more of them would take a GB."""
 Rows: TypeAlias = dict[int, tuple[int, int]]
 """By the identity of an embedding table: its number of rows, and the last one that was read."""
 # What models raise on inputs that do not fit.
@@ -41,7 +39,8 @@ def held_length(config: Any, auto_class: str, wanted: int, trust_remote_code: bo
     Returns:
         None where nothing limits it, and where the model cannot be tried with made-up texts.
     """
-    with quiet_transformers():
+    # Some models draw numbers when they read.
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         return _find_held_length(config, auto_class, wanted, trust_remote_code)
 
 
@@ -56,13 +55,14 @@ def _find_held_length(config: Any, auto_class: str, wanted: int, trust_remote_co
         grows = rows[1].get(table, (size, last))[1] - last == MORE - FEW
         limit = size - last - 1 + FEW
         # The buckets of relative positions are read like positions, until they are used up.
-        if grows and limit <= LONGEST_TRIED and not _reads(model, config, limit + 1):
+        if grows and not _reads(model, config, limit + 1):
             longest = limit
             break
-    tried = min(wanted, longest or wanted)
-    if tried > LONGEST_TRIED or _reads(model, config, tried):
+    model.to("meta")
+    low, high = FEW, min(wanted, longest or wanted)
+    # Without values some models read nothing.
+    if not _reads(model, config, low) or _reads(model, config, high):
         return longest
-    low, high = FEW, tried
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _reads(model, config, middle) else (low, middle)
@@ -105,7 +105,7 @@ def _stand_in(config: Any, auto_class: str, trust_remote_code: bool) -> Any:
 
 
 class _WithoutProducts(TorchFunctionMode):
-    """Note which rows of embedding tables are read, and give zeros for linear functions and attention."""
+    """Note which rows of embedding tables are read, and spare linear functions and attention, which cost most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,8 @@ class _WithoutProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> None:
-        self.rows[id(weight)] = (len(weight), int(input.max()))
+        if not input.is_meta:
+            self.rows[id(weight)] = (len(weight), int(input.max()))
 
 
 def _zeros_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -138,7 +139,7 @@ def _rows_read(model: Any, config: Any, length: int) -> Rows:
     """Return which rows of its embedding tables a model reads for a text of so many tokens."""
     mode = _WithoutProducts()
     with mode, torch.no_grad():
-        model(input_ids=_text(config, length))
+        model(input_ids=_text(config, length).to(model.device))
     return mode.rows
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.adapter import ADAPTER_NAME
-from orchestrator.models.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from orchestrator.models.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MERGE
 
 Changes: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """By a module's name: A of shape [rank, inputs] and B of shape [outputs, rank], with the scaling in it."""
@@ -27,11 +27,18 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 16
 
 
 def read_changes(folder: Path) -> Changes:
-    """What a LoRA adapter of peft changes; other parts of it, such as modules saved whole, are left out."""
+    """What a LoRA adapter of peft changes; other parts of it, such as modules saved whole, are left out.
+
+    Raises:
+        ModelError: it changes stacked weights of experts.
+    """
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
     config = LoraConfig.from_pretrained(str(folder))
+    if config.target_parameters:
+        what = f"the adapter changes weights of experts ({min(config.target_parameters)}, ...), which are not added up"
+        raise ModelError(Problem(what, str(folder), MERGE))
     weights = load_file(folder / ADAPTER_FILE)
     changes = {}
     for key, first in weights.items():

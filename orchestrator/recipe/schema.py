@@ -153,7 +153,7 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[Text] = "all-linear"
-    """`all-linear`, or the last parts of module names, such as `[query, value]`."""
+    """`all-linear`, weights of experts included, or the last parts of module names, such as `[query, value]`."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r); `dora` (Liu et al. 2024) learns magnitudes too."""
     init: Literal["zero", "pissa"] = "zero"

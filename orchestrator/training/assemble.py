@@ -102,7 +102,9 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     taken: models.Changes = {}
     if transfer.adapter is not None:
         with models.seeded(seed):
-            module = models.add_adapter(module, blocks, depth, transfer.adapter, prepared.task.has_new_head)
+            reaches_experts = why_experts_stay(prepared) is None
+            has_new_head = prepared.task.has_new_head
+            module = models.add_adapter(module, blocks, depth, transfer.adapter, has_new_head, reaches_experts)
             if transfer.adapter.init == "pissa":
                 taken = models.begin_with_principal_parts(module)
         blocks = models.adapted_blocks(module, blocks)
@@ -140,6 +142,42 @@ def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, A
     multipliers = rate_multipliers(blocks, recipe.transfer)
     train = recipe.train
     return parameter_groups(dict(module.named_parameters()), multipliers, train.learning_rate, train.weight_decay)
+
+
+def why_experts_stay(prepared: Prepared) -> str | None:
+    """Return the setting with which an adapter does not reach weights of experts; None where there is none."""
+    recipe = prepared.recipe
+    adapter = recipe.transfer.adapter
+    if adapter is None:
+        return None
+    settings = {
+        f"transfer.adapter.dropout: {adapter.dropout}": adapter.dropout > 0,
+        f"transfer.adapter.variant: {adapter.variant}": adapter.variant == "dora",
+        f"transfer.adapter.quantize: {adapter.quantize}": adapter.quantize is not None,
+        # What is saved then is joined of several adapters, each on linear modules.
+        f"transfer.adapter.init: {adapter.init}": adapter.init != "zero",
+        f"source.model: {recipe.source.model}, an adapter": prepared.source.adapter is not None,
+        f"scale.zero_stage: {recipe.scale.zero_stage}": recipe.scale.zero_stage == 3,
+    }
+    return next((setting for setting, holds in settings.items() if holds), None)
+
+
+def check_experts(prepared: Prepared) -> list[Problem]:
+    """Return a warning where an adapter on all linear modules leaves weights of experts as they are."""
+    recipe, why = prepared.recipe, why_experts_stay(prepared)
+    adapter = recipe.transfer.adapter
+    if adapter is None or why is None or adapter.targets != "all-linear":
+        return []
+    config = models.load_config(prepared.source, **prepared.task.config_changes())
+    with torch.device("meta"):
+        model = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0).model
+    experts = [model.get_parameter(name).numel() for name in models.find_experts(model)]
+    if not experts:
+        return []
+    share = sum(experts) / sum(value.numel() for value in model.parameters())
+    what = f"the adapter leaves out the experts, which hold {share:.0%} of the weights of {prepared.source.name!r}"
+    remedy = f"change {why}, with which peft does not reach them"
+    return [Problem(what, recipe.origin.where("transfer.adapter"), remedy, fatal=False)]
 
 
 def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:

@@ -111,7 +111,7 @@ def check(recipe: Recipe, strict: bool = False) -> Prepared:
 def check_model(prepared: Prepared) -> Prepared:
     """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
     # These need torch, which takes seconds to import: Ray starts meanwhile.
-    from orchestrator.training.assemble import check_structure
+    from orchestrator.training.assemble import check_experts, check_structure
     from orchestrator.training.deepspeed_setup import check_deepspeed
     from orchestrator.training.trainer import choose_metric
 
@@ -119,6 +119,7 @@ def check_model(prepared: Prepared) -> Prepared:
     if prepared.recipe.scale.deepspeed is not None:
         check_deepspeed(prepared.recipe)
     parts = check_structure(prepared)
+    prepared = replace(prepared, warnings=prepared.warnings + check_experts(prepared))
     return prepared if parts is None else replace(prepared, parameters=parts.count_parameters())
 
 

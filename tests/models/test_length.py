@@ -8,8 +8,30 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from torch import Tensor, nn
 
 from orchestrator.models import held_length
+
+
+class TableConfig(transformers.PreTrainedConfig):  # type: ignore[misc]
+    model_type = "test-table"
+
+
+class Table(transformers.PreTrainedModel):  # type: ignore[misc]
+    """A model whose positions are a parameter, not an embedding."""
+
+    config_class = TableConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.words = nn.Embedding(40, 4)
+        self.positions = nn.Parameter(torch.zeros(66, 4))
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        found: Tensor = self.words(input_ids) + self.positions[: input_ids.shape[1]]
+        return found
+
 
 SMALL = {**tiny_models.ENCODER, "max_position_embeddings": 66, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
 WIDE = {"vocab_size": 40, "d_model": 16, "max_position_embeddings": 66, "pad_token_id": 1, "eos_token_id": 2}
@@ -58,26 +80,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int | None]] = {
     "NystromformerConfig": ({**SMALL, "segment_means_seq_len": 66, "num_landmarks": 66}, TEXT, 66),
     "FNetConfig": ({**SMALL, "tpu_short_seq_length": 66}, TEXT, 66),
     "BigBirdConfig": (SMALL, TEXT, 66),
-    # Its table of positions is no embedding.
-    "ReformerConfig": (
-        {
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "axial_pos_shape": [8, 8],
-            "axial_pos_embds_dim": [8, 8],
-            "attn_layers": ["local", "lsh"],
-            "attention_head_size": 8,
-            "num_attention_heads": 2,
-            "feed_forward_size": 32,
-            "num_hashes": 1,
-            "num_buckets": 4,
-            "is_decoder": False,
-            "num_labels": 3,
-            "max_position_embeddings": 64,
-        },
-        TEXT,
-        64,
-    ),
     "OPTConfig": ({**SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16}, WRITES, 66),
     "XLMRobertaConfig ": ({**SMALL, "is_decoder": True}, WRITES, 64),
     "BioGptConfig": (SMALL, WRITES, 66),
@@ -102,3 +104,14 @@ def test_a_model_holds_as_many_tokens_as_is_said_and_not_one_more(name: str) -> 
     if expected is not None:
         with pytest.raises((IndexError, RuntimeError, ValueError)):
             read(expected + 1)
+
+
+def test_a_table_of_positions_that_is_no_embedding_is_found_by_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Auto:
+        @staticmethod
+        def from_config(config: Any, **_: Any) -> Any:
+            return Table(config)
+
+    monkeypatch.setattr(transformers, TEXT, Auto)
+    assert held_length(TableConfig(), TEXT, 300) == 66
+    assert held_length(TableConfig(), TEXT, 66) is None
