@@ -69,6 +69,13 @@ def test_a_reload_has_the_body_of_before(name, tmp_path):
     assert [module.p for module in body.modules() if isinstance(module, torch.nn.Dropout)] == before
 
 
+def test_flags_are_not_taken_for_dropout_rates():
+    model = build("esm")
+    set_head(model, Head(dropout=0.37), frozenset())
+    assert {module.p for module in head_dropouts(model)} == {0.37}
+    assert model.config.token_dropout is False
+
+
 def test_setting_dropout_draws_nothing():
     model = build("bert")
     torch.manual_seed(0)

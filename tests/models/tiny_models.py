@@ -100,6 +100,8 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Its layers read texts that are padded to whole windows.
     "longformer": ("LongformerConfig", {**ENCODER, "attention_window": [4, 4, 4], "sep_token_id": 2}),
+    # A setting with "dropout" in its name is a flag.
+    "esm": ("EsmConfig", {**ENCODER, "mask_token_id": 2}),
 }
 NUM_LAYERS = {"albert": 1, "t5": 4, "bart": 4}  # the others have 3
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator import load_recipe, train
 from orchestrator.models import Unsplit
+from orchestrator.training.prefix_cache import PrefixCache
 
 SHARED = ["train.epochs=2", "train.log_every=1", "train.evaluate_every=6", "train.learning_rate=1e-3"]
 NUM_EXAMPLES = {"train": 60, "select": 30, "test": 30}
@@ -340,6 +341,46 @@ def test_a_model_that_cannot_be_split_trains_uncached_and_says_why(runs: Runs, m
         directory = runs.train("run", CASES["bert"])
     assert notes_of(directory) == ["the frozen blocks are computed in every epoch: its layers are odd"]
     check_same_course(directory, expected)
+
+
+def test_a_model_that_fails_while_features_are_stored_trains_uncached_and_says_why(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = runs.train("uncached", CASES["bert"], "train.cache_prefix=false")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("this layer is odd")
+
+    def forward(self: PrefixCache, *arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(self.prefix.model), "forward", fail)
+            return original(self, *arguments)
+
+    original = PrefixCache._forward
+    with monkeypatch.context() as patch:
+        # Where the split is tried out, the model works.
+        patch.setattr(PrefixCache, "_forward", forward)
+        directory = runs.train("run", CASES["bert"])
+    (note,) = notes_of(directory)
+    assert "this layer is odd" in note
+    assert "Traceback" in (directory / "logs" / "worker-0.log").read_text()
+    check_same_course(directory, expected)
+
+
+def test_what_an_example_gives_beside_others_only_is_not_stored(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    original = BertEmbeddings.forward
+
+    def forward(module: Any, *arguments: Any, **options: Any) -> Any:
+        found = original(module, *arguments, **options)
+        return found + len(found) * torch.linspace(-1, 1, found.shape[-1]) ** 3
+
+    monkeypatch.setattr(BertEmbeddings, "forward", forward)
+    directory = runs.train("run", CASES["bert"])
+    (note,) = notes_of(directory)
+    assert note.endswith("what they make of an example depends on the other examples of its batch")
+    assert runs.entries == set()
 
 
 def test_on_a_full_disk_a_run_trains_uncached_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
