@@ -17,6 +17,7 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.attempt import calling_model
 from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
+from orchestrator.models.outline import run_outline
 
 Columns = list[tuple[nn.Module, ...]]  # a layer is mostly one module; some models spread it over parallel lists
 Calls = dict[nn.Module, int]  # when each module was first called
@@ -114,9 +115,11 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
-        inputs = {name: value.to(model.device) for name, value in example_inputs.items()}
         with calling_model("finding the layers"):
-            output = model(**inputs)
+            if model.device.type == "meta":
+                output = run_outline(model, example_inputs)
+            else:
+                output = model(**{name: value.to(model.device) for name, value in example_inputs.items()})
     if "logits" not in output:
         what = f"{type(model).__name__} returns no logits"
         raise ModelError(Problem(what, remedy="use a source model of another architecture"))

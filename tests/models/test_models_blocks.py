@@ -1,9 +1,11 @@
 """Blocks are found in the order of data, and hold every parameter exactly once."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import CONFIGS, EXAMPLE, build, num_layers
 
 from orchestrator.errors import ModelError
@@ -118,3 +120,21 @@ def test_layers_whose_calls_no_hook_sees_are_found_by_what_is_inside():
     blocks = find_blocks(build("squeezebert"), EXAMPLE, frozenset())
     assert [len(block.parameters) for block in blocks.layers] == [16, 16, 16]
     assert blocks.tail.parameters == ("transformer.pooler.dense.weight", "transformer.pooler.dense.bias")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "deberta", "mixtral"])
+def test_an_outline_has_the_same_blocks_though_its_code_looks_at_values(name: str) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = build_mixture() if name == "mixtral" else build(name)
+            model.config.pad_token_id = 0
+            blocks = find_blocks(model, {"input_ids": EXAMPLE["input_ids"].to(device)}, frozenset())
+        found.append([(block.name, block.parameters) for block in blocks.in_order()])
+    assert found[0] == found[1]
+
+
+def build_mixture() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
