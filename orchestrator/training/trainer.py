@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
+from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, MainMetric
 from orchestrator.training.answers import Answer, write_answers
 from orchestrator.training.assemble import Parts
@@ -19,6 +21,7 @@ from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_d
 from orchestrator.training.deepspeed_setup import deepspeed_config, plain_linear
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import refer_to_source, score
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.export import export_model, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
@@ -33,7 +36,7 @@ from orchestrator.training.progress import ProgressFile
 from orchestrator.training.remote_checkpoints import open_store
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 from orchestrator.training.spreading import assemble_share, is_spread, spread
-from orchestrator.training.weight_formats import may_load_as_stored
+from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
 
 NUM_SAMPLES = 8
 
@@ -72,14 +75,7 @@ def run_worker(
     with open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         memory = resume(session)
-        if session.engine.rank == 0:
-            note_other_number_of_workers(session, memory.step)
-            session.directory.update_record(
-                world_size=session.engine.num_workers,
-                precision=session.precision,
-                parameters=session.parts.count_parameters(),
-                total_steps=session.plan.total_steps,
-            )
+        session.engine.first_worker_does(lambda: record_start(session, memory.step))
         saver = make_saver(session)
         watches = [] if notice is None else [Watch(session.engine, saver, notice, session.tell)]
         for _ in evaluations(session, memory, [saver, *watches]):
@@ -110,28 +106,35 @@ def open_session(
     metric = metric or choose_metric(prepared)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
+        gc.collect()  # A model of before, whose parts refer to each other, is to be gone from the device.
     precision = choose_precision(recipe, device)
-    as_stored = may_load_as_stored(recipe, precision)
-    parts = assemble_share(prepared, as_stored)
-    train = prepared.encoded("train")
-    plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe))
-    # What is tried out here is compared more finely than bf16 computes.
-    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
-        split = split_at_boundary(prepared, parts, plan)
-        packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
+    plan = make_plan(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
     with contextlib.ExitStack() as stack:
+        exchange = stack.enter_context(Exchange())
         stack.enter_context(plain_linear())
+        as_stored = may_load_as_stored(recipe, precision)
+        parts = assemble_share(prepared, exchange, as_stored)
+        is_rounded = place(parts, recipe, precision, device)
+        # What is tried out is compared more finely than bf16 computes.
+        finely = models.ComputesInFp32 if precision == "bf16" else contextlib.nullcontext
+        with finely():
+            split = split_at_boundary(prepared, parts, plan)
+            packs = recipe.scale.zero_stage < 3 and can_pack(Feed(prepared.encoded("train"), device), parts.module)
         if is_spread(recipe):
             trained = parts.count_parameters()["trained"]
-            spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size, trained), device)
-        engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision))
+            config = deepspeed_config(recipe, precision, plan.micro_batch_size, trained)
+            spread(parts, recipe, config, device, exchange)
+        engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision, exchange))
+        engine.rounds_weights |= is_rounded and recipe.transfer.adapter is None
         store = open_store(
             directory,
-            engine.rank,
-            engine.agree,
+            exchange,
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
+        if recipe.scale.zero_stage == 3:  # No worker has the whole model on its device before.
+            with finely():
+                packs = can_pack(Feed(prepared.encoded("train"), device), parts.module)
         packs = share_findings(engine, parts, packs)
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(
@@ -144,6 +147,22 @@ def open_session(
             for name, feed in session.feeds.items():
                 refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, [*identity, prepared.keys[name]])
         yield session
+
+
+def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
+    """Have the weights on the device, in the formats that the engine holds them in, before the model is tried out.
+
+    With ZeRO-3, where a whole model need not fit on a device, they stay where they are.
+
+    Returns:
+        Whether digits of any weight were lost.
+    """
+    stage = recipe.scale.zero_stage
+    autocasts = precision == "bf16" and stage == 0
+    is_rounded = autocasts and may_narrow(recipe) and hold_frozen_in_bf16(parts.module)
+    if stage < 3:
+        parts.module.to(device)
+    return is_rounded
 
 
 def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:
@@ -185,14 +204,15 @@ def score_before(session: Session) -> dict[str, Reported] | None:
 
 def resume(session: Session) -> Memory:
     """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
-    found: Checkpoint | None = None
-    notes: list[str] = []
-    if session.engine.rank == 0:
+
+    def find() -> Checkpoint | None:
         found, notes = session.store.newest_valid()
         session.directory.forget_metrics_after(found.step if found else 0)
         for note in notes:
             session.directory.note(note)
-    found = session.engine.from_first_worker(found)
+        return found
+
+    found = session.engine.first_worker_does(find)
     if found is None:
         return Memory()
     session.tell(f"resuming at step {found.step}")
@@ -200,6 +220,17 @@ def resume(session: Session) -> Memory:
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
     return Memory(**here.state)
+
+
+def record_start(session: Session, step: int) -> None:
+    """Record how the run goes on after `step`."""
+    note_other_number_of_workers(session, step)
+    session.directory.update_record(
+        world_size=session.engine.num_workers,
+        precision=session.precision,
+        parameters=session.parts.count_parameters(),
+        total_steps=session.plan.total_steps,
+    )
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:
@@ -228,7 +259,7 @@ def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) ->
     )
     hooks: list[Hook] = [
         Clock(plan, session.metric.name, session.progress, memory.seconds, engine.device),
-        Recorder(session.directory, train.log_every, writes=engine.rank == 0),
+        Recorder(engine.exchange, session.directory, train.log_every),
         evaluator,
         *last_hooks,
     ]
@@ -301,14 +332,12 @@ def take_best_weights(session: Session, memory: Memory) -> int:
         return memory.step
     session.store.bring(best)
     checkpoint = session.store.at(best)
-    damage = engine.from_first_worker(find_damage(checkpoint.folder) if engine.rank == 0 else None)
+    damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
     if damage is None:
         engine.read_state(checkpoint.folder)
         return best
-    if engine.rank == 0:
-        session.directory.note(
-            f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
-        )
+    text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
+    engine.first_worker_does(lambda: session.directory.note(text))
     return memory.step
 
 
