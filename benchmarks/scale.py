@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import scale_trials
 from common import interleave, print_table, write_json
@@ -35,6 +36,7 @@ from scale_trials import ACCURACY, search_directory, select_row
 from orchestrator.report import write_report
 from orchestrator.search.ledger import Ledger
 from orchestrator.training.checkpoint import CheckpointStore
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.hooks import Memory, Recorder
 from orchestrator.training.loop import Step
 from orchestrator.training.run_directory import RunDirectory
@@ -64,10 +66,21 @@ def step_of(number: int) -> Step:
     return Step(number, number / 8, 2.0 / number, 1.0, 1e-4, 32)
 
 
+class Worker(Exchange):
+    """One of several workers in this process, which need not wait for each other."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def first_does(self, action: Callable[[], Any]) -> Any:
+        return action() if self.rank == 0 else None
+
+
 def prepare_records(size: int, folder: Path) -> Callable[[], object]:
     """Every worker counts its losses, the first one writes them; a new attempt reads them again."""
     directory = run_directory(folder)
-    workers = [(Recorder(directory, 1, writes=rank == 0), Memory()) for rank in range(size)]
+    workers = [(Recorder(Worker(rank), directory, 1), Memory()) for rank in range(size)]
 
     def work() -> None:
         for number in range(1, NUM_STEPS + 1):
@@ -86,7 +99,7 @@ def save_checkpoint(size: int, directory: RunDirectory) -> CheckpointStore:
     that wait cost more than what is measured.
     """
     first, *others = (
-        CheckpointStore(directory.checkpoints, rank, may_commit=lambda: directory.read_record()["attempt"] == 1)
+        CheckpointStore(directory.checkpoints, Worker(rank), lambda: directory.read_record()["attempt"] == 1)
         for rank in range(size)
     )
 
@@ -121,7 +134,7 @@ def prepare_resuming(size: int, folder: Path) -> Callable[[], object]:
 
 
 def prepare_writing(size: int, folder: Path) -> Callable[[], object]:
-    recorder, memory = Recorder(run_directory(folder), 1, writes=True), Memory()
+    recorder, memory = Recorder(Exchange(), run_directory(folder), 1), Memory()
 
     def work() -> None:
         for number in range(1, size + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,7 +30,10 @@ class ComputesInFp32(TorchFunctionMode):
         formats = set(_formats((*args, *kwargs.values())))
         is_mixed = torch.float32 in formats and not _NARROW.isdisjoint(formats)
         if is_mixed and not _needs_the_very_tensors(func):
-            args, kwargs = _widened(args), {name: _widened(value) for name, value in kwargs.items()}
+            copies: dict[int, Tensor] = {}
+            args, kwargs = _widened(args, copies), {name: _widened(value, copies) for name, value in kwargs.items()}
+            with _saved_as_stored(copies):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -48,9 +52,39 @@ def _formats(values: Iterable[Any]) -> Iterable[torch.dtype]:
             yield from _formats(value)
 
 
-def _widened(value: Any) -> Any:
+def _widened(value: Any, copies: dict[int, Tensor]) -> Any:
+    """A value with its tensors in fp32.
+
+    Args:
+        copies: gets the parameters that were copied, by the addresses of the copies.
+    """
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in _NARROW else value
+        if value.dtype not in _NARROW:
+            return value
+        wide = value.float()
+        if isinstance(value, nn.Parameter):
+            copies[wide.untyped_storage().data_ptr()] = value
+        return wide
     if type(value) in (list, tuple):
-        return type(value)(map(_widened, value))
+        return type(value)(_widened(each, copies) for each in value)
     return value
+
+
+def _saved_as_stored(copies: dict[int, Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Have the backward pass widen weights once more: the copies of a whole model would take twice its memory.
+
+    Args:
+        copies: parameters, by the addresses of their copies.
+    """
+
+    def pack(saved: Tensor) -> Any:
+        stored = copies.get(saved.untyped_storage().data_ptr())
+        return saved if stored is None else (stored, saved.size(), saved.stride(), saved.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        stored, *layout = packed
+        return torch.as_strided(stored.detach().float(), *layout)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

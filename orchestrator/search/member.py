@@ -245,8 +245,7 @@ class Keeper:
             return
         began = time.monotonic()
         self.session.store.save(memory.step, memory.to_state(), self._write)
-        if self.session.engine.rank == 0:
-            self.session.store.prune(1, None)
+        self.session.engine.first_worker_does(lambda: self.session.store.prune(1, None))
         self._saved, self._saved_step = time.monotonic(), memory.step
         self._cost = self._saved - began
 
@@ -258,14 +257,14 @@ class Keeper:
     def hand_over(self, memory: Memory) -> None:
         """Write what another trial can go on from."""
         folder, engine = self.run.root / HANDOVER, self.session.engine
-        if engine.rank == 0:
+
+        def make_room() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        engine.agree(None)
+
+        engine.first_worker_does(make_room)
         self._write(folder)
-        if engine.rank == 0:
-            write_json(folder / MEMORY, memory.to_state())
-        engine.agree(None)
+        engine.first_worker_does(lambda: write_json(folder / MEMORY, memory.to_state()))
 
     def keep_best_weights(self) -> None:
         """Put the weights of the best evaluation where the winner's are looked for."""

@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass
 class Written:
-    """Answers and their scores; on worker 0, and empty where the task writes nothing."""
+    """Answers and their scores; empty where the task writes nothing."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
@@ -52,7 +52,7 @@ def write_answers(engine: Engine, task: Task, processor: Any, examples: Examples
     assert written is not None
     gathered = engine.gather(dict(zip(mine.tolist(), written["prediction"], strict=True)))
     found = {row: text for part in gathered for row, text in part.items()}
-    return score_written(task, some, [found[row] for row in range(len(some))]) if engine.rank == 0 else Written()
+    return engine.first_worker_does(lambda: score_written(task, some, [found[row] for row in range(len(some))]))
 
 
 def score_written(task: Task, examples: Examples, written: Sequence[str]) -> Written:

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
-All workers write into a hidden folder; worker 0 hashes every file into MANIFEST.json, renames the folder to its final
-name, and writes COMMITTED last, each step made durable before the next. Whatever is interrupted leaves either a folder
-that nobody reads or a whole checkpoint. On the way back every file is hashed again; a damaged checkpoint is set aside
-under another name, and the newest whole one is used.
+All workers write into a hidden folder, and each hashes the files that it wrote; worker 0 puts the hashes into
+MANIFEST.json, renames the folder to its final name, and writes COMMITTED last, each step made durable before the next.
+Whatever is interrupted leaves either a folder that nobody reads or a whole checkpoint. On the way back every file is
+hashed again; a damaged checkpoint is set aside under another name, and the newest whole one is used.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunFailed
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.run_directory import parse_object, write_atomically
 
 MANIFEST = "MANIFEST.json"
 COMMITTED = "COMMITTED"
+HASHED_AT_ONCE = 8
 STATE = "state.json"
 IDENTITY = "identity.json"
 _NAME = re.compile(r"step-(\d{8})")
 _LEFTOVER = re.compile(r"\.step-\d{8}\.partial")
+Files = dict[str, dict[str, Any]]
+"""Size and hash of files, by their paths in a checkpoint."""
 
 
 class Superseded(Exception):
@@ -52,21 +57,19 @@ class CheckpointStore:
 
     Args:
         folder: where checkpoints are kept; every worker sees it.
-        rank: this worker's rank; worker 0 commits and deletes.
-        agree: waits for all workers, and gives all of them the first trouble that any of them had (None for none).
+        exchange: of all workers, of which worker 0 commits and deletes; None where this process is the only one.
         may_commit: asked by worker 0 just before the commit; False when another attempt has taken over the run.
     """
 
     def __init__(
         self,
         folder: Path,
-        rank: int = 0,
-        agree: Callable[[str | None], str | None] = lambda trouble: trouble,
+        exchange: Exchange | None = None,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
         self.folder = folder
-        self.rank = rank
-        self.agree = agree
+        self.exchange = exchange or Exchange()
+        self.rank = self.exchange.rank
         self.may_commit = may_commit
         self.place = str(folder)
         self.identity: dict[str, Any] | None = None
@@ -80,13 +83,13 @@ class CheckpointStore:
                 taken over the run. The checkpoints before it are as they were.
         """
         partial = self.folder / f".step-{step:08d}.partial"
+        self._together(partial, lambda: self._start(partial), only_first=True)
+        files = self._write(partial, write_files)
 
         def commit() -> None:
             self._write_state(partial, state)
-            self._commit(partial, step)
+            self._commit(partial, step, files)
 
-        self._together(partial, lambda: self._start(partial), only_first=True)
-        self._together(partial, lambda: write_files(partial))
         self._together(partial, commit, only_first=True)
 
     def _together(self, partial: Path, action: Callable[[], None], only_first: bool = False) -> None:
@@ -99,7 +102,7 @@ class CheckpointStore:
                 trouble = f"could not save a checkpoint to {self.place}: {error.strerror or error}"
             except Superseded as error:
                 trouble = str(error)
-        trouble = self.agree(trouble)
+        trouble = self.exchange.agree(trouble)
         if trouble is not None:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -114,13 +117,32 @@ class CheckpointStore:
         if self.identity is not None:
             write_atomically(partial / IDENTITY, json.dumps(self.identity, ensure_ascii=False))
 
-    def _commit(self, partial: Path, step: int) -> None:
+    def _write(self, partial: Path, write_files: Callable[[Path], None]) -> Files:
+        """Have all workers write; returns the files of all on worker 0.
+
+        Each worker writes into a folder of its own first, so that it knows which files are its own.
+        """
+        files: Files = {}
+        own = partial / f"worker-{self.rank}"
+
+        def write() -> None:
+            own.mkdir()
+            write_files(own)
+            files.update(describe_files(own))
+            for name in files:
+                path = partial / name
+                if not path.parent.is_dir():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                (own / name).rename(path)
+            shutil.rmtree(own)
+
+        self._together(partial, write)
+        return {name: file for part in self.exchange.gather(files) for name, file in part.items()}
+
+    def _commit(self, partial: Path, step: int, files: Files) -> None:
         final = self.folder / f"step-{step:08d}"
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(partial)): describe_file(path) for path in files}
-        write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
-        for path in files:
-            flush_to_disk(path)
+        files = describe_files(partial, known=files)
+        write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
         flush_to_disk(partial)
         if not self.may_commit():
             raise Superseded("another attempt has taken over this run")
@@ -179,11 +201,14 @@ def find_damage(folder: Path) -> str | None:
             return "its manifest was changed"
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if hash_file(path) != expected["sha256"]:
-                return f"{name} does not match its hash"
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            hashes = pool.map(lambda name: hash_file(folder / name), manifest["files"])
+            for found, (name, expected) in zip(hashes, manifest["files"].items(), strict=True):
+                if found != expected["sha256"]:
+                    return f"{name} does not match its hash"
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         return "it was never finished" if missing == COMMITTED else f"{missing} is missing"
@@ -212,8 +237,19 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+def describe_files(folder: Path, known: Files | None = None) -> Files:
+    """Return size and hash of every file in a folder, by their paths in it; what is new is made durable.
+
+    Args:
+        known: files that are described already.
+    """
+    files = dict(known or {})
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in files:
+            flush_to_disk(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    return dict(sorted(files.items()))
 
 
 def hash_file(path: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,30 @@ def check_deepspeed(recipe: Recipe) -> None:
             Problem(f"DeepSpeed does not take zero_optimization.{key} = {value!r}: {why}", where, "mend or remove it")
             for key, why, value in found
         ) from error
+
+
+@contextlib.contextmanager
+def writing_later(model: Any) -> Iterator[list[Callable[[], None]]]:
+    """Have DeepSpeed's engine `model` write no file while it saves; yields what is to be called to write them.
+
+    Its workers wait for each other at the end of saving. There a worker that cannot write would be missing, and a slow
+    disk could take longer than the others may wait.
+    """
+    later: list[Callable[[], None]] = []
+    save, copy_script = model.checkpoint_engine.save, model._copy_recovery_script
+
+    def write(state_dict: Any, path: str) -> None:
+        try:
+            save(state_dict, path)
+        except RuntimeError as error:  # What PyTorch raises where a disk is full.
+            raise OSError(str(error)) from error
+
+    model.checkpoint_engine.save = lambda state_dict, path: later.append(partial(write, state_dict, path))
+    model._copy_recovery_script = lambda folder: later.append(partial(copy_script, folder))
+    try:
+        yield later
+    finally:
+        del model.checkpoint_engine.save, model._copy_recovery_script
 
 
 def free_engine(model: Any) -> None:

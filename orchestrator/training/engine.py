@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,21 @@ from torch import Tensor, nn
 from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
-from orchestrator.training.deepspeed_setup import compile_nothing, deepspeed_config, free_engine, process_group
+from orchestrator.training.deepspeed_setup import (
+    compile_nothing,
+    deepspeed_config,
+    free_engine,
+    process_group,
+    writing_later,
+)
 from orchestrator.training.devices import uses_gpu
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.precision import Precision, dtype_of
 from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_narrow
 
 _ACCELERATE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
+T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
 
 
@@ -47,6 +55,8 @@ class Engine(ABC):
     model: Any
     """What to call with a batch."""
     optimizer: Any
+    exchange: Exchange
+    """How the workers tell each other what is no tensor."""
     float_type: torch.dtype | None = None
     """What floating inputs must be turned into, where the weights themselves are in another format."""
     autocasts = False
@@ -127,11 +137,7 @@ class Engine(ABC):
 
     def agree(self, trouble: str | None) -> str | None:
         """Wait for all workers; the first trouble that any of them had, on all of them."""
-        if self.num_workers == 1:
-            return trouble
-        troubles: list[str | None] = [None] * self.num_workers
-        dist.all_gather_object(troubles, trouble)
-        return next((found for found in troubles if found is not None), None)
+        return self.exchange.agree(trouble)
 
     def sum_over_workers(self, value: Tensor) -> Tensor:
         if self.num_workers > 1:
@@ -140,19 +146,15 @@ class Engine(ABC):
 
     def from_first_worker(self, value: Any) -> Any:
         """Worker 0's value, on every worker."""
-        if self.num_workers == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.exchange.from_first(value)
+
+    def first_worker_does(self, action: Callable[[], T]) -> T:
+        """What `action` returns on worker 0, on every worker; an error that it raises there, on every worker too."""
+        return self.exchange.first_does(action)
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, in the order of ranks, on worker 0; an empty list elsewhere."""
-        if self.num_workers == 1:
-            return [value]
-        values = [None] * self.num_workers if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0)
-        return values or []
+        return self.exchange.gather(value)
 
     def _set_rates(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -298,7 +300,10 @@ class DeepSpeedEngine(Engine):
         return float(self.model.get_global_grad_norm() if norm is None else norm)
 
     def write_state(self, folder: Path) -> None:
-        self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+        with writing_later(self.model) as files:
+            self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+        for write in files:
+            write()
 
     def read_state(self, folder: Path) -> None:
         # The optimizer's files are pickles: only folders whose manifest was checked come here.
@@ -373,9 +378,17 @@ def uses_deepspeed(recipe: Recipe) -> bool:
 
 @contextlib.contextmanager
 def build_engine(
-    module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    recipe: Recipe,
+    precision: Precision,
+    exchange: Exchange | None = None,
 ) -> Iterator[Engine]:
-    """The engine that the recipe asks for; on the way out, Accelerate's process-wide state is put back."""
+    """The engine that the recipe asks for; on the way out, Accelerate's process-wide state is put back.
+
+    Args:
+        exchange: of all workers; None where this process is the only one.
+    """
     from accelerate.state import AcceleratorState
 
     before = {name: os.environ.get(name) for name in _ACCELERATE_VARIABLES}
@@ -384,6 +397,7 @@ def build_engine(
     with process_group() if uses_deepspeed(recipe) else contextlib.nullcontext():
         try:
             engine = engine_class(module, groups, recipe, precision)
+            engine.exchange = exchange or Exchange()
             try:
                 yield engine
             finally:

@@ -51,13 +51,14 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_
         tokens_per_pass: the same of its tokens, as in `Prepared`.
     """
     gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
-    predictions, metrics = {}, {}
-    if engine.rank == 0:
-        predictions = in_order(gathered)
-        num_targets = int(feed.encoded.num_targets.sum())
-        metrics = {"loss": sum(share[2] for share in gathered) / num_targets}
-        metrics.update(task.metrics(predictions, feed.encoded.targets()))
-    return Scored(engine.from_first_worker(metrics), predictions)
+    predictions: Arrays = {}
+
+    def compute_metrics() -> dict[str, float]:
+        predictions.update(in_order(gathered))
+        loss = sum(share[2] for share in gathered) / int(feed.encoded.num_targets.sum())
+        return {"loss": loss, **task.metrics(predictions, feed.encoded.targets())}
+
+    return Scored(engine.first_worker_does(compute_metrics), predictions)
 
 
 def predict_share(
@@ -96,16 +97,25 @@ def refer_to_source(
     """
     limit = [] if tokens_per_pass is None else [tokens_per_pass]
     key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size, *limit)
-    kept = kept_table(key) if engine.rank == 0 else None
-    found = engine.from_first_worker(None if kept is None else np.stack([column.to_numpy() for column in kept], 1))
+    found = engine.first_worker_does(lambda: read_reference(key))
     if found is None:
         gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
-        (found,) = in_order(gathered).values() if engine.rank == 0 else (None,)
-        if found is not None:
-            table = pa.table({str(number): column for number, column in enumerate(found.T)})
-            cached_table(key, lambda: table)
-        found = engine.from_first_worker(found)
+        found = engine.first_worker_does(lambda: keep_reference(key, gathered))
     feed.encoded.reference = found
+
+
+def read_reference(key: str) -> np.ndarray[Any, Any] | None:
+    """Return what is stored under a key, None where nothing is."""
+    kept = kept_table(key)
+    return None if kept is None else np.stack([column.to_numpy() for column in kept], 1)
+
+
+def keep_reference(key: str, gathered: Gathered) -> np.ndarray[Any, Any]:
+    """Store what the workers have predicted; returns it in the order of the split."""
+    (found,) = in_order(gathered).values()
+    table = pa.table({str(number): column for number, column in enumerate(found.T)})
+    cached_table(key, lambda: table)
+    return found
 
 
 def in_order(gathered: Gathered) -> Arrays:

@@ -1,6 +1,7 @@
 """What happens around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
 
-A hook is called after each step, in a fixed order, on every worker; what only worker 0 does (writing) it does inside.
+A hook is called after each step, in a fixed order, on every worker. Where only worker 0 does something (writing), the
+others wait for it, and learn how it ended.
 What has to outlive a kill is in `Memory`, which every checkpoint holds.
 """
 
@@ -18,6 +19,7 @@ from orchestrator.tasks.base import MainMetric
 from orchestrator.training.checkpoint import CheckpointStore
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import score
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.feed import Feed
 from orchestrator.training.loop import Plan, Step
 from orchestrator.training.memory_use import peak_bytes
@@ -109,10 +111,10 @@ class Clock:
 class Recorder:
     """Writes a train row every `log_every` steps: the mean loss since the last one."""
 
-    def __init__(self, directory: RunDirectory, log_every: int, writes: bool) -> None:
+    def __init__(self, exchange: Exchange, directory: RunDirectory, log_every: int) -> None:
+        self.exchange = exchange
         self.directory = directory
         self.log_every = log_every
-        self.writes = writes
 
     def after_step(self, step: Step, memory: Memory) -> None:
         memory.loss_sum += step.loss
@@ -120,19 +122,17 @@ class Recorder:
         if step.number % self.log_every:
             return
         memory.num_rows += 1
-        if self.writes:
-            self.directory.append_metrics(
-                {
-                    "step": step.number,
-                    "epoch": step.epoch,
-                    "phase": PHASE,
-                    "split": "train",
-                    "loss": memory.loss_sum / memory.loss_steps,
-                    "gradient_norm": step.gradient_norm,
-                    "learning_rate": step.learning_rate,
-                    "seconds": memory.seconds,
-                }
-            )
+        row = {
+            "step": step.number,
+            "epoch": step.epoch,
+            "phase": PHASE,
+            "split": "train",
+            "loss": memory.loss_sum / memory.loss_steps,
+            "gradient_norm": step.gradient_norm,
+            "learning_rate": step.learning_rate,
+            "seconds": memory.seconds,
+        }
+        self.exchange.first_does(lambda: self.directory.append_metrics(row))
         memory.loss_sum, memory.loss_steps = 0.0, 0
 
 
@@ -167,10 +167,9 @@ class Evaluator:
         size = (self.plan.micro_batch_size, self.plan.tokens_per_pass)
         metrics = score(self.engine, self.task, self.select, *size).metrics
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
-        self.last = {**place, **metrics, "seconds": memory.seconds}
         memory.num_rows += 1
-        if self.engine.rank == 0:
-            self.directory.append_metrics(self.last)
+        row = self.last = {**place, **metrics, "seconds": memory.seconds}
+        self.engine.first_worker_does(lambda: self.directory.append_metrics(row))
         judge(metrics[self.metric.name], metrics["loss"], step.number, memory, self.metric, self.train)
 
 
@@ -213,5 +212,4 @@ class Saver:
             return
         self._saved = step.number
         self.store.save(step.number, memory.to_state(), self.engine.write_state)
-        if self.engine.rank == 0:
-            self.store.prune(self.train.keep, memory.best_step)
+        self.engine.first_worker_does(lambda: self.store.prune(self.train.keep, memory.best_step))

@@ -37,8 +37,9 @@ class ProgressFile:
         if force or now - self.written >= _SECONDS_BETWEEN_WRITES:
             self.written = now
             temporary = self.path.with_name(f"{_FILE}.partial")
-            temporary.write_text(json.dumps(state), encoding="utf-8")
-            temporary.replace(self.path)
+            with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
+                temporary.write_text(json.dumps(state), encoding="utf-8")
+                temporary.replace(self.path)
             self.send()
 
 

@@ -1,8 +1,8 @@
 """Checkpoints in an object store. There is no renaming there, so COMMITTED, which is written last, decides alone.
 
-Workers write into a hidden folder on their node. One worker of each node sends what is in it, with a list of sizes and
-hashes; worker 0 makes MANIFEST.json of all lists and writes COMMITTED. On the way back each node brings the whole
-checkpoint, and it is hashed as any other.
+Workers write into a hidden folder on their node, and each hashes what it wrote. One worker of each node sends what is
+in it; worker 0 makes MANIFEST.json of all sizes and hashes, and writes COMMITTED. On the way back each node brings the
+whole checkpoint, and it is hashed as any other.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from orchestrator.training.checkpoint import (
     COMMITTED,
     MANIFEST,
     CheckpointStore,
+    Files,
     Superseded,
-    describe_file,
+    describe_files,
     find_damage,
     hash_file,
 )
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.remote_run import RemoteRunDirectory
 from orchestrator.training.run_directory import RunDirectory, write_atomically
 
 DAMAGED = "DAMAGED"
 """What COMMITTED is called once the files are found to be other than they were."""
-PARTS = "parts"
 
 
 def open_store(
     directory: RunDirectory,
-    rank: int,
-    agree: Callable[[str | None], str | None],
+    exchange: Exchange,
     may_commit: Callable[[], bool],
 ) -> CheckpointStore:
     """The checkpoints of a run, wherever they lie."""
     if isinstance(directory, RemoteRunDirectory):
-        return RemoteCheckpointStore(directory, rank, agree, may_commit)
-    return CheckpointStore(directory.checkpoints, rank, agree, may_commit)
+        return RemoteCheckpointStore(directory, exchange, may_commit)
+    return CheckpointStore(directory.checkpoints, exchange, may_commit)
 
 
 class RemoteCheckpointStore(CheckpointStore):
@@ -50,11 +50,10 @@ class RemoteCheckpointStore(CheckpointStore):
     def __init__(
         self,
         directory: RemoteRunDirectory,
-        rank: int,
-        agree: Callable[[str | None], str | None],
+        exchange: Exchange,
         may_commit: Callable[[], bool],
     ) -> None:
-        super().__init__(directory.checkpoints, rank, agree, may_commit)
+        super().__init__(directory.checkpoints, exchange, may_commit)
         self.directory = directory
         self.remote = directory.remote
         self.leads = directory.leads_node
@@ -76,27 +75,21 @@ class RemoteCheckpointStore(CheckpointStore):
             if self.rank == 0:
                 self._write_state(partial, state)
             if self.leads:
-                files = sorted(path for path in partial.rglob("*") if path.is_file())
-                part = {str(path.relative_to(partial)): describe_file(path) for path in files}
                 self.remote.upload(partial, there)
-                self.remote.write(f"{there}/{PARTS}/{self.rank}.json", json.dumps(part).encode())
 
         self._together(partial, start)
-        self._together(partial, lambda: write_files(partial))
+        files = self._write(partial, write_files)
         self._together(partial, send)
-        self._together(partial, lambda: self._commit(partial, step), only_first=True)
+        self._together(partial, lambda: self._commit(partial, step, files), only_first=True)
         if self.leads and self.rank != 0:
             shutil.rmtree(partial)  # A part of a checkpoint is of no use on the way back.
 
-    def _commit(self, partial: Path, step: int) -> None:
+    def _commit(self, partial: Path, step: int, files: Files) -> None:
         there = _there(step)
-        files: dict[str, Any] = {}
-        for name in self.remote.names(f"{there}/{PARTS}"):
-            files |= json.loads(self.remote.read(f"{there}/{PARTS}/{name}") or b"{}")
+        files = describe_files(partial, known=files)
         write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
         mark = hash_file(partial / MANIFEST) + "\n"
         self.remote.upload(partial / MANIFEST, f"{there}/{MANIFEST}")
-        self.remote.delete(f"{there}/{PARTS}")
         self._refuse_superseded()
         self.directory.send()
         self.remote.write(f"{there}/{COMMITTED}", mark.encode())
@@ -139,7 +132,7 @@ class RemoteCheckpointStore(CheckpointStore):
                 self._bring(step)
             except OSError as error:
                 trouble = f"cannot read step {step} in {self.place}: {error}"
-        trouble = self.agree(trouble)
+        trouble = self.exchange.agree(trouble)
         if trouble is not None:
             raise RunFailed(trouble)
 

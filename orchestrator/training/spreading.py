@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orchestrator.recipe import Recipe
 from orchestrator.training.assemble import Parts, assemble, assemble_outline, make_groups
 from orchestrator.training.deepspeed_setup import compile_nothing
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.prepare import Prepared
 
 
@@ -22,27 +23,30 @@ def is_spread(recipe: Recipe) -> bool:
     return recipe.scale.zero_stage == 3 and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def assemble_share(prepared: Prepared, as_stored: bool = False) -> Parts:
+def assemble_share(prepared: Prepared, exchange: Exchange, as_stored: bool = False) -> Parts:
     """The parts on the first worker, their outline on the others. All workers call this.
 
     Where a model's structure shows only with its weights, every worker has them.
 
     Args:
         as_stored: as `assemble`.
+
+    Raises:
+        ModelError: as `assemble`, on all workers.
     """
     if not is_spread(prepared.recipe):
         return assemble(prepared, as_stored)
-    is_first = dist.get_rank() == 0
-    parts = assemble(prepared, as_stored) if is_first else None
-    box = [None if parts is None else parts.new_parameters]
-    dist.broadcast_object_list(box, src=0)
-    if parts is not None:
-        return parts
-    assert box[0] is not None
-    return assemble_outline(prepared, box[0]) or assemble(prepared, as_stored)
+    found: list[Parts] = []
+
+    def load() -> frozenset[str]:
+        found.append(assemble(prepared, as_stored))
+        return found[0].new_parameters
+
+    new = exchange.first_does(load)
+    return found[0] if found else assemble_outline(prepared, new) or assemble(prepared, as_stored)
 
 
-def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:
+def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device, exchange: Exchange) -> None:
     """Spread the first worker's weights; other tensors of its model are copied. All workers call this.
 
     Args:
@@ -76,11 +80,11 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
                 convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
             else:
                 convert(param_list=[parameter])
-    _copy_others(parts.module, device)
+    _copy_others(parts.module, device, exchange)
     parts.groups = make_groups(parts.module, parts.blocks, recipe)
 
 
-def _copy_others(model: nn.Module, device: torch.device) -> None:
+def _copy_others(model: nn.Module, device: torch.device, exchange: Exchange) -> None:
     """Copy the first worker's buffers, and tensors that its modules keep beside them, to the others."""
     modules = dict(model.named_modules())
 
@@ -95,9 +99,7 @@ def _copy_others(model: nn.Module, device: torch.device) -> None:
         for name, value in home.items()
         if isinstance(value, Tensor)
     ]
-    box = [found]
-    dist.broadcast_object_list(box, src=0)
-    for owner, kind, name, shape, dtype in box[0]:
+    for owner, kind, name, shape, dtype in exchange.from_first(found):
         home = homes(modules[owner])[kind]
         is_first = dist.get_rank() == 0
         value = (

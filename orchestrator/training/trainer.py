@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from orchestrator.training.checkpoint import Checkpoint, CheckpointStore, find_d
 from orchestrator.training.deepspeed_setup import deepspeed_config, plain_linear
 from orchestrator.training.engine import Engine, build_engine, micro_batch_size
 from orchestrator.training.evaluation import refer_to_source, score
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.export import AfterTraining, export_model, formats_to_write, write_predictions
 from orchestrator.training.features import can_pack, make_feeds, split_at_boundary
 from orchestrator.training.feed import Feed
@@ -38,7 +40,7 @@ from orchestrator.training.reached import Reached
 from orchestrator.training.remote_checkpoints import open_store
 from orchestrator.training.run_directory import RunDirectory, finite, write_json
 from orchestrator.training.spreading import assemble_share, is_spread, spread
-from orchestrator.training.weight_formats import may_load_as_stored
+from orchestrator.training.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
 
 NUM_SAMPLES = 8
 
@@ -87,14 +89,7 @@ def run_worker(
     with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         memory = resume(session)
-        if session.engine.rank == 0:
-            note_other_number_of_workers(session, memory.step)
-            session.directory.update_record(
-                world_size=session.engine.num_workers,
-                precision=session.precision,
-                parameters=session.parts.count_parameters(),
-                total_steps=session.plan.total_steps,
-            )
+        session.engine.first_worker_does(lambda: record_start(session, memory.step))
         saver = make_saver(session)
         watch = Watch(session.engine, saver, notice, wish, session.tell)
         with watch.while_steps_are_taken():
@@ -126,34 +121,42 @@ def open_session(
     metric = metric or choose_metric(prepared)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
+        gc.collect()  # A model of before, whose parts refer to each other, is to be gone from the device.
     precision = choose_precision(recipe, device)
-    as_stored = may_load_as_stored(recipe, precision)
-    parts = assemble_share(prepared, as_stored)
-    train = prepared.encoded("train")
-    plan = make_plan(recipe.train, train.lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
-    # What is tried out here is compared more finely than bf16 computes.
-    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
-        split = split_at_boundary(prepared, parts, plan)
-        packs = can_pack(Feed(train, torch.device(parts.body.device)), parts.module)
+    plan = make_plan(
+        recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe), prepared.tokens_per_pass
+    )
     with contextlib.ExitStack() as stack:
+        exchange = stack.enter_context(Exchange())
         stack.enter_context(plain_linear())
+        as_stored = may_load_as_stored(recipe, precision)
+        parts = assemble_share(prepared, exchange, as_stored)
+        is_rounded = place(parts, recipe, precision, device)
+        # What is tried out is compared more finely than bf16 computes.
+        finely = models.ComputesInFp32 if precision == "bf16" else contextlib.nullcontext
+        with finely():
+            split = split_at_boundary(prepared, parts, plan)
+            packs = recipe.scale.zero_stage < 3 and can_pack(Feed(prepared.encoded("train"), device), parts.module)
         if is_spread(recipe):
             trained = parts.count_parameters()["trained"]
-            spread(parts, recipe, deepspeed_config(recipe, precision, plan.micro_batch_size, trained), device)
-        engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision))
+            config = deepspeed_config(recipe, precision, plan.micro_batch_size, trained)
+            spread(parts, recipe, config, device, exchange)
+        engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision, exchange))
+        engine.rounds_weights |= is_rounded and recipe.transfer.adapter is None
         store = open_store(
             directory,
-            engine.rank,
-            engine.agree,
+            exchange,
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
-        if engine.rank == 0:
-            store.identity = identity_to_keep(prepared, directory, attempt)
+        store.identity = exchange.first_does(lambda: identity_to_keep(prepared, directory, attempt))
+        if recipe.scale.zero_stage == 3:  # No worker has the whole model on its device before.
+            with finely():
+                packs = can_pack(Feed(prepared.encoded("train"), device), parts.module)
         packs = share_findings(engine, parts, packs)
         fitted = models.fit_momentum(parts.module, passes_to_evaluation(recipe, plan))
-        if fitted is not None and engine.rank == 0:
-            directory.note(fitted)
+        if fitted is not None:
+            engine.first_worker_does(lambda: directory.note(fitted))
         session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
         session.feeds = make_feeds(
             prepared, split, engine, precision, session.tell, directory.note, boundaries, directory.leads_node
@@ -175,6 +178,22 @@ def passes_to_evaluation(recipe: Recipe, plan: Plan) -> int:
     return min(steps, plan.total_steps) * -(
         -recipe.train.global_batch_size // (recipe.scale.workers * plan.micro_batch_size)
     )
+
+
+def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
+    """Have the weights on the device, in the formats that the engine holds them in, before the model is tried out.
+
+    With ZeRO-3, where a whole model need not fit on a device, they stay where they are.
+
+    Returns:
+        Whether digits of any weight were lost.
+    """
+    stage = recipe.scale.zero_stage
+    autocasts = precision == "bf16" and stage == 0
+    is_rounded = autocasts and may_narrow(recipe) and hold_frozen_in_bf16(parts.module)
+    if stage < 3:
+        parts.module.to(device)
+    return is_rounded
 
 
 def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:
@@ -216,15 +235,15 @@ def score_before(session: Session) -> dict[str, Reported] | None:
 
 def resume(session: Session) -> Memory:
     """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
-    found: Checkpoint | None = None
-    notes: list[str] = []
-    num_rows = 0
-    if session.engine.rank == 0:
+
+    def find() -> tuple[Checkpoint | None, int]:
         found, notes = session.store.newest_valid()
         num_rows = session.directory.forget_metrics_after(found.step if found else 0)
         for note in notes:
             session.directory.note(note)
-    found = session.engine.from_first_worker(found)
+        return found, num_rows
+
+    found, num_rows = session.engine.first_worker_does(find)
     if found is None:
         return Memory()
     session.tell(f"resuming at step {found.step}")
@@ -232,8 +251,7 @@ def resume(session: Session) -> Memory:
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
     memory = Memory(**here.state)
-    if session.engine.rank == 0:
-        note_lost_rows(session, memory, num_rows)
+    session.engine.first_worker_does(lambda: note_lost_rows(session, memory, num_rows))
     return memory
 
 
@@ -243,6 +261,17 @@ def note_lost_rows(session: Session, memory: Memory, num_rows: int) -> None:
     if lost > 0:
         what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {memory.step}"
         session.directory.note(f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again")
+
+
+def record_start(session: Session, step: int) -> None:
+    """Record how the run goes on after `step`."""
+    note_other_number_of_workers(session, step)
+    session.directory.update_record(
+        world_size=session.engine.num_workers,
+        precision=session.precision,
+        parameters=session.parts.count_parameters(),
+        total_steps=session.plan.total_steps,
+    )
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:
@@ -273,7 +302,7 @@ def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) ->
     hooks: list[Hook] = [
         *([Reached(engine, session.parts.module, session.directory.note)] if adapter is not None else []),
         Clock(plan, session.metric.name, session.progress, memory.seconds, engine.device),
-        Recorder(session.directory, train.log_every, writes=engine.rank == 0),
+        Recorder(engine.exchange, session.directory, train.log_every),
         evaluator,
         *last_hooks,
     ]
@@ -348,14 +377,12 @@ def take_best_weights(session: Session, memory: Memory) -> int:
         return memory.step
     session.store.bring(best)
     checkpoint = session.store.at(best)
-    damage = engine.from_first_worker(find_damage(checkpoint.folder) if engine.rank == 0 else None)
+    damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
     if damage is None:
         engine.read_state(checkpoint.folder)
         return best
-    if engine.rank == 0:
-        session.directory.note(
-            f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
-        )
+    text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
+    engine.first_worker_does(lambda: session.directory.note(text))
     return memory.step
 
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import Recipe
 from orchestrator.storage import credentials, is_url
@@ -203,6 +205,7 @@ def work_on_worker(config: dict[str, Any]) -> None:
     with output_to(Path(config["folder"]) / f"worker-{rank}.log"):
         # Unpacking imports the search, which comes to modules that the imports ahead have half done.
         import_ahead.wait()
+        have_gloo_use(ray.util.get_node_ip_address())
         ray.get(config["work"])(ray.get(config["prepared"]), get_device())
 
 
@@ -222,7 +225,9 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     with contextlib.ExitStack() as stack:
         if not alone:
             # By the same address as Ray numbers the workers of a node, of which two on one machine are one.
-            directory = open_run(config["place"], ray.util.get_node_ip_address())
+            address = ray.util.get_node_ip_address()
+            have_gloo_use(address)
+            directory = open_run(config["place"], address)
             directory.leads_node = context.get_local_rank() == 0
             directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(directory.send_logs)
@@ -248,6 +253,16 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         if directory.leads_node:
             directory.finish()
     return None
+
+
+def have_gloo_use(address: str) -> None:
+    """Have gloo talk over the network interface with this address of the machine, unless the user names another.
+
+    Gloo itself takes the address of the machine's name, which on some machines is one that others cannot reach.
+    """
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def with_workers(prepared: Prepared, number: int) -> Prepared:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -63,6 +64,26 @@ def test_a_model_in_bf16_computes_what_it_would_in_fp32(name: str) -> None:
         if mine is not None:  # Rounded once for each of its uses.
             assert float((mine.float() - other).abs().max()) <= 2**-7 * float(other.abs().max())
     assert {value.dtype for value in narrow.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_wide_copy_of_a_weight_waits_for_the_backward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, _ = narrow_and_wide(name)
+    copies: list[StorageWeakRef] = []
+    widen = Tensor.float
+
+    def note(value: Tensor) -> Tensor:
+        wide = widen(value)
+        if isinstance(value, nn.Parameter):
+            copies.append(StorageWeakRef(wide.untyped_storage()))
+        return wide
+
+    monkeypatch.setattr(Tensor, "float", note)
+    with ComputesInFp32():
+        logits = narrow(input_ids=IDS).logits
+        assert len(copies) > 10
+        assert all(copy.expired() for copy in copies)
+        assert torch.autograd.grad(logits.sum(), list(narrow.parameters()), allow_unused=True)[0] is not None
 
 
 def test_what_is_written_is_written_to_the_weights_themselves() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RunFailed
+from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import COMMITTED, MANIFEST, STATE, CheckpointStore, find_damage
+from orchestrator.training.exchange import Exchange
 
 CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -67,6 +69,18 @@ def events(monkeypatch: pytest.MonkeyPatch) -> FileEvents:
         monkeypatch.setattr(os, name, count_before(getattr(os, name)))
     monkeypatch.setattr(Path, "open", open_counted)
     return counter
+
+
+class Other(Exchange):
+    """A worker of this rank, which hears of no other, or of a trouble that one of them has."""
+
+    def __init__(self, rank: int, trouble: str | None = None) -> None:
+        super().__init__()
+        self.rank = rank
+        self.trouble = trouble
+
+    def agree(self, trouble: str | None) -> str | None:
+        return trouble or self.trouble
 
 
 def save(store: CheckpointStore, step: int, **state: Any) -> None:
@@ -246,13 +260,49 @@ def test_an_attempt_that_was_taken_over_cannot_commit(tmp_path: Path) -> None:
 def test_trouble_of_another_worker_keeps_all_from_committing(tmp_path: Path) -> None:
     save(CheckpointStore(tmp_path), 10)
     with pytest.raises(RunFailed, match="worker 1 has no space"):
-        save(CheckpointStore(tmp_path, agree=lambda trouble: trouble or "worker 1 has no space"), 20)
+        save(CheckpointStore(tmp_path, Other(0, trouble="worker 1 has no space")), 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010"]
 
 
 def test_other_workers_write_their_files_and_nothing_else(tmp_path: Path) -> None:
     partial = tmp_path / ".step-00000020.partial"
     partial.mkdir()
-    save(CheckpointStore(tmp_path, rank=1), 20)
+    save(CheckpointStore(tmp_path, Other(1)), 20)
     assert {path.name for path in partial.iterdir()} == {"model.bin", "optimizer"}
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+
+
+def test_each_worker_hashes_the_files_that_it_wrote_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    hash_file = checkpoint.hash_file
+
+    def note(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    def write(rank: int) -> Callable[[Path], None]:
+        return lambda folder: (folder / f"{rank}.bin").write_text(str(rank)) and None
+
+    class First(Other):
+        """Worker 0, beside which worker 1 writes."""
+
+        def gather(self, value: Any) -> list[Any]:
+            hashed.clear()
+            CheckpointStore(tmp_path, second).save(10, {}, write(1))
+            assert hashed == ["1.bin"]
+            hashed.clear()
+            return [value, second.gathered]
+
+    class Second(Other):
+        def gather(self, value: Any) -> list[Any]:
+            self.gathered = value
+            return []
+
+    second = Second(1)
+    monkeypatch.setattr(checkpoint, "hash_file", note)
+    CheckpointStore(tmp_path, First(0)).save(10, {}, write(0))
+    assert hashed == [STATE, MANIFEST]
+    assert find_damage(CheckpointStore(tmp_path).at(10).folder) is None
+    assert set(second.gathered) == {"1.bin"}

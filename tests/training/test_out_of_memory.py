@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,28 @@ def test_a_run_goes_on_with_smaller_passes_and_learns_the_same(
     expected = train_losses(tmp_path / "undisturbed")
     assert train_losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
     assert len(expected) == found.result["steps"]
+
+
+@pytest.mark.parametrize("scale", ["scale.engine=torch", "scale.zero_stage=2", "scale.zero_stage=3"])
+def test_a_run_that_begins_again_holds_nothing_of_what_did_not_fit(
+    scale: str, write_recipe: WriteRecipe, tmp_path: Path, fits: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, weakref.ref[Any]]] = []
+    left: list[str] = []
+    fits(4)
+    take_step = loop.take_step
+
+    def note(engine: Any, *others: Any) -> tuple[float, float]:
+        if not begun or begun[-1]["engine"]() is not engine:
+            left.extend(name for each in begun for name, reference in each.items() if reference() is not None)
+            held = {"engine": engine, "model": engine.module, "optimizer": engine.optimizer}
+            begun.append({name: weakref.ref(each) for name, each in held.items()})
+        return take_step(engine, *others)
+
+    monkeypatch.setattr(loop, "take_step", note)
+    orchestrator.train(orchestrator.load_recipe(write_recipe(train=TRAIN), [scale]), tmp_path / "run")
+    assert len(begun) == 3
+    assert left == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from orchestrator.jobs.fetch import download, send
 from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
 from orchestrator.training import worker
 from orchestrator.training.dead_workers import teller
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.training.remote_run import RemoteRunDirectory, open_run
 from orchestrator.training.trainer import resume
@@ -174,7 +175,7 @@ def make_store(
     directory.create()
     directory.update_record(attempt=attempt)
     return directory, RemoteCheckpointStore(
-        directory, 0, lambda trouble: trouble, lambda: directory.read_record()["attempt"] == attempt
+        directory, Exchange(), lambda: directory.read_record()["attempt"] == attempt
     )
 
 

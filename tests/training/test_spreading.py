@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from orchestrator import load_recipe, models
+from orchestrator.errors import ModelError, Problem
+from orchestrator.training import spreading
 from orchestrator.training.deepspeed_setup import deepspeed_config
+from orchestrator.training.exchange import Exchange
 from orchestrator.training.prepare import prepare
 from orchestrator.training.spreading import assemble_share, spread
 
@@ -37,9 +40,10 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
             return load_model(*given, from_scratch=True, **named)
 
         models.load_model = only_outlines
-    parts = assemble_share(prepared)
+    exchange = Exchange()
+    parts = assemble_share(prepared, exchange)
     whole = {name: value.detach().clone() for name, value in parts.module.named_parameters()} if rank == 0 else {}
-    spread(parts, recipe, deepspeed_config(recipe, "fp32", 8, 1000), torch.device("cpu"))
+    spread(parts, recipe, deepspeed_config(recipe, "fp32", 8, 1000), torch.device("cpu"), exchange)
     assert not any(value.is_meta for value in parts.module.buffers())
     held = sum(value.ds_tensor.numel() for value in parts.module.parameters())
     total = sum(value.ds_numel for value in parts.module.parameters())
@@ -70,3 +74,32 @@ def test_others_than_the_first_worker_hold_their_share_alone(
     for found in (first, second):
         # A share is rounded up for each weight.
         assert found["held"] < 0.52 * found["total"]
+
+
+def fail_to_load(rank: int, folder: Path, recipe_path: Path) -> None:
+    """One of two workers, of which the first cannot load the model: each writes what it is told."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORKERS), rank=rank, world_size=WORKERS)
+    prepared = prepare(load_recipe(recipe_path))
+
+    def refuse(*_: Any) -> None:
+        raise ModelError(Problem("a weight is missing", "model.safetensors", "download it again"))
+
+    if rank == 0:
+        spreading.assemble = refuse  # type: ignore[assignment]
+    with Exchange() as exchange:
+        try:
+            assemble_share(prepared, exchange)
+        except ModelError as error:
+            (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_model_that_the_first_worker_cannot_load_is_refused_by_all(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(scale={"zero_stage": 3, "workers": WORKERS})
+    multiprocessing.spawn(fail_to_load, (tmp_path, recipe), nprocs=WORKERS)  # type: ignore[no-untyped-call]
+    for rank in range(WORKERS):
+        told = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
+        assert told == "model.safetensors: a weight is missing\n    -> download it again"

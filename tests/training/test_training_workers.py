@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import load_recipe, train
-from orchestrator.errors import ClusterError, ModelError
+from orchestrator.errors import ClusterError, ModelError, RunFailed
+from orchestrator.training import run
 from orchestrator.training.cluster import scaling
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.run_directory import RunDirectory
 
 # 57 examples: the last of each epoch's 8 batches holds a single one, so that one of two workers has none.
 CURVE = [
@@ -110,6 +114,21 @@ def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(
     with pytest.raises(ModelError, match="freeze depth is 7, but the model has 2 layers"):
         train(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "logs" / "worker-0.log").exists()
+
+
+def test_what_the_first_worker_alone_cannot_do_ends_the_run_at_once(
+    write_recipe: Callable[..., Path], tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_workers = run.run_workers
+
+    def without_place_for_metrics(prepared: Prepared, directory: RunDirectory, *others: Any) -> None:
+        directory.metrics.mkdir()
+        run_workers(prepared, directory, *others)
+
+    monkeypatch.setattr(run, "run_workers", without_place_for_metrics)
+    with pytest.raises(RunFailed, match=r"Is a directory: '.*/metrics\.jsonl'; the checkpoints are whole") as caught:
+        train(load_recipe(write_recipe(), ["scale.workers=2"]), tmp_path / "run")
+    assert "failed more than" not in str(caught.value)
 
 
 @pytest.mark.slow
