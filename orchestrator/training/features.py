@@ -138,8 +138,8 @@ def make_feeds(
         if reason is None and not isinstance(found, str):
             for name, rows in found.items():
                 feeds[name].features = rows
-    if reason is not None and engine.rank == 0:
-        note(f"the frozen blocks are computed in every epoch: {reason}")
+    if reason is not None:
+        engine.first_worker_does(lambda: note(f"the frozen blocks are computed in every epoch: {reason}"))
     return feeds
 
 

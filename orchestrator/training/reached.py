@@ -64,9 +64,10 @@ class Reached:
             )
         reached = self.engine.sum_over_workers(self._found).tolist()
         left = [name for name, found in zip(self.parts, reached, strict=True) if not found]
-        if left and self.engine.rank == 0:
+        if left:
             some = ", ".join(left[:NAMED]) + (", ..." if len(left) > NAMED else "")
-            self.note(
+            text = (
                 f"{len(left)} of the {len(self.parts)} modules that an adapter is trained in got no gradient at step "
                 f"{step.number} ({some}): as long as nothing that is learned depends on them, they stay as they are"
             )
+            self.engine.first_worker_does(lambda: self.note(text))
