@@ -113,7 +113,8 @@ def test_a_folder_of_classes_that_is_no_split_is_all_train(classes: Path, make_r
 
 
 @pytest.mark.parametrize(
-    "names", [["1.0", "2.0"], ["1", "1.0"], ["007", "7"], ["1e3", "2"], ["1", "2"], ["0", "00", "1", "10"], [" 1", "-1"]]
+    "names",
+    [["1.0", "2.0"], ["1", "1.0"], ["007", "7"], ["1e3", "2"], ["1", "2"], ["0", "00", "1", "10"], ["01", "-1"]],
 )
 def test_names_of_class_folders_stay_as_written_also_where_they_are_numbers(
     names: list[str], make_recipe: Any, write: Any, tmp_path: Path
