@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 import orchestrator.search.run
+from orchestrator import load_recipe
 from orchestrator.cli import main, parse
 from orchestrator.errors import ClusterError, InputError, RunFailed
+from orchestrator.search.changes import CHANGES
 
 pytestmark = pytest.mark.xdist_group("ray")
 Capture = pytest.CaptureFixture[str]
@@ -195,3 +197,38 @@ def test_a_search_that_was_ended_goes_on_with_the_same_command(end: signal.Signa
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["trials"] == {"finished": 3}
     assert rows.read_text().splitlines()[: len(first)] == first
+
+
+@pytest.mark.slow
+def test_a_killed_population_goes_on_with_the_rates_that_its_trials_had_and_tells_those(recipe: str) -> None:
+    overrides = [
+        "train.epochs=8",
+        "train.schedule=constant",
+        "train.log_every=1",
+        "search.space={train.learning_rate: {loguniform: [1.0e-6, 1.0e-2]}}",
+        "search.algorithm=random",
+        "search.scheduler=pbt",
+        "search.trials=4",
+        "search.concurrent=2",
+    ]
+    command = [sys.executable, "-m", "orchestrator.cli", "search", recipe, "--output", "out", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not any((path.parent / "checkpoints").glob("step-*/COMMITTED") for path in Path("out").rglob(CHANGES)):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["trials"] == {"finished": 4}
+    rows = [json.loads(line) for line in Path("out/trials.jsonl").read_text().splitlines()]
+    for row in rows:
+        lines = Path("out/trials", row["id"], "metrics.jsonl").read_text().splitlines()
+        trained = [each for each in map(json.loads, lines) if each["split"] == "train"]
+        rates = {each["step"]: each["learning_rate"] for each in trained}
+        for each in row["history"]:
+            assert each["parameters"]["train.learning_rate"] == pytest.approx(rates[each["step"]])
+        assert row["parameters"]["train.learning_rate"] == pytest.approx(rates[row["best_step"]])
+    best = load_recipe("out/best.yaml").train.learning_rate
+    (winner,) = [row for row in rows if row["id"] == json.loads(done.stdout)["winner"]["id"]]
+    assert best == winner["parameters"]["train.learning_rate"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -52,8 +52,9 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
     if not lists and (places := count_places(splits, column)):
         return tuple(map(str, range(places)))
     texts: set[str] = set()
-    for examples in splits.values():
-        texts.update(label_texts(examples, column))
+    # Text first: the numbers of other splits are named as text of the same value is, such as 1 as "1.0".
+    for examples in sorted(splits.values(), key=lambda examples: not _holds_text(examples, column)):
+        texts.update(label_texts(examples, column, () if _holds_text(examples, column) else texts))
     declared = tuple(dict.fromkeys(chain.from_iterable(lists)))
     if declared and any(_holds_integers(examples, column) for examples in splits.values()):
         if len(lists) > 1:
@@ -63,7 +64,7 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
     # A list of which no label is a member is about something else.
     if texts.intersection(declared):
         return declared
-    return tuple(sorted(texts, key=int if all(map(_INTEGER.fullmatch, texts)) else None))
+    return tuple(sorted(sorted(texts), key=int if all(map(_INTEGER.fullmatch, texts)) else None))
 
 
 def declares_names(splits: Mapping[str, Examples], given: Sequence[str] | None) -> bool:
@@ -119,14 +120,17 @@ def name_labels(examples: Examples, column: str, names: Sequence[str], are_codes
     return _with_labels(examples, column, with_items(values, _match(flat, names, examples, column)))
 
 
-def label_texts(examples: Examples, column: str) -> list[str]:
+def label_texts(examples: Examples, column: str, names: Collection[str] = ()) -> list[str]:
     """The distinct labels of a split as text, without nulls; list columns are taken apart.
 
+    Args:
+        names: numbers become the name of the same value where there is one.
+
     Raises:
-        DataError: labels are numbers with fractions.
+        DataError: labels are numbers with fractions that are no names.
     """
     flat = flat_labels(examples.table.column(column))
-    distinct = pc.unique(_match(flat, (), examples, column))
+    distinct = pc.unique(_match(flat, names, examples, column))
     return [text for text in distinct.to_pylist() if text is not None]
 
 
@@ -183,12 +187,16 @@ def _holds_integers(examples: Examples, column: str) -> bool:
     return bool(pa.types.is_integer(flat_labels(examples.table.column(column)).type))
 
 
+def _holds_text(examples: Examples, column: str) -> bool:
+    return bool(pa.types.is_string(flat_labels(examples.table.column(column)).type))
+
+
 def _with_labels(examples: Examples, column: str, values: pa.ChunkedArray) -> Examples:
     position = examples.table.column_names.index(column)
     return replace(examples, table=examples.table.set_column(position, column, values))
 
 
-def _match(flat: pa.ChunkedArray, names: Sequence[str], examples: Examples, column: str) -> pa.ChunkedArray:
+def _match(flat: pa.ChunkedArray, names: Collection[str], examples: Examples, column: str) -> pa.ChunkedArray:
     """Labels as text; numbers, also whole ones stored as text, as the name of the same value where there is one."""
     flat = unify_numbers(flat, "classes") if pa.types.is_floating(flat.type) else flat
     by_value: dict[float, list[str]] = {}

@@ -31,6 +31,8 @@ class RawFile:
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names that the file brings along, by column."""
+    labels_are_names: bool = False
+    """Labels are names and stay as they are written, also where they could be read as numbers."""
     row_places: tuple[str, ...] | None = None
     """The place of each row, for data that lie in a file each."""
     folder: Path | None = None

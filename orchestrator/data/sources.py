@@ -260,7 +260,7 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
     table = _concatenate([raw.place for raw in used], tables, _varying(columns))
     for position, name in enumerate(table.column_names):
         (column,) = (column for column in columns if column.name == name)
-        if column.kind == "label" and not every:
+        if column.kind == "label" and not every and not any(raw.labels_are_names for raw in used):
             table = table.set_column(position, name, unify_numbers(table.column(name), column.numbers))
     files = tuple(replace(raw.source, columns=tuple(own)) for raw, own in zip(used, tables, strict=True))
     merged = tuple(dict.fromkeys(chain.from_iterable(every))) or None

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from orchestrator.search.changes import Changes
 from orchestrator.search.outcome import Outcome, history, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows
 from orchestrator.search.space import describe
@@ -115,7 +116,7 @@ class Ledger:
 
     def describe(self, id: str, entry: Entry, outcome: Outcome) -> dict[str, Any]:
         """The line of trials.jsonl."""
-        rows = entry.rows or history(self.directory.trial(id))
+        rows = entry.rows or self._rows_left(id, entry)
         best = self._best_of(rows)
         return {
             "id": id,
@@ -130,6 +131,12 @@ class Ledger:
             "reason": outcome.reason,
             "history": [{key: value for key, value in row.items() if key not in ("phase", "split")} for row in rows],
         }
+
+    def _rows_left(self, id: str, entry: Entry) -> list[dict[str, Any]]:
+        """Return the evaluations that are in the trial's directory, as they would have been told."""
+        run = self.directory.trial(id)
+        changes, rows = Changes(run, entry.parameters), history(run)
+        return [{**row, "parameters": changes.at(row)} for row in rows] if changes else rows
 
     def _best_of(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         best: dict[str, Any] | None = None

@@ -150,7 +150,9 @@ class Member:
         opened = open_session(inputs, run, 0, self.device, None, self.metric, self.boundaries)
         with log_to(run.logs), opened as session:
             keeper = Keeper(session, run)
-            memory = keeper.start(None if is_again or orders.start_from is None else Path(orders.start_from))
+            # Workers that died may have left no checkpoint of their own yet.
+            has_own = is_again and self.from_first(lambda: bool(run.committed()))
+            memory = keeper.start(None if has_own or orders.start_from is None else Path(orders.start_from))
             self._tell_place(session, memory, began, resumed=memory.step)
             for row in evaluations(session, memory, [keeper]):
                 self._tell_place(session, memory, began, row=row)

@@ -69,8 +69,8 @@ class NestedTrial(OneTrial):
         if not (folder / MEMORY).exists():
             return
         self.stop()
-        self.spec = Spec(self.spec.id, parameters)
         memory = taken_over(folder, self.directory, self.bench)
+        self._change(memory.step, parameters)
         # The folder is one of this process's machine; the workers may be on others.
         self._start_from = self.directory.root / HANDOVER
         shutil.rmtree(self._start_from, ignore_errors=True)
@@ -81,6 +81,8 @@ class NestedTrial(OneTrial):
         self._rows = self._advance()
 
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        if self._start_from is None:
+            self._use_parameters_of_checkpoint()
         self._begin()
         first = self._wait(lambda told: True)
         # Evaluations of another trial that this one goes on from were told by that one.

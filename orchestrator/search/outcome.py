@@ -13,8 +13,9 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.search.bench import Bench
+from orchestrator.search.changes import CHANGES, Changes
 from orchestrator.search.running import Report
-from orchestrator.training.checkpoint import STATE
+from orchestrator.training.checkpoint import STATE, CheckpointStore
 from orchestrator.training.hooks import Memory, judge
 from orchestrator.training.run_directory import RunDirectory, finite, parse_object, write_json
 
@@ -49,6 +50,7 @@ class OneTrial(abc.ABC):
 
     Args:
         bench: the workplace of this process.
+        spec: its parameters are those that the trial begins with.
         directory: the trial's run directory; what is in it already is not done again.
     """
 
@@ -56,6 +58,11 @@ class OneTrial(abc.ABC):
         self.bench = bench
         self.spec = spec
         self.directory = directory
+        self.changes = Changes(directory, spec.parameters)
+        if self.changes.are_lost:  # It is run again: nothing tells what its checkpoints and rows were trained with.
+            for name in (OUTCOME, CHANGES):
+                (directory.root / name).unlink(missing_ok=True)
+            shutil.rmtree(directory.checkpoints, ignore_errors=True)
         self.outcome = read_whole_outcome(directory)
         self._rows = self._replay() if self.outcome else self._advance()
 
@@ -65,13 +72,13 @@ class OneTrial(abc.ABC):
         try:
             row, is_last = next(self._rows, ({}, True))
             if not is_last:
-                return Report(self._score(row), False, row)
+                return Report(self._score(row), False, row, parameters=self.changes.at(row))
             outcome = self._end()
         except TRIAL_ERRORS as error:
             row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
         if outcome.status == "failed":
-            return Report(None, True, row, outcome.reason)
-        return Report(self._score(row) if row else None, True, row)
+            return Report(None, True, row, outcome.reason, self.changes.at(row) if row else {})
+        return Report(self._score(row), True, row, parameters=self.changes.at(row)) if row else Report(None, True, row)
 
     @abc.abstractmethod
     def stop(self) -> None:
@@ -84,6 +91,22 @@ class OneTrial(abc.ABC):
     @abc.abstractmethod
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
         """Write down what became of the trial, unless that has been done, and let go of what it held."""
+
+    def _use_parameters_of_checkpoint(self) -> None:
+        """Go on with the parameters that the newest whole checkpoint was trained with."""
+        if not self.changes:
+            return
+        found, notes = CheckpointStore(self.directory.checkpoints).newest_valid()
+        for note in notes:
+            self.directory.note(note)
+        step = 0 if found is None else found.step
+        self.changes.forget_after(step)
+        self.spec = Spec(self.spec.id, self.changes.after(step))
+
+    def _change(self, step: int, parameters: dict[str, Any]) -> None:
+        """Go on from `step`, which another trial wrote, with other parameters."""
+        self.changes.record(step, parameters)
+        self.spec = Spec(self.spec.id, parameters)
 
     def _replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
         rows = history(self.directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ class Report:
     """The evaluation, as in metrics.jsonl."""
     reason: str | None = None
     """Why it failed."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Those that the evaluation was trained with; population-based training changes them midway."""
 
 
 class RunningTrial(Protocol):

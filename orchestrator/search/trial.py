@@ -62,8 +62,8 @@ class Trial(OneTrial):
         if not (folder / MEMORY).exists():
             return
         self._let_go()
-        self.spec = Spec(self.spec.id, parameters)
         self.memory = taken_over(folder, self.directory, self.bench)
+        self._change(self.memory.step, parameters)
         self._enter()
         assert self.session is not None
         self.session.engine.read_state(folder)
@@ -83,6 +83,7 @@ class Trial(OneTrial):
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
         self.directory.create()
         forget_unscored(self.directory)
+        self._use_parameters_of_checkpoint()
         self._enter()
         assert self.session is not None
         self.memory = resume(self.session)

@@ -30,6 +30,7 @@ from orchestrator.search.searchers import SCORE, Listed, Unsaved
 from orchestrator.training.cluster import HIDES_GPUS
 
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
+PARAMETERS = "parameters"
 MAX_RESTARTS = 2  # Of a trial whose process died.
 VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
@@ -51,8 +52,8 @@ class Actor(Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.spec = config["spec"]
-        parameters = self.spec["parameters"] | mutated(config)
-        self.running = self.workplace.begin(self.spec["id"], parameters, self.spec.get("members"))
+        # What has changed midway the trial knows itself, or is told with another's weights.
+        self.running = self.workplace.begin(self.spec["id"], self.spec["parameters"], self.spec.get("members"))
         self.is_over = False
 
     def step(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Actor(Trainable):  # type: ignore[misc]
         self.is_over = report.is_last
         score = WORST if report.score is None or math.isnan(report.score) else report.score
         # Ray Tune sets `done`, too, for a trial that it stops; the second word stays the trial's own.
-        own = {"is_last": report.is_last, "row": report.row, "reason": report.reason}
+        own = {"is_last": report.is_last, "row": report.row, "reason": report.reason, PARAMETERS: report.parameters}
         return {SCORE: score, "done": report.is_last, **own}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -102,7 +103,8 @@ class Messenger(Unsaved, Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get("row"):
-            changed = mutated(trial.config)
+            # Not those in its config: that may be changed already for what comes next.
+            changed = {path: result[PARAMETERS][path] for path in mutated(trial.config)}
             self.listener.told(id_of(trial), {**result["row"], **({"parameters": changed} if changed else {})})
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -121,6 +123,12 @@ def id_of(trial: Any) -> str:
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Has a trial that takes over another's weights and changes its parameters stay the trial that it is."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+        # A trial of a killed search has the parameters that it had been given then.
+        told = {path: result.get(f"{PARAMETERS}/{path}", value) for path, value in mutated(trial.config).items()}
+        trial.set_config({**trial.config, **told})
+        return super().on_trial_result(tune_controller, trial, result)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config, operations = super()._get_new_config(trial, trial_to_clone)

@@ -21,6 +21,8 @@ from PIL import Image
 from orchestrator.data import (
     Column,
     Examples,
+    encode_labels,
+    find_label_names,
     hub,
     image_checks,
     name_pictures,
@@ -31,14 +33,16 @@ from orchestrator.data import (
     rename_columns,
     without_bytes,
 )
+from orchestrator.data.checks import check_class_labels
 from orchestrator.data.image_checks import check_images
 from orchestrator.data.images import digests_of, read_picture
+from orchestrator.data.labels import declares_names
 from orchestrator.data.overlap import check_overlap
 from orchestrator.data.splits import cut_missing_splits
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Split
 
-COLUMNS = (Column("image", "image", aliases=("file_name",)), Column("label", "label"))
+COLUMNS = (Column("image", "image", aliases=("file_name",)), Column("label", "label", numbers="classes"))
 
 
 def picture_bytes(seed: int, mode: str = "RGB", format_: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
@@ -106,6 +110,40 @@ def test_a_folder_of_classes_that_is_no_split_is_all_train(classes: Path, make_r
     assert list(open_splits(make_recipe(classes / "train"), COLUMNS)) == ["train"]
     written_out = {"train": str(classes / "train"), "test": str(classes / "test")}
     assert list(open_splits(make_recipe(written_out), COLUMNS)) == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["1.0", "2.0"], ["1", "1.0"], ["007", "7"], ["1e3", "2"], ["1", "2"], ["0", "00", "1", "10"], ["01", "-1"]],
+)
+def test_names_of_class_folders_stay_as_written_also_where_they_are_numbers(
+    names: list[str], make_recipe: Any, write: Any, tmp_path: Path
+) -> None:
+    for split, number in (("train", 0), ("train", 1), ("test", 2)):
+        for name in names:
+            write(f"{split}/{name}/{number}.png")
+    splits = open_splits(make_recipe(tmp_path), COLUMNS)
+    assert set(splits["train"].table["label"].to_pylist()) == set(names)
+    found = find_label_names(splits, "label", None)
+    assert sorted(found) == sorted(names)
+    for examples in splits.values():
+        codes = encode_labels(examples, "label", found, declares_names(splits, None))
+        assert [found[code] for code in codes] == examples.table["label"].to_pylist()
+    assert check_class_labels(splits, "label") == []
+
+
+@pytest.mark.parametrize("label", [1, "1", "1.0", 1.0])
+def test_numbers_in_another_split_are_the_class_folders_of_their_values(
+    label: Any, make_recipe: Any, write: Any, tmp_path: Path
+) -> None:
+    for name in ("1.0/a.png", "1.0/b.png", "2.0/a.png", "2.0/b.png", "c.png"):
+        write(f"data/{name}" if "/" in name else name)
+    (tmp_path / "select.jsonl").write_text(json.dumps({"image": "c.png", "label": label}))
+    data = {"train": str(tmp_path / "data"), "select": str(tmp_path / "select.jsonl")}
+    splits = open_splits(make_recipe(data), COLUMNS)
+    assert find_label_names(splits, "label", None) == ("1.0", "2.0")
+    assert check_class_labels(splits, "label") == []
+    assert encode_labels(splits["select"], "label", ("1.0", "2.0")).tolist() == [0]
 
 
 @pytest.mark.parametrize(

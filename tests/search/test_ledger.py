@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.search import ledger as ledgers
+from orchestrator.search.changes import Changes
 from orchestrator.search.ledger import Ledger
 from orchestrator.search.outcome import Outcome, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, read_rows
@@ -330,6 +331,19 @@ def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
     assert row["parameters"] == {"train.learning_rate": 2.0e-3, "transfer.freeze": "all"}
     assert [each["parameters"]["train.learning_rate"] for each in row["history"]] == [1.0e-3, 2.0e-3, 3.0e-3]
     assert "parameters" not in row["metrics"]
+
+
+def test_parameters_that_changed_midway_are_told_also_where_only_the_directory_has_the_evaluations(
+    directory: SearchDirectory, ledger: Ledger
+) -> None:
+    run = directory.trial("0000")
+    write_history(directory, "0000", evaluation(8, 0.5), evaluation(16, 0.8), best_step=16)
+    Changes(run, PARAMETERS).record(8, {**PARAMETERS, "train.learning_rate": 2.0e-3})
+    ledger.expect("0000", PARAMETERS)
+    ledger.ended("0000", True, None)
+    (row,) = read_rows(directory.rows)
+    assert row["parameters"] == {"train.learning_rate": 2.0e-3, "transfer.freeze": "all"}
+    assert [each["parameters"]["train.learning_rate"] for each in row["history"]] == [1.0e-3, 2.0e-3]
 
 
 def test_the_lines_are_plain_json(directory: SearchDirectory) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from orchestrator import load_recipe, train
 from orchestrator.search import trial as trials
 from orchestrator.search.bench import Bench, trial_inputs
+from orchestrator.search.changes import CHANGES
 from orchestrator.search.outcome import BEST_WEIGHTS, OUTCOME, Spec, history, read_outcome
 from orchestrator.search.records import append_row
 from orchestrator.search.running import Report
@@ -204,7 +205,7 @@ def test_an_ended_trial_is_told_again_without_training(
 ) -> None:
     expected, directory = whole
     before = {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")}
-    replayed = run_to_the_end(Trial(NoBench(prepared, [], tmp_path / "x", METRIC, 1), Spec("0000", {}), directory))
+    replayed = run_to_the_end(Trial(NoBench(prepared, [], tmp_path / "x", METRIC, 1), Spec("0000", PARAMETERS), directory))
     assert replayed == expected
     assert {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")} == before
 
@@ -365,6 +366,70 @@ def test_a_trial_that_goes_on_from_another_has_the_weights_of_its_own_best(
     assert outcome.best_step == 8
     kept = load_file(falling.directory.root / BEST_WEIGHTS)
     assert all(torch.equal(at_best[name], value) for name, value in kept.items())
+
+
+INITIAL, TAKEN_OVER = {RATE: 1.0e-9}, {RATE: 3.0e-3}
+
+
+@pytest.fixture
+def changed(bench: Bench, folder: RunDirectory, tmp_path: Path) -> Trial:
+    """A trial that goes on from another's second evaluation, with another rate, and was evaluated once before."""
+    good = Trial(bench, Spec("0001", PARAMETERS), RunDirectory(tmp_path / "0001"))
+    good.advance(), good.advance()
+    (tmp_path / "handed").mkdir()
+    good.save(tmp_path / "handed")
+    good.stop()
+    poor = Trial(bench, Spec("0000", INITIAL), folder)
+    poor.advance()
+    poor.restore(tmp_path / "handed", TAKEN_OVER)
+    return poor
+
+
+def rates_told(reports: list[Report]) -> dict[int, float]:
+    return {report.row["step"]: report.parameters[RATE] for report in reports}
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_resumed_trial_goes_on_with_the_parameters_that_its_checkpoint_was_trained_with(
+    end: str, changed: Trial, bench: Bench, folder: RunDirectory
+) -> None:
+    with saving_at_every_step():
+        assert rates_told([changed.advance()]) == {24: 3.0e-3}
+        kill(changed) if end == "killed" else changed.stop()
+    resumed = Trial(bench, Spec("0000", INITIAL), folder)
+    first = resumed.advance()
+    assert resumed.session is not None
+    assert resumed.session.plan.learning_rate == 3.0e-3
+    assert rates_told([first, *run_to_the_end(resumed)]) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
+    assert f"learning_rate: {3.0e-3}" in folder.recipe.read_text()
+    replayed = run_to_the_end(Trial(bench, Spec("0000", INITIAL), folder))
+    assert rates_told(replayed) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
+
+
+@pytest.mark.parametrize("loss", ["no checkpoint", "a damaged checkpoint", "damaged changes"])
+def test_a_trial_whose_changed_weights_are_lost_begins_again_with_its_initial_parameters(
+    loss: str, changed: Trial, bench: Bench, folder: RunDirectory
+) -> None:
+    if loss != "no checkpoint":
+        with saving_at_every_step():
+            changed.advance()
+    kill(changed)
+    if loss == "a damaged checkpoint":
+        (folder.checkpoints / folder.committed()[0] / BEST_WEIGHTS).write_bytes(b"x")
+    elif loss == "damaged changes":
+        (folder.root / CHANGES).write_text("{")
+    resumed = Trial(bench, Spec("0000", INITIAL), folder)
+    assert rates_told(run_to_the_end(resumed)) == dict.fromkeys((8, 16, 24, 32), 1.0e-9)
+
+
+def test_a_trial_that_takes_over_weights_twice_tells_each_evaluation_with_its_own_parameters(
+    changed: Trial, bench: Bench, folder: RunDirectory, tmp_path: Path
+) -> None:
+    changed.advance()
+    changed.restore(tmp_path / "handed", {RATE: 5.0e-3})  # Back to step 16: what came after is taken again.
+    assert rates_told(run_to_the_end(changed)) == {24: 5.0e-3, 32: 5.0e-3}
+    replayed = run_to_the_end(Trial(bench, Spec("0000", INITIAL), folder))
+    assert rates_told(replayed) == {8: 1.0e-9, 24: 5.0e-3, 32: 5.0e-3}
 
 
 def test_values_that_change_the_examples_have_them_read_again(bench: Bench, folder: RunDirectory) -> None:

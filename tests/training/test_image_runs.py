@@ -164,6 +164,23 @@ def test_predictions_are_made_for_folders_files_and_columns_of_pictures(
     ]
 
 
+def test_classes_are_named_after_their_folders_also_where_these_are_numbers(
+    run_pictures: Callable[..., Path], small_pictures: Path, tmp_path: Path
+) -> None:
+    names = {"red": "1.0", "green": "2.0", "blue": "1"}
+    for split in ("train", "select", "test"):
+        for colour, name in names.items():
+            shutil.copytree(small_pictures / split / colour, tmp_path / split / name)
+    directory = run_pictures("numbers", "vit", data=tmp_path)
+    config = json.loads((directory / "model" / "config.json").read_text())
+    assert set(config["id2label"].values()) == set(names.values())
+    for row in predict_rows(directory, tmp_path / "test"):
+        assert row["prediction"] in names.values()
+        assert row["scores"].keys() == set(names.values())
+    found = evaluate(directory / "model", str(tmp_path / "test"), "test")
+    assert found["metrics"] == evaluate(directory, None, "test")["metrics"]
+
+
 def test_evaluation_agrees_with_the_run_on_its_data_and_on_a_folder(
     run_pictures: Callable[..., Path], small_pictures: Path
 ) -> None:
