@@ -169,7 +169,12 @@ class TorchEngine(Engine):
         from accelerate.utils import DistributedDataParallelKwargs
 
         has_statistics = any(True for _ in trained_statistics(module))
-        kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=has_statistics)
+        kwargs = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_statistics,
+            # Some models have parameters that their loss does not depend on, for which DDP would wait.
+            find_unused_parameters=True,
+        )
         accelerator = Accelerator(
             cpu=not uses_gpu(recipe),
             mixed_precision="bf16" if precision == "bf16" else "no",

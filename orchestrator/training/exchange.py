@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from orchestrator.errors import OrchestratorError, RunFailed
 
-LONGEST_WAIT = timedelta(days=1)
+WAIT_AT_BEGIN, LONGEST_WAIT = timedelta(minutes=10), timedelta(days=1)
 T = TypeVar("T")
 
 
@@ -35,7 +36,11 @@ class Exchange:
     def __init__(self) -> None:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.size > 1 else None
+        self._group: Any = None
+        if self.size > 1:
+            # Here nobody is busy: a worker that does not come has failed.
+            self._group = dist.new_group(backend="gloo", timeout=WAIT_AT_BEGIN)
+            distributed_c10d._set_pg_timeout(LONGEST_WAIT, self._group)
         self._has_failed = False
 
     def __enter__(self) -> Self:

@@ -116,18 +116,17 @@ def open_session(
         boundaries: freeze boundaries whose features other runs will want.
     """
     recipe = prepared.recipe
-    if progress is not None:
-        progress.show(force=True, phase="loading the model")
-    metric = metric or choose_metric(prepared)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
-        gc.collect()  # A model of before, whose parts refer to each other, is to be gone from the device.
-    precision = choose_precision(recipe, device)
-    plan = make_plan(
-        recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe), prepared.tokens_per_pass
-    )
     with contextlib.ExitStack() as stack:
-        exchange = stack.enter_context(Exchange())
+        exchange = stack.enter_context(Exchange())  # First: it tells the others what goes wrong here.
+        if progress is not None:
+            progress.show(force=True, phase="loading the model")
+        metric = metric or choose_metric(prepared)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Where 4-bit weights are loaded to.
+            gc.collect()  # A model of before, whose parts refer to each other, is to be gone from the device.
+        precision = choose_precision(recipe, device)
+        lengths = prepared.encoded("train").lengths
+        plan = make_plan(recipe.train, lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
         stack.enter_context(plain_linear())
         as_stored = may_load_as_stored(recipe, precision)
         parts = assemble_share(prepared, exchange, as_stored)

@@ -1,8 +1,11 @@
 """The engines: which devices their tensors are on, how often workers exchange gradients, what is left of them."""
 
+from __future__ import annotations
+
 import gc
+import json
+import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,16 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.training.engine import Engine, build_engine
 from orchestrator.training.precision import Precision
 
 CUDA = torch.device("cuda", 0)
-NUM_PASSES = 4
+NUM_PASSES, NUM_STEPS = 4, 3
 ENGINES = ["engine: torch", "engine: deepspeed", "zero_stage: 1", "zero_stage: 2", "zero_stage: 3"]
 
 
@@ -41,7 +44,7 @@ def take_step(engine: Engine, num_passes: int = 1) -> None:
     inputs = torch.ones(3, 4, device=engine.device, dtype=engine.float_type)
     for number in range(num_passes):
         with engine.in_pass(last=number == num_passes - 1):
-            engine.backward(engine.model(inputs).square().mean() / num_passes)
+            engine.backward(engine.model(inputs).square().mean() / num_passes / engine.num_workers)
     engine.step(1.0)
 
 
@@ -91,32 +94,51 @@ def test_a_resumed_adam_has_all_its_state_on_the_device_of_its_parameters(
     assert found == {("step", CUDA), ("exp_avg", CUDA), ("exp_avg_sq", CUDA)}
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group with this process in it and no other."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
+class WithUnused(nn.Sequential):
+    """A model with a parameter that its outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__(*make_model())
+        self.unused = nn.Parameter(torch.zeros(2))
+
+
+def count_and_reduce(reduced: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    reduced[-1] += 1
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+
+# DDP compares them with the classes themselves.
+count_and_reduce.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+
+
+def train_together(rank: int, folder: Path) -> None:
+    """One of two workers: writes how often gradients are summed up in each step, and what it has learned."""
+    os.environ.update({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    model = WithUnused()
+    reduced: list[int] = []
+    with build_engine(model, groups_of(model), recipe_with("engine: torch"), "fp32") as engine:
+        engine.model.register_comm_hook(reduced, count_and_reduce)
+        for _ in range(NUM_STEPS):
+            reduced.append(0)
+            take_step(engine, NUM_PASSES)
+        learned = {name: value.tolist() for name, value in engine.trained.items()}
+    (folder / f"{rank}.json").write_text(json.dumps({"reduced": reduced, "learned": learned}), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def test_ddp_sums_up_gradients_once_in_a_step_of_several_passes(alone: None) -> None:
-    model = make_model()
-    reduced: list[int] = []
-
-    def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        reduced.append(bucket.index())
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
+def test_ddp_sums_up_gradients_once_in_a_step_of_several_passes(tmp_path: Path) -> None:
+    multiprocessing.spawn(train_together, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    model = WithUnused()
     with build_engine(model, groups_of(model), recipe_with("engine: torch"), "fp32") as engine:
-        engine.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        engine.model.register_comm_hook(None, count)
-        engine.num_workers = 2
-        for _ in range(3):
-            reduced.clear()
+        for _ in range(NUM_STEPS):
             take_step(engine, NUM_PASSES)
-            assert reduced == [0]
+        expected = engine.trained_weights()
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert found["reduced"] == [1] * NUM_STEPS
+        for name, value in expected.items():
+            torch.testing.assert_close(torch.tensor(found["learned"][name]), value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
