@@ -75,15 +75,16 @@ def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def _find_sized_by_labels(model: Any) -> list[str]:
     """Names of the modules whose own weights have another shape where there is one label more."""
     config = copy.deepcopy(model.config)
-    config.num_labels += 1
-    probe = _outline(model, config)
-    shapes = {name: parameter.shape for name, parameter in probe.named_parameters()}
-    differ = (name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape)
+    shapes = []
+    for _ in range(2):
+        shapes.append({name: parameter.shape for name, parameter in _outline(model, config).named_parameters()})
+        config.num_labels += 1
+    differ = (name for name, shape in shapes[0].items() if shapes[1].get(name) != shape)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in differ))
 
 
 def _outline(model: Any, config: Any) -> Any:
-    """A model of the same class by another config, without memory for weights."""
+    """Return a model of the same class by another config, without memory for weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 

@@ -222,15 +222,14 @@ def _building(source: SourceModel) -> Iterator[None]:
     """Turn what a model's own code raises, while nothing but it runs, into words of the user."""
     try:
         yield
-    except ImportError as error:
-        what = f"the code of {source.name!r} needs a package: {error}"
-        remedy = "install it, or use another source model"
-    except (AttributeError, KeyError, TypeError, AssertionError) as error:
-        what = f"transformers cannot build {source.name!r} from its config: {type(error).__name__}: {error}"
-        remedy = "use another source model"
-    else:
-        return
-    raise ModelError(Problem(" ".join(what.split()), source.where, remedy))
+    except (ImportError, AttributeError, KeyError, TypeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            what, remedy = f"the code of {source.name!r} needs a package: {said}", "install it, or use another model"
+        else:
+            what = f"transformers cannot build {source.name!r} from its config: {type(error).__name__}: {said}"
+            remedy = "use another source model"
+        raise ModelError(Problem(what, source.where, remedy)) from error
 
 
 def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
@@ -307,9 +306,7 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
     own: Any = type(config).sub_configs.get("text_config")
     is_part = own is not None and getattr(model_class, "config_class", None) is own
     if is_part and own not in loader._model_mapping:
-        what = (
-            f"the part of {source.name!r} that reads texts would be saved as a model of the type {own.model_type!r}, "
-        )
+        what = f"the part of {source.name!r} that reads texts would be saved as the type {own.model_type!r}, "
         what += f"for which transformers has no {auto_class}, so it could not be loaded again"
         raise ModelError(Problem(what, source.where, "use a source model of another type"))
     return loader if getattr(config, "deep_head", None) is None else with_deep_head(model_class)
