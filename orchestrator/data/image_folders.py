@@ -85,9 +85,7 @@ def _raw_pictures(folder: Path, paths: list[str], others: dict[str, list[str]]) 
         return pa.chunked_array([pa.array(columns[name], pa.string())])
 
     places = tuple(f"{place}/{name}" for name in paths)
-    return RawFile(
-        place, tuple(columns), len(paths), fetch, labels_are_names=True, row_places=places, folder=folder
-    )
+    return RawFile(place, tuple(columns), len(paths), fetch, labels_are_names=True, row_places=places, folder=folder)
 
 
 def _walk(folder: Path) -> Iterator[str]:
