@@ -205,9 +205,8 @@ def test_an_ended_trial_is_told_again_without_training(
 ) -> None:
     expected, directory = whole
     before = {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")}
-    replayed = run_to_the_end(
-        Trial(NoBench(prepared, [], tmp_path / "x", METRIC, 1), Spec("0000", PARAMETERS), directory)
-    )
+    bench = NoBench(prepared, [], tmp_path / "x", METRIC, 1)
+    replayed = run_to_the_end(Trial(bench, Spec("0000", PARAMETERS), directory))
     assert replayed == expected
     assert {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")} == before
 
