@@ -136,6 +136,9 @@ def open_session(
         with finely():
             split = split_at_boundary(prepared, parts, plan)
             packs = recipe.scale.zero_stage < 3 and can_pack(Feed(prepared.encoded("train"), device), parts.module)
+        exchange.agree(
+            None
+        )  # The slowest to load and try the model is waited for here, not by the engine's collectives.
         if is_spread(recipe):
             trained = parts.count_parameters()["trained"]
             config = deepspeed_config(recipe, precision, plan.micro_batch_size, trained)
@@ -249,6 +252,7 @@ def resume(session: Session) -> Memory:
     session.store.bring(found.step)
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
+    session.engine.agree(None)  # Who is slow to read is waited for here, not in a collective of the first step.
     memory = Memory(**here.state)
     session.engine.first_worker_does(lambda: note_lost_rows(session, memory, num_rows))
     return memory
@@ -379,6 +383,7 @@ def take_best_weights(session: Session, memory: Memory) -> int:
     damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
     if damage is None:
         engine.read_state(checkpoint.folder)
+        engine.agree(None)
         return best
     text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
     engine.first_worker_does(lambda: session.directory.note(text))
