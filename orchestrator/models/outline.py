@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ def run_outline(model: Any, inputs: dict[str, Tensor]) -> Any:
 
 
 def _run_stand_ins(model: Any, inputs: dict[str, Tensor]) -> Any:
-    chosen = model.config._experts_implementation
+    chosen, logger = model.config._experts_implementation, logging.getLogger(FakeTensorMode.__module__)
+    level = logger.level
     model.config._experts_implementation = EXPERTS
+    logger.setLevel(logging.CRITICAL)  # What it would log is raised as well.
     try:
         with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
             named = [*model.named_parameters(), *model.named_buffers()]
@@ -39,3 +42,4 @@ def _run_stand_ins(model: Any, inputs: dict[str, Tensor]) -> Any:
             return functional_call(model, state, (), given)
     finally:
         model.config._experts_implementation = chosen
+        logger.setLevel(level)

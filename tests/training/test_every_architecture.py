@@ -27,12 +27,14 @@ HEAD_POSITION = "finding the position that the head reads crashes"
 NO_USE_CACHE = "the export asks the config of all parts for use_cache"
 WAITING = {
     ("AutoModelForCausalLM", "dots3_note"): NO_USE_CACHE,
+    ("AutoModelForCausalLM", "llama4"): NO_USE_CACHE,
     ("AutoModelForCausalLM", "qwen3_5"): NO_USE_CACHE,
     ("AutoModelForCausalLM", "qwen3_5_moe"): NO_USE_CACHE,
     ("AutoModelForCausalLM", "qwen4_exp"): NO_USE_CACHE,
     ("AutoModelForCausalLM", "reformer"): HEAD_POSITION,
     ("AutoModelForCausalLM", "xlnet"): HEAD_POSITION,
     ("AutoModelForSequenceClassification", "esm"): "a flag whose name has `drop` in it is taken for a rate",
+    ("AutoModelForSequenceClassification", "funnel"): "layers are looked for with fewer tokens than it can read",
     ("AutoModelForSequenceClassification", "reformer"): HEAD_POSITION,
     ("AutoModelForSequenceClassification", "xlnet"): HEAD_POSITION,
     ("AutoModelForImageClassification", "pvt_v2"): HEAD_POSITION,
