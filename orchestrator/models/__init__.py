@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         seeded,
     )
     from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
+    from orchestrator.models.outline import is_outline
     from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.prefix import Prefix
     from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
@@ -73,6 +74,7 @@ __all__ = [
     "freeze_blocks",
     "has_learned",
     "held_length",
+    "is_outline",
     "layer_changes",
     "load_config",
     "load_image_processor",
@@ -147,6 +149,7 @@ _HOMES = {
         "extend_adapter",
         "read_changes",
     ),
+    "outline": ("is_outline",),
     "pick": (
         "Pick",
         "find_pick",

@@ -17,7 +17,7 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.attempt import calling_model
 from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
-from orchestrator.models.outline import run_outline
+from orchestrator.models.outline import is_outline, run_outline
 
 Columns = list[tuple[nn.Module, ...]]  # a layer is mostly one module; some models spread it over parallel lists
 Calls = dict[nn.Module, int]  # when each module was first called
@@ -116,7 +116,7 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
         with calling_model("finding the layers"):
-            if model.device.type == "meta":
+            if is_outline(model):
                 output = run_outline(model, example_inputs)
             else:
                 output = model(**{name: value.to(model.device) for name, value in example_inputs.items()})

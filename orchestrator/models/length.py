@@ -48,7 +48,7 @@ def _find_held_length(config: Any, auto_class: str, wanted: int, trust_remote_co
     try:
         model = _stand_in(config, auto_class, trust_remote_code)
         rows = [_rows_read(model, config, length) for length in (FEW, MORE)]
-    except (*_REFUSALS, KeyError, TypeError, AttributeError, NotImplementedError, ImportError):
+    except (*_REFUSALS, KeyError, TypeError, AttributeError, ArithmeticError, NotImplementedError, ImportError):
         return None  # Whatever is wrong with it is told where it is loaded.
     longest = None
     for table, (size, last) in sorted(rows[0].items(), key=lambda item: item[1]):

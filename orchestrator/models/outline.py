@@ -14,6 +14,11 @@ EXPERTS = "batched_mm"
 """The implementation of experts whose shapes do not depend on what is routed to them, in any number format."""
 
 
+def is_outline(model: Any) -> bool:
+    """Whether a model was built on the meta device; some make a parameter elsewhere all the same."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def run_outline(model: Any, inputs: dict[str, Tensor]) -> Any:
     """Return what a model on the meta device makes of inputs: tensors without values.
 

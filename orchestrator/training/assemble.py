@@ -191,7 +191,7 @@ def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
         return models.find_blocks(module, prepared.task.example_inputs(prepared.processor), new)
     except CallFailed as error:
         # A ValueError is what transformers raises where inputs have the wrong size.
-        if module.device.type == "meta" and not isinstance(error.__cause__, ValueError):
+        if models.is_outline(module) and not isinstance(error.__cause__, ValueError):
             raise
         what = f"{prepared.source.name!r} cannot read the task's inputs: {error.__cause__}"
         where = prepared.recipe.origin.where("target.options")

@@ -214,8 +214,6 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     import ray.train
     from ray.train.torch import get_device
 
-    from orchestrator.training.devices import choose_device
-
     context = ray.train.get_context()
     rank = context.get_world_rank()
     prepared = config["prepared"]

@@ -23,21 +23,12 @@ MAPPINGS = {
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 # What crashes for reasons that are known and not mended yet.
-HEAD_POSITION = "finding the position that the head reads crashes"
-NO_USE_CACHE = "the export asks the config of all parts for use_cache"
+FIXED_LENGTH = "it is trained on texts of one length alone, which its config names"
 WAITING = {
-    ("AutoModelForCausalLM", "dots3_note"): NO_USE_CACHE,
-    ("AutoModelForCausalLM", "llama4"): NO_USE_CACHE,
-    ("AutoModelForCausalLM", "qwen3_5"): NO_USE_CACHE,
-    ("AutoModelForCausalLM", "qwen3_5_moe"): NO_USE_CACHE,
-    ("AutoModelForCausalLM", "qwen4_exp"): NO_USE_CACHE,
-    ("AutoModelForCausalLM", "reformer"): HEAD_POSITION,
-    ("AutoModelForCausalLM", "xlnet"): HEAD_POSITION,
-    ("AutoModelForSequenceClassification", "esm"): "a flag whose name has `drop` in it is taken for a rate",
+    ("AutoModelForCausalLM", "reformer"): FIXED_LENGTH,
     ("AutoModelForSequenceClassification", "funnel"): "layers are looked for with fewer tokens than it can read",
-    ("AutoModelForSequenceClassification", "reformer"): HEAD_POSITION,
-    ("AutoModelForSequenceClassification", "xlnet"): HEAD_POSITION,
-    ("AutoModelForImageClassification", "pvt_v2"): HEAD_POSITION,
+    ("AutoModelForSequenceClassification", "reformer"): FIXED_LENGTH,
+    ("AutoModelForSequenceClassification", "xlnet"): "its head reads the last position, which may be padding",
 }
 EVERY = [
     pytest.param(

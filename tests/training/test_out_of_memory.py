@@ -115,6 +115,9 @@ def in_workers(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Callable[[
 
         def work(config: dict[str, Any]) -> Any:
             # In the worker's process, which does not know this file.
+            from orchestrator.training import import_ahead
+
+            import_ahead.wait()
             from orchestrator.training import loop
 
             take_step = loop.take_step
