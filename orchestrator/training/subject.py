@@ -46,6 +46,7 @@ class UnknownProcessor:
     """Stands in for a tokenizer or image processor of which nothing is known but what the model's config says."""
 
     pad_token_id = eos_token_id = 0
+    chat_template = None
 
     def __init__(self, config: Any) -> None:
         size: int | tuple[int, int] = getattr(config, "image_size", None) or PICTURE_SIZE

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.training.deepspeed_setup import plain_linear
 from orchestrator.training.engine import Engine, build_engine
 from orchestrator.training.precision import Precision
 
@@ -53,6 +55,13 @@ def step_optimizer(engine: Engine) -> None:
     for parameter in engine.trained.values():
         parameter.grad = torch.empty_like(parameter)
     engine.optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def linear_stays() -> Iterator[None]:
+    """Engines are built here without the session that puts PyTorch's linear function back."""
+    with plain_linear():
+        yield
 
 
 @pytest.fixture

@@ -171,7 +171,8 @@ class LanguageTask(Task):
         if self.options.add_tokens:
             models.add_embeddings(model, processor)
         models.fit_to_tokenizer(model, processor, source)
-        set_ends(model, processor, Template.of(processor, processor.chat_template))
+        if processor.chat_template is not None:  # As it is for plans that know the model's config alone.
+            set_ends(model, processor, Template.of(processor, processor.chat_template))
         models.answer_with_losses(model)
         models.attend_within_texts(model)
 
