@@ -41,14 +41,14 @@ class Bench:
         self._newcomers = Newcomers(trials)
         self._best_scores: list[float] = []
         """The best of `trials` until now, best first, as many as are kept."""
-        self.device = choose_device(prepared.recipe)
 
     @contextmanager
     def session(self, parameters: dict[str, Any], directory: RunDirectory) -> Iterator[Session]:
         """Everything that a trial with these parameters needs."""
         prepared = trial_inputs(self.prepared, parameters)
+        device = choose_device(prepared.recipe)
         write_atomically(directory.recipe, dump_recipe(with_own_name(prepared.recipe, directory.root.name)))
-        opened = open_session(prepared, directory, 0, self.device, None, self.metric, self.boundaries)
+        opened = open_session(prepared, directory, 0, device, None, self.metric, self.boundaries)
         with log_to(directory.logs), opened as session:
             yield session
 

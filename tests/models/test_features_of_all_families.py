@@ -29,7 +29,7 @@ WriteToy = Callable[..., Path]
 # What draws at random in the blocks of each family; many have no dropout module for it.
 TEXTS: dict[str, dict[str, Any]] = {
     "bert": {},
-    "roberta": {},
+    "roberta": {"max_position_embeddings": 40},  # Its positions are counted from the one of padding on.
     "distilbert": {},
     "electra": {},
     "deberta": {},

@@ -73,7 +73,7 @@ def test_a_run_that_begins_again_holds_nothing_of_what_did_not_fit(
 ) -> None:
     begun: list[dict[str, weakref.ref[Any]]] = []
     left: list[str] = []
-    fits(4)
+    fits(40)
     take_step = loop.take_step
 
     def note(engine: Any, *others: Any) -> tuple[float, float]:

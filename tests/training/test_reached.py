@@ -42,6 +42,9 @@ class Alone:
     def sum_over_workers(self, value: Tensor) -> Tensor:
         return value
 
+    def first_worker_does(self, action: Callable[[], None]) -> None:
+        action()
+
 
 def step(loss: float, norm: float) -> Step:
     return Step(number=1, epoch=0.1, loss=loss, gradient_norm=norm, learning_rate=0.1, num_examples=1)

@@ -212,7 +212,11 @@ def test_each_node_goes_on_from_its_own_copy(bucket: str) -> None:
     _, other = make_store(f"{bucket}/run", holder="another-node")
     found, _ = first.newest_valid()
     read: list[Path] = []
-    engine = SimpleNamespace(rank=1, from_first_worker=lambda _: found, read_state=read.append)
+    # The first worker finds the checkpoint, and the number of rows that metrics.jsonl has; then it notes lost ones.
+    told = iter([(found, 0), None])
+    engine = SimpleNamespace(
+        rank=1, first_worker_does=lambda _: next(told), agree=lambda _: None, read_state=read.append
+    )
     memory = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
     assert (memory.step, memory.seconds) == (3, 1.5)
     assert read == [other.folder / "step-00000003"] != [found.folder if found is not None else None]
