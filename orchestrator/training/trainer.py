@@ -136,9 +136,8 @@ def open_session(
         with finely():
             split = split_at_boundary(prepared, parts, plan)
             packs = recipe.scale.zero_stage < 3 and can_pack(Feed(prepared.encoded("train"), device), parts.module)
-        exchange.agree(
-            None
-        )  # The slowest to load and try the model is waited for here, not by the engine's collectives.
+        # The slowest to load and try out the model is waited for here, not in a collective of the engine.
+        exchange.agree(None)
         if is_spread(recipe):
             trained = parts.count_parameters()["trained"]
             config = deepspeed_config(recipe, precision, plan.micro_batch_size, trained)
@@ -177,9 +176,8 @@ def passes_to_evaluation(recipe: Recipe, plan: Plan) -> int:
     """Return the least number of passes that a worker trains between two evaluations."""
     every = recipe.train.evaluate_every
     steps = plan.order.steps_per_epoch if every == "epoch" else int(every)
-    return min(steps, plan.total_steps) * -(
-        -recipe.train.global_batch_size // (recipe.scale.workers * plan.micro_batch_size)
-    )
+    passes = -(-recipe.train.global_batch_size // (recipe.scale.workers * plan.micro_batch_size))
+    return min(steps, plan.total_steps) * passes
 
 
 def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
