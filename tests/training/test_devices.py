@@ -16,8 +16,7 @@ from orchestrator import load_recipe, train
 from orchestrator.cli import main
 from orchestrator.errors import ClusterError
 from orchestrator.recipe import Recipe
-from orchestrator.search import winner
-from orchestrator.search.bench import Bench
+from orchestrator.search import bench, winner
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.run import search
 from orchestrator.search.tuning import plain_actors
@@ -26,6 +25,7 @@ from orchestrator.training.cluster import HIDES_GPUS
 from orchestrator.training.devices import choose_device, refuse_unusable_gpu
 from orchestrator.training.layouts import machine_here
 from orchestrator.training.prepare import prepare
+from orchestrator.training.run_directory import RunDirectory
 from orchestrator.training.worker import worker_environment
 
 WriteRecipe = Callable[..., Path]
@@ -70,10 +70,15 @@ def test_trials_and_the_winner_get_a_gpu_by_its_index(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(winner, "open_session", open_session)
+    monkeypatch.setattr(bench, "open_session", open_session)
     prepared = prepare(recipe)
     with pytest.raises(KeyboardInterrupt):
         winner.keep_winner(prepared, METRIC, SearchDirectory(tmp_path), {"id": "0000", "parameters": {}})
-    given.append(Bench(prepared, [], tmp_path / "trials.jsonl", METRIC, keep=1).device)
+    trials = bench.Bench(prepared, [], tmp_path / "trials.jsonl", METRIC, keep=1)
+    directory = RunDirectory(tmp_path / "trial")
+    directory.create()
+    with pytest.raises(KeyboardInterrupt), trials.session({}, directory):
+        pass
     # As `torch.cuda.set_device` reads it.
     assert [torch.cuda._utils._get_device_index(device) for device in given] == [0, 0]
 
