@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 import orchestrator
 from orchestrator.data.batches import BatchOrder
+from orchestrator.launch.train import Run
 from orchestrator.recipe import Recipe
-from orchestrator.training.run import Run
 
 RECIPE = "text-classification/minilm-to-support-intent"
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")

@@ -94,7 +94,7 @@ def bare_speed(prepared: Any, batches: list[dict[str, Any]], stretch: Stretch) -
     import torch
     from transformers import get_scheduler
 
-    from orchestrator.training.assemble import assemble
+    from orchestrator.training.assembling import assemble
 
     gc.collect()
     train = prepared.recipe.train
@@ -247,7 +247,7 @@ def measure_training(num_steps: int, num_repeats: int, assets: Path) -> list[Rat
     import torch
     import transformers
 
-    from orchestrator.training.precision import has_bf16
+    from orchestrator.training.engine.precision import has_bf16
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -45,7 +45,7 @@ from common import (
 import orchestrator
 from orchestrator.errors import OrchestratorError
 from orchestrator.recipe import Recipe
-from orchestrator.training.assemble import assemble
+from orchestrator.training.assembling import assemble
 from orchestrator.training.loop import make_plan
 from orchestrator.training.prepare import prepare
 

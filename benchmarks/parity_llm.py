@@ -34,7 +34,7 @@ from common import batch_rows, print_table, read_train_rows, start_quietly, trai
 
 import orchestrator
 from orchestrator.recipe import Recipe
-from orchestrator.training.assemble import assemble
+from orchestrator.training.assembling import assemble
 from orchestrator.training.loop import make_plan
 from orchestrator.training.prepare import prepare
 

@@ -225,10 +225,10 @@ def work(recipe: Path, home: Path, rank: int, workers: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from orchestrator import load_recipe
+    from orchestrator.runs.directory import RunDirectory
     from orchestrator.training.loop import training_steps
     from orchestrator.training.prepare import prepare
-    from orchestrator.training.run_directory import RunDirectory
-    from orchestrator.training.trainer import open_session
+    from orchestrator.training.session import open_session
 
     if workers > 1:
         os.environ.update(

@@ -33,14 +33,14 @@ import scale_trials
 from common import interleave, print_table, write_json
 from scale_trials import ACCURACY, search_directory, select_row
 
+from orchestrator.distributed import Exchange
 from orchestrator.report import write_report
-from orchestrator.search.ledger import Ledger
-from orchestrator.training.checkpoint import CheckpointStore
-from orchestrator.training.exchange import Exchange
+from orchestrator.runs.checkpoint import CheckpointStore
+from orchestrator.runs.directory import RunDirectory
+from orchestrator.runs.directory import write_json as write_record
+from orchestrator.search.trial_log import Ledger
 from orchestrator.training.hooks import Memory, Recorder
 from orchestrator.training.loop import Step
-from orchestrator.training.run_directory import RunDirectory
-from orchestrator.training.run_directory import write_json as write_record
 
 LARGEST_EXPONENT = 1.15
 NUM_SIZES_FITTED = 3

@@ -19,18 +19,18 @@ from common import RECIPE
 import orchestrator
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
-from orchestrator.search.bench import Bench
-from orchestrator.search.course import choose_winner, drop_weights
-from orchestrator.search.halving import Halving
-from orchestrator.search.ledger import Entry, Ledger
+from orchestrator.runs.directory import write_atomically
+from orchestrator.search.batching import pack_trials
 from orchestrator.search.outcome import Outcome, Spec
-from orchestrator.search.packing import pack_trials
+from orchestrator.search.ray.asha import Halving
+from orchestrator.search.ray.searchers import SCORE, Listed
+from orchestrator.search.ray.tuner import WORST
 from orchestrator.search.records import SearchDirectory, append_row, trial_id
-from orchestrator.search.searchers import SCORE, Listed
+from orchestrator.search.run_trials import choose_winner, drop_weights
 from orchestrator.search.space import Space, trial_recipe
-from orchestrator.search.tuning import WORST
+from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_log import Entry, Ledger
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.run_directory import write_atomically
 
 SIZES = (10, 100, 500, 2000)
 CONCURRENT, NUM_EVALUATIONS = 4, 9

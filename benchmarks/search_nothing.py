@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from orchestrator.launch.cluster import ray_cluster
 from orchestrator.recipe.schema import Search
+from orchestrator.search.ray.searchers import Listed
+from orchestrator.search.ray.tuner import make_scheduler, run_trials
 from orchestrator.search.resources import TrialResources
-from orchestrator.search.running import Report
-from orchestrator.search.searchers import Listed
-from orchestrator.search.tuning import make_scheduler, run_trials
-from orchestrator.training.cluster import ray_cluster
+from orchestrator.search.trial_interface import Report
 
 NUM_TRIALS = 16
 MODULES = ("torch", "transformers.trainer")

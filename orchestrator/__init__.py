@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from orchestrator.process import set_process_defaults
 from orchestrator.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from orchestrator.jobs.submit import Submitted
+    from orchestrator.launch.train import Run
+    from orchestrator.planning.plan import TrainingPlan
     from orchestrator.search.run import SearchRun
-    from orchestrator.training.planner import TrainingPlan
-    from orchestrator.training.run import Run
 
+set_process_defaults()
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "plan", "search", "submit", "train"]
 
@@ -32,9 +34,9 @@ def train(
     strict: bool = False,
     screen: TextIO | None = None,
 ) -> Run:
-    """Train as the recipe says; see `orchestrator.training.run.train`."""
+    """Train as the recipe says; see `orchestrator.launch.train.train`."""
     # torch and Ray take seconds to import; reading recipes does not need them.
-    from orchestrator.training.run import train as run_training
+    from orchestrator.launch.train import train as run_training
 
     return run_training(recipe, output, fresh, strict, screen)
 
@@ -49,7 +51,7 @@ def search(
 
 
 def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, like: Path | None = None) -> TrainingPlan:
-    """Tell memory, time and disk of a training; see `orchestrator.training.planner.plan`.
+    """Tell memory, time and disk of a training; see `orchestrator.planning.plan.plan`.
 
     Args:
         on: machines such as `4x8xH100-80GB`; None for this one.
@@ -57,7 +59,7 @@ def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, lik
         like: the directory of a run on the same kind of machine, whose pace is taken.
     """
     from orchestrator.planning import read_shape
-    from orchestrator.training.planner import plan as plan_training
+    from orchestrator.planning.plan import plan as plan_training
 
     return plan_training(recipe, read_shape(on) if on else None, examples, like)
 

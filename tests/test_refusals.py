@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 
 Write = Callable[[Path], Any]
 
@@ -419,7 +419,7 @@ def test_a_wrong_recipe_is_refused_before_torch_and_ray_are_imported(
     recipe = lay_out(GOOD_RECIPE.replace("epochs: 2", "epochs: 0"))
     code = """
 import sys
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 code = main(sys.argv[1:])
 assert not {"torch", "ray", "transformers"} & set(sys.modules)
 sys.exit(code)

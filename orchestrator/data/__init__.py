@@ -2,10 +2,10 @@
 
 from orchestrator.data.cache import cache_folder, cached_table, content_key
 from orchestrator.data.checks import check_class_labels, check_regression_targets, check_sizes, check_text
-from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
-from orchestrator.data.images import name_pictures, without_bytes
-from orchestrator.data.labels import encode_labels, encode_targets, find_label_names
+from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.images import name_pictures, without_bytes
+from orchestrator.data.fields.labels import encode_labels, encode_targets, find_label_names
 from orchestrator.data.messages import show_value
 from orchestrator.data.overlap import check_conflicting_labels, check_overlap
 from orchestrator.data.sources import open_file, open_files, open_pictures, open_splits, rename_columns

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.examples import Examples
-from orchestrator.data.images import show_picture
-from orchestrator.data.label_columns import flat_labels, owners, refuse_ambiguous
-from orchestrator.data.labels import count_places, declares_names, encode_targets, find_label_names, name_labels
+from orchestrator.data.fields.images import show_picture
+from orchestrator.data.fields.label_columns import flat_labels, owners, refuse_ambiguous
+from orchestrator.data.fields.labels import count_places, declares_names, encode_targets, find_label_names, name_labels
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.data.overlap import check_overlap
 from orchestrator.errors import Problem

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.columns import (
+from orchestrator.data.examples import Examples
+from orchestrator.data.fields.columns import (
     Column,
     check_mapping,
     convert_column,
@@ -20,16 +21,15 @@ from orchestrator.data.columns import (
     missing_column,
     plain_type,
 )
-from orchestrator.data.examples import Examples
-from orchestrator.data.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
-from orchestrator.data.hub import open_hub, stream_hub
-from orchestrator.data.image_folders import read_class_folders, read_pictures
-from orchestrator.data.label_columns import declared_labels, flat_labels, unify_numbers
+from orchestrator.data.fields.label_columns import declared_labels, flat_labels, unify_numbers
+from orchestrator.data.formats.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
+from orchestrator.data.formats.hub import open_hub, stream_hub
+from orchestrator.data.formats.image_folders import read_class_folders, read_pictures
+from orchestrator.data.formats.raw import RawFile
+from orchestrator.data.formats.readers import missing_path, read_file
+from orchestrator.data.formats.streamed_files import stream_file
 from orchestrator.data.messages import show_name
 from orchestrator.data.mixing import draw_counts
-from orchestrator.data.raw import RawFile
-from orchestrator.data.readers import missing_path, read_file
-from orchestrator.data.streamed_files import stream_file
 from orchestrator.data.streaming import Draw, Streamed, draw_files, plan_draw
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.origin import Origin

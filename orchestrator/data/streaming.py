@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from orchestrator.data.columns import Column
 from orchestrator.data.examples import Rows
+from orchestrator.data.fields.columns import Column
+from orchestrator.data.formats.raw import RawFile
 from orchestrator.data.mixing import draw
-from orchestrator.data.raw import RawFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data

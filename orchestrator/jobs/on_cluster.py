@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     sys.stdout.flush()
     # In this process's place, so that the signals of the cluster reach it.
-    return os.execv(sys.executable, [sys.executable, "-m", "orchestrator.cli", *arguments])
+    return os.execv(sys.executable, [sys.executable, "-m", "orchestrator.cli.main", *arguments])
 
 
 def look_at_nodes(storage: str) -> None:

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     )
     from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
     from orchestrator.models.outline import is_outline
-    from orchestrator.models.pick import Pick, find_pick, pick_in_last_layer
-    from orchestrator.models.prefix import Prefix
     from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
+    from orchestrator.models.shortcuts.fp32_compute import ComputesInFp32
+    from orchestrator.models.shortcuts.packed_sequences import attend_within_texts, takes_texts_in_a_row
+    from orchestrator.models.shortcuts.prefix import Prefix
+    from orchestrator.models.shortcuts.split import Unsplit, split_model
+    from orchestrator.models.shortcuts.token_loss import answer_with_losses, losses_of
+    from orchestrator.models.shortcuts.token_pooling import Pick, find_pick, pick_in_last_layer
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
-    from orchestrator.models.split import Unsplit, split_model
     from orchestrator.models.stored import StoredFormats, stored_formats
-    from orchestrator.models.texts_in_a_row import attend_within_texts, takes_texts_in_a_row
-    from orchestrator.models.token_loss import answer_with_losses, losses_of
-    from orchestrator.models.wide import ComputesInFp32
 
 __all__ = [
     "Block",
@@ -150,12 +150,12 @@ _HOMES = {
         "read_changes",
     ),
     "outline": ("is_outline",),
-    "pick": (
+    "shortcuts.token_pooling": (
         "Pick",
         "find_pick",
         "pick_in_last_layer",
     ),
-    "prefix": ("Prefix",),
+    "shortcuts.prefix": ("Prefix",),
     "quantize": (
         "check_quantization",
         "quantized_layers",
@@ -167,7 +167,7 @@ _HOMES = {
         "fingerprint",
         "open_folder",
     ),
-    "split": (
+    "shortcuts.split": (
         "Unsplit",
         "split_model",
     ),
@@ -175,15 +175,15 @@ _HOMES = {
         "StoredFormats",
         "stored_formats",
     ),
-    "texts_in_a_row": (
+    "shortcuts.packed_sequences": (
         "attend_within_texts",
         "takes_texts_in_a_row",
     ),
-    "token_loss": (
+    "shortcuts.token_loss": (
         "answer_with_losses",
         "losses_of",
     ),
-    "wide": ("ComputesInFp32",),
+    "shortcuts.fp32_compute": ("ComputesInFp32",),
 }
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FP32, BF16 = 4, 2
-MOMENTS = 2
+from orchestrator.training.engine.sizes import BF16, BUCKET, FP32, LIVE, MOMENTS, PREFETCHED
+
 CUDA_CONTEXT = 2**30
 """Bytes that CUDA, its libraries' workspaces and the communication between GPUs take before anything is computed."""
-# Of DeepSpeed, in numbers ("ZeRO Optimizations" in its documentation); the bucket is no larger than what is trained.
-BUCKET, LIVE, PREFETCHED = 500_000_000, 1_000_000_000, 50_000_000
 
 
 @dataclass(frozen=True)

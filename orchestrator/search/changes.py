@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.training.run_directory import RunDirectory, parse_object, write_json
+from orchestrator.runs.directory import RunDirectory, parse_object, write_json
 
 CHANGES = "changes.json"
 

@@ -19,25 +19,26 @@ from orchestrator import models
 from orchestrator.data.cache import cache_folder
 from orchestrator.models import Prefix
 from orchestrator.models.attempt import CallFailed
-from orchestrator.models.prefix import NotSeen
+from orchestrator.models.shortcuts.prefix import NotSeen
 from orchestrator.recipe import Recipe
-from orchestrator.search.here import can_run_here
-from orchestrator.search.packing import trains_only_the_head
+from orchestrator.search.batching import trains_only_the_head
+from orchestrator.search.local_runner import can_run_here
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.resources import nodes_here, num_concurrent, trial_resources
 from orchestrator.search.space import trial_recipe
-from orchestrator.training.assemble import assemble
-from orchestrator.training.devices import choose_device
-from orchestrator.training.engine import build_engine, micro_batch_size
+from orchestrator.training.assembling import assemble
+from orchestrator.training.engine.build import build_engine
+from orchestrator.training.engine.devices import choose_device
+from orchestrator.training.engine.precision import Precision, choose_precision
+from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.evaluation import score
-from orchestrator.training.features import CACHED_SPLITS, split_at_boundary
-from orchestrator.training.feed import Feed
+from orchestrator.training.features.build import CACHED_SPLITS, split_at_boundary
+from orchestrator.training.features.prefix_cache import PrefixCache, model_identity, open_store
 from orchestrator.training.loop import Plan as Steps
 from orchestrator.training.loop import make_plan as plan_steps
 from orchestrator.training.loop import take_step
-from orchestrator.training.precision import Precision, choose_precision
-from orchestrator.training.prefix_cache import PrefixCache, model_identity, open_store
 from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
+from orchestrator.training.split_loader import Feed
 
 STEPS_TIMED = 3
 SECONDS_TO_BEGIN = 12.0  # Imports, Ray, and a process for each trial at a time.

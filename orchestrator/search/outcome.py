@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.search.bench import Bench
+from orchestrator.runs.checkpoint import STATE, CheckpointStore
+from orchestrator.runs.directory import RunDirectory, finite, parse_object, write_json
 from orchestrator.search.changes import CHANGES, Changes
-from orchestrator.search.running import Report
-from orchestrator.training.checkpoint import STATE, CheckpointStore
+from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_interface import Report
 from orchestrator.training.hooks import Memory, judge
-from orchestrator.training.run_directory import RunDirectory, finite, parse_object, write_json
 
 OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
 # What a trial's model or numbers may cause, and what therefore ends the trial but not the search.

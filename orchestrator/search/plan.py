@@ -8,13 +8,13 @@ from typing import Any
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.schema import Search
-from orchestrator.search.domains import Domain
+from orchestrator.search.distributions import Domain
 from orchestrator.search.records import BUDGET
 from orchestrator.search.space import FREEZE, Space
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.assemble import assemble, check_structure
+from orchestrator.training.assembling import assemble, check_structure
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.trainer import choose_metric
+from orchestrator.training.session import choose_metric
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.recipe import Recipe
+from orchestrator.runs.directory import RunDirectory, finite, parse_object, write_atomically
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.run_directory import RunDirectory, finite, parse_object, write_atomically
 
 BUDGET = ("seconds", "reseed_top", "reseeds")
 """What a finished search may be given more of, in `search`."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import psutil
 
+from orchestrator.launch.placement import Nodes, count_room, least_size, refuse_without_room
 from orchestrator.recipe import Recipe
 from orchestrator.search.plan import Plan
-from orchestrator.training.room import Nodes, count_room, least_size, refuse_without_room
+from orchestrator.training.engine.sizes import BYTES_IN_TRAINING
 
 Resources = dict[str, float]
 BYTES_OF_A_PROCESS = 1_500_000_000  # Python with torch and what a batch needs, before the model.
-BYTES_OF_A_PARAMETER = 16  # Weight, gradient and the optimizer's two moments, in fp32.
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ def num_concurrent(plan: Plan, nodes: Nodes, each: TrialResources) -> int:
     if plan.search.concurrent != "auto":
         wanted = min(plan.search.concurrent, trials)
         return wanted if each.workers == 1 else min(wanted, by_devices)
-    bytes_of_a_trial = each.workers * (BYTES_OF_A_PROCESS + BYTES_OF_A_PARAMETER * plan.num_parameters)
+    bytes_of_a_trial = each.workers * (BYTES_OF_A_PROCESS + BYTES_IN_TRAINING * plan.num_parameters)
     by_memory = psutil.virtual_memory().available // bytes_of_a_trial
     return max(1, min(by_devices, int(by_memory), trials))

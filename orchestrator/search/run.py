@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import InputError, OrchestratorError, Problem
+from orchestrator.launch import import_ahead
+from orchestrator.launch.cluster import ray_cluster
+from orchestrator.launch.ray_train import output_to
+from orchestrator.launch.train import check_directory, create_directory, set_aside
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
+from orchestrator.runs.identity import PLACES, refuse_changes
+from orchestrator.runs.occupancy import kind_held
+from orchestrator.runs.progress import own_stream
 from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows, read_rows
 from orchestrator.search.space import FREEZE
 from orchestrator.storage import is_url
-from orchestrator.training import import_ahead
-from orchestrator.training.cluster import ray_cluster
-from orchestrator.training.identity import PLACES, refuse_changes
 from orchestrator.training.interruption import Interruption
-from orchestrator.training.occupancy import kind_held
 from orchestrator.training.prepare import encode_inputs, read_inputs
-from orchestrator.training.progress import own_stream
-from orchestrator.training.run import check_directory, create_directory, set_aside
-from orchestrator.training.worker import output_to
 
 FREE_TO_CHANGE = {
     **PLACES,
@@ -86,9 +86,9 @@ def search(
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = cluster_when_needed(recipe, stack)
         # These need torch, which takes seconds to import: Ray starts meanwhile.
-        from orchestrator.search import course
+        from orchestrator.search import run_trials as course
         from orchestrator.search.plan import make_plan
-        from orchestrator.training.devices import refuse_unusable_gpu
+        from orchestrator.training.engine.devices import refuse_unusable_gpu
 
         plan = make_plan(encode_inputs(inputs, strict))
         refuse_unusable_gpu(recipe)  # The winner's model is made in this process, wherever the trials run.
@@ -96,7 +96,11 @@ def search(
             set_aside(directory)
         create_directory(directory)
         stack.enter_context(directory.locked())
-        notes = refuse_changes(plan.prepared, directory, FREE_TO_CHANGE) if kind_held(directory) else []
+        notes = (
+            refuse_changes(plan.prepared.recipe, plan.prepared.identity, directory, FREE_TO_CHANGE)
+            if kind_held(directory)
+            else []
+        )
         record = directory.read_record()
         if directory.has_finished() and record.get("status") == "finished" and record.get("budget") == plan.budget:
             return finished(plan.prepared.warnings, directory)
@@ -145,7 +149,7 @@ def num_processes(recipe: Recipe) -> int:
 
 def modules_to_preload(recipe: Recipe) -> tuple[str, ...]:
     """What trials need, imported while the data are read. Trials of several workers bring processes that need none."""
-    return ("orchestrator.search.on_ray", *import_ahead.MODULES) if recipe.scale.workers == 1 else ()
+    return ("orchestrator.search.ray.runner", *import_ahead.MODULES) if recipe.scale.workers == 1 else ()
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -33,7 +33,7 @@ from orchestrator.recipe.rules import tell
 from orchestrator.recipe.schema import Case
 from orchestrator.recipe.wording import write_value
 from orchestrator.search.defaults import default_space
-from orchestrator.search.domains import Domain, domain_of
+from orchestrator.search.distributions import Domain, domain_of
 
 FREEZE = "transfer.freeze"
 MAX_REPEATS = 1000

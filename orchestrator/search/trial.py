@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.search.bench import Bench
+from orchestrator.runs.directory import RunDirectory, write_json
 from orchestrator.search.outcome import (
     BEST_WEIGHTS,
     MEMORY,
@@ -23,10 +23,11 @@ from orchestrator.search.outcome import (
     taken_over,
     write_outcome,
 )
+from orchestrator.search.trial_context import Bench
 from orchestrator.training.hooks import Memory
 from orchestrator.training.loop import Step
-from orchestrator.training.run_directory import RunDirectory, write_json
-from orchestrator.training.trainer import Session, evaluations, resume
+from orchestrator.training.session import Session
+from orchestrator.training.worker import evaluations, resume
 
 SECONDS_BETWEEN_SAVES = 30.0
 

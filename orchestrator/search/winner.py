@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.recipe.schema import Scale
-from orchestrator.search.bench import trial_inputs
+from orchestrator.runs.logs import log_to
 from orchestrator.search.outcome import BEST_WEIGHTS
 from orchestrator.search.records import SearchDirectory
+from orchestrator.search.trial_context import trial_inputs
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.devices import choose_device
+from orchestrator.training.engine.devices import choose_device
 from orchestrator.training.hooks import Memory
-from orchestrator.training.logs import log_to
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.trainer import Session, evaluations, finish, make_saver, open_session, resume
+from orchestrator.training.results import finish
+from orchestrator.training.session import Session, open_session
+from orchestrator.training.worker import evaluations, make_saver, resume
 
 
 def keep_winner(

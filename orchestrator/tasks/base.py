@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.data.cache import Built
-from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
+from orchestrator.data.fields.columns import Column
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section

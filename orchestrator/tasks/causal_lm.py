@@ -9,23 +9,23 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data import overlap
-from orchestrator.data.columns import Column
-from orchestrator.data.conversations import check_samples, read_samples
 from orchestrator.data.examples import Examples
-from orchestrator.data.forms import Form, columns_of, forms_of
+from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.conversations import check_samples, read_samples
+from orchestrator.data.fields.forms import Form, columns_of, forms_of
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
-from orchestrator.tasks.shared.answers import (
+from orchestrator.tasks.bases.answer_scores import (
     Generation,
     check_generation,
     check_packages,
     expected_answers,
     score_answers,
 )
-from orchestrator.tasks.shared.chat import TrainOn
-from orchestrator.tasks.shared.language import LanguageOptions, LanguageTask
-from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches, longest_tokens
+from orchestrator.tasks.bases.chat import TrainOn
+from orchestrator.tasks.bases.language import LanguageOptions, LanguageTask
+from orchestrator.tasks.bases.loss_mask import TOKENS, encode_in_batches, longest_tokens
 
 
 class CausalOptions(LanguageOptions):

@@ -12,20 +12,20 @@ import PIL
 import pyarrow as pa
 from pydantic import Field
 
-from orchestrator.data import checks, image_checks, labels, overlap
-from orchestrator.data.columns import Column, describe_type
-from orchestrator.data.decode import BrokenPicture, decode, quiet_decoding
+from orchestrator.data import checks, overlap
 from orchestrator.data.examples import Examples
-from orchestrator.data.images import read_picture
-from orchestrator.data.label_columns import Numbers
-from orchestrator.data.pixels import Pixels, pixel_array, pixel_type, stretches
+from orchestrator.data.fields import image_checks, labels
+from orchestrator.data.fields.columns import Column, describe_type
+from orchestrator.data.fields.decode import BrokenPicture, decode, quiet_decoding
+from orchestrator.data.fields.images import read_picture
+from orchestrator.data.fields.label_columns import Numbers
+from orchestrator.data.fields.pixels import Pixels, pixel_array, pixel_type, stretches
 from orchestrator.data.threads import in_threads
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
-from orchestrator.tasks.shared.augment import Augmentation, augment
-from orchestrator.tasks.shared.labels import (
+from orchestrator.tasks.bases.classification import (
     DIRECTIONS,
     accuracy,
     class_report,
@@ -37,6 +37,7 @@ from orchestrator.tasks.shared.labels import (
     single_label_metrics,
     softmax,
 )
+from orchestrator.tasks.bases.image import Augmentation, augment
 
 if TYPE_CHECKING:
     from orchestrator.models import PictureMaker, SourceModel

@@ -12,14 +12,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from orchestrator.data import overlap
-from orchestrator.data.columns import Column
 from orchestrator.data.examples import Examples
-from orchestrator.data.preferences import SIDES, check_pairs, read_pairs
+from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.preferences import SIDES, check_pairs, read_pairs
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric
-from orchestrator.tasks.shared.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
-from orchestrator.tasks.shared.tokens import TOKENS, encode_in_batches, longest_tokens
+from orchestrator.tasks.bases.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
+from orchestrator.tasks.bases.loss_mask import TOKENS, encode_in_batches, longest_tokens
 
 PAIRS = pa.schema({f"{side}_{field.name}": field.type for side in SIDES for field in TOKENS})
 

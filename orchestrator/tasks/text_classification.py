@@ -11,16 +11,17 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from orchestrator.data import checks, labels, overlap
-from orchestrator.data.columns import Column, describe_type
+from orchestrator.data import checks, overlap
 from orchestrator.data.examples import Examples
-from orchestrator.data.label_columns import Numbers
+from orchestrator.data.fields import labels
+from orchestrator.data.fields.columns import Column, describe_type
+from orchestrator.data.fields.label_columns import Numbers
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
-from orchestrator.tasks.shared.labels import (
+from orchestrator.tasks.bases.classification import (
     DIRECTIONS,
     accuracy,
     class_report,
@@ -33,7 +34,7 @@ from orchestrator.tasks.shared.labels import (
     single_label_metrics,
     softmax,
 )
-from orchestrator.tasks.shared.tokenizers import check_length, tokenizer_state
+from orchestrator.tasks.bases.text import check_length, tokenizer_state
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel

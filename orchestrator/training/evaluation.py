@@ -14,8 +14,8 @@ from orchestrator.data.batches import evaluation_batches
 from orchestrator.data.cache import cached_table, content_key, kept_table
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Arrays
-from orchestrator.training.engine import Engine
-from orchestrator.training.feed import Feed
+from orchestrator.training.engine.base import Engine
+from orchestrator.training.split_loader import Feed
 
 Gathered = list[tuple[list[Any], list[Arrays], float]]
 """Rows, predictions and summed loss of each worker."""

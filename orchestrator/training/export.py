@@ -17,13 +17,13 @@ from torch import Tensor
 from orchestrator import models
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import dump_recipe
+from orchestrator.runs.directory import DESCRIPTION, write_json
 from orchestrator.tasks.base import Arrays
-from orchestrator.training.assemble import Parts, assemble
+from orchestrator.training.assembling import Parts, assemble
+from orchestrator.training.engine.precision import Precision
+from orchestrator.training.engine.weight_formats import may_load_as_stored
 from orchestrator.training.model_card import model_card
-from orchestrator.training.precision import Precision
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.run_directory import DESCRIPTION, write_json
-from orchestrator.training.weight_formats import may_load_as_stored
 from orchestrator.training.written_weights import save_whole, under_all_names, whole_state
 
 

@@ -13,18 +13,18 @@ from typing import Any, Protocol
 
 import torch
 
+from orchestrator.distributed import Exchange
 from orchestrator.recipe import Train
+from orchestrator.runs.checkpoint import CheckpointStore
+from orchestrator.runs.directory import RunDirectory
+from orchestrator.runs.progress import ProgressFile
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.checkpoint import CheckpointStore
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine.base import Engine
 from orchestrator.training.evaluation import score
-from orchestrator.training.exchange import Exchange
-from orchestrator.training.feed import Feed
 from orchestrator.training.loop import Plan, Step
 from orchestrator.training.memory_use import peak_bytes
-from orchestrator.training.progress import ProgressFile
-from orchestrator.training.run_directory import RunDirectory
+from orchestrator.training.split_loader import Feed
 
 PHASE = "tune"
 

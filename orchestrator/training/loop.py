@@ -18,11 +18,11 @@ import torch
 from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
-from orchestrator.models.pick import evaluating
+from orchestrator.models.shortcuts.token_pooling import evaluating
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
-from orchestrator.training.engine import Engine
-from orchestrator.training.feed import Feed
+from orchestrator.training.engine.base import Engine
+from orchestrator.training.split_loader import Feed
 
 NEVER = 10**12
 

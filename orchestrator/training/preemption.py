@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine.base import Engine
 from orchestrator.training.hooks import Memory, Saver
 from orchestrator.training.interruption import Interrupted, Wish
 from orchestrator.training.loop import Step

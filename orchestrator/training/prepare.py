@@ -11,7 +11,7 @@ import pyarrow as pa
 from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
-from orchestrator.data.images import name_pictures
+from orchestrator.data.fields.images import name_pictures
 from orchestrator.data.mixing import weigh
 from orchestrator.data.sources import open_splits
 from orchestrator.data.streaming import num_streamed

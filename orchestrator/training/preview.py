@@ -11,7 +11,8 @@ from orchestrator.data.batches import BatchOrder, deal
 from orchestrator.data.examples import Rows
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
-from orchestrator.training.engine import TOKENS_PER_PASS_ON_CPU, micro_batch_size
+from orchestrator.training.engine.base import TOKENS_PER_PASS_ON_CPU
+from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.prepare import Prepared, prepare
 
 Pieces = list[tuple[str, bool]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orchestrator.models.folder import CONFIG_FILE, INDEX_FILE
 from orchestrator.models.stored import StoredFormats
-from orchestrator.training.engine import on_cpu
+from orchestrator.training.engine.base import on_cpu
 
 SHARD_SIZE = "5GB"
 

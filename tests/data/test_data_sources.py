@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import Column, hub, open_file, open_splits, rename_columns
+from orchestrator.data import Column, open_file, open_splits, rename_columns
+from orchestrator.data.formats import hub
 from orchestrator.errors import DataError
 from orchestrator.recipe import parse_recipe
 

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import orchestrator
-from orchestrator.data import Examples, hub, json_files, open_splits
-from orchestrator.data.raw import BYTE_ORDER_MARK
-from orchestrator.data.streamed_files import StreamedLines, StreamedTables
+from orchestrator.data import Examples, open_splits
+from orchestrator.data.formats import hub, json_files
+from orchestrator.data.formats.raw import BYTE_ORDER_MARK
+from orchestrator.data.formats.streamed_files import StreamedLines, StreamedTables
 from orchestrator.data.streaming import in_turns
 from orchestrator.errors import DataError
 from orchestrator.recipe import Recipe
@@ -150,7 +151,7 @@ def test_columns_that_nobody_asks_for_are_not_kept(tmp_path: Path, read: Any, mo
     kept: list[Any] = []
     raw_rows = json_files.raw_rows
     monkeypatch.setattr(
-        "orchestrator.data.streamed_files.raw_rows",
+        "orchestrator.data.formats.streamed_files.raw_rows",
         lambda path, own, *more: kept.extend(own) or raw_rows(path, own, *more),
     )
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -69,7 +69,7 @@ def ask(address: str) -> Ask:
     there is to be one at all."""
 
     def ask(verb: str, *arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        code = f"{before}\nimport sys; from orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = f"{before}\nimport sys; from orchestrator.cli.main import main; sys.exit(main(sys.argv[1:]))"
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **variables}
         command = [sys.executable, "-c", code, verb, *arguments, "--address", address]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -127,7 +127,7 @@ def test_a_cluster_that_is_too_small_is_told_with_what_it_has(write_recipe: Writ
 
 FOLLOWING = """
 import asyncio, sys
-from orchestrator.job_commands import follow
+from orchestrator.cli.jobs import follow
 from orchestrator.jobs import Cluster
 
 class Client:

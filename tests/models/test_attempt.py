@@ -22,9 +22,9 @@ from orchestrator.models import (
     resolve_depth,
     split_model,
 )
-from orchestrator.models import pick as pick_module
-from orchestrator.models import split as split_module
 from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
+from orchestrator.models.shortcuts import split as split_module
+from orchestrator.models.shortcuts import token_pooling as pick_module
 
 ERRORS = (AssertionError, ZeroDivisionError, UnboundLocalError, KeyError, NotImplementedError)
 

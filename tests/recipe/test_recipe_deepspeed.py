@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import load_recipe
 from orchestrator.errors import RecipeError
-from orchestrator.training.deepspeed_setup import check_deepspeed, deepspeed_config
+from orchestrator.training.engine.deepspeed_config import check_deepspeed, deepspeed_config
 
 WriteRecipe = Callable[..., Path]
 

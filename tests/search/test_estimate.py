@@ -51,7 +51,7 @@ def test_nothing_is_started_or_left(
     estimate_of: Callable[..., Estimate], own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
-    monkeypatch.setattr("orchestrator.training.cluster.start_ray", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("orchestrator.launch.cluster.start_ray", lambda *_: pytest.fail("Ray was started"))
     threads = torch.get_num_threads()
     running = threading.active_count()
     found = estimate_of()

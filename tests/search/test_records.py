@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.bench import Bench
 from orchestrator.search.records import Newcomers, SearchDirectory, append_row, best_first, read_rows, score_of
+from orchestrator.search.trial_context import Bench
 from orchestrator.tasks.base import MainMetric
 
 ACCURACY, LOSS = MainMetric("accuracy", higher_is_better=True), MainMetric("loss", higher_is_better=False)

@@ -11,7 +11,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.search import course
+from orchestrator.search import run_trials as course
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun
 

@@ -10,11 +10,11 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import RunFailed
-from orchestrator.search import course
-from orchestrator.search.course import choose_winner
+from orchestrator.search import run_trials as course
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.search.records import SearchDirectory, append_row
 from orchestrator.search.run import default_output
+from orchestrator.search.run_trials import choose_winner
 from orchestrator.training.prepare import prepare
 
 RATE = "train.learning_rate"

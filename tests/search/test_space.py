@@ -18,7 +18,7 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from orchestrator.recipe.schema import Case
 from orchestrator.search.defaults import rates_of
-from orchestrator.search.domains import Choice, Integers, Numbers, domain_of
+from orchestrator.search.distributions import Choice, Integers, Numbers, domain_of
 from orchestrator.search.space import Space, describe, short_names, trial_recipe
 
 FREEZE, RATE, ADAPTER = "transfer.freeze", "train.learning_rate", "transfer.adapter"

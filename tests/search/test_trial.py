@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import load_recipe, train
+from orchestrator.runs.directory import RunDirectory
 from orchestrator.search import trial as trials
-from orchestrator.search.bench import Bench, trial_inputs
 from orchestrator.search.changes import CHANGES
 from orchestrator.search.outcome import BEST_WEIGHTS, OUTCOME, Spec, history, read_outcome
 from orchestrator.search.records import append_row
-from orchestrator.search.running import Report
 from orchestrator.search.trial import Trial
+from orchestrator.search.trial_context import Bench, trial_inputs
+from orchestrator.search.trial_interface import Report
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
-from orchestrator.training.run_directory import RunDirectory
 
 RATE, EPOCHS, STEPS = "train.learning_rate", 4, 32
 PARAMETERS = {RATE: 2.0e-3}

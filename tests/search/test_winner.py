@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RunFailed
-from orchestrator.search.course import choose_winner
 from orchestrator.search.records import SearchDirectory, append_row
+from orchestrator.search.run_trials import choose_winner
 from orchestrator.tasks.base import MainMetric
 
 

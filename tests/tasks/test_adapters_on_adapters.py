@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.training.assemble import assemble
+from orchestrator.inference.merge import export
+from orchestrator.inference.predict import evaluate
+from orchestrator.training.assembling import assemble
 from orchestrator.training.export import refuse_untrained
-from orchestrator.training.inference import evaluate
-from orchestrator.training.merging import export
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import orchestrator
 from orchestrator import models
 from orchestrator.errors import InputError
+from orchestrator.inference.merge import export
+from orchestrator.inference.predict import evaluate
+from orchestrator.launch.train import check
 from orchestrator.recipe import Adapter
-from orchestrator.training.inference import evaluate
-from orchestrator.training.merging import export
-from orchestrator.training.run import check
 
 WriteRecipe = Callable[..., Path]
 IDS = torch.tensor([[5, 30, 7, 8, 20, 10]])

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orchestrator
 from orchestrator.errors import InputError
-from orchestrator.training.assemble import assemble
-from orchestrator.training.inference import evaluate
-from orchestrator.training.merging import export
+from orchestrator.inference.merge import export
+from orchestrator.inference.predict import evaluate
+from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]

@@ -15,13 +15,13 @@ from talk import ANSWERS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import orchestrator
-from orchestrator.data.conversations import Sample
-from orchestrator.tasks.shared.chat import SHIPPED, Template
-from orchestrator.tasks.shared.tokens import encode_samples
-from orchestrator.tasks.shared.writing import end_tokens, plain_closing, set_ends
-from orchestrator.training.chat import Screen
-from orchestrator.training.inference import predict
-from orchestrator.training.merging import export
+from orchestrator.data.fields.conversations import Sample
+from orchestrator.inference.chat import Screen
+from orchestrator.inference.merge import export
+from orchestrator.inference.predict import predict
+from orchestrator.tasks.bases.chat import SHIPPED, Template
+from orchestrator.tasks.bases.generation import end_tokens, plain_closing, set_ends
+from orchestrator.tasks.bases.loss_mask import encode_samples
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]

@@ -12,8 +12,8 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError
-from orchestrator.tasks.shared.answers import Generation, find_answer, score_answers
-from orchestrator.training.inference import evaluate
+from orchestrator.inference.predict import evaluate
+from orchestrator.tasks.bases.answer_scores import Generation, find_answer, score_answers
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     recipe = orchestrator.load_recipe(write({"generate": {"examples": 1, "metrics": ["rouge1", "exact_match"]}}))
     run = orchestrator.train(recipe, tmp_path / "run")
-    monkeypatch.setattr("orchestrator.tasks.shared.answers.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.tasks.bases.answer_scores.find_spec", lambda name: None)
     named = r"rouge_score is not installed[\s\S]*transfer-orchestrator\[scores\]"
     with pytest.raises(InputError, match=named):
         prepare(recipe)

@@ -19,10 +19,10 @@ from talk import ANSWERS, conversation
 import orchestrator
 from orchestrator.data.cache import as_table
 from orchestrator.errors import InputError
-from orchestrator.tasks.shared.language import IGNORED
-from orchestrator.training.assemble import assemble
-from orchestrator.training.chat import chat
-from orchestrator.training.inference import evaluate, predict
+from orchestrator.inference.chat import chat
+from orchestrator.inference.predict import evaluate, predict
+from orchestrator.tasks.bases.language import IGNORED
+from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import Prepared, prepare
 
 WriteRecipe = Callable[..., Path]
@@ -199,7 +199,7 @@ def test_encoding_in_parts_is_encoding_at_once(
 ) -> None:
     prepared = prepared_of(write({"system": "you are a farm"}))
     examples, processor = prepared.examples["train"], prepared.processor
-    monkeypatch.setattr("orchestrator.tasks.shared.tokens.TEXTS_TOGETHER", 5)
+    monkeypatch.setattr("orchestrator.tasks.bases.loss_mask.TEXTS_TOGETHER", 5)
     in_parts = as_table(prepared.task.encode(examples, processor))
     assert in_parts["input_ids"].num_chunks == 10
     assert in_parts.equals(prepared.tables["train"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.conversations import Sample
-from orchestrator.tasks.shared.chat import SHIPPED, Template, render_sample
+from orchestrator.data.fields.conversations import Sample
+from orchestrator.tasks.bases.chat import SHIPPED, Template, render_sample
 
 # Each with marks around what an assistant generates; without the marks it is the template as models come with it.
 MARKED = {

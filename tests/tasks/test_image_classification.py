@@ -19,9 +19,9 @@ from orchestrator.data.cache import as_table
 from orchestrator.errors import DataError
 from orchestrator.models import find_source
 from orchestrator.recipe import Recipe
+from orchestrator.tasks.bases.classification import single_label_metrics, softmax
+from orchestrator.tasks.bases.image import augment
 from orchestrator.tasks.image_classification import EncodedImages, ImageClassification, ImageOptions
-from orchestrator.tasks.shared.augment import augment
-from orchestrator.tasks.shared.labels import single_label_metrics, softmax
 
 
 def recipe_with(model: Path) -> Recipe:

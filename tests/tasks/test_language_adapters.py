@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
+from orchestrator.inference.merge import export
+from orchestrator.inference.predict import evaluate
+from orchestrator.inference.trained_model import load_trained
 from orchestrator.models import quantized_layers
-from orchestrator.training.assemble import assemble
+from orchestrator.training.assembling import assemble
 from orchestrator.training.export import refuse_untrained
-from orchestrator.training.inference import evaluate
-from orchestrator.training.merging import export
 from orchestrator.training.prepare import prepare
-from orchestrator.training.trained import load_trained
 
 WriteRecipe = Callable[..., Path]
 LORA = {"type": "lora", "r": 4}

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import orchestrator
+from orchestrator.inference.predict import evaluate
 from orchestrator.tasks.preference import PreferenceOptions, PreferenceTuning
 from orchestrator.training import evaluation
-from orchestrator.training.assemble import assemble
-from orchestrator.training.inference import evaluate
+from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]

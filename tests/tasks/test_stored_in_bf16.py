@@ -14,17 +14,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orchestrator
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import InputError
+from orchestrator.inference.merge import changed_layers, merged_in_turn
+from orchestrator.inference.merge import export as export_model
+from orchestrator.inference.predict import evaluate
+from orchestrator.inference.trained_model import Wanted, load_base, load_trained, put_adapter_on
 from orchestrator.models import find_source, load_config
 from orchestrator.models.load import is_stored_in_bf16
-from orchestrator.training import export, trainer, weight_formats
-from orchestrator.training.assemble import assemble
-from orchestrator.training.inference import evaluate
-from orchestrator.training.merging import changed_layers, merged_in_turn
-from orchestrator.training.merging import export as export_model
+from orchestrator.training import export
+from orchestrator.training import session as sessions
+from orchestrator.training.assembling import assemble
+from orchestrator.training.engine import weight_formats
 from orchestrator.training.prepare import prepare
-from orchestrator.training.trained import Wanted, load_base, load_trained, put_adapter_on
 
 WriteRecipe = Callable[..., Path]
 LORA = {"type": "lora", "r": 4}
@@ -70,7 +72,7 @@ def test_a_run_is_the_same_to_the_bit_as_from_weights_in_fp32(
         **sections,
     )
     found, weights = run(recipe, tmp_path / "as stored")
-    for module in (trainer, export):
+    for module in (sessions, export):
         monkeypatch.setattr(module, "may_load_as_stored", lambda *_: False)
     expected, others = run(recipe, tmp_path / "in fp32")
     assert found == expected
@@ -190,6 +192,6 @@ def test_bf16_is_refused_where_the_hardware_lacks_it(
 ) -> None:
     recipe = write(source={"model": str(narrow_llama)}, train={"steps": 1, "precision": "fp32"})
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
-    monkeypatch.setattr("orchestrator.training.trained.has_bf16", lambda _: False)
+    monkeypatch.setattr("orchestrator.inference.trained_model.has_bf16", lambda _: False)
     with pytest.raises(InputError, match=r"does not compute bf16 in hardware(.|\n)*leave it out"):
         load_trained(tmp_path / "run", "bf16")

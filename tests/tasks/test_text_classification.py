@@ -19,7 +19,7 @@ from orchestrator import load_recipe, train
 from orchestrator.data import Examples, open_files
 from orchestrator.errors import InputError
 from orchestrator.recipe import Recipe
-from orchestrator.tasks.shared.labels import expected_calibration_error, single_label_metrics, softmax
+from orchestrator.tasks.bases.classification import expected_calibration_error, single_label_metrics, softmax
 from orchestrator.tasks.text_classification import (
     TextClassification,
     TextOptions,

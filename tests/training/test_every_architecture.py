@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from orchestrator import train
 from orchestrator.errors import InputError
-from orchestrator.training.run import check
+from orchestrator.launch.train import check
 
 MAPPINGS = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -18,11 +18,11 @@ from torch import Tensor, multiprocessing
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import RunFailed
-from orchestrator.training import export, loop, trainer, written_weights
-from orchestrator.training.engine import in_fp32, on_cpu
-from orchestrator.training.inference import evaluate
+from orchestrator.inference.predict import evaluate
+from orchestrator.runs.directory import RunDirectory
+from orchestrator.training import export, loop, results, worker, written_weights
+from orchestrator.training.engine.base import in_fp32, on_cpu
 from orchestrator.training.prepare import prepare
-from orchestrator.training.run_directory import RunDirectory
 
 WriteRecipe = Callable[..., Path]
 SHORT = {"epochs": 1, "learning_rate": 1.0e-2}
@@ -48,7 +48,7 @@ def copy_in(folder: Path, source: Path, format_of: Callable[[str], torch.dtype])
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The trained weights of the next run in fp32, as its engine has them when the model is written."""
     found: dict[str, Tensor] = {}
-    finish = trainer.finish
+    finish = worker.finish
 
     def look(session: Any, *others: Any) -> None:
         gather = session.engine.trained_weights
@@ -60,7 +60,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         session.engine.trained_weights = remember
         finish(session, *others)
 
-    monkeypatch.setattr(trainer, "finish", look)
+    monkeypatch.setattr(worker, "finish", look)
     return found
 
 
@@ -194,7 +194,7 @@ def test_a_failed_export_leaves_a_run_that_the_same_command_goes_on_with(
         def fail(*given: Any) -> None:
             raise AttributeError("this config has no attribute that an export would want")
 
-        patch.setattr(trainer, "export_model", fail)
+        patch.setattr(results, "export_model", fail)
         with pytest.raises(RunFailed, match=r"training is finished, with its best weights in (.|\n)*AttributeError"):
             train(recipe, tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
@@ -224,7 +224,7 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
     put_together = deepspeed.utils.safe_get_full_fp32_param
-    finish = trainer.finish
+    finish = worker.finish
 
     def count(parameter: Any) -> Any:
         nonlocal most
@@ -241,9 +241,9 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
         deepspeed.utils.safe_get_full_fp32_param = count
         finish(session, *others)
 
-    trainer.finish = look
+    worker.finish = look
     prepared = prepare(load_recipe(recipe_path))
-    trainer.run_worker(prepared, RunDirectory(folder / "run"), 1, torch.device("cpu"), is_first=rank == 0)
+    worker.run_worker(prepared, RunDirectory(folder / "run"), 1, torch.device("cpu"), is_first=rank == 0)
     (folder / f"{rank}.json").write_text(json.dumps({"gathered": len(alive), "most": most}))
     dist.barrier()
     dist.destroy_process_group()

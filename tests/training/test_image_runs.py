@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import DataError, InputError, ModelError
+from orchestrator.inference.predict import evaluate, predict
 from orchestrator.training import hooks
 from orchestrator.training.evaluation import Scored
-from orchestrator.training.inference import evaluate, predict
 
 Weights = dict[str, np.ndarray[Any, Any]]
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -197,7 +197,7 @@ def test_many_pictures_are_predicted_a_part_at_a_time(
 ) -> None:
     directory = run_pictures("plain", "vit")
     whole = evaluate(directory, None, "test")
-    monkeypatch.setattr("orchestrator.training.inference.EXAMPLES_TOGETHER", 7)
+    monkeypatch.setattr("orchestrator.inference.predict.EXAMPLES_TOGETHER", 7)
     in_parts = evaluate(directory, None, "test")
     assert in_parts["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
     assert in_parts["details"] == whole["details"]

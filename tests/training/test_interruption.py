@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 from orchestrator import load_recipe, train
-from orchestrator.cli import main
-from orchestrator.training import run, trainer, wish
-from orchestrator.training.cluster import own_groups
+from orchestrator.cli.main import main
+from orchestrator.launch import stop_request as wish
+from orchestrator.launch import train as run
+from orchestrator.launch.cluster import own_groups
+from orchestrator.launch.stop_request import Asker, Listener
+from orchestrator.runs.directory import RunDirectory
+from orchestrator.training import worker
 from orchestrator.training.hooks import Memory, Recorder
 from orchestrator.training.interruption import Interruption
 from orchestrator.training.loop import Step
-from orchestrator.training.run_directory import RunDirectory
-from orchestrator.training.wish import Asker, Listener
 
 WriteRecipe = Callable[..., Path]
 STEPS = ["train.steps=12", "train.log_every=1", "train.save_every=100", "train.evaluate_every=100"]
@@ -86,7 +88,7 @@ def test_a_second_signal_ends_at_once(write_recipe: WriteRecipe, tmp_path: Path,
     assert (status_of(tmp_path / "run"), steps_saved(tmp_path / "run")) == ("interrupted", [])
 
 
-@pytest.mark.parametrize("module, name", [(trainer, "finish"), (run, "start_record")])
+@pytest.mark.parametrize("module, name", [(worker, "finish"), (run, "start_record")])
 def test_where_no_step_is_taken_the_first_signal_ends_at_once(
     module: Any,
     name: str,

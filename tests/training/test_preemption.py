@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from orchestrator import load_recipe
+from orchestrator.runs.directory import RunDirectory
 from orchestrator.training import preemption
 from orchestrator.training.prepare import prepare
-from orchestrator.training.run_directory import RunDirectory
-from orchestrator.training.trainer import run_worker
+from orchestrator.training.worker import run_worker
 
 
 class MachineGone(Exception):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import load_recipe
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.training.preview import first_of_each_file, preview
 
 WriteRecipe = Callable[..., Path]

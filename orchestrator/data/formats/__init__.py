@@ -1,0 +1,1 @@
+"""The file formats that examples are read from, one module a format."""

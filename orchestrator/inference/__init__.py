@@ -1,0 +1,1 @@
+"""The trained model: predict, evaluate, chat, merge, and benchmarks of others."""

@@ -1,0 +1,194 @@
+"""Copy a trained model out, its adapter as it is or folded into the weights that it changes.
+
+An adapter is merged one layer at a time, in fp32, so that main memory holds the model in its source's format and a
+single layer in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator import models
+from orchestrator.errors import InputError, Problem, RunFailed
+from orchestrator.inference.trained_model import Trained, find_trained, holds_adapter, load_trained
+from orchestrator.runs.directory import DESCRIPTION
+from orchestrator.training.engine.base import on_cpu
+from orchestrator.training.model_card import card_of_merged
+from orchestrator.training.written_weights import save_whole, tensors_by_name, whole_state
+
+LARGEST_ERROR = 1e-4  # Of the largest output; fp32 sums in another order.
+
+
+def export(folder: Path, output: Path, merge: bool) -> float | None:
+    """Copy a trained model to a folder of its own; with `merge`, an adapter becomes part of the source's weights.
+
+    Returns:
+        How far the outputs moved when the merged weights were rounded to the source's format, as a share of the largest
+        output; None where nothing was rounded.
+
+    Raises:
+        InputError: the output exists, or there is no adapter to merge.
+        RunFailed: the merged model would compute something else.
+    """
+    if output.exists():
+        raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
+    inner, _ = find_trained(folder)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    moved = None
+    if not merge:
+        shutil.copytree(inner, partial)
+    else:
+        if not holds_adapter(inner):
+            raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
+        # In main memory, which holds more than a GPU does.
+        trained = load_trained(folder, "fp32", torch.device("cpu"), as_stored=True)
+        merged, moved = merged_model(trained)
+        save_whole(merged, whole_state(merged, {}, trained.formats, None), trained.formats.main, partial)
+        trained.processor.save_pretrained(partial)
+        card = (inner / "README.md").read_text(encoding="utf-8")
+        note = None if moved is None else rounding_note(trained.formats.main, moved)
+        (partial / "README.md").write_text(card_of_merged(card, trained.task, note), encoding="utf-8")
+        shutil.copy(inner / DESCRIPTION, partial)
+    partial.rename(output)
+    return moved
+
+
+def rounding_note(dtype: torch.dtype, moved: float) -> str:
+    """Return a sentence on what rounding the merged weights did to the model's outputs."""
+    name = str(dtype).removeprefix("torch.")
+    return f"the weights are in {name}, as the source's; rounding moved the outputs by {moved:.1e} of the largest one"
+
+
+def merged_model(trained: Trained) -> tuple[Any, float | None]:
+    """Return the model with its adapter folded in, in its source's format, and how far rounding moved its outputs.
+
+    The adapted model is not left as it was. Weights in 4 bits become whole.
+
+    Raises:
+        RunFailed: with the adapter merged in fp32, it computes something else than before.
+    """
+    model, formats = trained.model, trained.formats
+    inputs = trained.task.example_inputs(trained.processor)
+    before = answer(model, inputs)
+    with merged_in_turn(model):
+        in_fp32 = answer(model, inputs)
+    refuse_another_answer(in_fp32, before)
+    base = model.get_base_model()
+    for name, layer in changed_layers(base).items():
+        base.set_submodule(name, in_formats(plain_layer(layer), formats, f"{name}."))
+    merged = model.merge_and_unload().eval()
+    if getattr(merged, "hf_quantizer", None) is not None:
+        merged.hf_quantizer.remove_quantization_config(merged)
+    in_formats(merged, formats)
+    written = answer(merged, inputs)
+    if formats.main == torch.float32 and not formats.others:
+        refuse_another_answer(written, before)
+        return merged, None
+    return merged, difference(written, in_fp32, before)
+
+
+def changed_layers(base: nn.Module) -> dict[str, Any]:
+    """Return the layers that are adapted, or quantized, by name; without those that are parts of one of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    quantized = {id(module) for module in models.quantized_layers(base).values()}
+    found: dict[str, Any] = {}
+    inside: set[int] = set()
+    for name, module in base.named_modules():  # What contains others comes before them.
+        if id(module) not in inside and (isinstance(module, BaseTunerLayer) or id(module) in quantized):
+            found[name] = module
+            inside |= {id(part) for part in module.modules()}
+    return found
+
+
+def plain_layer(layer: Any) -> nn.Module:
+    """Return a layer of PyTorch in fp32 that computes what an adapted or quantized one does, which is left as it is."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    if not isinstance(layer, BaseTunerLayer):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(dequantize_module_weight(layer).float())
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.float())
+        return plain.requires_grad_(False)
+    merged: nn.Module
+    if not models.quantized_layers(layer):
+        wide: Any = copy.deepcopy(layer).float()
+        if hasattr(wide, "unload_and_optionally_merge_module"):  # Adapted parameters, of which one may hold another.
+            merged = wide.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            wide.merge()
+            merged = wide.get_base_layer()
+        return merged
+    base = layer.get_base_layer()
+    layer.base_layer = plain_layer(base)
+    try:
+        # A layer in 4 bits has a `merge` of its own, which rounds the sum to 4 bits again.
+        Linear.merge(layer)
+        merged = layer.base_layer
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
+    return merged
+
+
+@contextlib.contextmanager
+def merged_in_turn(model: Any) -> Iterator[None]:
+    """Have each adapted layer compute with weights that are merged for this one pass, and dropped after it."""
+    layers = changed_layers(model.get_base_model()).values()
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, given, named, output: plain_layer(layer)(*given, **named), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def in_formats(module: nn.Module, formats: models.StoredFormats, prefix: str = "") -> nn.Module:
+    """Give a module's weights the formats that they are stored in; returns the module.
+
+    Args:
+        prefix: of the module's names in its model.
+    """
+    for _, own, value in tensors_by_name(module):
+        value.data = on_cpu(value, formats.of(prefix + own))
+    return module
+
+
+def difference(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> float:
+    """Return the largest difference of two answers, as a share of the largest output in `scale`."""
+    return float((one - other).abs().max() / scale.abs().max())
+
+
+def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
+    """Raise RunFailed where a merged model does not compute what it did before."""
+    error = difference(after, before, before)
+    if not error <= LARGEST_ERROR:
+        raise RunFailed(
+            f"with the adapter merged, the model's outputs differ by {error:.1e} of their size; nothing was written\n"
+            "    -> export it without --merge, and load it with peft"
+        )
+
+
+@torch.no_grad()
+def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return what a model makes of one example, computed in fp32, on the CPU."""
+    with models.ComputesInFp32():
+        logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
+    return logits.float().cpu()

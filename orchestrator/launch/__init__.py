@@ -1,0 +1,1 @@
+"""Run a training on Ray Train workers: clusters, retries, dead workers."""

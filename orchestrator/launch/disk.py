@@ -1,0 +1,64 @@
+"""Whether a run has room on its disk, before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator import models
+from orchestrator.errors import ClusterError
+from orchestrator.models.folder import weight_files
+from orchestrator.recipe import Recipe, resolve_path
+from orchestrator.recipe.paths import PACKAGE_PREFIX
+from orchestrator.training.engine.sizes import BF16, BYTES_IN_CHECKPOINT, FP32
+
+
+def bytes_needed(recipe: Recipe, parameters: Mapping[str, int]) -> int:
+    """What checkpoints and the model take at most: those that are kept, the best one, and the one being written.
+
+    Args:
+        parameters: how many there are, `total` and `trained`.
+    """
+    checkpoints = (recipe.train.keep + 2) * (BYTES_IN_CHECKPOINT + BF16) * parameters["trained"]
+    model = parameters["total" if recipe.transfer.adapter is None else "trained"]
+    return checkpoints + FP32 * model
+
+
+def refuse_full_disk(folder: Path, recipe: Recipe, parameters: Mapping[str, int]) -> None:
+    """Raise ClusterError where the run directory's disk has less room than the run will take.
+
+    Args:
+        folder: the run directory; what is in it already counts as room.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(folder).free + there, bytes_needed(recipe, parameters)
+    if free >= needed:
+        return
+    raise ClusterError(
+        f"{folder} has room for {_gigabytes(free)}, and checkpoints and model take {_gigabytes(needed)}\n"
+        f"    -> free some, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
+    )
+
+
+def refuse_disk_without_room_for_model(storage: Path, recipe: Recipe) -> None:
+    """Raise ClusterError where a disk has less room than the source's files take here, as a tuned model will at least.
+
+    It costs no time, unlike `refuse_full_disk`, which knows more. An adapter is small, and what is not here is not
+    looked for.
+    """
+    is_here = recipe.source.model.startswith(PACKAGE_PREFIX) or resolve_path(recipe.source.model, recipe.origin)
+    if recipe.transfer.adapter is not None or not is_here:
+        return
+    least = sum(path.stat().st_size for path in weight_files(Path(models.find_source(recipe).location)))
+    disk = next(folder for folder in (storage, *storage.parents) if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if free < least:
+        raise ClusterError(
+            f"{storage} has room for {_gigabytes(free)}, and the model alone takes {_gigabytes(least)}\n"
+            f"    -> free some, or set scale.storage to a larger disk"
+        )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"

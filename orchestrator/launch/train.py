@@ -1,0 +1,220 @@
+"""One training from the recipe to the result: refuse or resume, prepare, run the workers, report."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
+from orchestrator.launch.cluster import cluster_nodes, ray_session, refuse_gpu_here
+from orchestrator.launch.disk import refuse_full_disk
+from orchestrator.launch.ray_train import output_to, run_workers
+from orchestrator.recipe import Recipe, dump_recipe
+from orchestrator.report import write_report
+from orchestrator.runs.directory import RunDirectory, write_atomically
+from orchestrator.runs.identity import earlier_choice, last_attempt, refuse_another_run
+from orchestrator.runs.occupancy import kind_held, refuse_other_use
+from orchestrator.runs.progress import live_line, own_stream
+from orchestrator.runs.remote import open_run
+from orchestrator.storage import join
+from orchestrator.training.interruption import Interrupted, Interruption
+from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
+
+PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training."""
+
+    directory: Path
+    """On this machine: a copy without checkpoints where the run is kept in an object store."""
+    place: str
+    """The directory as the user named it: a path or a URL."""
+    result: dict[str, Any]
+    """The content of result.json."""
+    warnings: list[Problem]
+    notes: list[str]
+    resumed: bool
+    """Whether it had been finished before, or went on from a checkpoint."""
+
+
+def train(
+    recipe: Recipe,
+    output: Path | str | None = None,
+    fresh: bool = False,
+    strict: bool = False,
+    screen: TextIO | None = None,
+) -> Run:
+    """Train as the recipe says; the same call goes on where an earlier one was interrupted.
+
+    Args:
+        output: the run directory, a path or a URL; `storage/name` of the recipe when None.
+        fresh: start over; what is in the directory is kept under another name.
+        strict: treat warnings about the data as errors.
+        screen: where to show progress; what libraries print then goes to the directory's logs. None for neither.
+
+    Raises:
+        InputError: recipe, data or source are wrong, or the directory holds another run; nothing was started.
+        ClusterError: the cluster cannot hold the workers.
+        RunFailed: the training itself failed.
+    """
+    directory = open_run(output or join(recipe.scale.storage, recipe.name))
+    check_directory(directory, recipe, fresh)
+    interruption = Interruption()
+    with interruption.listening(), contextlib.ExitStack() as stack:
+        inputs = read_inputs(recipe, strict)
+        # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
+        wait_for_cluster = stack.enter_context(ray_session(recipe))
+        prepared = check_model(encode_inputs(inputs, strict))
+        refuse_gpu_here(recipe)
+        aside = set_aside(directory) if fresh else None
+        create_directory(directory)
+        stack.enter_context(directory.locked())
+        chosen = None
+        if recipe.scale.fit:
+            wait_for_cluster()
+            prepared, chosen = fit(prepared, directory)
+        notes = refuse_another_run(prepared.recipe, prepared.identity, directory)
+        if directory.has_finished():
+            return finished_run(prepared, directory, notes, resumed=True)
+        if screen is not None:
+            interruption.screen = stack.enter_context(own_stream(screen))
+            # A single worker runs in this process, and writes to this very copy.
+            bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
+            stack.enter_context(live_line(directory.root, screen, bring))
+            stack.enter_context(output_to(directory.logs / "command.log"))
+        if prepared.parameters is not None and directory.place == str(directory.root):
+            refuse_full_disk(directory.root, recipe, prepared.parameters)
+        wait_for_cluster()
+        if aside is not None:
+            notes.append(f"the earlier run is in {aside}")
+        if chosen is not None:
+            notes += [f"chosen so that it fits: {place}={value}" for place, value in chosen.items()]
+        resumed = directory.has_checkpoints()
+        run_and_record(prepared, directory, interruption, {"notes": notes, "chosen": chosen})
+        return finished_run(prepared, directory, [], resumed)
+
+
+def check(recipe: Recipe, strict: bool = False) -> Prepared:
+    """Everything that can be refused before anything starts; raises InputError with all of it."""
+    return check_model(prepare(recipe, strict))
+
+
+def check_model(prepared: Prepared) -> Prepared:
+    """The same, once metric, freeze depth, adapter and head are known to fit; raises InputError."""
+    # These need torch, which takes seconds to import: Ray starts meanwhile.
+    from orchestrator.training.assembling import check_experts, check_structure
+    from orchestrator.training.engine.deepspeed_config import check_deepspeed
+    from orchestrator.training.session import choose_metric
+
+    choose_metric(prepared)
+    if prepared.recipe.scale.deepspeed is not None:
+        check_deepspeed(prepared.recipe)
+    parts = check_structure(prepared)
+    prepared = replace(prepared, warnings=prepared.warnings + check_experts(prepared))
+    return prepared if parts is None else replace(prepared, parameters=parts.count_parameters())
+
+
+def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str, Any]]:
+    """As a plan has it, or had it when the run began, with what it chose; raises ClusterError where nothing fits."""
+    from orchestrator.planning.choose_sharding import choose_scale, with_choice
+
+    chosen = earlier_choice(directory)
+    if chosen is None:
+        chosen = choose_scale(prepared, cluster_nodes() if prepared.recipe.scale.workers > 1 else None)
+    return with_choice(prepared, chosen), chosen
+
+
+def set_aside(directory: RunDirectory) -> str | None:
+    """Move an earlier run to another name, unless it is running; returns that name, or None where there is no run."""
+    if kind_held(directory) is None:
+        return None
+    with directory.locked():
+        return directory.set_aside()
+
+
+def check_directory(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
+    """Raise InputError where the directory holds something else, or cannot be looked into."""
+    with _reaching(directory, "looked into"):
+        refuse_other_use(directory, recipe, fresh)
+
+
+def create_directory(directory: RunDirectory) -> None:
+    with _reaching(directory, "made"):
+        directory.create()
+
+
+@contextlib.contextmanager
+def _reaching(directory: RunDirectory, how: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "give another --output, or set scale.storage to a folder that you may write to"
+        what = f"the run directory cannot be {how}: {error.strerror or error}"
+        raise InputError(Problem(what, directory.place, remedy)) from None
+
+
+def run_and_record(
+    prepared: Prepared, directory: RunDirectory, interruption: Interruption, known: dict[str, Any]
+) -> None:
+    """Run the workers; run.json says how it ended, whatever way it ended.
+
+    Args:
+        known: what run.json is to hold besides.
+
+    Raises:
+        KeyboardInterrupt: it was asked to end.
+    """
+    started = time.time()
+    try:
+        attempt = start_record(prepared, directory, known)
+        run_workers(prepared, directory, attempt, interruption)
+    except (Interrupted, KeyboardInterrupt):
+        directory.update_record(status="interrupted", ended=time.time())
+        raise KeyboardInterrupt from None
+    except OrchestratorError as error:
+        directory.update_record(status="failed", reason=str(error), ended=time.time())
+        raise
+    except OSError as error:
+        # The disk may be full, so not even this is sure to be recorded.
+        raise RunFailed(f"{error}; the checkpoints in {directory.place} are whole") from error
+    directory.bring()
+    directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
+    write_report(directory.root)
+    directory.send()
+    directory.finish()
+
+
+def start_record(prepared: Prepared, directory: RunDirectory, known: dict[str, Any]) -> int:
+    """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
+    write_atomically(directory.recipe, dump_recipe(prepared.recipe))
+    directory.send()
+    attempt = last_attempt(directory) + 1
+    directory.update_record(
+        status="running",
+        attempt=attempt,
+        started=time.time(),
+        identity=prepared.identity,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES_THAT_DECIDE_NUMBERS},
+        },
+        machine=platform.node(),
+        command=sys.argv,
+        warnings=[str(warning) for warning in prepared.warnings],
+        **{name: value for name, value in known.items() if value is not None},
+    )
+    return attempt
+
+
+def finished_run(prepared: Prepared, directory: RunDirectory, notes: list[str], resumed: bool) -> Run:
+    notes = [*directory.read_record().get("notes", []), *notes]
+    return Run(directory.root, directory.place, directory.read_result(), prepared.warnings, notes, resumed)

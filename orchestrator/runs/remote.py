@@ -1,0 +1,135 @@
+"""A run directory in an object store, worked on in copies: one where the command runs, one on each node with workers.
+
+The object store decides. run.json is read there each time; the other records are brought when a copy is opened, and
+sent when a checkpoint is committed and at the end, result.json last. What a node loses with its copy is what came
+after the last checkpoint, which a resumed run forgets in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.cache import cache_folder
+from orchestrator.runs.directory import RunDirectory, write_atomically
+from orchestrator.storage import RemoteFolder, is_url, join, split
+
+RECORDS = ("recipe.yaml", "metrics.jsonl", "predictions.parquet", "report.html", "result.json")
+"""In the order in which they are sent. Not run.json: it is changed there, so that no copy of it overwrites another."""
+PROGRESS = ".progress.json"
+SECONDS_BETWEEN_PROGRESS = 5.0
+
+
+def open_run(place: str | Path, holder: str = "command") -> RunDirectory:
+    """The run directory at a path or a URL.
+
+    Args:
+        holder: tells copies on one machine apart: those of the command, and of each node's workers.
+    """
+    if isinstance(place, str) and is_url(place):
+        return RemoteRunDirectory(place, holder)
+    return RunDirectory(Path(place).absolute())
+
+
+class RemoteRunDirectory(RunDirectory):
+    """A copy of a run directory, in the cache folder of this machine."""
+
+    def __init__(self, url: str, holder: str) -> None:
+        self.remote = RemoteFolder(url)
+        self._home, name = split(url)
+        digest = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
+        super().__init__(cache_folder() / "runs" / f"{name}-{digest}" / holder)
+        self._sending: threading.Thread | None = None
+        self._sent = 0.0
+
+    @property
+    def place(self) -> str:
+        return self.remote.url
+
+    def create(self) -> None:
+        super().create()
+        probe = f".probe-{time.time_ns()}"
+        self.remote.write(probe, b"")
+        self.remote.delete(probe)
+        self.bring()
+
+    def bring(self) -> None:
+        """Have the records here as they are there."""
+        there = self.remote.names()
+        for name in (*RECORDS, self.record.name):
+            if name not in there or not self.remote.download(name, self.root / name):
+                (self.root / name).unlink(missing_ok=True)
+
+    def send(self) -> None:
+        for name in RECORDS:
+            self.remote.upload(self.root / name, name)
+
+    def send_logs(self) -> None:
+        for path in self.logs.glob("*.log"):
+            self.remote.upload(path, f"logs/{path.name}")
+
+    def send_results(self) -> None:
+        self.remote.upload(self.model, "model")
+        self.send()
+
+    def names(self) -> set[str]:
+        found = {name.partition("/")[0] for name in self.remote.names()}
+        return {name for name in found if not name.startswith(".")}
+
+    def has_checkpoints(self) -> bool:
+        return any(name.startswith("step-") for name in self.remote.folders("checkpoints"))
+
+    def committed(self) -> list[str]:
+        found = (name.partition("/") for name in self.remote.names("checkpoints"))
+        steps = [step for step, _, name in found if step.startswith("step-") and name == "COMMITTED"]
+        return sorted(steps, reverse=True)
+
+    def read(self, name: str) -> bytes | None:
+        return self.remote.read(name)
+
+    def update_record(self, **changes: Any) -> dict[str, Any]:
+        record = super().update_record(**changes)
+        self.remote.upload(self.record, self.record.name)
+        return record
+
+    def set_aside(self) -> str:
+        number = 1
+        _, name = split(self.remote.url)
+        while (aside := RemoteFolder(join(self._home, f"{name}.old-{number}"))).names():
+            number += 1
+        self.remote.move(aside)
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":  # It is held.
+                path.unlink()
+        return aside.url
+
+    def send_progress(self) -> None:
+        """Send how far the run is, every few seconds, while the run goes on."""
+        now = time.monotonic()
+        if now - self._sent < SECONDS_BETWEEN_PROGRESS or (self._sending is not None and self._sending.is_alive()):
+            return
+        self._sent = now
+        self._sending = threading.Thread(target=self._send_progress, name="send-progress", daemon=True)
+        self._sending.start()
+
+    def _send_progress(self) -> None:
+        with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
+            self.remote.upload(self.root / PROGRESS, PROGRESS)
+
+    def bring_progress(self) -> None:
+        with contextlib.suppress(OSError):
+            data = self.remote.read(PROGRESS)
+            if data is not None:
+                write_atomically(self.root / PROGRESS, data.decode())
+
+    def finish(self) -> None:
+        """Forget the checkpoints of this copy, once the run has ended well."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.remote.delete(PROGRESS)

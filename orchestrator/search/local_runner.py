@@ -1,0 +1,83 @@
+"""Trials in the process of the command, one after another, without Ray.
+
+For a search whose trials train only their heads: on stored features, all of them take less than Ray takes to start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from orchestrator.launch.cluster import has_cluster
+from orchestrator.recipe.schema import Search
+from orchestrator.search.batching import trains_only_the_head
+from orchestrator.search.plan import Plan
+from orchestrator.search.records import SearchDirectory
+from orchestrator.search.space import trial_recipe
+from orchestrator.search.trial_interface import Report
+from orchestrator.search.trial_log import Ledger
+from orchestrator.search.trial_process import make_workplace
+from orchestrator.training.engine.devices import uses_gpu
+
+
+def can_run_here(plan: Plan) -> bool:
+    """Whether every trial trains only its head, and there is nothing to spread trials over but this machine's cores."""
+    if plan.known is None or plan.search.scheduler == "pbt" or has_cluster():
+        return False
+    if uses_gpu(plan.prepared.recipe) and torch.cuda.device_count() > 1:
+        return False
+    return all(trains_only_the_head(trial_recipe(plan.prepared.recipe, parameters)) for parameters in plan.known)
+
+
+class Here:
+    """Runs the trials of a search in this process, with all its cores.
+
+    Raises:
+        NoFeatures: (when trials are run) the frozen blocks would be computed again and again, which Ray spreads.
+    """
+
+    num_packs = 1
+
+    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+        self.directory = directory
+        self.cores = os.cpu_count() or 1
+        self.workplace = make_workplace(
+            plan.prepared,
+            directory.root,
+            plan.boundaries,
+            plan.metric,
+            plan.weights_kept,
+            self.cores,
+            only_on_features=True,
+        )
+
+    def run_trials(
+        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    ) -> None:
+        """Run trials until there are no more or time is up."""
+        assert specs is not None
+        self.directory.update_record(concurrent=1, cores=self.cores)
+        until = time.monotonic() + (float("inf") if seconds is None else seconds)
+        for spec in specs:
+            if time.monotonic() > until:
+                break
+            self._run(ledger, spec, until)
+
+    def _run(self, ledger: Ledger, spec: dict[str, Any], until: float) -> None:
+        id = spec["id"]
+        trial = self.workplace.begin(id, spec["parameters"], spec.get("members"))
+        ledger.began(id)
+        report = Report(None, False, {})
+        try:
+            while not report.is_last and time.monotonic() < until:
+                report = trial.advance()
+                if report.row:
+                    ledger.told(id, report.row)
+        finally:
+            if not report.is_last:
+                trial.stop()
+        ledger.ended(id, report.is_last, report.reason)

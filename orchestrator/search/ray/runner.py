@@ -1,0 +1,82 @@
+"""Trials in Ray Tune's actors, as many at a time as there is room for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from orchestrator.launch.cluster import cluster_nodes
+from orchestrator.recipe.schema import Search
+from orchestrator.search.plan import Plan
+from orchestrator.search.ray import tuner as tuning
+from orchestrator.search.ray.searchers import Listed, Suggested
+from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
+from orchestrator.search.resources import num_concurrent, trial_resources
+from orchestrator.search.trial_log import Ledger
+from orchestrator.search.trial_process import make_workplace
+
+SUGGESTED = "suggested.jsonl"
+
+
+class OnRay:
+    """Runs the trials of a search on the Ray cluster that this process is in."""
+
+    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+        self.plan = plan
+        self.directory = directory
+        nodes = cluster_nodes()
+        self.resources = trial_resources(plan.prepared.recipe, nodes)
+        self.concurrent = num_concurrent(plan, nodes, self.resources)
+
+    @property
+    def num_packs(self) -> int:
+        """How many packs trials of like heads become; population-based training, which changes rates, wants none."""
+        return 0 if self.plan.search.scheduler == "pbt" else self.concurrent
+
+    def run_trials(
+        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    ) -> None:
+        """Run trials until there are no more or time is up.
+
+        Args:
+            specs: None where Optuna suggests them.
+        """
+        plan = self.plan
+        changing = plan.changing if how.scheduler == "pbt" else {}
+        cores = os.cpu_count() or 1
+        self.directory.update_record(concurrent=self.concurrent, cores=cores)
+        tuning.run_trials(
+            self._suggesting(ledger) if specs is None else Listed(specs, changing),
+            tuning.make_scheduler(how, changing, self.concurrent),
+            partial(
+                make_workplace,
+                plan.prepared,
+                self.directory.root,
+                plan.boundaries,
+                plan.metric,
+                plan.weights_kept,
+                max(1, cores // self.concurrent),
+            ),
+            ledger,
+            self.concurrent,
+            self.resources,
+            self.directory.logs / "ray",
+            seconds,
+        )
+
+    def _suggesting(self, ledger: Ledger) -> Suggested:
+        """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
+        plan, path = self.plan, self.directory.root / SUGGESTED
+        recorded = read_rows(path)
+        count = itertools.count()
+
+        def make_spec(point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+            number = next(count)
+            if number >= len(recorded):
+                append_row(path, point)
+            return ledger.expect(trial_id(number), parameters)
+
+        return Suggested(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)

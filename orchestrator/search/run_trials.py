@@ -1,0 +1,189 @@
+"""The course of a search: run the trials, name the best, leave its model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TextIO
+
+from orchestrator.errors import RunFailed
+from orchestrator.recipe import dump_recipe
+from orchestrator.recipe.schema import Search
+from orchestrator.report import write_report
+from orchestrator.runs.checkpoint import IDENTITY
+from orchestrator.runs.directory import write_atomically, write_json
+from orchestrator.runs.identity import identity_to_keep
+from orchestrator.search.batched_trials import NoFeatures
+from orchestrator.search.batching import pack_trials
+from orchestrator.search.local_runner import Here, can_run_here
+from orchestrator.search.outcome import BEST_WEIGHTS, Spec
+from orchestrator.search.plan import Plan
+from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id, with_own_name
+from orchestrator.search.space import trial_recipe
+from orchestrator.search.trial_log import Ledger
+from orchestrator.search.winner import keep_winner
+
+SEED = "train.seed"
+
+
+class Place(Protocol):
+    """Where trials run."""
+
+    @property
+    def num_packs(self) -> int:
+        """How many packs trials of like heads become at most; 0 where none may be packed."""
+
+    def run_trials(
+        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    ) -> None:
+        """Run trials until there are no more or time is up; without `specs`, those that an algorithm suggests."""
+
+
+def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
+    """Write down what is searched, and that it has begun.
+
+    Args:
+        notes: sentences for the user.
+    """
+    write_atomically(directory.recipe, dump_recipe(plan.prepared.recipe))
+    write_json(directory.root / IDENTITY, identity_to_keep(plan.prepared.recipe, plan.prepared.identity, directory))
+    record = directory.read_record()
+    directory.update_record(
+        status="running",
+        metric=plan.metric.name,
+        mode="max" if plan.metric.higher_is_better else "min",
+        started=record.get("started", time.time()),
+        attempts=record.get("attempts", 0) + 1,
+        num_layers=plan.num_layers,
+        space=plan.space.written(),
+        identity=plan.prepared.identity,
+        warnings=[str(warning) for warning in plan.prepared.warnings],
+        budget=plan.budget,
+        notes=[*record.get("notes", []), *notes],
+    )
+
+
+def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]) -> None:
+    """Run what has not been run yet, choose the winner and leave its model.
+
+    Args:
+        wait_for_cluster: called when it is known that Ray is needed.
+    """
+    started = time.monotonic()
+    before = directory.read_record().get("seconds", 0.0)
+    limit = plan.search.seconds
+    left = None if limit is None else max(1.0, limit - before)
+    place = choose_place(plan, directory, wait_for_cluster, can_run_here(plan))
+    try:
+        run_all(plan, directory, screen, place, left)
+    except NoFeatures:
+        place = choose_place(plan, directory, wait_for_cluster, False)
+        run_all(plan, directory, screen, place, left)
+    if plan.search.reseed_top and plan.search.reseeds:
+        reseed(plan, directory, screen, place)
+    winner = choose_winner(plan, directory)
+    best = trial_recipe(plan.prepared.recipe, winner["parameters"])
+    write_atomically(directory.best, dump_recipe(with_own_name(best, "best")))
+    result = keep_winner(plan.prepared, plan.metric, directory, winner)
+    seconds = before + time.monotonic() - started
+    directory.update_record(
+        status="finished", seconds=seconds, winner={**winner, "metrics": result["metrics"]}, ended=time.time()
+    )
+    drop_weights(plan, directory)
+    write_report(directory.root)
+
+
+def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
+    """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
+    rows = read_rows(directory.rows)
+    kept = {row["id"] for row in best_first(rows, plan.metric)[: plan.weights_kept]}
+    for row in rows:
+        if row["id"] not in kept:
+            (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
+
+
+def choose_place(plan: Plan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_here: bool) -> Place:
+    """What runs the trials."""
+    if is_here:
+        return Here(plan, directory)
+    wait_for_cluster()
+    from orchestrator.search.ray.runner import OnRay  # Ray Tune takes seconds to import.
+
+    return OnRay(plan, directory)
+
+
+def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place, seconds: float | None) -> None:
+    """The trials of the space."""
+    ledger = Ledger(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
+    specs = None if plan.known is None else list_trials(plan, plan.known, ledger, place.num_packs)
+    place.run_trials(ledger, specs, plan.search, seconds)
+    ledger.out_of_time()
+
+
+def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger, num_packs: int) -> Iterator[dict[str, Any]]:
+    """What a place is told to run: trials that train only the head are packed."""
+    specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(known)]
+    packs, others = pack_trials(plan.prepared.recipe, specs, num_packs) if num_packs else ([], specs)
+    for number, pack in enumerate(packs):
+        yield ledger.expect_pack(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
+    for spec in sorted(others, key=lambda spec: spec.id):
+        yield ledger.expect(spec.id, spec.parameters)
+
+
+def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place) -> None:
+    """Train the best trials again with other seeds."""
+    base = plan.prepared.recipe.train.seed
+    best = best_first(original_rows(directory), plan.metric)[: plan.search.reseed_top]
+    specs = [
+        (f"{row['id']}-seed-{base + offset}", {**row["parameters"], SEED: base + offset})
+        for row in best
+        for offset in range(1, plan.search.reseeds + 1)
+    ]
+    ledger = Ledger(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
+    place.run_trials(ledger, (ledger.expect(id, parameters) for id, parameters in specs), Search())
+    ledger.out_of_time()
+
+
+def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
+    """Trials of the space, without those that repeat one with another seed."""
+    return [row for row in read_rows(directory.rows) if row["id"] == original_id(row)]
+
+
+def original_id(row: dict[str, Any]) -> str:
+    """The id of the trial that a row repeats with another seed; its own where it repeats none."""
+    id: str = row["id"].partition("-seed-")[0]
+    return id
+
+
+def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
+    """The best trial; among those that were repeated with other seeds, the one with the best mean.
+
+    Raises:
+        RunFailed: no trial has a score.
+    """
+    rows = read_rows(directory.rows)
+    ranked = best_first(original_rows(directory), plan.metric)
+    if not ranked:
+        reasons = sorted({str(row["reason"]) for row in rows if row["reason"]})
+        raise RunFailed("no trial has a score: " + ("; ".join(reasons) or "time was up before the first evaluation"))
+    seeds = seed_scores(plan, rows)
+    repeated = [row for row in ranked if len(seeds[row["id"]]) > 1]
+    sign = 1 if plan.metric.higher_is_better else -1
+
+    def mean(row: dict[str, Any]) -> float:
+        return sign * statistics.mean(float(seed["score"]) for seed in seeds[row["id"]])
+
+    winner = max(repeated, key=mean, default=ranked[0])
+    return {**winner, "seeds": seeds[winner["id"]]}
+
+
+def seed_scores(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The scores of each trial with every seed that it was trained with, by the trial's id."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        score = score_of(row, plan.metric.name)
+        if score is not None:
+            seed = row["parameters"].get(SEED, plan.prepared.recipe.train.seed)
+            found.setdefault(original_id(row), []).append({"seed": seed, "score": score})
+    return found

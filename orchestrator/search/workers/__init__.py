@@ -1,0 +1,1 @@
+"""Trials that train on several workers each."""

@@ -1,1 +1,0 @@
-"""What several tasks have in common."""

@@ -1,0 +1,1 @@
+"""Engines: forward and backward passes, gradient reduction, the optimizer, and its state."""

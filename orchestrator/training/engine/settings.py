@@ -1,0 +1,20 @@
+"""What a recipe says of engine and passes."""
+
+from __future__ import annotations
+
+from orchestrator.recipe import Recipe
+
+
+def micro_batch_size(recipe: Recipe) -> int:
+    """Examples per forward pass: as the recipe says, or a worker's whole share of the global batch up to 32."""
+    if recipe.train.micro_batch_size != "auto":
+        return recipe.train.micro_batch_size
+    share = recipe.train.global_batch_size // recipe.scale.workers
+    passes = -(-share // 32)
+    return -(-share // passes)
+
+
+def uses_deepspeed(recipe: Recipe) -> bool:
+    if recipe.scale.engine == "auto":
+        return recipe.scale.zero_stage > 0
+    return recipe.scale.engine == "deepspeed"

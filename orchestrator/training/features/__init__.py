@@ -1,0 +1,1 @@
+"""Stored features: the output of the frozen blocks, computed once."""

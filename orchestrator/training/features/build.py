@@ -1,0 +1,185 @@
+"""Whether a run stores the output of its frozen blocks, and the splits as they are then fed to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from orchestrator import models
+from orchestrator.models import Prefix, Unsplit
+from orchestrator.models.attempt import CallFailed, attempt
+from orchestrator.models.shortcuts.prefix import NotSeen
+from orchestrator.models.shortcuts.token_pooling import evaluating, is_close
+from orchestrator.tasks import Encoded
+from orchestrator.training.assembling import Parts
+from orchestrator.training.engine.base import Engine
+from orchestrator.training.features.prefix_cache import PrefixCache, model_identity, open_shared, open_store
+from orchestrator.training.loop import Plan
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.split_loader import Feed
+
+TRIED = (0.0, 0.1, 0.25)  # Examples on which a model's split is tried out, as shares of all by length: short ones.
+CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would save nothing.
+
+
+def boundary_of(parts: Parts) -> int | None:
+    """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
+    depth = parts.frozen.depth
+    # A pooler that the source lacks is trained with the head, though it is in the body.
+    ends_body = depth.tail and not any(parameter.requires_grad for parameter in parts.body.parameters())
+    return depth.num_layers + ends_body if depth.stem else None
+
+
+def split_at_boundary(prepared: Prepared, parts: Parts, plan: Plan) -> Prefix | Unsplit | None:
+    """Have the last layer compute only what the head reads, and make the frozen blocks replaceable by their output.
+
+    Returns:
+        Why they cannot be replaced, where it is wanted; None where nothing is frozen or wanted.
+    """
+    boundary = boundary_of(parts)
+    is_asked = boundary is not None and is_wanted(prepared, parts, plan, boundary)
+    if prepared.recipe.scale.zero_stage == 3:
+        return Unsplit("ZeRO-3 spreads its weights over the workers") if is_asked else None
+    encoded = prepared.encoded("train")
+    feed, some = examples_to_try(encoded, parts)
+    inputs, pick = pick_position(parts, feed, some)
+    if boundary is None or not is_asked:
+        return None
+    if encoded.rows_per_example > 1:
+        return Unsplit("an example is several texts")
+    if encoded.augments:
+        return Unsplit("training examples are changed at random")
+    beside = feed.beside(some)
+    beside.pop("labels", None)
+    return models.split_model(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pick)
+
+
+def examples_to_try(encoded: Encoded, parts: Parts) -> tuple[Feed, npt.NDArray[np.int64]]:
+    """A split on the model's device, and some of its rows."""
+    order = np.argsort(encoded.lengths, kind="stable")
+    some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
+    return Feed(encoded, torch.device(parts.body.device)), some
+
+
+def pick_position(
+    parts: Parts, feed: Feed, some: npt.NDArray[np.int64]
+) -> tuple[dict[str, Tensor], models.Pick | None]:
+    """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
+    inputs = feed.batch(some)
+    inputs.pop("labels", None)
+    pick = models.find_pick(parts.module, parts.blocks, inputs)
+    if pick is not None:
+        models.pick_in_last_layer(parts.module, parts.blocks, inputs, pick)
+    return inputs, pick
+
+
+def can_pack(feed: Feed, module: nn.Module) -> bool:
+    """Whether the model keeps examples apart that stand in one row, tried out on a few."""
+    if not (feed.encoded.packs and models.takes_texts_in_a_row(module)):
+        return False
+    order = np.argsort(feed.encoded.lengths, kind="stable")
+    # The short ones share a row beside the longest.
+    some = np.unique(order[[0, len(order) // 10, len(order) // 4, len(order) // 2]])
+    found = []
+    with torch.no_grad(), evaluating(module):
+        for arrays in (feed.encoded.batch(some), feed.encoded.packed_batch(some)):
+            batch = {name: torch.from_numpy(values).to(feed.device) for name, values in arrays.items()}
+            batch.pop("labels")
+            try:
+                logits = attempt(module, batch, "putting several examples in one row")
+            except CallFailed:
+                return False
+            found.append(logits.sum((0, 1))[:1])
+    return is_close(found[1], found[0])
+
+
+def is_wanted(prepared: Prepared, parts: Parts, plan: Plan, boundary: int) -> bool:
+    """Whether stored features are asked for, or save something: more than one pass over blocks that compute."""
+    wanted = prepared.recipe.train.cache_prefix
+    if wanted != "auto":
+        return bool(wanted)
+    computes = boundary > 0 or any(_multiplies(module) for module in parts.blocks.stem.modules)
+    return computes and plan.total_steps > plan.order.steps_per_epoch
+
+
+def make_feeds(
+    prepared: Prepared,
+    split: Prefix | Unsplit | None,
+    engine: Engine,
+    precision: str,
+    tell: Callable[[str], None],
+    note: Callable[[str], None],
+    boundaries: Sequence[int] = (),
+    leads_node: bool = True,
+) -> dict[str, Feed]:
+    """Every split as it is fed to the model: with stored features where there can be any.
+
+    Args:
+        tell: shows the phase; `note` keeps a sentence for the user.
+        boundaries: others to store in the same pass, for later runs.
+        leads_node: whether this worker does for its node what is done there once.
+    """
+    feeds = {name: Feed(prepared.encoded(name), engine.device, engine.float_type) for name in prepared.tables}
+    if split is None:
+        return feeds
+    # Machines that differ may find out different things, but all workers of a run do the same.
+    cache = (
+        open_cache(prepared, split, engine, precision, tell, leads_node) if isinstance(split, Prefix) else split.reason
+    )
+    reason = engine.agree(cache if isinstance(cache, str) else None)
+    if isinstance(cache, PrefixCache) and reason is None:
+        found = store_features(prepared, cache, boundaries)
+        reason = engine.agree(found if isinstance(found, str) else None)
+        if reason is None and not isinstance(found, str):
+            for name, rows in found.items():
+                feeds[name].features = rows
+    if reason is not None:
+        engine.first_worker_does(lambda: note(f"the frozen blocks are computed in every epoch: {reason}"))
+    return feeds
+
+
+def open_cache(
+    prepared: Prepared, prefix: Prefix, engine: Engine, precision: str, tell: Callable[[str], None], leads_node: bool
+) -> PrefixCache | str:
+    """The cache of the frozen blocks' output; or why there is none."""
+    identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
+    try:
+        store = open_store(prepared.recipe)
+        shared = open_shared(prepared.recipe, store, engine, leads_node)
+    except OSError as error:
+        return _cannot_store(error)
+    return PrefixCache(store, prefix, engine, identity, tell, shared)
+
+
+def store_features(prepared: Prepared, cache: PrefixCache, boundaries: Sequence[int] = ()) -> dict[str, Any] | str:
+    """The stored features of each split that is read often; or why there are none. All workers call this."""
+    boundary = cache.prefix.boundary
+    # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
+    wanted = sorted({*(each for each in boundaries if each < boundary), boundary})
+    cache.bring([prepared.keys[name] for name in CACHED_SPLITS], wanted)
+    found = {}
+    try:
+        for name in CACHED_SPLITS:
+            rows = cache.rows(prepared.keys[name], prepared.encoded(name), wanted)
+            if isinstance(rows, str):
+                return rows
+            found[name] = rows[boundary]
+    except (CallFailed, NotSeen) as error:
+        return f"the model cannot be stopped between its blocks ({error})"
+    except OSError as error:
+        return _cannot_store(error)
+    return found
+
+
+def _cannot_store(error: OSError) -> str:
+    return f"features cannot be stored: {error.strerror or error}"
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module costs more than reading its output from a disk would."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)

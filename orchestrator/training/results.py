@@ -1,0 +1,118 @@
+"""What a run leaves: scores of every reported split, the model, predictions and result.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from orchestrator import models
+from orchestrator.runs.checkpoint import find_damage
+from orchestrator.runs.directory import finite, write_json
+from orchestrator.tasks.base import Arrays
+from orchestrator.training.evaluation import score
+from orchestrator.training.export import AfterTraining, export_model, formats_to_write, write_predictions
+from orchestrator.training.generation import Answer, write_answers
+from orchestrator.training.hooks import Memory
+from orchestrator.training.session import Session
+
+NUM_SAMPLES = 8
+
+
+def score_before(session: Session) -> dict[str, Reported] | None:
+    """Scores before the first step, where the source's own head is kept; a new head knows nothing yet."""
+    if session.parts.head_is_new:
+        return None
+    session.tell("scoring the source")
+    return {name: score_split(session, name) for name in ("select", "test") if name in session.prepared.tables}
+
+
+def finish(session: Session, memory: Memory, before: dict[str, Reported] | None) -> None:
+    """Take the best weights, score every split that is reported, and write model, predictions and result."""
+    prepared, engine, directory = session.prepared, session.engine, session.directory
+    session.tell("scoring the best checkpoint")
+    best_step = take_best_weights(session, memory)
+    reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
+    scored = {name: score_split(session, name) for name in reported}
+    formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredFormats()
+    weights = engine.trained_weights(formats.of)
+    peaks = engine.gather(memory.peak_bytes)
+    if engine.rank != 0:
+        return
+    started = time.monotonic()
+    session.tell("writing the model")
+    main = reported[-1]
+    result = {
+        "status": "finished",
+        "metrics": {name: split.metrics for name, split in scored.items()},
+        "before": None if before is None else {name: split.metrics for name, split in before.items()},
+        "details": {main: prepared.task.details(scored[main].predictions, prepared.encoded(main).targets())},
+        "samples": samples(before[main].answers if before else [], scored[main].answers),
+        "steps": memory.step,
+        "stopped_early": memory.stop,
+        "seconds": memory.seconds,
+        "peak_bytes": max(peaks),
+        "best_step": best_step,
+        "best_checkpoint": f"checkpoints/step-{best_step:08d}",
+        "metric": session.metric.name,
+        "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
+        "parameters": session.parts.count_parameters(),
+    }
+    rebuild = session.precision if engine.rounds_weights else None
+    with AfterTraining(result["best_checkpoint"], directory.logs):
+        export_model(prepared, session.parts, weights, formats, directory.model, result, rebuild)
+        write_predictions(prepared, main, scored[main].predictions, directory.predictions)
+        if "test" in scored:
+            row = {
+                "step": memory.step,
+                "split": "test",
+                "phase": "best",
+                **scored["test"].metrics,
+                "seconds": memory.seconds,
+            }
+            directory.append_metrics(row)
+        result["seconds_exporting"] = time.monotonic() - started
+        write_json(directory.result, finite(result))
+        directory.send_results()
+
+
+def take_best_weights(session: Session, memory: Memory) -> int:
+    """Put the weights of the best checkpoint into the engine; returns their step.
+
+    Where that checkpoint was damaged or deleted, the weights stay those of the last step, and a note says so.
+    """
+    engine, best = session.engine, memory.best_step
+    if best is None or best == memory.step:
+        return memory.step
+    session.store.bring(best)
+    checkpoint = session.store.at(best)
+    damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
+    if damage is None:
+        engine.read_state(checkpoint.folder)
+        engine.agree(None)
+        return best
+    text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
+    engine.first_worker_does(lambda: session.directory.note(text))
+    return memory.step
+
+
+@dataclass
+class Reported:
+    """Everything that is known of a split; predictions and answers on worker 0 alone."""
+
+    metrics: dict[str, float]
+    predictions: Arrays
+    answers: list[Answer]
+
+
+def score_split(session: Session, name: str) -> Reported:
+    prepared, micro_batch = session.prepared, session.plan.micro_batch_size
+    scored = score(session.engine, prepared.task, session.feeds[name], micro_batch, prepared.tokens_per_pass)
+    written = write_answers(session.engine, prepared.task, prepared.processor, prepared.examples[name], micro_batch)
+    return Reported({**scored.metrics, **written.metrics}, scored.predictions, written.answers)
+
+
+def samples(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str | None]]:
+    """Some of the answers that were written, side by side with those before the first step."""
+    earlier = {answer.source: answer.written for answer in before}
+    return [{**asdict(answer), "before": earlier.get(answer.source)} for answer in after[:NUM_SAMPLES]]

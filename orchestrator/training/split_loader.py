@@ -1,0 +1,91 @@
+"""What a split feeds the model with: its examples, or stored features of the frozen blocks in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.data.feature_store import Rows
+from orchestrator.models.shortcuts.prefix import FEATURES
+from orchestrator.tasks import Encoded
+from orchestrator.tasks.base import Arrays
+
+
+@dataclass
+class Feed:
+    """A split, as batches of tensors on the device."""
+
+    encoded: Encoded
+    device: torch.device
+    float_type: torch.dtype | None = None
+    """What floating inputs are turned into; None leaves them."""
+    features: Rows | None = None
+    """Stored output of the frozen blocks, one row an example."""
+    packs: bool = False
+    """Whether training batches hold several examples in one row."""
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the features of each example have the same shape, most often that of one vector."""
+        return self.features is not None and self.features.layout.lengths is None
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """What padding costs in: positions of each example, or 1 where features are even and none is padded."""
+        return np.ones(len(self), np.int64) if self.is_even else self.encoded.lengths
+
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """The model's inputs for these rows, with `labels` where the split has them.
+
+        Args:
+            stream: seed and epoch of what is drawn for training examples; None where nothing is.
+        """
+        packs = self.packs and stream is not None
+        if packs:
+            batch = self._to_device(self.encoded.packed_batch(rows))
+        elif self.features is None:
+            batch = self._to_device(self.encoded.batch(rows, stream))
+        else:
+            batch = self.beside(rows)
+        if self.features is not None:
+            values = self.features.join(rows) if packs else self.features.take(rows)
+            batch[FEATURES] = as_tensor(values, self.features.note).to(self.device, non_blocking=True)
+        return batch
+
+    def tokens_per_pass(self, most: int | None, lengths: npt.NDArray[np.int64]) -> int | None:
+        """Return a limit of tokens in the unit of the lengths that a pass is cut by: features may have one position."""
+        if most is None or lengths is self.encoded.lengths:
+            return most
+        return max(1, most // int(self.encoded.lengths.max()))
+
+    def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """What goes along with features of these rows: masks, labels."""
+        return self._to_device(self.encoded.beside_features(rows))
+
+    def _to_device(self, arrays: Arrays) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}
+        if self.float_type is None:
+            return tensors
+        return {
+            name: value.to(self.float_type) if value.is_floating_point() and name != "labels" else value
+            for name, value in tensors.items()
+        }
+
+
+def as_array(values: Tensor) -> tuple[npt.NDArray[np.generic], str]:
+    """A tensor as NumPy knows it, and the name of its number format: NumPy has no bf16."""
+    name = str(values.dtype).removeprefix("torch.")
+    values = values.contiguous()
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).cpu().numpy(), name
+
+
+def as_tensor(values: npt.NDArray[np.generic], name: str) -> Tensor:
+    """The reverse of `as_array`."""
+    return torch.from_numpy(values).view(getattr(torch, name))

@@ -1,0 +1,294 @@
+"""Trials of several workers: scored, stopped, failed and killed like those of one, and nothing stays reserved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private.state import state as ray_state
+
+from orchestrator import load_recipe
+from orchestrator.errors import ClusterError, RunFailed
+from orchestrator.runs.directory import write_json
+from orchestrator.search.resources import TrialResources, num_concurrent, trial_resources
+from orchestrator.search.run import SearchRun, search
+from orchestrator.search.workers.group import Crew, Foreman, Orders, Told, read_orders, read_told
+
+TWO_WORKERS = ["scale.workers=2", "train.evaluate_every=3", "train.save_every=3", "train.log_every=1"]
+GOOD, POOR, TOO_HIGH = 1.0e-3, 1.0e-9, 1.0e30
+SECONDS_TO_GIVE_BACK = 15.0
+
+
+def rates(*values: float) -> str:
+    return f"search.space.train.learning_rate={{choice: {json.dumps(values)}}}"
+
+
+# ---- what a trial takes of the cluster
+
+
+def test_a_trial_takes_what_all_of_its_workers_take(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.cpus_per_worker=3"])
+    found = trial_resources(recipe, [{"CPU": 8.0, "GPU": 2.0}])
+    assert found.worker == {"CPU": 3.0, "GPU": 1.0}
+    assert found.total == {"CPU": 6.0, "GPU": 2.0}
+    assert trial_resources(load_recipe(write_recipe()), [{"CPU": 8.0, "GPU": 0.0}]).actor == {"CPU": 1.0}
+
+
+def test_the_actor_of_several_workers_takes_nothing_that_workers_need(write_recipe: Callable[..., Path]) -> None:
+    found = trial_resources(load_recipe(write_recipe(), ["scale.workers=2"]), [{"CPU": 2.0, "GPU": 0.0}])
+    assert not {"CPU", "GPU"} & found.actor.keys()
+
+
+def test_workers_share_no_gpu_and_leave_none_without_a_word(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe(), ["scale.workers=2"])
+    with pytest.raises(ClusterError, match=r"room for 1 [\s\S]*workers to 1 or less, or scale.gpus_per_worker to 0"):
+        trial_resources(recipe, [{"CPU": 4.0, "GPU": 1.0}])
+    recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.gpus_per_worker=0"])
+    assert trial_resources(recipe, [{"CPU": 4.0, "GPU": 1.0}]).worker == {"CPU": 1.0}
+
+
+def test_a_trial_that_never_fits_is_refused(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe(), ["scale.workers=4", "scale.cpus_per_worker=2"])
+    with pytest.raises(ClusterError, match=r"a trial has 4 workers with 2 CPU each[\s\S]*room for 3 \(1 node: 7 CPU"):
+        trial_resources(recipe, [{"CPU": 7.0}])
+
+
+def test_the_workers_of_a_trial_are_placed_whole_on_nodes(write_recipe: Callable[..., Path]) -> None:
+    # 12 CPUs in all, and no node has 4.
+    recipe = load_recipe(write_recipe(), ["scale.workers=2", "scale.cpus_per_worker=4"])
+    with pytest.raises(ClusterError, match="room for 0"):
+        trial_resources(recipe, [{"CPU": 3.0}] * 4)
+    plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=8))
+    # 24 CPUs in all would be for four trials with two workers of 3 CPUs, but each node holds one worker alone.
+    assert num_concurrent(plan, [{"CPU": 4.0}] * 6, TrialResources({"CPU": 3.0}, workers=2)) == 3
+
+
+@pytest.mark.parametrize(("concurrent", "expected"), [("auto", 3), (2, 2), (8, 3)])
+def test_as_many_trials_run_as_their_workers_fit(concurrent: Any, expected: int) -> None:
+    plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=concurrent))
+    each = TrialResources({"CPU": 2.0}, workers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
+        assert num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each) == expected
+
+
+# ---- the actor and its crew
+
+
+def start_crew(folder: Path, work: Callable[[], None]) -> Crew:
+    return Crew(folder, work)
+
+
+def test_the_workers_death_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    def die() -> None:
+        raise RunFailed("the workers failed more than 3 times")
+
+    crew = start_crew(tmp_path / "crew", die)
+    crew.begin("0000", {}, 0, None)
+    with pytest.raises(RunFailed, match="more than 3 times"):
+        crew.wait(lambda told: True)
+
+
+def test_what_was_told_of_the_trial_before_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    folder, release = tmp_path / "crew", threading.Event()
+    crew = start_crew(folder, release.wait)  # type: ignore[arg-type]
+    write_json(folder / "told.json", {"number": 1, "over": True})
+    crew.begin("0000", {}, 0, None)
+    assert crew.wait(lambda told: told.over).over
+    crew.begin("0001", {"train.learning_rate": 1e-3}, 6, None)
+    with pytest.raises(RunFailed, match=r"did not stop within 0\.1 s"):
+        crew.wait(lambda told: told.over, seconds=0.1)
+    assert read_orders(folder) == Orders(2, "0001", {"train.learning_rate": 1e-3}, past=6)
+    assert read_told(folder) == Told(1, over=True)
+    release.set()
+
+
+def test_a_crew_that_has_died_is_replaced(tmp_path: Path) -> None:
+    release = threading.Event()
+    crews = iter([lambda: None, lambda: release.wait() and None])
+    names = iter("ab")
+    foreman = Foreman(lambda: start_crew(tmp_path / next(names), next(crews)))  # type: ignore[arg-type]
+    first = foreman.crew()
+    first.running.result()
+    second = foreman.crew()
+    assert second is not first
+    assert foreman.crew() is second
+    release.set()
+    foreman.dismiss()
+    assert read_orders(second.folder).leave
+
+
+# ---- searches
+
+
+def reserved() -> list[dict[str, Any]]:
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@pytest.fixture
+def nothing_stays_reserved(ray_cluster: None) -> Iterator[None]:
+    """Within 15 s after the test, all that the cluster had is free again, and nothing is waiting for it."""
+    before = ray.available_resources()["CPU"]
+    assert before == ray.cluster_resources()["CPU"]
+    yield
+    deadline = time.monotonic() + SECONDS_TO_GIVE_BACK
+    while reserved() or ray.available_resources().get("CPU") != before:
+        assert time.monotonic() < deadline, f"{ray.available_resources()}; {reserved()}"
+        time.sleep(0.1)
+    now = ray.available_resources()
+    held = {name for name, have in ray.cluster_resources().items() if name != "object_store_memory"}
+    assert {name: now.get(name) for name in held} == {name: ray.cluster_resources()[name] for name in held}
+
+
+def wait_for_step(trial: Path, step: int, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    metrics = trial / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < deadline, f"{trial} did not come to step {step} within {seconds} s"
+        time.sleep(0.01)
+
+
+def run(recipe: Path, output: Path, *overrides: str) -> SearchRun:
+    return search(load_recipe(recipe, [*TWO_WORKERS, *overrides]), output)
+
+
+def scores(found: SearchRun) -> dict[str, list[float]]:
+    return {row["id"]: [each["loss"] for each in row["history"]] for row in found.rows}
+
+
+@pytest.mark.slow
+def test_trials_are_scored_stopped_and_failed_as_those_of_one_worker(
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
+) -> None:
+    overrides = ["train.steps=60", "train.evaluate_every=10", rates(GOOD, POOR, TOO_HIGH), "search.concurrent=1"]
+    asha = ["search.metric=loss", "search.scheduler=asha", "search.grace=3", "search.reduction=2"]
+    found = run(write_recipe(), tmp_path / "two", *overrides, *asha)
+    rows = {row["parameters"]["train.learning_rate"]: row for row in found.rows}
+    assert {rate: row["status"] for rate, row in rows.items()} == {
+        GOOD: "finished",
+        TOO_HIGH: "failed",
+        POOR: "stopped",
+    }
+    assert [each["step"] for each in rows[GOOD]["history"]] == [10, 20, 30, 40, 50, 60]
+    assert rows[POOR]["evaluations"] < 6
+    assert "at step" in rows[TOO_HIGH]["reason"]
+    assert found.result["metrics"]["select"]["accuracy"] == rows[GOOD]["metrics"]["accuracy"]
+    assert (tmp_path / "two" / "trials" / rows[GOOD]["id"] / "best.safetensors").exists()
+    assert len(list((tmp_path / "two" / "logs" / "crews").iterdir())) == 1, "the workers stay from trial to trial"
+    alone = search(load_recipe(write_recipe(), [*TWO_WORKERS, *overrides, "scale.workers=1"]), tmp_path / "one")
+    expected = scores(alone)[rows[GOOD]["id"]]
+    # Dropout is another on each worker, so the curves are alike, not the same.
+    assert scores(found)[rows[GOOD]["id"]] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trials_of_deepspeed_workers_follow_each_other(
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None, stage: int
+) -> None:
+    overrides = ["train.steps=6", rates(GOOD, 5e-4, TOO_HIGH, 2e-3), "search.concurrent=1"]
+    found = run(write_recipe(), tmp_path / "out", *overrides, f"scale.zero_stage={stage}")
+    assert [row["status"] for row in found.rows] == ["finished", "finished", "failed", "finished"]
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    plain = run(write_recipe(), tmp_path / "plain", *overrides)
+    assert scores(found)["0000"] == pytest.approx(scores(plain)["0000"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_gives_everything_back_and_goes_on(
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
+) -> None:
+    overrides = ["train.steps=120", "train.evaluate_every=6", rates(GOOD, 5e-4, 2e-3), "search.concurrent=2"]
+    output = tmp_path / "out"
+
+    def interrupt() -> None:
+        for id in ("0000", "0001"):
+            wait_for_step(output / "trials" / id, 30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(write_recipe(), output, *overrides)
+    deadline = time.monotonic() + SECONDS_TO_GIVE_BACK
+    while reserved():
+        assert time.monotonic() < deadline, reserved()
+        time.sleep(0.1)
+    assert not (output / "result.json").exists()
+    assert json.loads((output / "search.json").read_text())["status"] == "interrupted"
+    assert list((output / "trials" / "0000" / "checkpoints").glob("step-*"))
+    found = run(write_recipe(), output, *overrides)
+    assert [row["id"] for row in sorted(found.rows, key=lambda row: row["id"])] == ["0000", "0001", "0002"]
+    assert {row["status"] for row in found.rows} == {"finished"}
+    whole = run(write_recipe(), tmp_path / "whole", *overrides)
+    for id, expected in scores(whole).items():
+        assert scores(found)[id] == pytest.approx(expected, rel=1e-5), id
+
+
+def find_process(log: Path) -> psutil.Process:
+    """The process whose output goes to this file."""
+    for process in psutil.process_iter():
+        try:
+            if Path(f"/proc/{process.pid}/fd/1").readlink() == log:
+                return process
+        except (OSError, psutil.Error):
+            continue
+    raise AssertionError(f"no process writes to {log}")
+
+
+def actors() -> list[psutil.Process]:
+    """The processes of the trials' actors."""
+    alive = [actor for actor in ray_state.actor_table(None).values() if actor["State"] == "ALIVE"]
+    assert any(actor["ActorClassName"] == "TrainController" for actor in alive)
+    return [psutil.Process(actor["Pid"]) for actor in alive if actor["ActorClassName"].endswith("Trainable")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "actor"])
+def test_a_killed_process_is_replaced_and_the_trial_goes_on_from_its_checkpoint(
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None, victim: str
+) -> None:
+    overrides = ["train.steps=120", rates(GOOD), "search.concurrent=1"]
+    expected = run(write_recipe(), tmp_path / "whole", *overrides)
+    output = tmp_path / "killed"
+    killed: list[int] = []
+
+    def kill() -> None:
+        trial = output / "trials" / "0000"
+        wait_for_step(trial, 30)
+        victims = [find_process(trial / "logs" / "worker-1.log")] if victim == "worker" else actors()
+        for process in victims:
+            process.kill()
+            killed.append(process.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    found = run(write_recipe(), output, *overrides)
+    killer.join(timeout=1)
+    assert len(killed) == 1
+    assert [row["status"] for row in found.rows] == ["finished"]
+    assert scores(found)["0000"] == pytest.approx(scores(expected)["0000"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_population_of_several_workers_exchanges_its_weights(
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
+) -> None:
+    space = "search.space.train.learning_rate={loguniform: [1.0e-5, 5.0e-3]}"
+    overrides = ["train.steps=30", space, "search.trials=4", "search.algorithm=random", "search.scheduler=pbt"]
+    found = run(write_recipe(), tmp_path / "out", *overrides, "search.grace=2", "search.concurrent=2")
+    assert {row["id"]: row["status"] for row in found.rows} == dict.fromkeys(
+        ("0000", "0001", "0002", "0003"), "finished"
+    )
+    assert [row["history"][-1]["step"] for row in found.rows] == [30] * 4
+    orders = [read_orders(crew) for crew in (tmp_path / "out" / "logs" / "crews").iterdir()]
+    assert sum(each.number for each in orders) > 4, "no trial was left and taken up again"
