@@ -120,7 +120,7 @@ def run_ours(folder: Path, model: Path, freezes: bool, precision: str, num_steps
     from common import batch_rows, train_quietly
 
     import orchestrator
-    from orchestrator.training.loop import make_plan
+    from orchestrator.training.loop import make_schedule
     from orchestrator.training.prepare import prepare
 
     last = WARMUP + num_steps
@@ -148,7 +148,7 @@ def run_ours(folder: Path, model: Path, freezes: bool, precision: str, num_steps
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     loaded = orchestrator.load_recipe(path)
     encoded = prepare(loaded).encoded("train")
-    rows = list(batch_rows(make_plan(loaded.train, encoded.lengths, BATCH_SIZE).order, last))
+    rows = list(batch_rows(make_schedule(loaded.train, encoded.lengths, BATCH_SIZE).order, last))
     with tempfile.TemporaryDirectory(dir=folder) as output:
         train_quietly(loaded, Path(output) / "run")
         seconds = {row["step"]: row["seconds"] for row in read_train_rows(Path(output) / "run")}

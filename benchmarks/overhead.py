@@ -190,7 +190,7 @@ def tokenised_examples(prepared: Any, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def measure_steps(precision: str, num_steps: int, num_repeats: int) -> list[Ratio]:
-    from orchestrator.training.loop import make_plan
+    from orchestrator.training.loop import make_schedule
     from orchestrator.training.prepare import prepare
 
     last = NUM_WARMUP_STEPS + num_steps
@@ -199,7 +199,7 @@ def measure_steps(precision: str, num_steps: int, num_repeats: int) -> list[Rati
     recipe = orchestrator.load_recipe(RECIPE, overrides)
     prepared = prepare(recipe)
     encoded = prepared.encoded("train")
-    rows = list(batch_rows(make_plan(recipe.train, encoded.lengths, BATCH_SIZE).order, last))
+    rows = list(batch_rows(make_schedule(recipe.train, encoded.lengths, BATCH_SIZE).order, last))
     stretch = Stretch(NUM_WARMUP_STEPS, last, sum(map(len, rows[NUM_WARMUP_STEPS:])))
     batches = [ready_batch(encoded, batch) for batch in rows]
     contenders = {

@@ -46,7 +46,7 @@ import orchestrator
 from orchestrator.errors import OrchestratorError
 from orchestrator.recipe import Recipe
 from orchestrator.training.assembling import assemble
-from orchestrator.training.loop import make_plan
+from orchestrator.training.loop import make_schedule
 from orchestrator.training.prepare import prepare
 
 NUM_STEPS = 30
@@ -155,7 +155,7 @@ class Bench:
         prepared = prepare(recipe)
         module = assemble(prepared).module
         model = build_peer(method, self.model, len(prepared.task.label_names), module)
-        order = make_plan(recipe.train, prepared.encoded("train").lengths, recipe.train.global_batch_size).order
+        order = make_schedule(recipe.train, prepared.encoded("train").lengths, recipe.train.global_batch_size).order
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
         table, names = prepared.examples["train"].table, prepared.task.label_names
         encoded = tokenizer(table["text"].to_pylist(), truncation=True, max_length=prepared.task.options.max_length)

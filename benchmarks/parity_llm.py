@@ -35,7 +35,7 @@ from common import batch_rows, print_table, read_train_rows, start_quietly, trai
 import orchestrator
 from orchestrator.recipe import Recipe
 from orchestrator.training.assembling import assemble
-from orchestrator.training.loop import make_plan
+from orchestrator.training.loop import make_schedule
 from orchestrator.training.prepare import prepare
 
 NUM_STEPS, BATCH_SIZE, MAX_LENGTH, NUM_TRAIN = 30, 8, 256, 160
@@ -176,7 +176,7 @@ class Bench:
         recipe = self.recipe(case, method, packs=False)
         prepared = prepare(recipe)
         module = assemble(prepared).module
-        order = make_plan(recipe.train, prepared.encoded("train").lengths, BATCH_SIZE).order
+        order = make_schedule(recipe.train, prepared.encoded("train").lengths, BATCH_SIZE).order
         rows = [row for batch in batch_rows(order, NUM_STEPS) for row in batch.tolist()]
         lines = (self.folder / f"{FORMS[case]}-train.jsonl").read_text(encoding="utf-8").splitlines()
         data = datasets.Dataset.from_list([json.loads(lines[row]) for row in rows])

@@ -247,8 +247,8 @@ def work(recipe: Path, home: Path, rank: int, workers: int) -> None:
         open_session(prepared, directory, 1, torch.device("cpu"), None) as session,
     ):
         began = time.time_ns()
-        feed, frozen = session.feeds["train"], session.parts.frozen
-        for _ in training_steps(session.engine, prepared.task, feed, frozen, session.plan):
+        loader, frozen = session.loaders["train"], session.parts.frozen
+        for _ in training_steps(session.engine, prepared.task, loader, frozen, session.schedule):
             pass
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":

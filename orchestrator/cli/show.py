@@ -196,10 +196,10 @@ def told_time(found: TrainingPlan) -> str:
     from orchestrator.runs.progress import format_seconds
 
     effort = found.effort
-    pace = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
+    throughput = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
     if effort.seconds is None or found.steps is None:
-        return pace
-    return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {pace}"
+        return throughput
+    return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {throughput}"
 
 
 def told_main_memory(found: TrainingPlan) -> str:

@@ -58,7 +58,7 @@ class BatchOrder:
         return np.split(order, range(self.global_batch_size, len(order), self.global_batch_size))
 
 
-def deal(
+def assign(
     batch: Indices,
     lengths: Indices,
     num_workers: int,

@@ -189,6 +189,6 @@ def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
 @torch.no_grad()
 def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Return what a model makes of one example, computed in fp32, on the CPU."""
-    with models.ComputesInFp32():
+    with models.Fp32Compute():
         logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
     return logits.float().cpu()

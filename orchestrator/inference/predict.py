@@ -27,7 +27,7 @@ from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import in_order, predict_rows
 from orchestrator.training.export import write_table
 from orchestrator.training.generation import sample, score_written
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 EXAMPLES_TOGETHER = 2048
 ANSWERS_TOGETHER = 32
@@ -63,10 +63,10 @@ def predict_examples(
         encoded = task.wrap(as_table(task.encode(some, trained.processor)), trained.processor)
         if reference is not None:
             encoded.reference = reference[start : start + EXAMPLES_TOGETHER]
-        feed = Feed(encoded, trained.device)
+        loader = SplitLoader(encoded, trained.device)
         order = np.argsort(-encoded.lengths, kind="stable")
         for mine in np.split(order, range(batch_size, len(order), batch_size)):
-            predictions, loss = predict_rows(trained.model, task, feed, mine)
+            predictions, loss = predict_rows(trained.model, task, loader, mine)
             rows.append(mine + start)
             parts.append(predictions)
             total += loss
@@ -106,7 +106,7 @@ def evaluate(
     problems = trained.task.check_inputs(examples)
     if problems:
         raise DataError(problems)
-    reference = ask_source(trained, examples) if trained.task.needs_reference else None
+    reference = compute_reference(trained, examples) if trained.task.needs_reference else None
     scored = predict_examples(trained, examples, reference=reference)
     metrics = {"loss": scored.loss, **trained.task.metrics(scored.predictions, scored.targets)}
     if trained.task.num_written:
@@ -125,7 +125,7 @@ def evaluate(
     }
 
 
-def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
+def compute_reference(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
     """What the source makes of examples; raises ModelError where it is not to be found any more."""
     task = trained.task
     source = find_source_of(trained.description)
@@ -134,8 +134,8 @@ def ask_source(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
             asked = predict_examples(trained, examples)
     else:
         model = load_source(trained.description, task.auto_class, source, trained.as_stored)
-        with models.ComputesInFp32() if trained.as_stored else contextlib.nullcontext():
-            task.fit_model(model, trained.processor, source)
+        with models.Fp32Compute() if trained.as_stored else contextlib.nullcontext():
+            task.configure_model(model, trained.processor, source)
         recipe = parse_recipe(trained.description["recipe"])
         model = ready(model, recipe, trained.precision, trained.device)
         asked = predict_examples(replace(trained, model=model), examples)

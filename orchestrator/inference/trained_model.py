@@ -16,7 +16,7 @@ from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.runs.directory import DESCRIPTION, parse_object
 from orchestrator.tasks import Task, find_task
 from orchestrator.training.engine.precision import Precision, dtype_of, has_bf16
-from orchestrator.training.engine.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
 
 Wanted = Literal["auto", "fp32", "bf16"]
 """What to compute in; `auto` is what the run computed in on a GPU, else fp32."""
@@ -85,8 +85,8 @@ def load_trained(
     # The processor was saved beside the weights, also beside those of an adapter.
     here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
     processor, _ = task.load_processor(here)
-    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
-        task.fit_model(model, processor, source)
+    with models.Fp32Compute() if as_stored else contextlib.nullcontext():
+        task.configure_model(model, processor, source)
         model = put_adapter_on(model, inner)
     model = ready(model, recipe, precision, device)
     return Trained(inner, description, task, model, processor, device, precision, formats)
@@ -108,8 +108,8 @@ def ready(model: Any, recipe: Recipe, precision: Precision, device: torch.device
     model.requires_grad_(False)
     models.set_compute_dtype(model, dtype_of(precision))
     if precision == "bf16":
-        if may_narrow(recipe):
-            hold_frozen_in_bf16(model)
+        if may_cast_frozen(recipe):
+            cast_frozen_to_bf16(model)
         # The inner one, because peft generates with it.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)

@@ -71,7 +71,7 @@ def teller(place: str, keys: Any) -> Any:
                 directory = open_run(place)
                 directory.note(told)
                 again = "all start again from the last checkpoint, once the cluster has room for them"
-                ProgressFile(directory.root, directory.send_progress).show(force=True, phase=f"{told}; {again}")
+                ProgressFile(directory.root, directory.upload_progress).show(force=True, phase=f"{told}; {again}")
 
     return Teller()
 

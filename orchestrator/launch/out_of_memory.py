@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from orchestrator.data.batches import deal
+from orchestrator.data.batches import assign
 from orchestrator.errors import RunFailed
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.settings import micro_batch_size
-from orchestrator.training.loop import make_plan
+from orchestrator.training.loop import make_schedule
 from orchestrator.training.prepare import Prepared
 
 RECORD = "tokens_per_pass"
@@ -76,7 +76,7 @@ def largest_pass(prepared: Prepared) -> int:
     """Return the tokens of a worker's largest pass, padding counted, in an epoch or a part of one that is long."""
     recipe, lengths = prepared.recipe, prepared.encoded("train").lengths
     micro_batch, most = micro_batch_size(recipe), prepared.tokens_per_pass
-    batches = make_plan(recipe.train, lengths, micro_batch).order.epoch(0)
+    batches = make_schedule(recipe.train, lengths, micro_batch).order.epoch(0)
     # The one with the longest example is always among them.
     long = max(range(len(batches)), key=lambda number: int(lengths[batches[number]].max()))
     some = [*batches[:: -(-len(batches) // BATCHES_LOOKED_AT)], batches[long]]
@@ -84,7 +84,7 @@ def largest_pass(prepared: Prepared) -> int:
     hands = [
         mine
         for batch in some
-        for dealt in deal(batch, lengths, recipe.scale.workers, micro_batch, cost, most)
+        for dealt in assign(batch, lengths, recipe.scale.workers, micro_batch, cost, most)
         for mine in dealt
         if len(mine)
     ]

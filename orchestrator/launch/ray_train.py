@@ -228,7 +228,7 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
             directory = open_run(config["place"], address)
             directory.leads_node = context.get_local_rank() == 0
             directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.callback(directory.send_logs)
+            stack.callback(directory.upload_logs)
             stack.enter_context(output_to(directory.logs / f"worker-{rank}.log"))
             import_ahead.wait()
             prepared = ray.get(prepared)

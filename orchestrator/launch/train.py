@@ -88,8 +88,8 @@ def train(
         if screen is not None:
             interruption.screen = stack.enter_context(own_stream(screen))
             # A single worker runs in this process, and writes to this very copy.
-            bring = directory.bring_progress if recipe.scale.workers > 1 else lambda: None
-            stack.enter_context(live_line(directory.root, screen, bring))
+            download = directory.download_progress if recipe.scale.workers > 1 else lambda: None
+            stack.enter_context(live_line(directory.root, screen, download))
             stack.enter_context(output_to(directory.logs / "command.log"))
         if prepared.parameters is not None and directory.place == str(directory.root):
             refuse_full_disk(directory.root, recipe, prepared.parameters)
@@ -186,17 +186,17 @@ def run_and_record(
     except OSError as error:
         # The disk may be full, so not even this is sure to be recorded.
         raise RunFailed(f"{error}; the checkpoints in {directory.place} are whole") from error
-    directory.bring()
+    directory.download()
     directory.update_record(status="finished", ended=time.time(), seconds=time.time() - started)
     write_report(directory.root)
-    directory.send()
+    directory.upload()
     directory.finish()
 
 
 def start_record(prepared: Prepared, directory: RunDirectory, known: dict[str, Any]) -> int:
     """Write recipe.yaml and run.json for a new attempt; returns its number (from 1)."""
     write_atomically(directory.recipe, dump_recipe(prepared.recipe))
-    directory.send()
+    directory.upload()
     attempt = last_attempt(directory) + 1
     directory.update_record(
         status="running",

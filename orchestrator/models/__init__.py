@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, has_learned, trained_parts
-    from orchestrator.models.batch_norm import fit_momentum, untuned_norms
+    from orchestrator.models.batch_norm import set_batch_norm_momentum, untuned_norms
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.body import find_body
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
-    from orchestrator.models.image_processor import PictureMaker, set_image_size
+    from orchestrator.models.image_processor import ImagePreprocessor, set_image_size
     from orchestrator.models.length import held_length, layer_changes
     from orchestrator.models.load import (
         LoadedModel,
         add_embeddings,
-        fit_to_tokenizer,
         load_config,
         load_image_processor,
         load_model,
         load_tokenizer,
         seeded,
+        set_padding_token,
     )
     from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
     from orchestrator.models.outline import is_outline
     from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
-    from orchestrator.models.shortcuts.fp32_compute import ComputesInFp32
-    from orchestrator.models.shortcuts.packed_sequences import attend_within_texts, takes_texts_in_a_row
+    from orchestrator.models.shortcuts.fp32_compute import Fp32Compute
+    from orchestrator.models.shortcuts.packed_sequences import attend_within_sequences, takes_packed_sequences
     from orchestrator.models.shortcuts.prefix import Prefix
-    from orchestrator.models.shortcuts.split import Unsplit, split_model
-    from orchestrator.models.shortcuts.token_loss import answer_with_losses, losses_of
-    from orchestrator.models.shortcuts.token_pooling import Pick, find_pick, pick_in_last_layer
+    from orchestrator.models.shortcuts.prefix_extraction import NoPrefix, extract_prefix
+    from orchestrator.models.shortcuts.token_loss import find_token_losses, return_token_losses
+    from orchestrator.models.shortcuts.token_pooling import TokenPooling, find_token_pooling, pool_in_last_layer
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
     from orchestrator.models.stored import StoredFormats, stored_formats
 
@@ -45,32 +45,31 @@ __all__ = [
     "Block",
     "Blocks",
     "Changes",
-    "ComputesInFp32",
     "Depth",
+    "Fp32Compute",
     "Frozen",
+    "ImagePreprocessor",
     "LoadedModel",
-    "Pick",
-    "PictureMaker",
+    "NoPrefix",
     "Prefix",
     "SourceModel",
     "StoredFormats",
-    "Unsplit",
+    "TokenPooling",
     "adapted_blocks",
     "add_adapter",
     "add_embeddings",
-    "answer_with_losses",
-    "attend_within_texts",
+    "attend_within_sequences",
     "begin_with_principal_parts",
     "check_quantization",
     "extend_adapter",
+    "extract_prefix",
     "find_blocks",
     "find_body",
     "find_experts",
-    "find_pick",
     "find_source",
+    "find_token_losses",
+    "find_token_pooling",
     "fingerprint",
-    "fit_momentum",
-    "fit_to_tokenizer",
     "freeze_blocks",
     "has_learned",
     "held_length",
@@ -80,19 +79,20 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_tokenizer",
-    "losses_of",
     "open_folder",
-    "pick_in_last_layer",
+    "pool_in_last_layer",
     "quantized_layers",
     "read_changes",
     "resolve_depth",
+    "return_token_losses",
     "seeded",
+    "set_batch_norm_momentum",
     "set_compute_dtype",
     "set_head",
     "set_image_size",
-    "split_model",
+    "set_padding_token",
     "stored_formats",
-    "takes_texts_in_a_row",
+    "takes_packed_sequences",
     "trained_parts",
     "untuned_norms",
     "write_deep_head_code",
@@ -106,7 +106,7 @@ _HOMES = {
         "trained_parts",
     ),
     "batch_norm": (
-        "fit_momentum",
+        "set_batch_norm_momentum",
         "untuned_norms",
     ),
     "blocks": (
@@ -126,7 +126,7 @@ _HOMES = {
         "write_deep_head_code",
     ),
     "image_processor": (
-        "PictureMaker",
+        "ImagePreprocessor",
         "set_image_size",
     ),
     "length": (
@@ -136,7 +136,7 @@ _HOMES = {
     "load": (
         "LoadedModel",
         "add_embeddings",
-        "fit_to_tokenizer",
+        "set_padding_token",
         "load_config",
         "load_image_processor",
         "load_model",
@@ -151,9 +151,9 @@ _HOMES = {
     ),
     "outline": ("is_outline",),
     "shortcuts.token_pooling": (
-        "Pick",
-        "find_pick",
-        "pick_in_last_layer",
+        "TokenPooling",
+        "find_token_pooling",
+        "pool_in_last_layer",
     ),
     "shortcuts.prefix": ("Prefix",),
     "quantize": (
@@ -167,23 +167,23 @@ _HOMES = {
         "fingerprint",
         "open_folder",
     ),
-    "shortcuts.split": (
-        "Unsplit",
-        "split_model",
+    "shortcuts.prefix_extraction": (
+        "NoPrefix",
+        "extract_prefix",
     ),
     "stored": (
         "StoredFormats",
         "stored_formats",
     ),
     "shortcuts.packed_sequences": (
-        "attend_within_texts",
-        "takes_texts_in_a_row",
+        "attend_within_sequences",
+        "takes_packed_sequences",
     ),
     "shortcuts.token_loss": (
-        "answer_with_losses",
-        "losses_of",
+        "return_token_losses",
+        "find_token_losses",
     ),
-    "shortcuts.fp32_compute": ("ComputesInFp32",),
+    "shortcuts.fp32_compute": ("Fp32Compute",),
 }
 
 

@@ -12,7 +12,7 @@ UPDATES_TO_FORGET = 3.0
 """Averages of the batches: after this many times 1 / momentum updates, 5 % of the earlier statistics are left."""
 
 
-def fit_momentum(model: nn.Module, num_updates: int) -> str | None:
+def set_batch_norm_momentum(model: nn.Module, num_updates: int) -> str | None:
     """Give tuned batch norms a momentum that fits the run; return a sentence about those that were changed, or None.
 
     The momentum is the share of the last batch in the running statistics, which evaluation uses. Where it is too high

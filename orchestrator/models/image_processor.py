@@ -30,7 +30,7 @@ _TRIED_SIZES = ((48, 64), (67, 41))  # height and width of the pictures on which
 _FAILURES = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
-class PictureMaker:
+class ImagePreprocessor:
     """Makes bytes of pictures as an image processor would, and numbers of the bytes.
 
     Attributes:

@@ -151,7 +151,7 @@ def load_model(
     return LoadedModel(model, frozenset(new))
 
 
-def fit_to_tokenizer(model: Any, tokenizer: Any, source: SourceModel) -> None:
+def set_padding_token(model: Any, tokenizer: Any, source: SourceModel) -> None:
     """Tell the model which token is padding, as models that classify at the last token need to know.
 
     Raises:

@@ -1,6 +1,6 @@
 """Memory, time, disk and failures of a training before machines are asked for: arithmetic. Imports no torch."""
 
-from orchestrator.planning.compute_cost import EFFICIENCY, Effort, network_bytes, step_seconds
+from orchestrator.planning.compute_cost import EFFICIENCY, ComputeCost, network_bytes, step_seconds
 from orchestrator.planning.failures import (
     Disturbance,
     between_failures,
@@ -14,8 +14,8 @@ from orchestrator.planning.memory import Memory, ModelSize, PassSize, Setting, l
 
 __all__ = [
     "EFFICIENCY",
+    "ComputeCost",
     "Disturbance",
-    "Effort",
     "Machine",
     "Memory",
     "ModelSize",

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.errors import ClusterError
 from orchestrator.planning import machine_of
-from orchestrator.planning.plan_input import Subject
+from orchestrator.planning.plan_input import PlanInput
 from orchestrator.planning.sharding_options import Planner, advise, machine_here
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.settings import micro_batch_size
@@ -29,7 +29,7 @@ def choose_scale(prepared: Prepared, nodes: Sequence[Mapping[str, float]] | None
     if nodes is not None and recipe.scale.gpus_per_worker == 0:
         nodes = [{kind: number for kind, number in node.items() if kind != "GPU"} for node in nodes]
     machine = machine_here(recipe) if nodes is None else machine_of(nodes)
-    planner = Planner(Subject(prepared, len(prepared.encoded("train"))), machine)
+    planner = Planner(PlanInput(prepared, len(prepared.encoded("train"))), machine)
     option = planner.option(recipe, micro_batch_size(recipe))
     if option.fits:
         return {}

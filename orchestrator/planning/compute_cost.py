@@ -14,7 +14,7 @@ EFFICIENCY = 0.4
 
 
 @dataclass(frozen=True)
-class Effort:
+class ComputeCost:
     """How long a training takes."""
 
     operations: float

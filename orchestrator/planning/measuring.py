@@ -12,10 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from orchestrator import models
-from orchestrator.data.batches import deal
+from orchestrator.data.batches import assign
 from orchestrator.errors import ModelError, Problem
 from orchestrator.planning import ModelSize
-from orchestrator.planning.plan_input import Subject, build
+from orchestrator.planning.plan_input import PlanInput, build
 from orchestrator.planning.simulation import Pass, fake_weights, simulate
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
@@ -23,10 +23,10 @@ from orchestrator.tasks.base import Arrays
 from orchestrator.training.assembling import Parts
 from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.precision import Precision
-from orchestrator.training.engine.weight_formats import hold_frozen_in_bf16, may_narrow, survives
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, survives
 from orchestrator.training.features.build import can_pack
-from orchestrator.training.loop import NEVER, make_plan
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.loop import NEVER, make_schedule
+from orchestrator.training.split_loader import SplitLoader
 
 Rows = npt.NDArray[np.int64]
 BATCHES_LOOKED_AT = 200
@@ -84,14 +84,14 @@ class Measured:
 
 def measure_load(encoded: Encoded, recipe: Recipe, micro_batch: int, packs: bool, device: str, autocasts: bool) -> Load:
     """Deal out an epoch, or a part of one that is long."""
-    order = make_plan(recipe.train, encoded.lengths, micro_batch).order
+    order = make_schedule(recipe.train, encoded.lengths, micro_batch).order
     batches = order.epoch(0)
     some = batches[:: -(-len(batches) // BATCHES_LOOKED_AT)]
     cost = NEVER if packs else cost_of_pass(device, autocasts)
     linear, square, passes = 0.0, 0.0, 1
     most: list[tuple[float, Rows]] = [(0.0, batches[0][:1]), (0.0, batches[0][:0])]  # That begin a step, and others.
     for batch in some:
-        dealt = deal(batch, encoded.lengths, recipe.scale.workers, micro_batch, cost)
+        dealt = assign(batch, encoded.lengths, recipe.scale.workers, micro_batch, cost)
         passes = max(passes, len(dealt))
         for number, hands in enumerate(dealt):
             (size, squares), rows = max(((positions(encoded, each, packs), each) for each in hands), key=itemgetter(0))
@@ -114,7 +114,7 @@ def positions(encoded: Encoded, rows: Rows, packs: bool) -> tuple[float, float]:
 
 
 def measure(
-    subject: Subject,
+    plan_input: PlanInput,
     recipe: Recipe,
     load: Load,
     packs: bool,
@@ -128,10 +128,10 @@ def measure(
         autocast: compute in bf16 with fp32 weights; otherwise the weights are in the precision.
         balance: as `Tally` has it.
     """
-    encoded = subject.prepared.encoded("train")
+    encoded = plan_input.prepared.encoded("train")
 
     def look(rows: Rows) -> tuple[ModelSize, Pass]:
-        return _measure(subject, recipe, _batch(subject, rows, packs), precision, autocast, balance)
+        return _measure(plan_input, recipe, _batch(plan_input, rows, packs), precision, autocast, balance)
 
     sizes = [positions(encoded, each, packs) for each in (load.first, load.first[:1])]
     (many, squares), (few, few_squares) = sizes
@@ -157,15 +157,15 @@ def measure(
     )
 
 
-def whether_packed(subject: Subject, recipe: Recipe) -> bool:
+def whether_packed(plan_input: PlanInput, recipe: Recipe) -> bool:
     """Whether a run would put several texts into a row."""
-    encoded = subject.prepared.encoded("train")
+    encoded = plan_input.prepared.encoded("train")
     if not encoded.packs:
         return False
-    parts = build(subject, recipe) if layers_left_out(subject) is None else _some_layers(subject, recipe, 0, 1)
-    if subject.reads_weights:
-        return can_pack(Feed(encoded, torch.device("cpu")), parts.module)
-    return models.takes_texts_in_a_row(parts.module)
+    parts = build(plan_input, recipe) if layers_left_out(plan_input) is None else _some_layers(plan_input, recipe, 0, 1)
+    if plan_input.reads_weights:
+        return can_pack(SplitLoader(encoded, torch.device("cpu")), parts.module)
+    return models.takes_packed_sequences(parts.module)
 
 
 def measure_model(parts: Parts, recipe: Recipe) -> ModelSize:
@@ -186,45 +186,49 @@ def _products(parts: Parts) -> list[Any]:
     return [module.weight for module in modules if isinstance(module, torch.nn.Linear)]
 
 
-def _narrowed(subject: Subject, parts: Parts, recipe: Recipe, autocast: bool) -> Parts:
-    if autocast and may_narrow(recipe):
+def _narrowed(plan_input: PlanInput, parts: Parts, recipe: Recipe, autocast: bool) -> Parts:
+    if autocast and may_cast_frozen(recipe):
         is_stored_so = parts.body.config.get_text_config().dtype == torch.bfloat16
-        hold_frozen_in_bf16(parts.module, survives if subject.reads_weights else lambda _: is_stored_so)
+        cast_frozen_to_bf16(parts.module, survives if plan_input.reads_weights else lambda _: is_stored_so)
     return parts
 
 
 def _measure(
-    subject: Subject, recipe: Recipe, arrays: Arrays, precision: Precision, autocast: bool, balance: float
+    plan_input: PlanInput, recipe: Recipe, arrays: Arrays, precision: Precision, autocast: bool, balance: float
 ) -> tuple[ModelSize, Pass]:
     """The model, and a pass over a batch."""
 
     def look(parts: Parts) -> tuple[ModelSize, Pass]:
-        parts = _narrowed(subject, parts, recipe, autocast)
-        return measure_model(parts, recipe), _simulate(subject, parts, arrays, precision, autocast, balance)
+        parts = _narrowed(plan_input, parts, recipe, autocast)
+        return measure_model(parts, recipe), _simulate(plan_input, parts, arrays, precision, autocast, balance)
 
-    layers = layers_left_out(subject)
+    layers = layers_left_out(plan_input)
     if layers is None:
-        return look(build(subject, recipe))
+        return look(build(plan_input, recipe))
     frozen = models.resolve_depth(recipe.transfer.freeze, layers, recipe.origin.where("transfer.freeze")).num_layers
     trained = layers - frozen
     first, more = (min(frozen, 2), min(trained, 4)), (min(frozen, 4), min(trained, 8))
-    base = look(_some_layers(subject, recipe, *first))
+    base = look(_some_layers(plan_input, recipe, *first))
     total = base
     for shape, step, rest in (
         ((more[0], first[1]), more[0] - first[0], frozen - first[0]),
         ((first[0], more[1]), more[1] - first[1], trained - first[1]),
     ):
         if step:
-            other = look(_some_layers(subject, recipe, *shape))
+            other = look(_some_layers(plan_input, recipe, *shape))
             size, one = (_add(*each, rest / step) for each in zip(total, other, base, strict=True))
             total = size, one
     return total
 
 
-def layers_left_out(subject: Subject) -> int | None:
+def layers_left_out(plan_input: PlanInput) -> int | None:
     """The number of layers, where it is so large that not all of them are gone through."""
-    config = models.load_config(subject.prepared.source)
-    if subject.reads_weights or models.layer_changes(config, 1) is None or config.num_hidden_layers <= LAYERS_SIMULATED:
+    config = models.load_config(plan_input.prepared.source)
+    if (
+        plan_input.reads_weights
+        or models.layer_changes(config, 1) is None
+        or config.num_hidden_layers <= LAYERS_SIMULATED
+    ):
         return None
     return int(config.num_hidden_layers)
 
@@ -236,29 +240,29 @@ def _add(total: Any, other: Any, base: Any, times: float) -> Any:
     return replace(total, **{name: getattr(total, name) + round(change) for name, change in changes.items()})
 
 
-def _some_layers(subject: Subject, recipe: Recipe, frozen: int, trained: int) -> Parts:
-    changes = models.layer_changes(models.load_config(subject.prepared.source), frozen + trained)
+def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> Parts:
+    changes = models.layer_changes(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.freeze == "stem" else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})
-    return build(subject, recipe.model_copy(update={"transfer": transfer}), **changes)
+    return build(plan_input, recipe.model_copy(update={"transfer": transfer}), **changes)
 
 
 def _simulate(
-    subject: Subject, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool, balance: float
+    plan_input: PlanInput, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool, balance: float
 ) -> Pass:
     wide = torch.bfloat16 if precision == "bf16" and not autocast else None
     try:
         with fake_weights(parts.module, wide):
-            return simulate(parts, subject.prepared.task, arrays, autocast, wide, balance)
+            return simulate(parts, plan_input.prepared.task, arrays, autocast, wide, balance)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        source = subject.prepared.source
+        source = plan_input.prepared.source
         what = f"what {source.name!r} computes depends on values ({error}), so it cannot be planned from shapes"
         raise ModelError(Problem(what, source.where, "train it for some steps: result.json has peak_bytes")) from error
 
 
-def _batch(subject: Subject, rows: Rows, packs: bool) -> Arrays:
-    encoded = subject.prepared.encoded("train")
-    if subject.prepared.task.needs_reference:
+def _batch(plan_input: PlanInput, rows: Rows, packs: bool) -> Arrays:
+    encoded = plan_input.prepared.encoded("train")
+    if plan_input.prepared.task.needs_reference:
         encoded.reference = np.zeros((len(encoded), 2))
     return encoded.packed_batch(rows) if packs else encoded.batch(rows, (0, 0))

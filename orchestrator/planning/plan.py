@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from orchestrator import models
-from orchestrator.planning import Effort, Machine, loading_bytes
+from orchestrator.planning import ComputeCost, Machine, loading_bytes
 from orchestrator.planning.measuring import Measured, positions
-from orchestrator.planning.plan_input import open_subject
+from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import (
     SPARE,
     Option,
@@ -23,7 +23,7 @@ from orchestrator.planning.sharding_options import (
     precision_on,
     with_scale,
 )
-from orchestrator.planning.throughput import balance_of, caches, effort_of
+from orchestrator.planning.throughput import balance_of, caches, compute_cost_of
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
@@ -51,7 +51,7 @@ class TrainingPlan:
     chosen: Option
     options: list[Option]
     steps: int | None
-    effort: Effort
+    effort: ComputeCost
     checkpoint_bytes: int
     """Of each one that is kept."""
     model_bytes: int
@@ -81,17 +81,17 @@ def plan(
         InputError: recipe, data or source are wrong; no such run.
     """
     machine = machine or machine_here(recipe)
-    subject = open_subject(recipe, num_examples)
+    plan_input = open_plan_input(recipe, num_examples)
     # A guess of the pace has its share of what is no product in it; one that was measured tells them apart.
     balance = 0.0 if calibration is None else balance_of(machine, precision_on(machine, recipe))
-    planner = Planner(subject, machine, balance)
-    notes = list(subject.notes)
+    planner = Planner(plan_input, machine, balance)
+    notes = list(plan_input.notes)
     if recipe.train.precision == "bf16" and not machine.has_bf16:
         notes.append(f"a {machine.name} does not compute bf16 in hardware, so the run would be refused")
     micro_batch = micro_batch_size(recipe)
     load, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
-    steps = steps_of(recipe, subject.num_examples)
+    steps = steps_of(recipe, plan_input.num_examples)
     options = [planner.option(with_scale(recipe, *each), micro_batch) for each in possible(recipe)]
     cached = caches(planner, recipe, found, load, steps)
     return TrainingPlan(
@@ -107,7 +107,7 @@ def plan(
         chosen=chosen,
         options=options,
         steps=steps,
-        effort=effort_of(planner, recipe, micro_batch, steps, cached, calibration),
+        effort=compute_cost_of(planner, recipe, micro_batch, steps, cached, calibration),
         checkpoint_bytes=BYTES_IN_CHECKPOINT * found.size.trained,
         model_bytes=model_bytes(planner, recipe, found),
         loading_bytes=main_memory_to_load(planner, recipe, found),
@@ -138,7 +138,7 @@ def steps_of(recipe: Recipe, num_examples: int | None) -> int | None:
 
 def format_of_source(planner: Planner) -> Any:
     """Return the number format of the source's files, by its config."""
-    return models.load_config(planner.subject.prepared.source).get_text_config().dtype
+    return models.load_config(planner.plan_input.prepared.source).get_text_config().dtype
 
 
 def model_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
@@ -162,8 +162,10 @@ def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> in
 
 
 def cache_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
-    tables = planner.subject.prepared.tables
-    lengths = sum(int(planner.subject.prepared.encoded(name).lengths.sum()) for name in CACHED_SPLITS if name in tables)
+    tables = planner.plan_input.prepared.tables
+    lengths = sum(
+        int(planner.plan_input.prepared.encoded(name).lengths.sum()) for name in CACHED_SPLITS if name in tables
+    )
     return int(found.boundary_numbers * lengths * (BF16 if planner.precision(recipe) == "bf16" else FP32))
 
 

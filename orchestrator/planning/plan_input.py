@@ -27,7 +27,7 @@ PICTURE_SIZE = 224
 
 
 @dataclass
-class Subject:
+class PlanInput:
     """What is planned."""
 
     prepared: Prepared
@@ -61,7 +61,7 @@ class UnknownProcessor:
         return pictures.transpose(0, 3, 1, 2).astype("float32")
 
 
-def open_subject(recipe: Recipe, num_examples: int | None = None) -> Subject:
+def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInput:
     """Find what the recipe names, as far as it is on this machine; nothing is downloaded but the model's config.
 
     Args:
@@ -74,7 +74,7 @@ def open_subject(recipe: Recipe, num_examples: int | None = None) -> Subject:
         raise InputError(Problem(f"{num_examples} examples are too few", "--examples", "give 1 or more"))
     if recipe.source.config is None and not (_source_is_far(recipe) or _data_are_far(recipe)):
         prepared = encode_inputs(read_inputs(recipe))
-        return Subject(prepared, len(prepared.encoded("train")))
+        return PlanInput(prepared, len(prepared.encoded("train")))
     source = _open_config(recipe) if recipe.source.config is not None else _find_source(recipe)
     config = models.load_config(source)
     task_class, options = read_options(recipe)
@@ -89,10 +89,10 @@ def open_subject(recipe: Recipe, num_examples: int | None = None) -> Subject:
     if number is None and recipe.train.steps is None:
         notes.append("how many examples there are is not known: give --examples N")
     prepared = Prepared(recipe, source, task, processor, {}, {"train": table}, {}, {}, [])
-    return Subject(prepared, number, notes)
+    return PlanInput(prepared, number, notes)
 
 
-def build(subject: Subject, recipe: Recipe, **changes: Any) -> Parts:
+def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> Parts:
     """The parts, with weights where those are read, else their outline.
 
     Args:
@@ -101,8 +101,8 @@ def build(subject: Subject, recipe: Recipe, **changes: Any) -> Parts:
     Raises:
         ModelError: the source model cannot be used as the recipe asks, or shows its structure only with its weights.
     """
-    prepared = replace(subject.prepared, recipe=recipe)
-    if subject.reads_weights and not changes:
+    prepared = replace(plan_input.prepared, recipe=recipe)
+    if plan_input.reads_weights and not changes:
         whole = assemble(prepared)
         if recipe.scale.zero_stage != 3:
             pick_position(whole, *examples_to_try(prepared.encoded("train"), whole))
@@ -120,7 +120,7 @@ def build(subject: Subject, recipe: Recipe, **changes: Any) -> Parts:
         what = f"{prepared.source.name!r} shows its structure only when it runs, for which a plan takes it as too large"
         remedy = f"plan a model of less than {LARGEST_TO_LOAD / 2**30:.0f} GB of the same kind"
         raise ModelError(Problem(what, prepared.source.where, remedy))
-    losses = models.losses_of(parts.module)
+    losses = models.find_token_losses(parts.module)
     if losses is not None:
         losses.is_direct = type(losses.layer) is torch.nn.Linear and not _bends_logits(losses.model.config)
     return parts

@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.planning import Machine, Memory, ModelSize, PassSize, Setting, memory_of, network_bytes, processors
 from orchestrator.planning.measuring import Load, Measured, measure, measure_load, whether_packed
-from orchestrator.planning.plan_input import Subject
+from orchestrator.planning.plan_input import PlanInput
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.precision import Precision, has_bf16
@@ -44,14 +44,14 @@ class Planner:
         balance: operations that the machine does while it moves a byte; 0 has only operations count.
     """
 
-    def __init__(self, subject: Subject, machine: Machine, balance: float = 0.0) -> None:
-        self.subject = subject
+    def __init__(self, plan_input: PlanInput, machine: Machine, balance: float = 0.0) -> None:
+        self.plan_input = plan_input
         self.machine = machine
         self.balance = balance
-        self.encoded = subject.prepared.encoded("train")
+        self.encoded = plan_input.prepared.encoded("train")
         self.process = int(psutil.Process().memory_info().rss)
         """Bytes of a process of this package before it has a model: as much as this one."""
-        self.packs = whether_packed(subject, subject.prepared.recipe)
+        self.packs = whether_packed(plan_input, plan_input.prepared.recipe)
         self._found: dict[Any, tuple[Load, Measured]] = {}
 
     def measure(self, recipe: Recipe, micro_batch: int) -> tuple[Load, Measured]:
@@ -60,7 +60,10 @@ class Planner:
             precision, autocasts = self.precision(recipe), self.autocasts(recipe)
             device = "cuda" if self.machine.is_gpu else "cpu"
             load = measure_load(self.encoded, recipe, micro_batch, self.packs, device, autocasts)
-            self._found[key] = load, measure(self.subject, recipe, load, self.packs, precision, autocasts, self.balance)
+            self._found[key] = (
+                load,
+                measure(self.plan_input, recipe, load, self.packs, precision, autocasts, self.balance),
+            )
         return self._found[key]
 
     def _key(self, recipe: Recipe, micro_batch: int) -> Any:

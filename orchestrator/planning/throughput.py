@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from orchestrator.errors import InputError, Problem
-from orchestrator.planning import EFFICIENCY, Effort, Machine, network_bytes, step_seconds
+from orchestrator.planning import EFFICIENCY, ComputeCost, Machine, network_bytes, step_seconds
 from orchestrator.planning.measuring import Load, Measured
-from orchestrator.planning.plan_input import open_subject
+from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import Planner
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
@@ -33,16 +33,16 @@ def caches(planner: Planner, recipe: Recipe, found: Measured, load: Load, steps:
     return wanted is True or (found.frozen.linear > 0 and (steps is None or steps > load.steps))
 
 
-def effort_of(
+def compute_cost_of(
     planner: Planner, recipe: Recipe, micro_batch: int, steps: int | None, cached: bool, calibration: Path | None
-) -> Effort:
+) -> ComputeCost:
     load, found = planner.measure(recipe, micro_batch)
     a_step = operations_of_step(planner, load, found, cached)
-    rate, basis = pace(planner, calibration)
+    rate, basis = throughput(planner, calibration)
     network = network_bytes(found.size, planner.setting(recipe, load))
     seconds = step_seconds(a_step, rate, network, recipe.scale.workers, planner.machine)
     whole = None if steps is None else seconds * steps + operations_beside(planner, recipe, micro_batch, steps) / rate
-    return Effort(a_step, rate, basis, seconds, whole)
+    return ComputeCost(a_step, rate, basis, seconds, whole)
 
 
 def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bool) -> float:
@@ -53,7 +53,7 @@ def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bo
 def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps: int) -> float:
     """Of evaluations, and of what frozen blocks compute once, on each worker."""
     load, found = planner.measure(recipe, micro_batch)
-    prepared = planner.subject.prepared
+    prepared = planner.plan_input.prepared
     cached = caches(planner, recipe, found, load, steps)
     once = found.frozen.of(load) if cached else 0.0
     if "select" not in prepared.tables:
@@ -68,11 +68,11 @@ def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps:
     return once + frozen + evaluations * (found.forward.of(of_select) - frozen)
 
 
-def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
+def throughput(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     """Operations a second of a worker, and where that is from."""
     if calibration is not None:
-        return pace_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
-    precision = planner.precision(planner.subject.prepared.recipe)
+        return throughput_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
+    precision = planner.precision(planner.plan_input.prepared.recipe)
     rate = planner.machine.rate_in(precision)
     if rate is not None:
         basis = f"{EFFICIENCY:.0%} of what a {planner.machine.name} does in {precision} at its best"
@@ -80,7 +80,7 @@ def pace(planner: Planner, calibration: Path | None) -> tuple[float, str]:
     return EFFICIENCY * measure_products(precision, planner.machine.is_gpu), "matrix products timed here"
 
 
-def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
+def throughput_of_run(directory: Path, machine: Machine, balance: float) -> float:
     """Operations a second of each worker of a finished run.
 
     Raises:
@@ -92,7 +92,7 @@ def pace_of_run(directory: Path, machine: Machine, balance: float) -> float:
     except OSError as error:
         remedy = "name the directory of a finished run on the same kind of machine"
         raise InputError(Problem("there is no finished run", str(directory), remedy)) from error
-    planner = Planner(open_subject(recipe), machine, balance)
+    planner = Planner(open_plan_input(recipe), machine, balance)
     micro_batch = micro_batch_size(recipe)
     load, found = planner.measure(recipe, micro_batch)
     steps = int(result["steps"])

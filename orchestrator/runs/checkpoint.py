@@ -158,7 +158,7 @@ class CheckpointStore:
         found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
         return sorted(int(path.name[5:]) for path in found if (path / COMMITTED).exists())
 
-    def bring(self, step: int) -> None:
+    def download(self, step: int) -> None:
         """Have a checkpoint where this worker reads it; all workers call this. Here it always is."""
 
     def at(self, step: int) -> Checkpoint:

@@ -26,9 +26,9 @@ class ProgressFile:
         send: called after each write, where the command has another folder.
     """
 
-    def __init__(self, folder: Path, send: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path, upload: Callable[[], None] = lambda: None) -> None:
         self.path = folder / _FILE
-        self.send = send
+        self.upload = upload
         self.written = 0.0
 
     def show(self, force: bool = False, **state: Any) -> None:
@@ -40,7 +40,7 @@ class ProgressFile:
             with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
                 temporary.write_text(json.dumps(state), encoding="utf-8")
                 temporary.replace(self.path)
-            self.send()
+            self.upload()
 
 
 def describe(state: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def own_stream(out: TextIO) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def live_line(folder: Path, out: TextIO | None = None, bring: Callable[[], None] = lambda: None) -> Iterator[None]:
+def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Show the progress of the run in `folder` while the body runs.
 
     Args:
@@ -125,7 +125,7 @@ def live_line(folder: Path, out: TextIO | None = None, bring: Callable[[], None]
     done = threading.Event()
     with own_stream(out or sys.stderr) as screen:
         line = LiveLine(folder, screen)
-        thread = threading.Thread(target=watch, args=(line, done, bring), name="progress", daemon=True)
+        thread = threading.Thread(target=watch, args=(line, done, download), name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -136,10 +136,10 @@ def live_line(folder: Path, out: TextIO | None = None, bring: Callable[[], None]
             (folder / _FILE).unlink(missing_ok=True)
 
 
-def watch(line: LiveLine, done: threading.Event, bring: Callable[[], None]) -> None:
+def watch(line: LiveLine, done: threading.Event, download: Callable[[], None]) -> None:
     brought = 0.0
     while not done.wait(_SECONDS_BETWEEN_WRITES):
         if time.monotonic() - brought > _SECONDS_BETWEEN_BRINGING:
-            bring()
+            download()
             brought = time.monotonic()
         line.refresh()

@@ -56,26 +56,26 @@ class RemoteRunDirectory(RunDirectory):
         probe = f".probe-{time.time_ns()}"
         self.remote.write(probe, b"")
         self.remote.delete(probe)
-        self.bring()
+        self.download()
 
-    def bring(self) -> None:
+    def download(self) -> None:
         """Have the records here as they are there."""
         there = self.remote.names()
         for name in (*RECORDS, self.record.name):
             if name not in there or not self.remote.download(name, self.root / name):
                 (self.root / name).unlink(missing_ok=True)
 
-    def send(self) -> None:
+    def upload(self) -> None:
         for name in RECORDS:
             self.remote.upload(self.root / name, name)
 
-    def send_logs(self) -> None:
+    def upload_logs(self) -> None:
         for path in self.logs.glob("*.log"):
             self.remote.upload(path, f"logs/{path.name}")
 
-    def send_results(self) -> None:
+    def upload_results(self) -> None:
         self.remote.upload(self.model, "model")
-        self.send()
+        self.upload()
 
     def names(self) -> set[str]:
         found = {name.partition("/")[0] for name in self.remote.names()}
@@ -110,7 +110,7 @@ class RemoteRunDirectory(RunDirectory):
                 path.unlink()
         return aside.url
 
-    def send_progress(self) -> None:
+    def upload_progress(self) -> None:
         """Send how far the run is, every few seconds, while the run goes on."""
         now = time.monotonic()
         if now - self._sent < SECONDS_BETWEEN_PROGRESS or (self._sending is not None and self._sending.is_alive()):
@@ -123,7 +123,7 @@ class RemoteRunDirectory(RunDirectory):
         with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
             self.remote.upload(self.root / PROGRESS, PROGRESS)
 
-    def bring_progress(self) -> None:
+    def download_progress(self) -> None:
         with contextlib.suppress(OSError):
             data = self.remote.read(PROGRESS)
             if data is not None:

@@ -71,7 +71,7 @@ class RemoteCheckpointStore(CheckpointStore):
                 self._refuse_superseded()
                 self.remote.delete(there, first=[COMMITTED])
 
-        def send() -> None:
+        def upload() -> None:
             if self.rank == 0:
                 self._write_state(partial, state)
             if self.leads:
@@ -79,7 +79,7 @@ class RemoteCheckpointStore(CheckpointStore):
 
         self._together(partial, start)
         files = self._write(partial, write_files)
-        self._together(partial, send)
+        self._together(partial, upload)
         self._together(partial, lambda: self._commit(partial, step, files), only_first=True)
         if self.leads and self.rank != 0:
             shutil.rmtree(partial)  # A part of a checkpoint is of no use on the way back.
@@ -91,7 +91,7 @@ class RemoteCheckpointStore(CheckpointStore):
         mark = hash_file(partial / MANIFEST) + "\n"
         self.remote.upload(partial / MANIFEST, f"{there}/{MANIFEST}")
         self._refuse_superseded()
-        self.directory.send()
+        self.directory.upload()
         self.remote.write(f"{there}/{COMMITTED}", mark.encode())
         final = self.at(step).folder
         shutil.rmtree(final, ignore_errors=True)
@@ -120,7 +120,7 @@ class RemoteCheckpointStore(CheckpointStore):
             notes.append(f"checkpoint step-{step:08d} is damaged ({damage}); its COMMITTED is called {DAMAGED} now")
         return None, notes
 
-    def bring(self, step: int) -> None:
+    def download(self, step: int) -> None:
         """Have a checkpoint on every node that lacks it; all workers call this.
 
         Raises:

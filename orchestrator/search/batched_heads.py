@@ -24,7 +24,7 @@ from orchestrator.models.attempt import calling_model
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
-from orchestrator.training.hooks import PHASE, Memory, is_due, judge
+from orchestrator.training.hooks import PHASE, TrainingState, is_due, judge
 from orchestrator.training.loop import cut, rate_schedule, seed_dropout
 from orchestrator.training.session import Session
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
@@ -38,7 +38,7 @@ class Head:
     """One of the heads."""
 
     recipe: Recipe
-    memory: Memory = field(default_factory=Memory)
+    state: TrainingState = field(default_factory=TrainingState)
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Its rows of metrics.jsonl."""
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Head:
 
     @property
     def is_over(self) -> bool:
-        return self.failure is not None or self.memory.stop is not None
+        return self.failure is not None or self.state.stop is not None
 
 
 class Heads:
@@ -78,7 +78,7 @@ class Heads:
         self.multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]
         }
-        self.schedules = [rate_schedule(recipe.train, session.plan.total_steps) for recipe in recipes]
+        self.schedules = [rate_schedule(recipe.train, session.schedule.total_steps) for recipe in recipes]
 
     def train(self) -> list[Head]:
         """Train all heads to their ends.
@@ -86,7 +86,7 @@ class Heads:
         Raises:
             CallFailed: the model, its head or the task's loss cannot be stacked, or there is no memory for all of them.
         """
-        session, plan = self.session, self.session.plan
+        session, plan = self.session, self.session.schedule
         losses: list[Tensor] = []
         for index in range(plan.total_steps):
             epoch, position = divmod(index, plan.order.steps_per_epoch)
@@ -107,13 +107,13 @@ class Heads:
 
     def _step(self, index: int, rows: npt.NDArray[np.int64]) -> Tensor:
         """One optimizer step of all heads; returns their losses before it, shape [heads]."""
-        session, plan = self.session, self.session.plan
-        feed = session.feeds["train"]
-        num_targets = int(feed.encoded.num_targets[rows].sum())
+        session, plan = self.session, self.session.schedule
+        loader = session.loaders["train"]
+        num_targets = int(loader.encoded.num_targets[rows].sum())
         total = torch.zeros(len(self.heads), device=session.engine.device)
-        for number, (mine,) in enumerate(cut(session.engine, feed, plan, rows)):
+        for number, (mine,) in enumerate(cut(session.engine, loader, plan, rows)):
             seed_dropout(plan.seed, index, number, 0)
-            batch = feed.batch(mine)
+            batch = loader.batch(mine)
             labels = batch.pop("labels")
             with calling_model(STACKING):
                 losses = vmap(self._loss_function(batch, labels), randomness="same")(self.stacked) / num_targets
@@ -182,38 +182,38 @@ class Heads:
                 head.rows.append({**self._place(step), "split": "train", "loss": loss, "seconds": 0.0})
 
     def _place(self, step: int) -> dict[str, Any]:
-        return {"step": step, "epoch": step / self.session.plan.order.steps_per_epoch, "phase": PHASE}
+        return {"step": step, "epoch": step / self.session.schedule.order.steps_per_epoch, "phase": PHASE}
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         session = self.session
-        task, metric, feed = session.prepared.task, session.metric, session.feeds["select"]
-        targets = feed.encoded.targets()
+        task, metric, loader = session.prepared.task, session.metric, session.loaders["select"]
+        targets = loader.encoded.targets()
         predictions, losses = self._predict()
-        num_targets = int(feed.encoded.num_targets.sum())
+        num_targets = int(loader.encoded.num_targets.sum())
         for number, head in enumerate(self.heads):
             if head.is_over:
                 continue
             own = {name: values[number] for name, values in predictions.items()}
             loss = float(losses[number]) / num_targets
             value = loss if metric.name == "loss" else task.score(metric.name, own, targets)
-            head.memory.step = step
+            head.state.step = step
             head.rows.append({**self._place(step), "split": "select", "loss": loss, metric.name: value, "seconds": 0.0})
-            judge(value, loss, step, head.memory, metric, head.recipe.train)
-            if head.memory.improved:
+            judge(value, loss, step, head.state, metric, head.recipe.train)
+            if head.state.improved:
                 head.best_row, head.best_predictions = len(head.rows) - 1, own
                 head.weights = {name: value[number].detach().clone() for name, value in self.stacked.items()}
 
     def _predict(self) -> tuple[Arrays, Tensor]:
         """Predictions of all heads on *select*, each array [heads, examples, ...], and their summed losses, [heads]."""
         session = self.session
-        task, feed = session.prepared.task, session.feeds["select"]
+        task, loader = session.prepared.task, session.loaders["select"]
         session.engine.model.eval()
         total = torch.zeros(len(self.heads), device=session.engine.device)
         rows, parts = [], []
-        size = session.plan.micro_batch_size * EVALUATION_BATCH_FACTOR
-        for mine in evaluation_batches(feed.lengths, size, 1, 0, session.engine.cost_of_pass):
-            batch = feed.batch(mine)
+        size = session.schedule.micro_batch_size * EVALUATION_BATCH_FACTOR
+        for mine in evaluation_batches(loader.lengths, size, 1, 0, session.engine.cost_of_pass):
+            batch = loader.batch(mine)
             labels = batch.pop("labels")
 
             def score(parameters: dict[str, Tensor], batch: Any = batch, labels: Any = labels) -> Any:
@@ -231,5 +231,5 @@ class Heads:
     def _complete(self, head: Head) -> None:
         """All metrics at the best evaluation, where until then only the one that decides is known."""
         if head.best_row >= 0:
-            targets = self.session.feeds["select"].encoded.targets()
+            targets = self.session.loaders["select"].encoded.targets()
             head.rows[head.best_row].update(self.session.prepared.task.metrics(head.best_predictions, targets))

@@ -76,7 +76,7 @@ class Pack:
                 logger.info("a pack of trials cannot begin, so each one is trained by itself", exc_info=True)
                 return False
             assert boundary_of(session.parts) is not None
-            if session.feeds["train"].features is None:
+            if session.loaders["train"].features is None:
                 if self.only_on_features:
                     raise NoFeatures
                 return False
@@ -97,11 +97,11 @@ class Pack:
         run.recipe.write_text(dump_recipe(with_own_name(head.recipe, run.root.name)), encoding="utf-8")
         lines = (json.dumps(finite({**row, "seconds": seconds})) + "\n" for row in head.rows)
         run.metrics.write_text("".join(lines), encoding="utf-8")
-        if head.weights and head.memory.best_score is not None and self.bench.may_win(head.memory.best_score):
+        if head.weights and head.state.best_score is not None and self.bench.may_win(head.state.best_score):
             save_file(head.weights, run.root / BEST_WEIGHTS)
         status = "finished" if head.failure is None else "failed"
-        reason = head.failure or head.memory.stop
-        write_outcome(run, Outcome(status, reason, head.memory.best_step, seconds, core_seconds))
+        reason = head.failure or head.state.stop
+        write_outcome(run, Outcome(status, reason, head.state.best_step, seconds, core_seconds))
 
     def _train_in_turn(self) -> None:
         for spec in self.specs:

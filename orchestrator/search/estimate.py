@@ -32,13 +32,11 @@ from orchestrator.training.engine.devices import choose_device
 from orchestrator.training.engine.precision import Precision, choose_precision
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.evaluation import score
-from orchestrator.training.features.build import CACHED_SPLITS, split_at_boundary
+from orchestrator.training.features.build import CACHED_SPLITS, extract_prefix_at_boundary
 from orchestrator.training.features.prefix_cache import PrefixCache, model_identity, open_store
-from orchestrator.training.loop import Plan as Steps
-from orchestrator.training.loop import make_plan as plan_steps
-from orchestrator.training.loop import take_step
+from orchestrator.training.loop import Schedule, make_schedule, take_step
 from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 STEPS_TIMED = 3
 SECONDS_TO_BEGIN = 12.0  # Imports, Ray, and a process for each trial at a time.
@@ -63,7 +61,7 @@ class Estimate:
 
 
 @dataclass
-class Pace:
+class Throughput:
     """Seconds that the whole model takes for an example."""
 
     step: float
@@ -87,13 +85,13 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:
-        pace = measure(plan)
+        throughput = measure(plan)
     finally:
         torch.set_num_threads(threads)
     known = plan.known if plan.known is not None else plan.space.random(plan.num_trials, plan.search.seed)
-    prefix = max(plan.boundaries) / plan.num_layers if pace.sizes else 0.0
-    shared = sum(len(prepared.encoded(name)) for name in CACHED_SPLITS) * pace.forward * min(1.0, prefix)
-    own = sum(trial_seconds(plan, parameters, pace) for parameters in known)
+    prefix = max(plan.boundaries) / plan.num_layers if throughput.sizes else 0.0
+    shared = sum(len(prepared.encoded(name)) for name in CACHED_SPLITS) * throughput.forward * min(1.0, prefix)
+    own = sum(trial_seconds(plan, parameters, throughput) for parameters in known)
     repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
     notes = []
     model_bytes = 4 * plan.num_parameters
@@ -105,7 +103,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
         trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
         concurrent=concurrent,
         seconds=(SECONDS_TO_BEGIN_HERE if is_here else SECONDS_TO_BEGIN) + (shared + own * (1 + repeats)) / concurrent,
-        cache_bytes=sum(pace.sizes.values()),
+        cache_bytes=sum(throughput.sizes.values()),
         # The winner's model, weights that may win, and what trials wait with that may go on: under asha, all of them.
         disk_bytes=int(
             model_bytes * (1 + max(1, plan.search.reseed_top))
@@ -116,7 +114,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     )
 
 
-def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
+def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput) -> float:
     """What one trial takes by itself, its features stored where there can be any."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     share = share_trained(plan, parameters)
@@ -126,9 +124,9 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], pace: Pace) -> float:
     evaluations = max(1, steps.total_steps // (steps.order.steps_per_epoch if every == "epoch" else int(every)))
     scored = evaluations * len(plan.prepared.encoded("select"))
     part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
-    computed = share * (num_examples * pace.step + scored * pace.forward)
-    frozen = 0.0 if pace.sizes else (1 - share) * (num_examples + scored) * pace.forward
-    begin = SECONDS_OF_A_HEAD if pace.sizes and trains_only_the_head(recipe) else SECONDS_OF_A_TRIAL
+    computed = share * (num_examples * throughput.step + scored * throughput.forward)
+    frozen = 0.0 if throughput.sizes else (1 - share) * (num_examples + scored) * throughput.forward
+    begin = SECONDS_OF_A_HEAD if throughput.sizes and trains_only_the_head(recipe) else SECONDS_OF_A_TRIAL
     return begin + part * (computed + frozen)
 
 
@@ -149,7 +147,7 @@ def mean_share(evaluations: int, grace: int, reduction: int) -> float:
     return total / evaluations
 
 
-def measure(plan: Plan) -> Pace:
+def measure(plan: Plan) -> Throughput:
     """Time some steps of the whole model, and size up its features."""
     prepared = plan.prepared
     precision = choose_precision(prepared.recipe, choose_device(prepared.recipe))
@@ -157,18 +155,18 @@ def measure(plan: Plan) -> Pace:
     parts = assemble(whole)
     steps = steps_of(whole)
     with build_engine(parts.module, parts.groups, whole.recipe, precision) as engine:
-        feed = Feed(prepared.encoded("train"), engine.device, engine.float_type)
+        loader = SplitLoader(prepared.encoded("train"), engine.device, engine.float_type)
         batches = steps.order.epoch(0)[: STEPS_TIMED + 1]
-        take_step(engine, prepared.task, feed, steps, 0, batches[0])
+        take_step(engine, prepared.task, loader, steps, 0, batches[0])
         began = time.perf_counter()
         for index, rows in enumerate(batches[1:] or batches):
-            take_step(engine, prepared.task, feed, steps, index + 1, rows)
+            take_step(engine, prepared.task, loader, steps, index + 1, rows)
         step = (time.perf_counter() - began) / sum(len(rows) for rows in batches[1:] or batches)
-        select = Feed(prepared.encoded("select"), engine.device, engine.float_type)
+        select = SplitLoader(prepared.encoded("select"), engine.device, engine.float_type)
         began = time.perf_counter()
         score(engine, prepared.task, select, steps.micro_batch_size)
         forward = (time.perf_counter() - began) / len(select)
-    return Pace(step, forward, feature_sizes(plan, precision))
+    return Throughput(step, forward, feature_sizes(plan, precision))
 
 
 def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
@@ -177,7 +175,7 @@ def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
         return {}
     frozen = with_transfer(plan.prepared, freeze="all", adapter=None)
     parts = assemble(frozen)
-    prefix = split_at_boundary(frozen, parts, steps_of(frozen))
+    prefix = extract_prefix_at_boundary(frozen, parts, steps_of(frozen))
     if not isinstance(prefix, Prefix):
         return {}
     with build_engine(parts.module, parts.groups, frozen.recipe, precision) as engine:
@@ -202,6 +200,6 @@ def with_transfer(prepared: Prepared, **changes: Any) -> Prepared:
     return replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer, "scale": scale}))
 
 
-def steps_of(prepared: Prepared) -> Steps:
+def steps_of(prepared: Prepared) -> Schedule:
     recipe = prepared.recipe
-    return plan_steps(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))
+    return make_schedule(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))

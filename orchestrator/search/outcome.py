@@ -17,7 +17,7 @@ from orchestrator.runs.directory import RunDirectory, finite, parse_object, writ
 from orchestrator.search.changes import CHANGES, Changes
 from orchestrator.search.trial_context import Bench
 from orchestrator.search.trial_interface import Report
-from orchestrator.training.hooks import Memory, judge
+from orchestrator.training.hooks import TrainingState, judge
 
 OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
 # What a trial's model or numbers may cause, and what therefore ends the trial but not the search.
@@ -118,7 +118,7 @@ class OneTrial(abc.ABC):
         return None if value is None else float(value) if metric.higher_is_better else -float(value)
 
 
-def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> Memory:
+def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingState:
     """What a trial remembers that goes on from what another wrote: its best evaluation stays one of its own.
 
     The weights of that one are in its directory, if they are among the best of the search. Its checkpoints go, because
@@ -126,7 +126,7 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> Memory:
     """
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     directory.create()
-    found = Memory(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
+    found = TrainingState(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
     before = best_of(directory, bench)
     # The other may have been behind: those steps will be taken again.
     num_rows = directory.forget_metrics_after(found.step)
@@ -138,13 +138,13 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> Memory:
     )
 
 
-def best_of(directory: RunDirectory, bench: Bench) -> Memory:
+def best_of(directory: RunDirectory, bench: Bench) -> TrainingState:
     """The best of a trial's evaluations so far."""
-    memory = Memory()
+    state = TrainingState()
     for row in history(directory):
         value, loss = (math.nan if row[name] is None else float(row[name]) for name in (bench.metric.name, "loss"))
-        judge(value, loss, row["step"], memory, bench.metric, bench.prepared.recipe.train)
-    return memory
+        judge(value, loss, row["step"], state, bench.metric, bench.prepared.recipe.train)
+    return state
 
 
 def history(directory: RunDirectory) -> list[dict[str, Any]]:

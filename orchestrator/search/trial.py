@@ -24,7 +24,7 @@ from orchestrator.search.outcome import (
     write_outcome,
 )
 from orchestrator.search.trial_context import Bench
-from orchestrator.training.hooks import Memory
+from orchestrator.training.hooks import TrainingState
 from orchestrator.training.loop import Step
 from orchestrator.training.session import Session
 from orchestrator.training.worker import evaluations, resume
@@ -38,7 +38,7 @@ class Trial(OneTrial):
     def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
         super().__init__(bench, spec, directory)
         self.session: Session | None = None
-        self.memory = Memory()
+        self.state = TrainingState()
         self._best: dict[str, torch.Tensor] = {}
         self._stack = contextlib.ExitStack()
         self._started, self._cpu = time.monotonic(), time.process_time()
@@ -48,7 +48,7 @@ class Trial(OneTrial):
 
     def stop(self) -> None:
         # It may be taken up again; but not from a step that was broken off, whose weights are half changed.
-        if self.session is not None and not self._takes_step and self.memory.step > self._saved_step:
+        if self.session is not None and not self._takes_step and self.state.step > self._saved_step:
             self._checkpoint()
         self._let_go()
 
@@ -56,15 +56,15 @@ class Trial(OneTrial):
         """Write what another trial can go on from."""
         if self.session is not None:
             self.session.engine.write_state(folder)
-            write_json(folder / MEMORY, self.memory.to_state())
+            write_json(folder / MEMORY, self.state.to_dict())
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Go on from what another trial wrote, with other parameters."""
         if not (folder / MEMORY).exists():
             return
         self._let_go()
-        self.memory = taken_over(folder, self.directory, self.bench)
-        self._change(self.memory.step, parameters)
+        self.state = taken_over(folder, self.directory, self.bench)
+        self._change(self.state.step, parameters)
         self._enter()
         assert self.session is not None
         self.session.engine.read_state(folder)
@@ -72,10 +72,10 @@ class Trial(OneTrial):
         self._count_earlier_time()
         self._rows = self._evaluations()
 
-    def after_step(self, step: Step, memory: Memory) -> None:
+    def after_step(self, step: Step, state: TrainingState) -> None:
         """The last hook of the loop: keeps the best weights in memory, and saves a checkpoint now and then."""
         assert self.session is not None
-        if memory.improved:
+        if state.improved:
             weights = self.session.engine.trained_weights()
             self._best = {name: value.clone() for name, value in weights.items()}
         if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
@@ -87,11 +87,11 @@ class Trial(OneTrial):
         self._use_parameters_of_checkpoint()
         self._enter()
         assert self.session is not None
-        self.memory = resume(self.session)
-        self._saved_step = self.memory.step
+        self.state = resume(self.session)
+        self._saved_step = self.state.step
         self._count_earlier_time()
-        if self.memory.best_step is not None:
-            folder = self.session.store.at(self.memory.step).folder
+        if self.state.best_step is not None:
+            folder = self.session.store.at(self.state.step).folder
             self._best = load_file(folder / BEST_WEIGHTS)
         yield from ((row, self._is_last(row)) for row in history(self.directory))
         yield from self._evaluations()
@@ -99,7 +99,7 @@ class Trial(OneTrial):
     def _evaluations(self) -> Iterator[tuple[dict[str, Any], bool]]:
         assert self.session is not None
         self._takes_step = True
-        for row in evaluations(self.session, self.memory, [self]):
+        for row in evaluations(self.session, self.state, [self]):
             self._takes_step = False
             yield row, self._is_last(row)
             self._takes_step = True
@@ -107,8 +107,8 @@ class Trial(OneTrial):
 
     def _count_earlier_time(self) -> None:
         """What it took before it was left, or interrupted, counts too."""
-        self._started -= self.memory.seconds
-        self._cpu -= self.memory.seconds
+        self._started -= self.state.seconds
+        self._cpu -= self.state.seconds
 
     def _enter(self) -> None:
         self.session = self._stack.enter_context(self.bench.session(self.spec.parameters, self.directory))
@@ -116,16 +116,16 @@ class Trial(OneTrial):
 
     def _is_last(self, row: dict[str, Any]) -> bool:
         assert self.session is not None
-        over = self.memory.stop is not None or self.memory.step >= self.session.plan.total_steps
-        return over and row["step"] == self.memory.step
+        over = self.state.stop is not None or self.state.step >= self.session.schedule.total_steps
+        return over and row["step"] == self.state.step
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
         self._let_go()
         if self.outcome is None:
             self.outcome = Outcome(
                 status=status,
-                reason=reason or self.memory.stop,
-                best_step=self.memory.best_step,
+                reason=reason or self.state.stop,
+                best_step=self.state.best_step,
                 seconds=time.monotonic() - self._started,
                 core_seconds=time.process_time() - self._cpu,
             )
@@ -141,9 +141,9 @@ class Trial(OneTrial):
             session.engine.write_state(folder)
             save_file(self._best, folder / BEST_WEIGHTS)
 
-        session.store.save(self.memory.step, self.memory.to_state(), write)
+        session.store.save(self.state.step, self.state.to_dict(), write)
         session.store.prune(1, None)
-        self._saved, self._saved_step = time.monotonic(), self.memory.step
+        self._saved, self._saved_step = time.monotonic(), self.state.step
 
     def _let_go(self) -> None:
         self._keep_best_weights()
@@ -152,7 +152,7 @@ class Trial(OneTrial):
 
     def _keep_best_weights(self) -> None:
         """The weights at the best evaluation go to the disk only where this may be the winner."""
-        score = self.memory.best_score
+        score = self.state.best_score
         if self._best and score is not None and self.bench.may_win(score):
             temporary = self.directory.root / f".{BEST_WEIGHTS}.partial"
             save_file(self._best, temporary)

@@ -17,7 +17,7 @@ from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial_context import trial_inputs
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.engine.devices import choose_device
-from orchestrator.training.hooks import Memory
+from orchestrator.training.hooks import TrainingState
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.results import finish
 from orchestrator.training.session import Session, open_session
@@ -39,15 +39,15 @@ def keep_winner(
     with log_to(run.logs), open_session(plain, run, 0, choose_device(plain.recipe), None, metric) as session:
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
-            memory = Memory(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])
+            state = TrainingState(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])
             put_weights(session, weights)
         else:
-            memory = resume(session)
-            for _ in evaluations(session, memory, [make_saver(session)]):
+            state = resume(session)
+            for _ in evaluations(session, state, [make_saver(session)]):
                 pass
         session.prepared = inputs
         session.directory = directory
-        finish(session, memory, None)
+        finish(session, state, None)
     result: dict[str, Any] = json.loads(directory.result.read_text(encoding="utf-8"))
     return result
 

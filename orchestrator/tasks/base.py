@@ -80,7 +80,7 @@ class Encoded(ABC):
         """The same examples one after the other in a single row: what the model computes of each stays as it is."""
         raise NotImplementedError
 
-    def beside_features(self, rows: npt.NDArray[np.int64]) -> Arrays:
+    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Arrays:
         """What a batch holds besides what only the stem reads, for when stored features take the stem's place."""
         return self.batch(rows)
 
@@ -174,7 +174,7 @@ class Task(ABC):
     def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
         """The source's processor, set as the options say, and notes on it (not fatal); raises ModelError."""
 
-    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:  # noqa: B027
+    def configure_model(self, model: Any, processor: Any, source: SourceModel) -> None:  # noqa: B027
         """Tell the model what it must know of the processor; raises ModelError where the two do not fit."""
         # Most models need to know nothing.
 

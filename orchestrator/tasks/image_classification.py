@@ -19,7 +19,7 @@ from orchestrator.data.fields.columns import Column, describe_type
 from orchestrator.data.fields.decode import BrokenPicture, decode, quiet_decoding
 from orchestrator.data.fields.images import read_picture
 from orchestrator.data.fields.label_columns import Numbers
-from orchestrator.data.fields.pixels import Pixels, pixel_array, pixel_type, stretches
+from orchestrator.data.fields.pixels import Pixels, pixel_array, pixel_type, shards
 from orchestrator.data.threads import in_threads
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
@@ -40,7 +40,7 @@ from orchestrator.tasks.bases.classification import (
 from orchestrator.tasks.bases.image import Augmentation, augment
 
 if TYPE_CHECKING:
-    from orchestrator.models import PictureMaker, SourceModel
+    from orchestrator.models import ImagePreprocessor, SourceModel
 
 PROBLEM_TYPE = "single_label_classification"
 NUM_COLOURS = 3
@@ -63,7 +63,7 @@ class EncodedImages(Encoded):
     """The bytes of each picture, and its label."""
 
     pixels: Pixels
-    maker: PictureMaker
+    maker: ImagePreprocessor
     labels: npt.NDArray[np.int64] | None
     augmentation: Augmentation
 
@@ -76,9 +76,9 @@ class EncodedImages(Encoded):
         pictures = self.pixels.take(rows)
         if stream is not None:
             pictures = augment(pictures, self.augmentation, stream, rows)
-        return {"pixel_values": self.maker.numbers(pictures), **self.beside_features(rows)}
+        return {"pixel_values": self.maker.numbers(pictures), **self.extra_inputs(rows)}
 
-    def beside_features(self, rows: npt.NDArray[np.int64]) -> Arrays:
+    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Arrays:
         return {} if self.labels is None else {"labels": self.labels[rows]}
 
     def targets(self) -> Arrays:
@@ -150,30 +150,30 @@ class ImageClassification(Task):
     def config_changes(self) -> dict[str, Any]:
         return label_config(self.label_names, PROBLEM_TYPE, self.are_codes)
 
-    def load_processor(self, source: SourceModel) -> tuple[PictureMaker, list[Problem]]:
+    def load_processor(self, source: SourceModel) -> tuple[ImagePreprocessor, list[Problem]]:
         from orchestrator import models
 
         processor = models.load_image_processor(source)
         if self.options.image_size is not None:
             processor = models.set_image_size(processor, self.options.image_size, source)
-        maker = models.PictureMaker(processor, source)
+        maker = models.ImagePreprocessor(processor, source)
         if maker.is_exact:
             return maker, []
         what = f"the image processor of {source.name!r} resizes brightness as fractions, which are stored rounded: its "
         what += f"numbers are met within {maker.error:.2g}"
         return maker, [Problem(what, source.where, "nothing has to be done: a 256th is not seen", fatal=False)]
 
-    def check_model(self, processor: PictureMaker, config: Any, recipe: Recipe) -> list[Problem]:
+    def check_model(self, processor: ImagePreprocessor, config: Any, recipe: Recipe) -> list[Problem]:
         channels = getattr(config, "num_channels", NUM_COLOURS)
         if channels == NUM_COLOURS:
             return []
         what = f"{recipe.source.model} reads pictures of {channels} channels; here they have red, green and blue"
         return [Problem(what, recipe.origin.where("source.model"), "use a source model that reads RGB pictures")]
 
-    def cache_parts(self, processor: PictureMaker) -> list[Any]:
+    def cache_parts(self, processor: ImagePreprocessor) -> list[Any]:
         return [self.name, self.label_names, self.are_codes, processor.settings, PIL.__version__]
 
-    def encode(self, examples: Examples, processor: PictureMaker) -> pa.RecordBatchReader:
+    def encode(self, examples: Examples, processor: ImagePreprocessor) -> pa.RecordBatchReader:
         columns = {"pixels": pixel_type(processor.height, processor.width)}
         encoded = None
         if "label" in examples.table.column_names:
@@ -182,7 +182,7 @@ class ImageClassification(Task):
         schema = pa.schema(columns)
 
         def make_batches() -> Iterator[pa.RecordBatch]:
-            for rows in stretches(len(examples), processor.height * processor.width * NUM_COLOURS):
+            for rows in shards(len(examples), processor.height * processor.width * NUM_COLOURS):
                 parts = [pixel_array(make_pixels(examples, rows, processor))]
                 if encoded is not None:
                     parts.append(pa.array(encoded[rows.start : rows.stop]))
@@ -190,18 +190,18 @@ class ImageClassification(Task):
 
         return pa.RecordBatchReader.from_batches(schema, make_batches())
 
-    def wrap(self, table: pa.Table, processor: PictureMaker) -> EncodedImages:
+    def wrap(self, table: pa.Table, processor: ImagePreprocessor) -> EncodedImages:
         known = table["label"].to_numpy() if "label" in table.column_names else None
         return EncodedImages(Pixels.of(table["pixels"]), processor, known, self.options.augment)
 
-    def longest_examples(self, number: int, processor: PictureMaker) -> pa.Table:
+    def longest_examples(self, number: int, processor: ImagePreprocessor) -> pa.Table:
         pictures = np.zeros((number, processor.height, processor.width, NUM_COLOURS), np.uint8)
         return pa.table({"pixels": pixel_array(pictures), "label": pa.array(np.zeros(number, np.int64))})
 
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
         return []
 
-    def example_inputs(self, processor: PictureMaker) -> dict[str, Any]:
+    def example_inputs(self, processor: ImagePreprocessor) -> dict[str, Any]:
         import torch
 
         # Of the real size: some models read no other, and say so here.
@@ -246,7 +246,7 @@ def check_label_kind(examples: Examples) -> list[Problem]:
     return []
 
 
-def make_pixels(examples: Examples, rows: range, maker: PictureMaker) -> npt.NDArray[np.uint8]:
+def make_pixels(examples: Examples, rows: range, maker: ImagePreprocessor) -> npt.NDArray[np.uint8]:
     """What the image processor makes of the pictures of some rows; [len(rows), height, width, 3].
 
     Raises:

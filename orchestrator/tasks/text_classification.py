@@ -197,10 +197,10 @@ class TextClassification(Task):
 
         return models.load_tokenizer(source)
 
-    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
+    def configure_model(self, model: Any, processor: Any, source: SourceModel) -> None:
         from orchestrator import models
 
-        models.fit_to_tokenizer(model, processor, source)
+        models.set_padding_token(model, processor, source)
 
     def check_model(self, processor: Any, config: Any, recipe: Recipe) -> list[Problem]:
         return check_length(self.options.max_length, processor, config, self.auto_class, recipe)

@@ -11,13 +11,13 @@ from torch import Tensor
 from orchestrator import models
 from orchestrator.errors import RunFailed
 from orchestrator.training.engine.base import Engine
-from orchestrator.training.hooks import Memory
+from orchestrator.training.hooks import TrainingState
 from orchestrator.training.loop import Step
 
 NAMED = 3
 
 
-class Reached:
+class AdapterGradients:
     """A hook of the loop that says which adapted modules the loss does not depend on.
 
     Some get no gradient by design: those of attention that no output reads, experts that no token is sent to. What
@@ -46,7 +46,7 @@ class Reached:
 
         return look
 
-    def after_step(self, step: Step, memory: Memory) -> None:
+    def after_step(self, step: Step, state: TrainingState) -> None:
         """Judge the first step that had something to learn.
 
         Raises:

@@ -60,8 +60,8 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
     loaded = models.load_model(
         prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored
     )
-    with models.ComputesInFp32() if as_stored else contextlib.nullcontext():
-        return put_together(prepared, loaded.model, loaded.new_parameters)
+    with models.Fp32Compute() if as_stored else contextlib.nullcontext():
+        return build_parts(prepared, loaded.model, loaded.new_parameters)
 
 
 def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> Parts | None:
@@ -78,11 +78,11 @@ def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **ch
     # Some architectures look into their inputs, which have no values here; those are checked when they are loaded.
     with torch.device("meta"), contextlib.suppress(RuntimeError, CallFailed):
         loaded = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0)
-        return put_together(prepared, loaded.model, new)
+        return build_parts(prepared, loaded.model, new)
     return None
 
 
-def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
+def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     """Head, frozen blocks and adapter on a loaded model.
 
     Args:
@@ -94,7 +94,7 @@ def put_together(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     if prepared.task.has_new_head:
         with models.seeded(seed):
             new = models.set_head(module, transfer.head, new)
-    prepared.task.fit_model(module, prepared.processor, prepared.source)
+    prepared.task.configure_model(module, prepared.processor, prepared.source)
     blocks = find_blocks(prepared, module, new)
     where = recipe.origin.where("transfer.freeze")
     depth = models.resolve_depth(transfer.freeze, len(blocks.layers), where)

@@ -15,7 +15,7 @@ from orchestrator.data.cache import cached_table, content_key, kept_table
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.engine.base import Engine
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 Gathered = list[tuple[list[Any], list[Arrays], float]]
 """Rows, predictions and summed loss of each worker."""
@@ -32,16 +32,18 @@ class Scored:
 
 
 @torch.no_grad()
-def predict_rows(model: Any, task: Task, feed: Feed, rows: np.ndarray[Any, Any]) -> tuple[Arrays, float]:
+def predict_rows(model: Any, task: Task, loader: SplitLoader, rows: np.ndarray[Any, Any]) -> tuple[Arrays, float]:
     """The task's predictions for these rows, and their summed loss (0 where there are no labels)."""
-    batch = feed.batch(rows)
+    batch = loader.batch(rows)
     labels = batch.pop("labels", None)
     outputs = model(**batch)
     loss = 0.0 if labels is None else float(task.loss(outputs, labels))
     return {name: values.cpu().numpy() for name, values in task.predict(outputs).items()}, loss
 
 
-def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_per_pass: int | None = None) -> Scored:
+def score(
+    engine: Engine, task: Task, loader: SplitLoader, micro_batch_size: int, tokens_per_pass: int | None = None
+) -> Scored:
     """Score a split over all workers; metrics hold `loss`, the mean over targets, beside the task's own.
 
     All workers call this, and each takes part in every forward pass, for models that are sharded over them.
@@ -50,29 +52,29 @@ def score(engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_
         micro_batch_size: examples of a pass in training; here it is twice as many.
         tokens_per_pass: the same of its tokens, as in `Prepared`.
     """
-    gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
+    gathered = predict_share(engine, task, loader, micro_batch_size, tokens_per_pass)
     predictions: Arrays = {}
 
     def compute_metrics() -> dict[str, float]:
         predictions.update(in_order(gathered))
-        loss = sum(share[2] for share in gathered) / int(feed.encoded.num_targets.sum())
-        return {"loss": loss, **task.metrics(predictions, feed.encoded.targets())}
+        loss = sum(share[2] for share in gathered) / int(loader.encoded.num_targets.sum())
+        return {"loss": loss, **task.metrics(predictions, loader.encoded.targets())}
 
     return Scored(engine.first_worker_does(compute_metrics), predictions)
 
 
 def predict_share(
-    engine: Engine, task: Task, feed: Feed, micro_batch_size: int, tokens_per_pass: int | None = None
+    engine: Engine, task: Task, loader: SplitLoader, micro_batch_size: int, tokens_per_pass: int | None = None
 ) -> Gathered:
     """Predict this worker's share of a split; returns those of all workers, on worker 0."""
     engine.model.eval()
     rows, parts, total = [], [], 0.0
-    batch_size, lengths = micro_batch_size * EVALUATION_BATCH_FACTOR, feed.lengths
+    batch_size, lengths = micro_batch_size * EVALUATION_BATCH_FACTOR, loader.lengths
     most = None if tokens_per_pass is None else tokens_per_pass * EVALUATION_BATCH_FACTOR
-    most = feed.tokens_per_pass(most, lengths)
+    most = loader.tokens_per_pass(most, lengths)
     for mine in evaluation_batches(lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass, most):
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
-        predictions, loss = predict_rows(engine.model, task, feed, asked)
+        predictions, loss = predict_rows(engine.model, task, loader, asked)
         if len(mine):
             rows.append(mine)
             parts.append(predictions)
@@ -81,10 +83,10 @@ def predict_share(
     return gathered
 
 
-def refer_to_source(
+def set_reference(
     engine: Engine,
     task: Task,
-    feed: Feed,
+    loader: SplitLoader,
     micro_batch_size: int,
     identity: Sequence[str],
     tokens_per_pass: int | None = None,
@@ -99,9 +101,9 @@ def refer_to_source(
     key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size, *limit)
     found = engine.first_worker_does(lambda: read_reference(key))
     if found is None:
-        gathered = predict_share(engine, task, feed, micro_batch_size, tokens_per_pass)
-        found = engine.first_worker_does(lambda: keep_reference(key, gathered))
-    feed.encoded.reference = found
+        gathered = predict_share(engine, task, loader, micro_batch_size, tokens_per_pass)
+        found = engine.first_worker_does(lambda: store_reference(key, gathered))
+    loader.encoded.reference = found
 
 
 def read_reference(key: str) -> np.ndarray[Any, Any] | None:
@@ -110,7 +112,7 @@ def read_reference(key: str) -> np.ndarray[Any, Any] | None:
     return None if kept is None else np.stack([column.to_numpy() for column in kept], 1)
 
 
-def keep_reference(key: str, gathered: Gathered) -> np.ndarray[Any, Any]:
+def store_reference(key: str, gathered: Gathered) -> np.ndarray[Any, Any]:
     """Store what the workers have predicted; returns it in the order of the split."""
     (found,) = in_order(gathered).values()
     table = pa.table({str(number): column for number, column in enumerate(found.T)})

@@ -2,7 +2,7 @@
 
 A hook is called after each step, in a fixed order, on every worker. Where only worker 0 does something (writing), the
 others wait for it, and learn how it ended.
-What has to outlive a kill is in `Memory`, which every checkpoint holds.
+What has to outlive a kill is in `TrainingState`, which every checkpoint holds.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from orchestrator.tasks import Task
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.evaluation import score
-from orchestrator.training.loop import Plan, Step
+from orchestrator.training.loop import Schedule, Step
 from orchestrator.training.memory_use import peak_bytes
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 PHASE = "tune"
 
 
 @dataclass
-class Memory:
+class TrainingState:
     """What the hooks remember from step to step."""
 
     step: int = 0
@@ -55,14 +55,14 @@ class Memory:
     """The most that a step has held on this worker: of the GPU's memory, or resident; without what happens between
     steps. 0 where the system does not tell."""
 
-    def to_state(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Hook(Protocol):
     """Called on every worker after each step."""
 
-    def after_step(self, step: Step, memory: Memory) -> None: ...
+    def after_step(self, step: Step, state: TrainingState) -> None: ...
 
 
 def is_due(every: str | int, number: int, steps_per_epoch: int, total_steps: int) -> bool:
@@ -74,9 +74,9 @@ class Clock:
     """Keeps the training time and its peak of memory, and tells worker 0's progress."""
 
     def __init__(
-        self, plan: Plan, metric: str, progress: ProgressFile | None, start_seconds: float, device: torch.device
+        self, schedule: Schedule, metric: str, progress: ProgressFile | None, start_seconds: float, device: torch.device
     ) -> None:
-        self.plan = plan
+        self.schedule = schedule
         self.device = device
         self.metric = metric
         self.progress = progress
@@ -85,24 +85,24 @@ class Clock:
         self.mark = time.monotonic()
         self.num_examples = 0
 
-    def after_step(self, step: Step, memory: Memory) -> None:
-        memory.step = step.number
-        memory.seconds = time.monotonic() - self.started
-        memory.peak_bytes = max(memory.peak_bytes, peak_bytes(self.device) or 0)
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        state.step = step.number
+        state.seconds = time.monotonic() - self.started
+        state.peak_bytes = max(state.peak_bytes, peak_bytes(self.device) or 0)
         if self.first_step is None:  # The first step warms up; the pace is that of the steps after it.
             self.first_step, self.mark = step.number, time.monotonic()
             return
         self.num_examples += step.num_examples
         if self.progress is not None:
             elapsed = time.monotonic() - self.mark
-            steps_left = self.plan.total_steps - step.number
+            steps_left = self.schedule.total_steps - step.number
             self.progress.show(
                 phase=PHASE,
                 step=step.number,
-                steps=self.plan.total_steps,
+                steps=self.schedule.total_steps,
                 loss=step.loss,
                 metric=self.metric,
-                score=memory.last_score,
+                score=state.last_score,
                 examples_per_second=self.num_examples / elapsed,
                 seconds_left=elapsed / (step.number - self.first_step) * steps_left,
             )
@@ -116,24 +116,24 @@ class Recorder:
         self.directory = directory
         self.log_every = log_every
 
-    def after_step(self, step: Step, memory: Memory) -> None:
-        memory.loss_sum += step.loss
-        memory.loss_steps += 1
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        state.loss_sum += step.loss
+        state.loss_steps += 1
         if step.number % self.log_every:
             return
-        memory.num_rows += 1
+        state.num_rows += 1
         row = {
             "step": step.number,
             "epoch": step.epoch,
             "phase": PHASE,
             "split": "train",
-            "loss": memory.loss_sum / memory.loss_steps,
+            "loss": state.loss_sum / state.loss_steps,
             "gradient_norm": step.gradient_norm,
             "learning_rate": step.learning_rate,
-            "seconds": memory.seconds,
+            "seconds": state.seconds,
         }
         self.exchange.first_does(lambda: self.directory.append_metrics(row))
-        memory.loss_sum, memory.loss_steps = 0.0, 0
+        state.loss_sum, state.loss_steps = 0.0, 0
 
 
 class Evaluator:
@@ -143,10 +143,10 @@ class Evaluator:
         self,
         engine: Engine,
         task: Task,
-        select: Feed,
+        select: SplitLoader,
         metric: MainMetric,
         train: Train,
-        plan: Plan,
+        schedule: Schedule,
         directory: RunDirectory,
     ) -> None:
         self.engine = engine
@@ -154,62 +154,64 @@ class Evaluator:
         self.select = select
         self.metric = metric
         self.train = train
-        self.plan = plan
+        self.schedule = schedule
         self.directory = directory
         self.last: dict[str, Any] | None = None
         """The row of this step's evaluation; None where there was none."""
 
-    def after_step(self, step: Step, memory: Memory) -> None:
-        memory.improved = False
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        state.improved = False
         self.last = None
-        if not is_due(self.train.evaluate_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps):
+        if not is_due(
+            self.train.evaluate_every, step.number, self.schedule.order.steps_per_epoch, self.schedule.total_steps
+        ):
             return
-        size = (self.plan.micro_batch_size, self.plan.tokens_per_pass)
+        size = (self.schedule.micro_batch_size, self.schedule.tokens_per_pass)
         metrics = score(self.engine, self.task, self.select, *size).metrics
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
-        memory.num_rows += 1
-        row = self.last = {**place, **metrics, "seconds": memory.seconds}
+        state.num_rows += 1
+        row = self.last = {**place, **metrics, "seconds": state.seconds}
         self.engine.first_worker_does(lambda: self.directory.append_metrics(row))
-        judge(metrics[self.metric.name], metrics["loss"], step.number, memory, self.metric, self.train)
+        judge(metrics[self.metric.name], metrics["loss"], step.number, state, self.metric, self.train)
 
 
-def judge(new: float, loss: float, step: int, memory: Memory, metric: MainMetric, train: Train) -> None:
+def judge(new: float, loss: float, step: int, state: TrainingState, metric: MainMetric, train: Train) -> None:
     """Remember an evaluation, whether it is the best so far, and whether training should end."""
-    memory.last_score = new
-    higher = metric.improves(new, memory.best_score)
+    state.last_score = new
+    higher = metric.improves(new, state.best_score)
     # A small *select* gives many equal scores; the surer model of two is the better one.
-    surer = new == memory.best_score and memory.best_loss is not None and loss < memory.best_loss
-    memory.improved = higher or surer
-    if memory.improved:
-        memory.best_step, memory.best_score, memory.best_loss = step, new, loss
+    surer = new == state.best_score and state.best_loss is not None and loss < state.best_loss
+    state.improved = higher or surer
+    if state.improved:
+        state.best_step, state.best_score, state.best_loss = step, new, loss
     if higher:
-        memory.evaluations_without_improvement = 0
+        state.evaluations_without_improvement = 0
         return
-    memory.evaluations_without_improvement += 1
+    state.evaluations_without_improvement += 1
     stopping = train.early_stopping
-    if stopping and memory.evaluations_without_improvement >= stopping.patience:
-        memory.stop = f"{metric.name} on select did not improve for {stopping.patience} evaluations"
+    if stopping and state.evaluations_without_improvement >= stopping.patience:
+        state.stop = f"{metric.name} on select did not improve for {stopping.patience} evaluations"
 
 
 class Saver:
     """Saves a checkpoint when it is due, when the weights are the best so far, and when training ends."""
 
-    def __init__(self, engine: Engine, store: CheckpointStore, train: Train, plan: Plan) -> None:
+    def __init__(self, engine: Engine, store: CheckpointStore, train: Train, schedule: Schedule) -> None:
         self.engine = engine
         self.store = store
         self.train = train
-        self.plan = plan
+        self.schedule = schedule
         self._saved: int | None = None
 
-    def after_step(self, step: Step, memory: Memory) -> None:
-        due = is_due(self.train.save_every, step.number, self.plan.order.steps_per_epoch, self.plan.total_steps)
-        if due or memory.improved or memory.stop:
-            self.save(step, memory)
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        due = is_due(self.train.save_every, step.number, self.schedule.order.steps_per_epoch, self.schedule.total_steps)
+        if due or state.improved or state.stop:
+            self.save(step, state)
 
-    def save(self, step: Step, memory: Memory) -> None:
+    def save(self, step: Step, state: TrainingState) -> None:
         """Save this step, unless it is saved."""
         if self._saved == step.number:
             return
         self._saved = step.number
-        self.store.save(step.number, memory.to_state(), self.engine.write_state)
-        self.engine.first_worker_does(lambda: self.store.prune(self.train.keep, memory.best_step))
+        self.store.save(step.number, state.to_dict(), self.engine.write_state)
+        self.engine.first_worker_does(lambda: self.store.prune(self.train.keep, state.best_step))

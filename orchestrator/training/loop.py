@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.data.batches import BatchOrder, deal
+from orchestrator.data.batches import BatchOrder, assign
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
 from orchestrator.models.shortcuts.token_pooling import evaluating
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
 from orchestrator.training.engine.base import Engine
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 NEVER = 10**12
 
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How many steps there are, and how fast each one learns."""
 
     order: BatchOrder
@@ -58,13 +58,13 @@ class Plan:
     """As `Prepared` has it."""
 
 
-def make_plan(
+def make_schedule(
     train: Train, lengths: npt.NDArray[np.int64], micro_batch_size: int, tokens_per_pass: int | None = None
-) -> Plan:
+) -> Schedule:
     order = BatchOrder(lengths, train.global_batch_size, train.group_by_length, train.seed)
     total = train.steps or math.ceil((train.epochs or 0) * order.steps_per_epoch)
     factor = rate_schedule(train, total)
-    return Plan(order, total, factor, micro_batch_size, train.learning_rate, train.seed, tokens_per_pass)
+    return Schedule(order, total, factor, micro_batch_size, train.learning_rate, train.seed, tokens_per_pass)
 
 
 def rate_schedule(train: Train, total_steps: int) -> Callable[[int], float]:
@@ -79,7 +79,7 @@ def rate_schedule(train: Train, total_steps: int) -> Callable[[int], float]:
 
 
 def training_steps(
-    engine: Engine, task: Task, feed: Feed, frozen: Frozen, plan: Plan, start: int = 0
+    engine: Engine, task: Task, loader: SplitLoader, frozen: Frozen, schedule: Schedule, start: int = 0
 ) -> Iterator[Step]:
     """Take the optimizer steps after `start`, yielding each one when it is done.
 
@@ -87,12 +87,12 @@ def training_steps(
         RunFailed: the loss or its gradient is not a finite number.
     """
     batches: list[npt.NDArray[np.int64]] = []
-    for index in range(start, plan.total_steps):
-        epoch, position = divmod(index, plan.order.steps_per_epoch)
+    for index in range(start, schedule.total_steps):
+        epoch, position = divmod(index, schedule.order.steps_per_epoch)
         if position == 0 or not batches:
-            batches = plan.order.epoch(epoch)
+            batches = schedule.order.epoch(epoch)
         frozen.set_train_mode(engine.model)
-        loss, norm = take_step(engine, task, feed, plan, index, batches[position])
+        loss, norm = take_step(engine, task, loader, schedule, index, batches[position])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
             raise RunFailed(
@@ -101,29 +101,29 @@ def training_steps(
             )
         yield Step(
             number=index + 1,
-            epoch=(index + 1) / plan.order.steps_per_epoch,
+            epoch=(index + 1) / schedule.order.steps_per_epoch,
             loss=loss,
             gradient_norm=norm,
-            learning_rate=plan.learning_rate * plan.rate_factor(index),
+            learning_rate=schedule.learning_rate * schedule.rate_factor(index),
             num_examples=len(batches[position]),
         )
 
 
 def take_step(
-    engine: Engine, task: Task, feed: Feed, plan: Plan, index: int, rows: npt.NDArray[np.int64]
+    engine: Engine, task: Task, loader: SplitLoader, schedule: Schedule, index: int, rows: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
     """One optimizer step on the global batch `rows`; returns its loss and the norm of its gradient."""
-    passes = cut(engine, feed, plan, rows)
+    passes = cut(engine, loader, schedule, rows)
     # Of texts that were cut there may be nothing left to learn.
-    num_targets = max(1, int(feed.encoded.num_targets[rows].sum()))
-    stream = (plan.seed, index // plan.order.steps_per_epoch)
+    num_targets = max(1, int(loader.encoded.num_targets[rows].sum()))
+    stream = (schedule.seed, index // schedule.order.steps_per_epoch)
     total = torch.zeros((), device=engine.device)
     for number, hands in enumerate(passes):
         mine = hands[engine.rank]
-        seed_dropout(plan.seed, index, number, engine.rank)
+        seed_dropout(schedule.seed, index, number, engine.rank)
         # A worker without examples computes on one that counts for nothing: gradients are summed with all workers. In
         # evaluation mode, so that statistics do not learn from it.
-        batch = feed.batch(mine if len(mine) else rows[:1], stream)
+        batch = loader.batch(mine if len(mine) else rows[:1], stream)
         labels = batch.pop("labels")
         weight = 1.0 / num_targets if len(mine) else 0.0
         mode = contextlib.nullcontext() if len(mine) else evaluating(engine.module)
@@ -131,19 +131,21 @@ def take_step(
             loss = task.loss(engine.model(**batch), labels) * weight
             engine.backward(loss)
         total += loss.detach()
-    norm = engine.step(plan.rate_factor(index))
+    norm = engine.step(schedule.rate_factor(index))
     return float(engine.sum_over_workers(total)), norm
 
 
-def cut(engine: Engine, feed: Feed, plan: Plan, rows: npt.NDArray[np.int64]) -> list[list[npt.NDArray[np.int64]]]:
+def cut(
+    engine: Engine, loader: SplitLoader, schedule: Schedule, rows: npt.NDArray[np.int64]
+) -> list[list[npt.NDArray[np.int64]]]:
     """The passes of a step, each with the rows of every worker."""
     # Not the lengths of stored features: the cut decides what is dropped out, and what batch norms see, and neither may
     # depend on whether features are stored.
-    lengths = feed.encoded.lengths
+    lengths = loader.encoded.lengths
     # Where examples are packed there is no padding to save by further passes.
-    cost = NEVER if feed.packs else engine.cost_of_pass
-    most = feed.tokens_per_pass(plan.tokens_per_pass, lengths)
-    return deal(rows, lengths, engine.num_workers, plan.micro_batch_size, cost, most)
+    cost = NEVER if loader.packs else engine.cost_of_pass
+    most = loader.tokens_per_pass(schedule.tokens_per_pass, lengths)
+    return assign(rows, lengths, engine.num_workers, schedule.micro_batch_size, cost, most)
 
 
 def seed_dropout(*numbers: int) -> None:

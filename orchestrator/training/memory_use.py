@@ -23,7 +23,7 @@ def peak_bytes(device: torch.device) -> int | None:
     return None
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

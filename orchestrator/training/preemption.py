@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.training.engine.base import Engine
-from orchestrator.training.hooks import Memory, Saver
+from orchestrator.training.hooks import Saver, TrainingState
 from orchestrator.training.interruption import Interrupted, Wish
 from orchestrator.training.loop import Step
 
@@ -35,7 +35,12 @@ class Watch:
     """
 
     def __init__(
-        self, engine: Engine, saver: Saver, notice: Notice | None, wish: Wish | None, tell: Callable[[str], None]
+        self,
+        engine: Engine,
+        saver: Saver,
+        notice: Notice | None,
+        wish: Wish | None,
+        report_phase: Callable[[str], None],
     ) -> None:
         """
         Args:
@@ -47,23 +52,23 @@ class Watch:
         self.saver = saver
         self.notice = notice
         self.wish = wish
-        self.tell = tell
+        self.report_phase = report_phase
         self._next = 1
         self._looked: tuple[int, float] | None = None
 
-    def after_step(self, step: Step, memory: Memory) -> None:
+    def after_step(self, step: Step, state: TrainingState) -> None:
         # One worker alone may look at each step: nobody has to be asked.
         if self.engine.num_workers == 1 and self._is_wished():
-            self._end(step, memory)
+            self._end(step, state)
         if step.number < self._next:
             return
         num_steps, is_wished = self.engine.from_first_worker((self._steps_to_pass(step.number), self._is_wished()))
         self._next = step.number + num_steps
         if is_wished:
-            self._end(step, memory)
+            self._end(step, state)
         if self.notice is not None and self.notice.is_given():
-            self.saver.save(step, memory)
-            self.tell(f"a machine is about to be taken away; step {step.number} is saved")
+            self.saver.save(step, state)
+            self.report_phase(f"a machine is about to be taken away; step {step.number} is saved")
             self.notice.wait()
 
     def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
@@ -72,9 +77,9 @@ class Watch:
     def _is_wished(self) -> bool:
         return self.wish is not None and self.wish.is_given()
 
-    def _end(self, step: Step, memory: Memory) -> None:
-        self.tell(f"interrupted; step {step.number} is being saved")
-        self.saver.save(step, memory)
+    def _end(self, step: Step, state: TrainingState) -> None:
+        self.report_phase(f"interrupted; step {step.number} is being saved")
+        self.saver.save(step, state)
         raise Interrupted(f"interrupted; step {step.number} is saved")
 
     def _steps_to_pass(self, number: int) -> int:
@@ -82,5 +87,5 @@ class Watch:
         now = time.monotonic()
         steps, since = self._looked or (number - 1, now - SECONDS_BETWEEN_LOOKS)
         self._looked = number, now
-        pace = (now - since) / max(1, number - steps)
-        return max(1, int(SECONDS_BETWEEN_LOOKS / max(pace, 1e-3)))
+        throughput = (now - since) / max(1, number - steps)
+        return max(1, int(SECONDS_BETWEEN_LOOKS / max(throughput, 1e-3)))

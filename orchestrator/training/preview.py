@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.batches import BatchOrder, deal
+from orchestrator.data.batches import BatchOrder, assign
 from orchestrator.data.examples import Rows
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
@@ -111,7 +111,7 @@ def padding_share(recipe: Recipe, encoded: Encoded) -> float:
     order = BatchOrder(encoded.lengths, train.global_batch_size, train.group_by_length, train.seed)
     positions = 0
     for rows in order.epoch(0):
-        for hands in deal(rows, encoded.lengths, workers, micro_batch_size(recipe), TOKENS_PER_PASS_ON_CPU):
+        for hands in assign(rows, encoded.lengths, workers, micro_batch_size(recipe), TOKENS_PER_PASS_ON_CPU):
             positions += sum(int(encoded.lengths[mine].max()) * len(mine) for mine in hands if len(mine))
     return 1.0 - float(encoded.lengths.sum()) / positions
 

@@ -13,7 +13,7 @@ from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import score
 from orchestrator.training.export import AfterTraining, export_model, formats_to_write, write_predictions
 from orchestrator.training.generation import Answer, write_answers
-from orchestrator.training.hooks import Memory
+from orchestrator.training.hooks import TrainingState
 from orchestrator.training.session import Session
 
 NUM_SAMPLES = 8
@@ -23,24 +23,24 @@ def score_before(session: Session) -> dict[str, Reported] | None:
     """Scores before the first step, where the source's own head is kept; a new head knows nothing yet."""
     if session.parts.head_is_new:
         return None
-    session.tell("scoring the source")
+    session.report_phase("scoring the source")
     return {name: score_split(session, name) for name in ("select", "test") if name in session.prepared.tables}
 
 
-def finish(session: Session, memory: Memory, before: dict[str, Reported] | None) -> None:
+def finish(session: Session, state: TrainingState, before: dict[str, Reported] | None) -> None:
     """Take the best weights, score every split that is reported, and write model, predictions and result."""
     prepared, engine, directory = session.prepared, session.engine, session.directory
-    session.tell("scoring the best checkpoint")
-    best_step = take_best_weights(session, memory)
+    session.report_phase("scoring the best checkpoint")
+    best_step = load_best_weights(session, state)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
     formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredFormats()
     weights = engine.trained_weights(formats.of)
-    peaks = engine.gather(memory.peak_bytes)
+    peaks = engine.gather(state.peak_bytes)
     if engine.rank != 0:
         return
     started = time.monotonic()
-    session.tell("writing the model")
+    session.report_phase("writing the model")
     main = reported[-1]
     result = {
         "status": "finished",
@@ -48,9 +48,9 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         "before": None if before is None else {name: split.metrics for name, split in before.items()},
         "details": {main: prepared.task.details(scored[main].predictions, prepared.encoded(main).targets())},
         "samples": samples(before[main].answers if before else [], scored[main].answers),
-        "steps": memory.step,
-        "stopped_early": memory.stop,
-        "seconds": memory.seconds,
+        "steps": state.step,
+        "stopped_early": state.stop,
+        "seconds": state.seconds,
         "peak_bytes": max(peaks),
         "best_step": best_step,
         "best_checkpoint": f"checkpoints/step-{best_step:08d}",
@@ -64,36 +64,36 @@ def finish(session: Session, memory: Memory, before: dict[str, Reported] | None)
         write_predictions(prepared, main, scored[main].predictions, directory.predictions)
         if "test" in scored:
             row = {
-                "step": memory.step,
+                "step": state.step,
                 "split": "test",
                 "phase": "best",
                 **scored["test"].metrics,
-                "seconds": memory.seconds,
+                "seconds": state.seconds,
             }
             directory.append_metrics(row)
         result["seconds_exporting"] = time.monotonic() - started
         write_json(directory.result, finite(result))
-        directory.send_results()
+        directory.upload_results()
 
 
-def take_best_weights(session: Session, memory: Memory) -> int:
+def load_best_weights(session: Session, state: TrainingState) -> int:
     """Put the weights of the best checkpoint into the engine; returns their step.
 
     Where that checkpoint was damaged or deleted, the weights stay those of the last step, and a note says so.
     """
-    engine, best = session.engine, memory.best_step
-    if best is None or best == memory.step:
-        return memory.step
-    session.store.bring(best)
+    engine, best = session.engine, state.best_step
+    if best is None or best == state.step:
+        return state.step
+    session.store.download(best)
     checkpoint = session.store.at(best)
     damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
     if damage is None:
         engine.read_state(checkpoint.folder)
         engine.agree(None)
         return best
-    text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {memory.step}"
+    text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {state.step}"
     engine.first_worker_does(lambda: session.directory.note(text))
-    return memory.step
+    return state.step
 
 
 @dataclass
@@ -106,8 +106,8 @@ class Reported:
 
 
 def score_split(session: Session, name: str) -> Reported:
-    prepared, micro_batch = session.prepared, session.plan.micro_batch_size
-    scored = score(session.engine, prepared.task, session.feeds[name], micro_batch, prepared.tokens_per_pass)
+    prepared, micro_batch = session.prepared, session.schedule.micro_batch_size
+    scored = score(session.engine, prepared.task, session.loaders[name], micro_batch, prepared.tokens_per_pass)
     written = write_answers(session.engine, prepared.task, prepared.processor, prepared.examples[name], micro_batch)
     return Reported({**scored.metrics, **written.metrics}, scored.predictions, written.answers)
 

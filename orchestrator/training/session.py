@@ -26,14 +26,14 @@ from orchestrator.training.engine.build import build_engine
 from orchestrator.training.engine.deepspeed_config import deepspeed_config, plain_linear
 from orchestrator.training.engine.precision import Precision, choose_precision
 from orchestrator.training.engine.settings import micro_batch_size
-from orchestrator.training.engine.weight_formats import hold_frozen_in_bf16, may_load_as_stored, may_narrow
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
 from orchestrator.training.engine.zero3 import assemble_share, is_spread, spread
-from orchestrator.training.evaluation import refer_to_source
-from orchestrator.training.features.build import can_pack, make_feeds, split_at_boundary
+from orchestrator.training.evaluation import set_reference
+from orchestrator.training.features.build import can_pack, extract_prefix_at_boundary, make_loaders
 from orchestrator.training.features.prefix_cache import model_identity
-from orchestrator.training.loop import Plan, make_plan
+from orchestrator.training.loop import Schedule, make_schedule
 from orchestrator.training.prepare import Prepared
-from orchestrator.training.split_loader import Feed
+from orchestrator.training.split_loader import SplitLoader
 
 
 @dataclass
@@ -44,16 +44,16 @@ class Session:
     directory: RunDirectory
     parts: Parts
     engine: Engine
-    feeds: dict[str, Feed]
+    loaders: dict[str, SplitLoader]
     """Each split, as it is fed to the model."""
-    plan: Plan
+    schedule: Schedule
     precision: Precision
     store: CheckpointStore
     metric: MainMetric
     progress: ProgressFile | None
     """Only on worker 0."""
 
-    def tell(self, phase: str) -> None:
+    def report_phase(self, phase: str) -> None:
         if self.progress is not None:
             self.progress.show(force=True, phase=phase)
 
@@ -86,21 +86,23 @@ def open_session(
             gc.collect()  # A model of before, whose parts refer to each other, is to be gone from the device.
         precision = choose_precision(recipe, device)
         lengths = prepared.encoded("train").lengths
-        plan = make_plan(recipe.train, lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
+        schedule = make_schedule(recipe.train, lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
         stack.enter_context(plain_linear())
         as_stored = may_load_as_stored(recipe, precision)
         parts = assemble_share(prepared, exchange, as_stored)
         is_rounded = place(parts, recipe, precision, device)
         # What is tried out is compared more finely than bf16 computes.
-        finely = models.ComputesInFp32 if precision == "bf16" else contextlib.nullcontext
+        finely = models.Fp32Compute if precision == "bf16" else contextlib.nullcontext
         with finely():
-            split = split_at_boundary(prepared, parts, plan)
-            packs = recipe.scale.zero_stage < 3 and can_pack(Feed(prepared.encoded("train"), device), parts.module)
+            split = extract_prefix_at_boundary(prepared, parts, schedule)
+            packs = recipe.scale.zero_stage < 3 and can_pack(
+                SplitLoader(prepared.encoded("train"), device), parts.module
+            )
         # The slowest to load and try out the model is waited for here, not in a collective of the engine.
         exchange.agree(None)
         if is_spread(recipe):
             trained = parts.count_parameters()["trained"]
-            config = deepspeed_config(recipe, precision, plan.micro_batch_size, trained)
+            config = deepspeed_config(recipe, precision, schedule.micro_batch_size, trained)
             spread(parts, recipe, config, device, exchange)
         engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision, exchange))
         engine.rounds_weights |= is_rounded and recipe.transfer.adapter is None
@@ -113,31 +115,31 @@ def open_session(
         store.identity = exchange.first_does(lambda: identity_to_keep(recipe, prepared.identity, directory, attempt))
         if recipe.scale.zero_stage == 3:  # No worker has the whole model on its device before.
             with finely():
-                packs = can_pack(Feed(prepared.encoded("train"), device), parts.module)
+                packs = can_pack(SplitLoader(prepared.encoded("train"), device), parts.module)
         packs = share_findings(engine, parts, packs)
-        fitted = models.fit_momentum(parts.module, passes_to_evaluation(recipe, plan))
+        fitted = models.set_batch_norm_momentum(parts.module, passes_to_evaluation(recipe, schedule))
         if fitted is not None:
             engine.first_worker_does(lambda: directory.note(fitted))
-        session = Session(prepared, directory, parts, engine, {}, plan, precision, store, metric, progress)
-        session.feeds = make_feeds(
-            prepared, split, engine, precision, session.tell, directory.note, boundaries, directory.leads_node
+        session = Session(prepared, directory, parts, engine, {}, schedule, precision, store, metric, progress)
+        session.loaders = make_loaders(
+            prepared, split, engine, precision, session.report_phase, directory.note, boundaries, directory.leads_node
         )
-        session.feeds["train"].packs = packs
+        session.loaders["train"].packs = packs
         if prepared.task.needs_reference:
-            session.tell("asking the source")
+            session.report_phase("asking the source")
             identity = model_identity(recipe, prepared.identity["source"], precision, engine)
-            for name, feed in session.feeds.items():
+            for name, loader in session.loaders.items():
                 names = [*identity, prepared.keys[name]]
-                refer_to_source(engine, prepared.task, feed, plan.micro_batch_size, names, prepared.tokens_per_pass)
+                set_reference(engine, prepared.task, loader, schedule.micro_batch_size, names, prepared.tokens_per_pass)
         yield session
 
 
-def passes_to_evaluation(recipe: Recipe, plan: Plan) -> int:
+def passes_to_evaluation(recipe: Recipe, schedule: Schedule) -> int:
     """Return the least number of passes that a worker trains between two evaluations."""
     every = recipe.train.evaluate_every
-    steps = plan.order.steps_per_epoch if every == "epoch" else int(every)
-    passes = -(-recipe.train.global_batch_size // (recipe.scale.workers * plan.micro_batch_size))
-    return min(steps, plan.total_steps) * passes
+    steps = schedule.order.steps_per_epoch if every == "epoch" else int(every)
+    passes = -(-recipe.train.global_batch_size // (recipe.scale.workers * schedule.micro_batch_size))
+    return min(steps, schedule.total_steps) * passes
 
 
 def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
@@ -150,7 +152,7 @@ def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.devi
     """
     stage = recipe.scale.zero_stage
     autocasts = precision == "bf16" and stage == 0
-    is_rounded = autocasts and may_narrow(recipe) and hold_frozen_in_bf16(parts.module)
+    is_rounded = autocasts and may_cast_frozen(recipe) and cast_frozen_to_bf16(parts.module)
     if stage < 3:
         parts.module.to(device)
     return is_rounded
@@ -158,7 +160,7 @@ def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.devi
 
 def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:
     """Have all workers know what the first one found out, where it alone has the whole model; returns its `packs`."""
-    losses = models.losses_of(parts.module)
+    losses = models.find_token_losses(parts.module)
     mine = (packs, parts.head_is_new, losses is not None and losses.is_direct)
     packs, parts.head_is_new, is_direct = engine.from_first_worker(mine)
     if losses is not None:

@@ -16,7 +16,7 @@ from orchestrator.tasks.base import Arrays
 
 
 @dataclass
-class Feed:
+class SplitLoader:
     """A split, as batches of tensors on the device."""
 
     encoded: Encoded
@@ -67,7 +67,7 @@ class Feed:
 
     def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """What goes along with features of these rows: masks, labels."""
-        return self._to_device(self.encoded.beside_features(rows))
+        return self._to_device(self.encoded.extra_inputs(rows))
 
     def _to_device(self, arrays: Arrays) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}

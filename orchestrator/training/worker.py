@@ -9,11 +9,11 @@ from orchestrator.runs.checkpoint import Checkpoint
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.logs import log_to
 from orchestrator.runs.progress import ProgressFile
-from orchestrator.training.adapter_gradients import Reached
-from orchestrator.training.hooks import Clock, Evaluator, Hook, Memory, Recorder, Saver
+from orchestrator.training.adapter_gradients import AdapterGradients
+from orchestrator.training.hooks import Clock, Evaluator, Hook, Recorder, Saver, TrainingState
 from orchestrator.training.interruption import Wish
 from orchestrator.training.loop import training_steps
-from orchestrator.training.memory_use import reset_peak
+from orchestrator.training.memory_use import reset_peak_memory
 from orchestrator.training.preemption import Notice, Watch
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.results import finish, score_before
@@ -38,20 +38,20 @@ def run_worker(
     Raises:
         Interrupted: the run is to end; the last step is saved.
     """
-    progress = ProgressFile(directory.root, directory.send_progress) if is_first else None
+    progress = ProgressFile(directory.root, directory.upload_progress) if is_first else None
     with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
-        memory = resume(session)
-        session.engine.first_worker_does(lambda: record_start(session, memory.step))
+        state = resume(session)
+        session.engine.first_worker_does(lambda: record_start(session, state.step))
         saver = make_saver(session)
-        watch = Watch(session.engine, saver, notice, wish, session.tell)
+        watch = Watch(session.engine, saver, notice, wish, session.report_phase)
         with watch.while_steps_are_taken():
-            for _ in evaluations(session, memory, [saver, watch]):
+            for _ in evaluations(session, state, [saver, watch]):
                 pass
-        finish(session, memory, before)
+        finish(session, state, before)
 
 
-def resume(session: Session) -> Memory:
+def resume(session: Session) -> TrainingState:
     """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
 
     def find() -> tuple[Checkpoint | None, int]:
@@ -63,22 +63,22 @@ def resume(session: Session) -> Memory:
 
     found, num_rows = session.engine.first_worker_does(find)
     if found is None:
-        return Memory()
-    session.tell(f"resuming at step {found.step}")
-    session.store.bring(found.step)
+        return TrainingState()
+    session.report_phase(f"resuming at step {found.step}")
+    session.store.download(found.step)
     here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
     session.engine.read_state(here.folder)
     session.engine.agree(None)  # Who is slow to read is waited for here, not in a collective of the first step.
-    memory = Memory(**here.state)
-    session.engine.first_worker_does(lambda: note_lost_rows(session, memory, num_rows))
-    return memory
+    state = TrainingState(**here.state)
+    session.engine.first_worker_does(lambda: note_lost_rows(session, state, num_rows))
+    return state
 
 
-def note_lost_rows(session: Session, memory: Memory, num_rows: int) -> None:
+def note_lost_rows(session: Session, state: TrainingState, num_rows: int) -> None:
     """Say so where metrics.jsonl has fewer rows than were written up to the checkpoint."""
-    lost, memory.num_rows = memory.num_rows - num_rows, num_rows
+    lost, state.num_rows = state.num_rows - num_rows, num_rows
     if lost > 0:
-        what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {memory.step}"
+        what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {state.step}"
         session.directory.note(f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again")
 
 
@@ -89,7 +89,7 @@ def record_start(session: Session, step: int) -> None:
         world_size=session.engine.num_workers,
         precision=session.precision,
         parameters=session.parts.count_parameters(),
-        total_steps=session.plan.total_steps,
+        total_steps=session.schedule.total_steps,
     )
 
 
@@ -102,36 +102,41 @@ def note_other_number_of_workers(session: Session, step: int) -> None:
 
 
 def make_saver(session: Session) -> Saver:
-    return Saver(session.engine, session.store, session.prepared.recipe.train, session.plan)
+    return Saver(session.engine, session.store, session.prepared.recipe.train, session.schedule)
 
 
-def evaluations(session: Session, memory: Memory, last_hooks: Sequence[Hook]) -> Iterator[dict[str, Any]]:
+def evaluations(session: Session, state: TrainingState, last_hooks: Sequence[Hook]) -> Iterator[dict[str, Any]]:
     """Train to the end, yielding the row of metrics.jsonl after each evaluation on *select*.
 
     Args:
         last_hooks: called after all others; those that save see what the others remembered.
     """
-    if memory.stop or memory.step >= session.plan.total_steps:
+    if state.stop or state.step >= session.schedule.total_steps:
         return
-    prepared, engine, plan, train = session.prepared, session.engine, session.plan, session.prepared.recipe.train
+    prepared, engine, schedule, train = (
+        session.prepared,
+        session.engine,
+        session.schedule,
+        session.prepared.recipe.train,
+    )
     evaluator = Evaluator(
-        engine, prepared.task, session.feeds["select"], session.metric, train, plan, session.directory
+        engine, prepared.task, session.loaders["select"], session.metric, train, schedule, session.directory
     )
     adapter = prepared.recipe.transfer.adapter
     hooks: list[Hook] = [
-        *([Reached(engine, session.parts.module, session.directory.note)] if adapter is not None else []),
-        Clock(plan, session.metric.name, session.progress, memory.seconds, engine.device),
+        *([AdapterGradients(engine, session.parts.module, session.directory.note)] if adapter is not None else []),
+        Clock(schedule, session.metric.name, session.progress, state.seconds, engine.device),
         Recorder(engine.exchange, session.directory, train.log_every),
         evaluator,
         *last_hooks,
     ]
-    steps = training_steps(engine, prepared.task, session.feeds["train"], session.parts.frozen, plan, memory.step)
-    reset_peak(engine.device)
+    steps = training_steps(engine, prepared.task, session.loaders["train"], session.parts.frozen, schedule, state.step)
+    reset_peak_memory(engine.device)
     for step in steps:
         for hook in hooks:
-            hook.after_step(step, memory)
-        reset_peak(engine.device)
+            hook.after_step(step, state)
+        reset_peak_memory(engine.device)
         if evaluator.last is not None:
             yield evaluator.last
-        if memory.stop:
+        if state.stop:
             break

@@ -15,8 +15,8 @@ from orchestrator.data.batches import (
     BATCHES_SORTED_TOGETHER,
     BatchOrder,
     Indices,
+    assign,
     cheapest_cuts,
-    deal,
     evaluation_batches,
 )
 
@@ -33,7 +33,7 @@ def padded_size(batches: list[Indices], lengths: Indices) -> int:
 def test_no_pass_has_more_tokens_than_it_may_but_for_a_single_example(
     lengths: Indices, workers: int, size: int, cost: int, most: int
 ) -> None:
-    passes = deal(np.arange(len(lengths)), lengths, workers, size, cost, most)
+    passes = assign(np.arange(len(lengths)), lengths, workers, size, cost, most)
     assert sorted(np.concatenate([mine for hands in passes for mine in hands]).tolist()) == list(range(len(lengths)))
     for mine in (mine for hands in passes for mine in hands if len(mine)):
         assert len(mine) <= size
@@ -42,7 +42,7 @@ def test_no_pass_has_more_tokens_than_it_may_but_for_a_single_example(
 
 def test_short_examples_stay_together_where_long_ones_need_passes_of_their_own() -> None:
     lengths = np.array([4] * 16 + [64] * 2)
-    passes = deal(np.arange(18), lengths, 1, 32, 1000, 64)
+    passes = assign(np.arange(18), lengths, 1, 32, 1000, 64)
     assert [len(mine) for (mine,) in passes] == [16, 1, 1]
 
 
@@ -102,7 +102,7 @@ def test_dealing_covers_the_batch_and_workers_differ_by_one_at_most(
     lengths: Indices, num_workers: int, micro_batch_size: int
 ) -> None:
     batch = np.random.default_rng(0).permutation(len(lengths))
-    passes = deal(batch, lengths, num_workers, micro_batch_size, cost_of_pass=7)
+    passes = assign(batch, lengths, num_workers, micro_batch_size, cost_of_pass=7)
     assert sorted(np.concatenate([rows for part in passes for rows in part]).tolist()) == sorted(batch.tolist())
     for part in passes:
         sizes = [len(rows) for rows in part]
@@ -113,7 +113,7 @@ def test_dealing_covers_the_batch_and_workers_differ_by_one_at_most(
 
 def test_a_micro_batch_holds_examples_of_like_length() -> None:
     lengths = np.array([9, 1, 8, 2, 7, 3, 6, 4])
-    (short, long) = deal(np.arange(8), lengths, 2, 2, cost_of_pass=100)
+    (short, long) = assign(np.arange(8), lengths, 2, 2, cost_of_pass=100)
     assert sorted(lengths[np.concatenate(short)]) == [1, 2, 3, 4]
     assert sorted(lengths[np.concatenate(long)]) == [6, 7, 8, 9]
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from orchestrator.data.feature_store import IN_USE, LAYOUT, VALUES, FeatureStore, Layout, Rows, Writer, wait_a_little
 
 KEY = "a" * 64
-ROWS, ROWS_IN_STRETCH = 40, 5
-NUM_STRETCHES = ROWS // ROWS_IN_STRETCH
+ROWS, ROWS_PER_SHARD = 40, 5
+NUM_STRETCHES = ROWS // ROWS_PER_SHARD
 RAGGED = Layout((3,), "float32", ROWS, tuple(1 + 7 * row % 11 for row in range(ROWS)))
 EVEN = Layout((2, 3), "uint16", ROWS)
 MEGABYTE = Layout((250_000,), "float32", 1)
@@ -63,11 +63,11 @@ def compute(folder: Path, layout: Layout, log: Path, die_at: int | None = None, 
 
 
 def write_stretch(writer: Writer, layout: Layout, stretch: int, die_at: int | None, seconds: float) -> None:
-    for row in range(stretch * ROWS_IN_STRETCH, (stretch + 1) * ROWS_IN_STRETCH):
-        if stretch == die_at and row % ROWS_IN_STRETCH == 2:
+    for row in range(stretch * ROWS_PER_SHARD, (stretch + 1) * ROWS_PER_SHARD):
+        if stretch == die_at and row % ROWS_PER_SHARD == 2:
             os._exit(9)
         writer.write(row, row_of(layout, row))
-        time.sleep(seconds / ROWS_IN_STRETCH)
+        time.sleep(seconds / ROWS_PER_SHARD)
 
 
 def check_rows(rows: Rows, layout: Layout) -> None:

@@ -37,11 +37,11 @@ def make_trial(
     chance = random.Random(number)
     distance = math.log10(rate / BEST_RATES.get(freeze, 3e-4))
     ceiling = CEILINGS.get(freeze, 0.8) - 0.16 * distance**2 + chance.gauss(0, 0.006)
-    pace = (4 + 18 * SHARE_TRAINED.get(freeze, 0.5)) * chance.uniform(0.95, 1.05)
+    throughput = (4 + 18 * SHARE_TRAINED.get(freeze, 0.5)) * chance.uniform(0.95, 1.05)
     history = []
     for epoch in range(1, evaluations + 1):
         accuracy = max(0.013, ceiling * (1 - math.exp(-1.1 * epoch)) + chance.gauss(0, 0.003))
-        row = {"step": 24 * epoch, "epoch": float(epoch), "seconds": pace * epoch}
+        row = {"step": 24 * epoch, "epoch": float(epoch), "seconds": throughput * epoch}
         history.append({**row, "accuracy": accuracy, "f1_macro": accuracy - 0.01, "loss": 3.2 - 3 * accuracy})
     best = max(history, key=lambda row: row["accuracy"])
     trial = {

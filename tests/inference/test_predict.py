@@ -215,14 +215,14 @@ def test_columns_with_other_names_are_found_or_named(trainer: Trainer, tmp_path:
 
 
 def test_standard_input_is_read_as_json_lines(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def feed(text: str) -> list[dict[str, Any]]:
+    def loader(text: str) -> list[dict[str, Any]]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         return predict_lines(trainer.run("full"), Path("-"))
 
-    assert len(feed('{"text": "a cat"}\n{"text": "a bus"}\n')) == 2
+    assert len(loader('{"text": "a cat"}\n{"text": "a bus"}\n')) == 2
     for wrong in ("", "a cat", '{"text": " "}', '{"words": "a cat"}'):
         with pytest.raises(DataError) as refused:
-            feed(wrong)
+            loader(wrong)
         assert str(refused.value.problems[0].where).startswith("standard input")
 
 

@@ -23,9 +23,9 @@ FIRST_FAILURE = 5
 TRAIN = {"epochs": 2, "global_batch_size": 16, "precision": "fp32", "save_every": 2, "log_every": 1}
 
 
-def tokens_of_largest_pass(engine: Any, feed: Any, plan: Any, rows: Any) -> int:
-    hands = [mine for dealt in loop.cut(engine, feed, plan, rows) for mine in dealt if len(mine)]
-    return max(len(mine) * int(feed.encoded.lengths[mine].max()) for mine in hands)
+def tokens_of_largest_pass(engine: Any, loader: Any, plan: Any, rows: Any) -> int:
+    hands = [mine for dealt in loop.cut(engine, loader, plan, rows) for mine in dealt if len(mine)]
+    return max(len(mine) * int(loader.encoded.lengths[mine].max()) for mine in hands)
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def limit(number: int) -> None:
         take_step = loop.take_step
 
-        def take(engine: Any, task: Any, feed: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
-            if index >= FIRST_FAILURE and tokens_of_largest_pass(engine, feed, plan, rows) > number:
+        def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
+            if index >= FIRST_FAILURE and tokens_of_largest_pass(engine, loader, plan, rows) > number:
                 torch.empty(2**50)
-            return take_step(engine, task, feed, plan, index, rows)
+            return take_step(engine, task, loader, plan, index, rows)
 
         monkeypatch.setattr(loop, "take_step", take)
 
@@ -123,12 +123,12 @@ def in_workers(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Callable[[
 
             take_step = loop.take_step
 
-            def take(engine: Any, task: Any, feed: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
-                hands = [dealt[1] for dealt in loop.cut(engine, feed, plan, rows) if len(dealt[1])]
-                largest = max(len(mine) * int(feed.encoded.lengths[mine].max()) for mine in hands)
+            def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
+                hands = [dealt[1] for dealt in loop.cut(engine, loader, plan, rows) if len(dealt[1])]
+                largest = max(len(mine) * int(loader.encoded.lengths[mine].max()) for mine in hands)
                 if engine.rank == 1 and index >= 5 and largest > number:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-                return take_step(engine, task, feed, plan, index, rows)
+                return take_step(engine, task, loader, plan, index, rows)
 
             loop.take_step = take
             return train_on_worker(config)

@@ -11,19 +11,19 @@ from tiny_families import Family, make
 from torch import Tensor, nn
 
 from orchestrator.models import (
-    Pick,
+    NoPrefix,
     Prefix,
-    Unsplit,
-    answer_with_losses,
-    find_pick,
+    TokenPooling,
+    extract_prefix,
+    find_token_losses,
+    find_token_pooling,
     freeze_blocks,
-    losses_of,
-    pick_in_last_layer,
+    pool_in_last_layer,
     resolve_depth,
-    split_model,
+    return_token_losses,
 )
 from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
-from orchestrator.models.shortcuts import split as split_module
+from orchestrator.models.shortcuts import prefix_extraction
 from orchestrator.models.shortcuts import token_pooling as pick_module
 
 ERRORS = (AssertionError, ZeroDivisionError, UnboundLocalError, KeyError, NotImplementedError)
@@ -51,9 +51,9 @@ def make_failing(error: type[Exception], good_calls: int) -> Family:
     return family
 
 
-def split(family: Family, pick: Pick | None) -> Prefix | Unsplit:
+def split(family: Family, pooling: TokenPooling | None) -> Prefix | NoPrefix:
     body = family.model.base_model
-    return split_model(family.model, body, family.blocks, 1, family.inputs, family.beside, pick)
+    return extract_prefix(family.model, body, family.blocks, 1, family.inputs, family.beside, pooling)
 
 
 @pytest.mark.parametrize("good_calls", range(4))
@@ -63,11 +63,11 @@ def test_a_model_that_fails_where_a_shortcut_is_tried_out_goes_on_without_it(
 ) -> None:
     family = make_failing(error, good_calls)
     with caplog.at_level(logging.INFO, "orchestrator"):
-        pick = find_pick(family.model, family.blocks, family.inputs)
-        is_picked = pick is not None and pick_in_last_layer(family.model, family.blocks, family.inputs, pick)
-        found = split(family, pick)
+        pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+        is_picked = pooling is not None and pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
+        found = split(family, pooling)
     assert not is_picked
-    assert isinstance(found, Unsplit)
+    assert isinstance(found, NoPrefix)
     assert error.__name__ in found.reason
     assert "this layer is odd" in caplog.text
     assert "Traceback" in caplog.text
@@ -78,7 +78,7 @@ def test_a_model_that_fails_where_a_shortcut_is_tried_out_goes_on_without_it(
 
 def test_a_model_without_logits_has_no_shortcuts() -> None:
     family = make("bert")
-    assert find_pick(family.model.bert, family.blocks, family.inputs) is None
+    assert find_token_pooling(family.model.bert, family.blocks, family.inputs) is None
 
 
 def test_mistakes_around_the_call_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +87,14 @@ def test_mistakes_around_the_call_are_raised(monkeypatch: pytest.MonkeyPatch) ->
 
     family = make("bert")
     freeze_blocks(family.model, family.blocks, resolve_depth(1, family.num_layers))
-    pick = find_pick(family.model, family.blocks, family.inputs)
-    assert pick is not None
+    pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+    assert pooling is not None
     with monkeypatch.context() as patch:
         patch.setattr(pick_module, "_is_picked_alone", mistake)
         with pytest.raises(TypeError, match="of this package"):
-            pick_in_last_layer(family.model, family.blocks, family.inputs, pick)
+            pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     with monkeypatch.context() as patch:
-        patch.setattr(split_module, "is_close", mistake)
+        patch.setattr(prefix_extraction, "is_close", mistake)
         with pytest.raises(TypeError, match="of this package"):
             split(family, None)
 
@@ -104,8 +104,8 @@ def test_a_language_model_that_reads_no_texts_of_a_few_tokens_answers_from_its_l
 
     config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=4)
     model = transformers.GPT2LMHeadModel(config)
-    answer_with_losses(model)
-    losses = losses_of(model)
+    return_token_losses(model)
+    losses = find_token_losses(model)
     assert losses is not None
     assert not losses.is_direct
     inputs = torch.tensor([[1, 2, 3]])

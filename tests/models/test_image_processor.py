@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from orchestrator.errors import ModelError
-from orchestrator.models import PictureMaker, SourceModel, load_image_processor, set_image_size
+from orchestrator.models import ImagePreprocessor, SourceModel, load_image_processor, set_image_size
 
 # As their models have them: resize and crop, resize alone, resize by a share, other order of colours, normalised twice.
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,7 +51,7 @@ def pictures() -> list[Image.Image]:
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_numbers_are_the_processors_own(name: str, tmp_path: Path) -> None:
     processor = build(name, tmp_path)
-    maker = PictureMaker(processor, source_of(tmp_path))
+    maker = ImagePreprocessor(processor, source_of(tmp_path))
     assert maker.is_exact
     for picture in pictures():
         made = maker.make(picture)
@@ -61,7 +61,7 @@ def test_numbers_are_the_processors_own(name: str, tmp_path: Path) -> None:
 
 
 def test_several_pictures_become_numbers_at_once(tmp_path: Path) -> None:
-    maker = PictureMaker(build("vit-old", tmp_path), source_of(tmp_path))
+    maker = ImagePreprocessor(build("vit-old", tmp_path), source_of(tmp_path))
     made = np.stack([maker.make(picture) for picture in pictures()])
     together = maker.numbers(made)
     assert (together.dtype, together.flags.c_contiguous) == (np.float32, True)
@@ -87,7 +87,7 @@ def test_pillow_computes_whatever_else_is_installed(tmp_path: Path) -> None:
 def test_another_size_keeps_the_share_that_is_cut_off(name: str, before_crop: int, tmp_path: Path) -> None:
     source = source_of(tmp_path)
     changed = set_image_size(build(name, tmp_path), 96, source)
-    maker = PictureMaker(changed, source)
+    maker = ImagePreprocessor(changed, source)
     assert (maker.height, maker.width) == (96, 96)
     assert before_crop in changed.to_dict()["size"].values()
     # What is saved with a model and set again stays as it is.
@@ -101,9 +101,9 @@ def test_a_processor_of_uneven_sizes_needs_one(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     source = source_of(tmp_path)
     with pytest.raises(ModelError, match=r"pictures of different sizes\n.*set target\.options\.image_size") as refused:
-        PictureMaker(load_image_processor(source), source)
+        ImagePreprocessor(load_image_processor(source), source)
     assert refused.value.problems[0].where == source.where
-    maker = PictureMaker(set_image_size(processor, 40, source), source)
+    maker = ImagePreprocessor(set_image_size(processor, 40, source), source)
     assert (maker.height, maker.width) == (40, 40)
 
 
@@ -127,7 +127,7 @@ class Stretching(InFractions):
 
 
 def test_a_processor_that_resizes_fractions_is_met_within_half_a_step(tmp_path: Path) -> None:
-    maker = PictureMaker(InFractions(), source_of(tmp_path))
+    maker = ImagePreprocessor(InFractions(), source_of(tmp_path))
     assert not maker.is_exact
     assert 1e-3 < maker.error <= 1 / 255 + 1e-6
     picture = pictures()[0]
@@ -144,14 +144,14 @@ class OfOneSize(transformers.ViTImageProcessorPil):
 
 def test_a_size_that_the_processor_cannot_make_is_refused(tmp_path: Path) -> None:
     source = source_of(tmp_path)
-    assert PictureMaker(OfOneSize(), source).height == 24
+    assert ImagePreprocessor(OfOneSize(), source).height == 24
     with pytest.raises(ModelError, match="cannot be made to give pictures of 64 x 64"):
         set_image_size(OfOneSize(), 64, source)
 
 
 def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does more than resize, crop and normalise"):
-        PictureMaker(Stretching(), source_of(tmp_path))
+        ImagePreprocessor(Stretching(), source_of(tmp_path))
 
 
 def test_a_model_without_an_image_processor_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_a_model_without_an_image_processor_is_refused(tiny_bert: Path, tmp_path
 def test_another_setting_is_another_text(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     processor = build("mobilenet-v2", tmp_path)
-    texts = {PictureMaker(each, source).settings for each in (processor, set_image_size(processor, 96, source))}
+    texts = {ImagePreprocessor(each, source).settings for each in (processor, set_image_size(processor, 96, source))}
     assert len(texts) == 2
-    assert PictureMaker(processor, source).settings in texts
+    assert ImagePreprocessor(processor, source).settings in texts

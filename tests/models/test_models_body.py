@@ -13,13 +13,13 @@ from orchestrator.errors import ModelError
 from orchestrator.models import (
     find_blocks,
     find_body,
-    fit_to_tokenizer,
     freeze_blocks,
     load_config,
     load_model,
     open_folder,
     resolve_depth,
     set_head,
+    set_padding_token,
 )
 from orchestrator.models.head import find_output_layer
 from orchestrator.models.quantize import layers_outside_body
@@ -137,9 +137,9 @@ def test_tokens_are_counted_where_the_embedding_of_tokens_is_not_told(size: int,
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words(size), pad_token="0")
     if size > 40:
         with pytest.raises(ModelError, match="has 50 tokens, its model embeds 40"):
-            fit_to_tokenizer(build("perceiver"), tokenizer, source)
+            set_padding_token(build("perceiver"), tokenizer, source)
     else:
-        fit_to_tokenizer(build("perceiver"), tokenizer, source)
+        set_padding_token(build("perceiver"), tokenizer, source)
 
 
 def words(size: int) -> Any:

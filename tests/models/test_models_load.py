@@ -12,12 +12,12 @@ from tiny_models import CONFIGS, EXAMPLE, build, save_tokenizer
 from orchestrator.errors import ModelError
 from orchestrator.models import (
     SourceModel,
-    fit_to_tokenizer,
     load_config,
     load_model,
     load_tokenizer,
     open_folder,
     seeded,
+    set_padding_token,
 )
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
@@ -175,7 +175,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
     source = save(build("bert", vocab_size=39), tmp_path / "model")
     save_tokenizer(tmp_path / "model", pad_token="<pad>")
     with pytest.raises(ModelError, match="has 40 tokens, its model embeds 39"):
-        fit_to_tokenizer(load(source).model, load_tokenizer(source)[0], source)
+        set_padding_token(load(source).model, load_tokenizer(source)[0], source)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
@@ -184,7 +184,7 @@ def test_a_decoder_classifies_the_last_token_before_the_padding(name, tmp_path):
     save_tokenizer(tmp_path / "model", eos_token="</s>", unk_token="<unk>")
     tokenizer, _ = load_tokenizer(source)
     model = load(source, pad_token_id=None).model
-    fit_to_tokenizer(model, tokenizer, source)
+    set_padding_token(model, tokenizer, source)
     alone = tokenizer(["w1 w2"], return_tensors="pt")
     padded = tokenizer(["w1 w2", "w1 w2 w3 w4"], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_cached_hub_model_loads_without_waiting_for_a_network(tmp_path, monkey
     source = SourceModel("owner/tiny", "owner/tiny", commit, False, False, None, "here", is_offline=True)
     tokenizer, _ = load_tokenizer(source)
     loaded = load(source)
-    fit_to_tokenizer(loaded.model, tokenizer, source)
+    set_padding_token(loaded.model, tokenizer, source)
     assert loaded.new_parameters == frozenset()
     # The Hub's library may look for something of its own once; it asks for a model's file six times before it gives up.
     assert len(asked) <= 1
@@ -253,5 +253,5 @@ def test_the_demo_model_loads_and_runs(tmp_path):
     source = open_folder(root / "model", "here")
     loaded = load(source, **NAMES)
     assert loaded.new_parameters == {"classifier.weight", "classifier.bias"}
-    fit_to_tokenizer(loaded.model, load_tokenizer(source)[0], source)
+    set_padding_token(loaded.model, load_tokenizer(source)[0], source)
     assert loaded.model(**EXAMPLE).logits.shape == (1, 3)

@@ -15,11 +15,11 @@ from orchestrator.models import (
     SourceModel,
     find_blocks,
     find_source,
-    fit_momentum,
     freeze_blocks,
     load_config,
     load_model,
     resolve_depth,
+    set_batch_norm_momentum,
     set_head,
 )
 from orchestrator.recipe import Head, Recipe
@@ -126,13 +126,13 @@ def test_frozen_batch_norms_keep_their_statistics_bit_by_bit(name: str, depth: i
 def test_tuned_batch_norms_get_a_momentum_that_fits_the_run(name: str, num_updates: int, fitting: float) -> None:
     model = build(name)
     declared = {module.momentum for module in batch_norms(model)}
-    note = fit_momentum(model, num_updates)
+    note = set_batch_norm_momentum(model, num_updates)
     # PyTorch's own momentum is left to those that have it.
     expected = 0.1 if name == "resnet" else fitting
     assert {module.momentum for module in batch_norms(model)} == {expected}
     assert (note is None) == (name == "resnet")
     assert note is None or all(f"{fitting:.2g} instead of the model's {value}" in note for value in declared)
-    assert fit_momentum(model, num_updates) is None
+    assert set_batch_norm_momentum(model, num_updates) is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_tuned_batch_norms_get_a_momentum_that_fits_the_run(name: str, num_updat
 )
 def test_it_is_so_for_every_norm_with_running_statistics(norm: Any, momentum: Any, expected: float) -> None:
     assert norm.momentum == momentum
-    note = fit_momentum(norm, 60)
+    note = set_batch_norm_momentum(norm, 60)
     assert norm.momentum == expected
     assert (note is None) == (momentum == expected)
 
@@ -158,14 +158,14 @@ def test_of_frozen_batch_norms_nothing_is_said() -> None:
     model = build("mobilenet-v1")
     blocks = find_blocks(model, INPUTS, frozenset())
     freeze_blocks(model, blocks, resolve_depth("all", len(blocks.layers)))
-    assert fit_momentum(model, 60) is None
+    assert set_batch_norm_momentum(model, 60) is None
 
 
 def test_statistics_of_an_odd_last_batch_do_not_take_over(tmp_path: Path) -> None:
     build("mobilenet-v2").save_pretrained(tmp_path)
     source = source_of(tmp_path)
     model = load_model(source, "AutoModelForImageClassification", load_config(source), False, 0).model.train()
-    fit_momentum(model, 1000)
+    set_batch_norm_momentum(model, 1000)
     generator = torch.Generator().manual_seed(0)
     for scale in [1.0] * 50 + [30.0]:
         model(scale * torch.randn(8, 3, 32, 32, generator=generator))

@@ -24,7 +24,7 @@ from orchestrator.errors import InputError, ModelError
 from orchestrator.planning import EFFICIENCY, measuring, processors, read_shape
 from orchestrator.planning.measuring import measure, measure_load
 from orchestrator.planning.plan import TrainingPlan, plan
-from orchestrator.planning.plan_input import open_subject
+from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import SPARE
 from orchestrator.planning.simulation import Tally, fake_weights, simulate
 from orchestrator.recipe import Recipe, parse_recipe
@@ -116,10 +116,10 @@ def test_a_pass_without_values_holds_what_one_with_values_does(
 
 
 def test_operations_are_those_of_the_matrix_products(write_recipe: WriteRecipe, tiny_bert: Path) -> None:
-    subject = open_subject(load_recipe(write_recipe(train={"precision": "fp32"})))
-    recipe = subject.prepared.recipe
-    load = measure_load(subject.prepared.encoded("train"), recipe, 8, False, "cpu", False)
-    found = measure(subject, recipe, load, False, "fp32", False)
+    plan_input = open_plan_input(load_recipe(write_recipe(train={"precision": "fp32"})))
+    recipe = plan_input.prepared.recipe
+    load = measure_load(plan_input.prepared.encoded("train"), recipe, 8, False, "cpu", False)
+    found = measure(plan_input, recipe, load, False, "fp32", False)
     config = json.loads((tiny_bert / "config.json").read_text())
     width, inner = config["hidden_size"], config["intermediate_size"]
     of_layer = 4 * width**2 + 2 * width * inner
@@ -159,11 +159,11 @@ def test_layers_that_are_left_out_are_worked_out(
     transfer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = language_recipe(write_config(tmp_path, 24), transfer=transfer, train={"steps": 1, "global_batch_size": 4})
-    subject = open_subject(recipe)
-    load = measure_load(subject.prepared.encoded("train"), recipe, 4, True, "cuda", True)
-    some = measure(subject, recipe, load, True, "bf16", True)
+    plan_input = open_plan_input(recipe)
+    load = measure_load(plan_input.prepared.encoded("train"), recipe, 4, True, "cuda", True)
+    some = measure(plan_input, recipe, load, True, "bf16", True)
     monkeypatch.setattr(measuring, "LAYERS_SIMULATED", 100)
-    every = measure(subject, recipe, load, True, "bf16", True)
+    every = measure(plan_input, recipe, load, True, "bf16", True)
     assert some.size == every.size
     for name in ("activations", "with_gradients", "gradients", "operations", "frozen_operations"):
         assert getattr(some.first, name) == pytest.approx(getattr(every.first, name), rel=1e-3), name

@@ -19,7 +19,7 @@ from orchestrator import load_recipe, search, train
 from orchestrator.cli.main import main
 from orchestrator.distributed import Exchange
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.jobs.fetch import download, send
+from orchestrator.jobs.fetch import download, upload
 from orchestrator.launch import ray_train as worker
 from orchestrator.launch.dead_workers import teller
 from orchestrator.runs.remote import RemoteRunDirectory, open_run
@@ -108,7 +108,7 @@ def test_a_run_there_is_as_one_in_a_folder(
     from transformers import AutoModelForSequenceClassification
 
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "fetched" / "model").config.num_labels == 3
-    assert "model.safetensors" not in send(url, ("model",))
+    assert "model.safetensors" not in upload(url, ("model",))
 
 
 def test_a_killed_run_goes_on_from_another_machine_with_the_same_losses(
@@ -217,8 +217,8 @@ def test_each_node_goes_on_from_its_own_copy(bucket: str) -> None:
     engine = SimpleNamespace(
         rank=1, first_worker_does=lambda _: next(told), agree=lambda _: None, read_state=read.append
     )
-    memory = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
-    assert (memory.step, memory.seconds) == (3, 1.5)
+    state = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
+    assert (state.step, state.seconds) == (3, 1.5)
     assert read == [other.folder / "step-00000003"] != [found.folder if found is not None else None]
     assert (read[0] / "weights.bin").read_bytes() == b"weights"
 
@@ -233,7 +233,7 @@ def test_a_node_that_cannot_reach_the_store_fails_the_run_on_all(bucket: str, mo
 
     monkeypatch.setattr(RemoteFolder, "download", fail)
     with pytest.raises(RunFailed, match=r"cannot read step 3 in s3://.*no route"):
-        other.bring(3)
+        other.download(3)
 
 
 def test_a_save_that_fails_half_way_leaves_the_checkpoint_before_it(

@@ -13,13 +13,13 @@ import torch
 from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.search import estimate as estimates
-from orchestrator.search.estimate import Estimate, Pace, estimate, mean_share, measure, trial_seconds
+from orchestrator.search.estimate import Estimate, Throughput, estimate, mean_share, measure, trial_seconds
 from orchestrator.search.plan import Plan, make_plan
 from orchestrator.training.prepare import prepare
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
 SPACE = {FREEZE: {"choice": [0, 1, "all"]}, RATE: {"choice": [1.0e-3, 1.0e-2]}}
-PACE = Pace(step=0.10, forward=0.02, sizes={1: 1})
+PACE = Throughput(step=0.10, forward=0.02, sizes={1: 1})
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +120,8 @@ def test_a_trial_costs_what_it_computes(plan_of: Callable[..., Plan]) -> None:
 
 def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
-    uncached = Pace(PACE.step, PACE.forward, {})
-    stored, computed = (trial_seconds(plan, {FREEZE: 1}, pace) for pace in (PACE, uncached))
+    uncached = Throughput(PACE.step, PACE.forward, {})
+    stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (PACE, uncached))
     assert computed - stored == pytest.approx((3 * 60 + 3 * 30) * 0.02 / 2)
     assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, PACE)
 
@@ -152,11 +152,11 @@ def test_the_pace_is_that_of_the_whole_model(plan_of: Callable[..., Plan], monke
         return real(engine, *arguments)
 
     monkeypatch.setattr(estimates, "take_step", count)
-    pace = measure(plan_of("transfer.freeze=all"))
+    throughput = measure(plan_of("transfer.freeze=all"))
     assert len(seen) >= 2
     assert min(seen) > 30
-    assert 0 < pace.forward < pace.step * 5
-    assert set(pace.sizes) == {1, 2}  # The pooler is new, so what is stored ends before it.
+    assert 0 < throughput.forward < throughput.step * 5
+    assert set(throughput.sizes) == {1, 2}  # The pooler is new, so what is stored ends before it.
 
 
 def test_a_recipe_with_an_adapter_can_be_estimated(write_recipe: Callable[..., Path]) -> None:

@@ -176,7 +176,7 @@ def test_what_came_after_the_last_checkpoint_is_done_again(
     first = resumed.advance()
     assert first.row["step"] == 8
     assert [row["step"] for row in history(folder)] == [8]
-    assert resumed.memory.step == 8
+    assert resumed.state.step == 8
     reports = [first, *run_to_the_end(resumed)]
     assert without_times([report.row for report in reports]) == without_times([report.row for report in expected])
     assert without_times(folder.read_metrics()) == without_times(undisturbed.read_metrics())
@@ -328,7 +328,7 @@ def test_another_trial_goes_on_from_what_one_saved(bench: Bench, tmp_path: Path)
     assert poor.session is not None
     found = poor.session.engine.trained_weights()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert poor.session.plan.learning_rate == 3.0e-3
+    assert poor.session.schedule.learning_rate == 3.0e-3
     report = poor.advance()
     assert report.row["step"] == 24
     poor.stop()
@@ -400,7 +400,7 @@ def test_a_resumed_trial_goes_on_with_the_parameters_that_its_checkpoint_was_tra
     resumed = Trial(bench, Spec("0000", INITIAL), folder)
     first = resumed.advance()
     assert resumed.session is not None
-    assert resumed.session.plan.learning_rate == 3.0e-3
+    assert resumed.session.schedule.learning_rate == 3.0e-3
     assert rates_told([first, *run_to_the_end(resumed)]) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
     assert f"learning_rate: {3.0e-3}" in folder.recipe.read_text()
     replayed = run_to_the_end(Trial(bench, Spec("0000", INITIAL), folder))
@@ -474,7 +474,7 @@ def test_a_step_that_was_broken_off_is_not_saved(
     trial.advance()
     steps = iter(range(3))
 
-    def break_off(self: Trial, step: Any, memory: Any) -> None:
+    def break_off(self: Trial, step: Any, state: Any) -> None:
         if next(steps) == 2:
             raise KeyboardInterrupt
 

@@ -68,7 +68,7 @@ def encoded_label(file: str) -> int:
 
 
 def test_beside_stored_features_stand_only_the_labels(train: Examples, tiny_vit: Path) -> None:
-    beside = encode(train, tiny_vit).beside_features(np.array([47, 0]))
+    beside = encode(train, tiny_vit).extra_inputs(np.array([47, 0]))
     assert {name: values.tolist() for name, values in beside.items()} == {"labels": [2, 0]}
 
 

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_with_the_same_reference(recipe_of: Callable[..., P
     whole = orchestrator.train(recipe, tmp_path / "whole")
     half = tmp_path / "half"
 
-    def losses_of(folder: Path) -> list[float]:
+    def find_token_losses(folder: Path) -> list[float]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if row["split"] == "train"]
 
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_with_the_same_reference(recipe_of: Callable[..., P
         shutil.rmtree(folder)
     again = orchestrator.train(recipe, half)
     assert again.resumed
-    assert losses_of(half) == pytest.approx(losses_of(whole.directory), rel=1e-6)
+    assert find_token_losses(half) == pytest.approx(find_token_losses(whole.directory), rel=1e-6)
 
 
 def test_frozen_blocks_of_pairs_are_computed_each_time_and_that_is_said(

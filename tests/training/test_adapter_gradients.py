@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from orchestrator import load_recipe, train
 from orchestrator.errors import RunFailed
-from orchestrator.training.adapter_gradients import Reached
-from orchestrator.training.hooks import Memory
+from orchestrator.training.adapter_gradients import AdapterGradients
+from orchestrator.training.hooks import TrainingState
 from orchestrator.training.loop import Step
 
 WriteRecipe = Callable[..., Path]
@@ -51,37 +51,39 @@ def step(loss: float, norm: float) -> Step:
 
 
 @pytest.fixture
-def watched() -> tuple[Any, Reached, list[str]]:
+def watched() -> tuple[Any, AdapterGradients, list[str]]:
     model = peft.get_peft_model(Experts(), peft.LoraConfig(target_modules=["first", "second"], r=2))
     notes: list[str] = []
-    return model, Reached(Alone(), model, notes.append), notes  # type: ignore[arg-type]
+    return model, AdapterGradients(Alone(), model, notes.append), notes  # type: ignore[arg-type]
 
 
-def test_modules_without_a_gradient_are_told_once(watched: tuple[Any, Reached, list[str]]) -> None:
+def test_modules_without_a_gradient_are_told_once(watched: tuple[Any, AdapterGradients, list[str]]) -> None:
     model, reached, notes = watched
-    reached.after_step(step(0.0, 0.0), Memory())  # A batch without anything to learn decides nothing.
+    reached.after_step(step(0.0, 0.0), TrainingState())  # A batch without anything to learn decides nothing.
     assert notes == []
     for _ in range(2):
         loss = model(torch.ones(1, 4)).sum()
         loss.backward()
-        reached.after_step(step(float(loss.detach()), 1.0), Memory())
+        reached.after_step(step(float(loss.detach()), 1.0), TrainingState())
     (note,) = notes
     assert "1 of the 2 modules" in note
     assert "(second)" in note
 
 
-def test_a_gradient_of_any_pass_counts(watched: tuple[Any, Reached, list[str]]) -> None:
+def test_a_gradient_of_any_pass_counts(watched: tuple[Any, AdapterGradients, list[str]]) -> None:
     model, reached, notes = watched
     for second in (False, True):
         model(torch.ones(1, 4), second=second).sum().backward()
-    reached.after_step(step(1.0, 1.0), Memory())
+    reached.after_step(step(1.0, 1.0), TrainingState())
     assert notes == []
 
 
-def test_a_training_in_which_nothing_gets_a_gradient_is_refused(watched: tuple[Any, Reached, list[str]]) -> None:
+def test_a_training_in_which_nothing_gets_a_gradient_is_refused(
+    watched: tuple[Any, AdapterGradients, list[str]],
+) -> None:
     _, reached, _ = watched
     with pytest.raises(RunFailed, match="nothing of what is trained gets a gradient"):
-        reached.after_step(step(1.0, 0.0), Memory())
+        reached.after_step(step(1.0, 0.0), TrainingState())
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -223,13 +223,13 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
 
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    put_together = deepspeed.utils.safe_get_full_fp32_param
+    build_parts = deepspeed.utils.safe_get_full_fp32_param
     finish = worker.finish
 
     def count(parameter: Any) -> Any:
         nonlocal most
         most = max(most, sum(found() is not None for found in alive))
-        whole = put_together(parameter)
+        whole = build_parts(parameter)
         alive.append(weakref.ref(whole))
         return whole
 

@@ -20,7 +20,7 @@ from orchestrator.launch.cluster import own_groups
 from orchestrator.launch.stop_request import Asker, Listener
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.training import worker
-from orchestrator.training.hooks import Memory, Recorder
+from orchestrator.training.hooks import Recorder, TrainingState
 from orchestrator.training.interruption import Interruption
 from orchestrator.training.loop import Step
 
@@ -48,12 +48,12 @@ def send_at(monkeypatch: pytest.MonkeyPatch, takes_signals: None) -> Callable[..
     def send_at(step: int, *numbers: int) -> None:
         real, sent = Recorder.after_step, []
 
-        def after_step(self: Recorder, done: Step, memory: Memory) -> None:
+        def after_step(self: Recorder, done: Step, state: TrainingState) -> None:
             if done.number == step and not sent:
                 sent.append(step)
                 for number in numbers:
                     os.kill(os.getpid(), number)
-            real(self, done, memory)
+            real(self, done, state)
 
         monkeypatch.setattr(Recorder, "after_step", after_step)
 

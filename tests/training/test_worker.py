@@ -29,7 +29,7 @@ def test_a_model_is_tried_out_on_the_device_of_its_worker(
         raise TriedOut
 
     monkeypatch.setattr(sessions, "choose_precision", lambda *_: precision)
-    monkeypatch.setattr(sessions, "split_at_boundary", try_out)
+    monkeypatch.setattr(sessions, "extract_prefix_at_boundary", try_out)
     prepared = prepare(load_recipe(write_recipe(transfer={"freeze": 1})))
     session = sessions.open_session(prepared, RunDirectory(tmp_path / "run"), 0, torch.device("meta"), None)
     with pytest.raises(TriedOut), session:

@@ -47,7 +47,7 @@ def pixel_array(pictures: npt.NDArray[np.uint8]) -> pa.Array:
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(pictures))
 
 
-def stretches(num_rows: int, bytes_per_row: int) -> list[range]:
+def shards(num_rows: int, bytes_per_row: int) -> list[range]:
     """The rows of each part of a table that is written part by part."""
     step = max(1, BYTES_TOGETHER // bytes_per_row)
     return [range(start, end) for start, end in pairwise([*range(0, num_rows, step), num_rows])]

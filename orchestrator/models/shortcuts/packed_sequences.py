@@ -24,7 +24,7 @@ STAND_IN = (1, 1, 1, 1)
 """The shape of what is given for a mask with them."""
 
 
-def attend_within_texts(model: Any) -> None:
+def attend_within_sequences(model: Any) -> None:
     """Have the model take `text_lengths`, where it attends as PyTorch does (`sdpa`); else it stays as it is.
 
     Without them it attends by its own implementation: some models compute otherwise where its name is not `sdpa`.
@@ -46,13 +46,13 @@ def attend_within_texts(model: Any) -> None:
         return whole(*args, **inputs)
 
     model.forward = forward
-    model.takes_texts_in_a_row = True
+    model.takes_packed_sequences = True
 
 
-def takes_texts_in_a_row(model: Any) -> bool:
+def takes_packed_sequences(model: Any) -> bool:
     """Whether `attend_within_texts` has changed the model."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(getattr(whole, "takes_texts_in_a_row", False))
+    return bool(getattr(whole, "takes_packed_sequences", False))
 
 
 def spell_out(inputs: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from orchestrator.models.attempt import calling_model
 from orchestrator.models.blocks import Blocks
-from orchestrator.models.shortcuts.token_pooling import Pick
+from orchestrator.models.shortcuts.token_pooling import TokenPooling
 
 FEATURES = "features"  # The argument of the model's forward pass that holds stored features.
 
@@ -69,13 +69,19 @@ class Prefix:
     """
 
     def __init__(
-        self, model: Any, body: Any, blocks: Blocks, boundary: int, pick: Pick | None, stem: Iterable[nn.Module]
+        self,
+        model: Any,
+        body: Any,
+        blocks: Blocks,
+        boundary: int,
+        pooling: TokenPooling | None,
+        stem: Iterable[nn.Module],
     ) -> None:
         self.model = model
         self.body = body
         self.num_layers = len(blocks.layers)
         self.boundary = boundary
-        self.pick = pick
+        self.pooling = pooling
         self._pass = _Pass()
         self._forms: dict[nn.Module, Form] = {}
         self.output: Any = None
@@ -130,7 +136,7 @@ class Prefix:
     """The pass is set from outside, not by the model's arguments."""
 
     def _is_pooled(self, boundary: int) -> bool:
-        return self.pick is not None and boundary >= self.num_layers
+        return self.pooling is not None and boundary >= self.num_layers
 
     def _take_features(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         features = kwargs.pop(FEATURES, None)
@@ -179,8 +185,8 @@ class Prefix:
         def forward(module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             this = self._pass
             if this.fed_at is not None and number <= this.fed_at:
-                feeds = number == this.fed_at and is_last
-                return self._forms[module].wrap(this.features if feeds else hidden_of(args, kwargs))
+                loaders = number == this.fed_at and is_last
+                return self._forms[module].wrap(this.features if loaders else hidden_of(args, kwargs))
             output = original(*args, **kwargs)
             self._forms[module] = Form.of(output)
             if is_last:
@@ -204,8 +210,8 @@ class Prefix:
         this = self._pass
         if boundary not in this.wanted:
             return
-        if self.pick is not None and self._is_pooled(boundary) and hidden.dim() == 3:
-            hidden = self.pick.take(hidden)
+        if self.pooling is not None and self._is_pooled(boundary) and hidden.dim() == 3:
+            hidden = self.pooling.take(hidden)
         this.taken[boundary] = hidden
         if this.taken.keys() == this.wanted:
             raise _Reached

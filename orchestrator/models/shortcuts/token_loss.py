@@ -26,24 +26,24 @@ ENLARGED = 64.0
 DIRECT = "computing losses without all logits at a time"
 
 
-def answer_with_losses(model: Any) -> None:
+def return_token_losses(model: Any) -> None:
     """Have `model(**inputs, target_ids=...)` hold, in place of `logits`, the loss and whether the target is the token
     that the model thinks likeliest: fp32 of shape [batch, positions, 2], 0 where there is no target.
 
     `target_ids`, shape [batch, positions], holds the token to predict at each position, or IGNORED. Without it the
     model is as it was.
     """
-    _Losses(model).install()
+    _TokenLosses(model).install()
 
 
-def losses_of(model: Any) -> _Losses | None:
+def find_token_losses(model: Any) -> _TokenLosses | None:
     """What `answer_with_losses` has put into a model; None where it has put nothing."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: _Losses | None = getattr(whole, "token_losses", None)
+    found: _TokenLosses | None = getattr(whole, "token_losses", None)
     return found
 
 
-class _Losses:
+class _TokenLosses:
     """What stands in for the forward functions of a model and of its output layer."""
 
     def __init__(self, model: Any) -> None:

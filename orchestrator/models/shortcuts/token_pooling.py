@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # Relative; a wrong position is off by far more, another order
 
 
 @dataclass
-class Pick:
+class TokenPooling:
     """The one position of the last layer's output that the head reads."""
 
     position: Literal["first", "last"]
@@ -60,7 +60,7 @@ class Pick:
         return values.gather(axis, index)
 
 
-def find_pick(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> Pick | None:
+def find_token_pooling(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> TokenPooling | None:
     """The position that the head reads of the last layer's output; None where it reads several.
 
     Args:
@@ -96,19 +96,19 @@ def _read_positions(gradient: Tensor) -> Tensor:
     return gradient.abs().sum(-1) > 0
 
 
-def _match(read: Tensor, inputs: dict[str, Tensor]) -> Pick | None:
+def _match(read: Tensor, inputs: dict[str, Tensor]) -> TokenPooling | None:
     for position in ("first", "last"):
-        pick = Pick(position)
-        pick.look_at(inputs)
-        if not pick.fits(read, count_examples(inputs)):
+        pooling = TokenPooling(position)
+        pooling.look_at(inputs)
+        if not pooling.fits(read, count_examples(inputs)):
             continue
-        one = pick.take(read[..., None].float()).sum()
+        one = pooling.take(read[..., None].float()).sum()
         if read.sum() == len(read) == one:
-            return pick
+            return pooling
     return None
 
 
-def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pick: Pick) -> bool:
+def pool_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pooling: TokenPooling) -> bool:
     """Have the last layer compute only what the picked position needs; False where that changes the outputs.
 
     Its output holds the picked position's values at all positions.
@@ -117,15 +117,15 @@ def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pi
     if len(layer.elements) != 1:
         return False
     element = layer.elements[0]
-    undo = [model.register_forward_pre_hook(_look(pick), with_kwargs=True).remove]
+    undo = [model.register_forward_pre_hook(_look(pooling), with_kwargs=True).remove]
     is_right = False
     with evaluating(model), torch.no_grad(), contextlib.suppress(CallFailed):
         whole = attempt(model, inputs, PICKING)
-        late = _find_late_modules(model, element, inputs, pick)
-        undo += [_replace(module, _late_function(pick)) for module in late]
+        late = _find_late_modules(model, element, inputs, pooling)
+        undo += [_replace(module, _late_function(pooling)) for module in late]
         # A layer that is computed again in the backward pass is computed without modes, and has to do the same.
-        mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pick)
-        undo.append(_replace(element, _layer_function(pick, mode)))
+        mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pooling)
+        undo.append(_replace(element, _layer_function(pooling, mode)))
         # Fails where modules take something else than [batch, positions, width].
         is_right = is_close(attempt(model, inputs, PICKING), whole)
         if not is_right:
@@ -136,7 +136,9 @@ def pick_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], pi
     return is_right
 
 
-def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], pick: Pick) -> list[nn.Module]:
+def _find_late_modules(
+    model: Any, layer: nn.Module, inputs: dict[str, Tensor], pooling: TokenPooling
+) -> list[nn.Module]:
     """Modules without parts inside a layer whose output matters at the picked position alone."""
     calls: list[tuple[nn.Module, Tensor]] = []
 
@@ -160,10 +162,10 @@ def _find_late_modules(model: Any, layer: nn.Module, inputs: dict[str, Tensor], 
     finally:
         for hook in hooks:
             hook.remove()
-    pick.look_at(inputs)
+    pooling.look_at(inputs)
     late: dict[nn.Module, bool] = {}
     for (module, _), gradient in zip(calls, gradients, strict=True):
-        is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pick, count_examples(inputs))
+        is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pooling, count_examples(inputs))
         late[module] = late.get(module, True) and is_late
     return [module for module, is_late in late.items() if is_late]
 
@@ -172,38 +174,38 @@ def count_examples(inputs: dict[str, Any]) -> int:
     return len(next(iter(inputs.values())))
 
 
-def _is_picked_alone(read: Tensor, pick: Pick, num_examples: int) -> bool:
-    if read.shape[1] < 2 or not pick.fits(read, num_examples):
+def _is_picked_alone(read: Tensor, pooling: TokenPooling, num_examples: int) -> bool:
+    if read.shape[1] < 2 or not pooling.fits(read, num_examples):
         return False
     # No gradient tells nothing: what a new adapter's zeros hide now will matter as soon as they have learned.
-    picked = pick.take(read[..., None].float())
+    picked = pooling.take(read[..., None].float())
     return bool(read.sum() == picked.sum() == len(read))
 
 
-def _look(pick: Pick) -> Callable[..., None]:
+def _look(pooling: TokenPooling) -> Callable[..., None]:
     """A hook of the model that tells the pick where the position is in each batch."""
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        pick.look_at(kwargs)
+        pooling.look_at(kwargs)
 
     return look
 
 
-def _late_function(pick: Pick) -> Callable[..., Any]:
+def _late_function(pooling: TokenPooling) -> Callable[..., Any]:
     def forward(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         values = args[0]
-        return original(pick.take(values), *args[1:], **kwargs).expand(-1, values.shape[1], -1)
+        return original(pooling.take(values), *args[1:], **kwargs).expand(-1, values.shape[1], -1)
 
     return forward
 
 
-def _layer_function(pick: Pick, mode: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
+def _layer_function(pooling: TokenPooling, mode: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
     def forward(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with mode:
             output = original(*args, **kwargs)
         hidden = output if isinstance(output, Tensor) else output[0]
         # What the residual sums hold at other positions is of no use, and must have no gradient.
-        hidden = pick.take(hidden).expand(-1, hidden.shape[1], -1)
+        hidden = pooling.take(hidden).expand(-1, hidden.shape[1], -1)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     return forward
@@ -216,9 +218,9 @@ def _is_checkpointing(layer: Block) -> bool:
 class _OneQuery(TorchFunctionMode):
     """Attention for the picked position's query only."""
 
-    def __init__(self, pick: Pick) -> None:
+    def __init__(self, pooling: TokenPooling) -> None:
         super().__init__()
-        self.pick = pick
+        self.pooling = pooling
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -229,14 +231,14 @@ class _OneQuery(TorchFunctionMode):
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.shape[2] > 1:
             # A mask may be one for all examples or all heads; what is picked differs by example.
-            mask = self.pick.take(mask.expand(query.shape[0], *mask.shape[1:]), axis=2)
+            mask = self.pooling.take(mask.expand(query.shape[0], *mask.shape[1:]), axis=2)
         is_causal = kwargs.get("is_causal", False)
-        if is_causal and self.pick.position == "last":
+        if is_causal and self.pooling.position == "last":
             # Its single query would be taken for the first position's: said by a mask, it reads all up to its own.
-            mask = None if self.pick.last is None else _read_by(self.pick.last, others[0].shape[2])
+            mask = None if self.pooling.last is None else _read_by(self.pooling.last, others[0].shape[2])
             is_causal = False
         changed = {**kwargs, "attn_mask": mask, "is_causal": is_causal}
-        return func(self.pick.take(query, axis=2), *others, **changed).expand(-1, -1, num_positions, -1)
+        return func(self.pooling.take(query, axis=2), *others, **changed).expand(-1, -1, num_positions, -1)
 
 
 def _read_by(last: Tensor, num_positions: int) -> Tensor:

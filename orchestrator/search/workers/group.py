@@ -66,7 +66,7 @@ class Told:
     row: dict[str, Any] | None = None
     """That evaluation, as in metrics.jsonl; None before the first."""
     is_last: bool = False
-    memory: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
     core_seconds: float = 0.0
     """Of all workers."""
     saved: int = 0

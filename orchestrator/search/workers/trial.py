@@ -47,7 +47,7 @@ class NestedTrial(OneTrial):
         crew, self.crew = self.crew, None
         if crew.running.done():
             return
-        best = self._told.memory.get("best_score")
+        best = self._told.state.get("best_score")
         try:
             crew.change(stop=True, keep=best is not None and self.bench.may_win(best))
             self._told = crew.wait(lambda told: told.over, SECONDS_TO_STOP)
@@ -69,13 +69,13 @@ class NestedTrial(OneTrial):
         if not (folder / MEMORY).exists():
             return
         self.stop()
-        memory = taken_over(folder, self.directory, self.bench)
-        self._change(memory.step, parameters)
+        state = taken_over(folder, self.directory, self.bench)
+        self._change(state.step, parameters)
         # The folder is one of this process's machine; the workers may be on others.
         self._start_from = self.directory.root / HANDOVER
         shutil.rmtree(self._start_from, ignore_errors=True)
         shutil.copytree(folder, self._start_from)
-        write_json(self._start_from / MEMORY, memory.to_state())
+        write_json(self._start_from / MEMORY, state.to_dict())
         (self._start_from / BEST_WEIGHTS).unlink(missing_ok=True)
         self._seen = 0
         self._rows = self._advance()
@@ -135,8 +135,8 @@ class NestedTrial(OneTrial):
         if self.outcome is None:
             self.outcome = Outcome(
                 status=status,
-                reason=reason or self._told.memory.get("stop"),
-                best_step=self._told.memory.get("best_step"),
+                reason=reason or self._told.state.get("stop"),
+                best_step=self._told.state.get("best_step"),
                 seconds=time.monotonic() - self._started,
                 core_seconds=self._told.core_seconds,
             )

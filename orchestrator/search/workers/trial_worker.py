@@ -26,7 +26,7 @@ from orchestrator.search.trial_context import trial_inputs
 from orchestrator.search.workers.group import SECONDS_BETWEEN_LOOKS, TOLD, Orders, Told, read_orders, read_told
 from orchestrator.search.workers.trial import HANDOVER
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.hooks import Memory, is_due
+from orchestrator.training.hooks import TrainingState, is_due
 from orchestrator.training.loop import Step
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.session import Session, open_session
@@ -153,24 +153,24 @@ class Member:
             keeper = Keeper(session, run)
             # Workers that died may have left no checkpoint of their own yet.
             has_own = is_again and self.from_first(lambda: bool(run.committed()))
-            memory = keeper.start(None if has_own or orders.start_from is None else Path(orders.start_from))
-            self._tell_place(session, memory, began, resumed=memory.step)
-            for row in evaluations(session, memory, [keeper]):
-                self._tell_place(session, memory, began, row=row)
+            state = keeper.start(None if has_own or orders.start_from is None else Path(orders.start_from))
+            self._tell_place(session, state, began, resumed=state.step)
+            for row in evaluations(session, state, [keeper]):
+                self._tell_place(session, state, began, row=row)
                 if self.told.is_last:
                     break
-                orders = self._wait_after(row["step"], orders, keeper, memory)
+                orders = self._wait_after(row["step"], orders, keeper, state)
                 if orders.stop:
                     break
             while not orders.stop:  # The last evaluation may be asked for, too.
-                orders = self._wait_after(None, orders, keeper, memory)
+                orders = self._wait_after(None, orders, keeper, state)
             if orders.keep:
                 keeper.keep_best_weights()
             if not self.told.is_last:
-                keeper.save(memory)  # It may be taken up again.
+                keeper.save(state)  # It may be taken up again.
         self.tell(over=True)
 
-    def _wait_after(self, step: int | None, orders: Orders, keeper: Keeper, memory: Memory) -> Orders:
+    def _wait_after(self, step: int | None, orders: Orders, keeper: Keeper, state: TrainingState) -> Orders:
         """The orders after the evaluation at this step; None for the last."""
         number = orders.number
 
@@ -182,17 +182,17 @@ class Member:
             if orders.stop or orders.leave or orders.number != number:
                 return replace(orders, stop=True)
             if orders.save > self.told.saved:
-                keeper.hand_over(memory)
+                keeper.hand_over(state)
                 self.tell(saved=orders.save)
             elif step is not None:
                 return orders
 
-    def _tell_place(self, session: Session, memory: Memory, began: float, **changes: Any) -> None:
+    def _tell_place(self, session: Session, state: TrainingState, began: float, **changes: Any) -> None:
         spent = torch.tensor(time.process_time() - began, dtype=torch.float64, device=session.engine.device)
         self.tell(
-            step=memory.step,
-            is_last=memory.stop is not None or memory.step >= session.plan.total_steps,
-            memory=memory.to_state(),
+            step=state.step,
+            is_last=state.stop is not None or state.step >= session.schedule.total_steps,
+            state=state.to_dict(),
             core_seconds=float(session.engine.sum_over_workers(spent)),
             **changes,
         )
@@ -210,25 +210,25 @@ class Keeper:
         self._cost = 0.0
         """Seconds that the last saving took; the first is taken to cost nothing."""
 
-    def start(self, start_from: Path | None) -> Memory:
+    def start(self, start_from: Path | None) -> TrainingState:
         """Put the newest checkpoint, or what another trial wrote, into the engine."""
         session = self.session
         if start_from is None:
-            memory = resume(session)
-            folder = session.store.at(memory.step).folder
+            state = resume(session)
+            folder = session.store.at(state.step).folder
         else:
             session.engine.read_state(start_from)
-            memory, folder = Memory(**json.loads((start_from / MEMORY).read_text(encoding="utf-8"))), start_from
+            state, folder = TrainingState(**json.loads((start_from / MEMORY).read_text(encoding="utf-8"))), start_from
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
-            self.save(memory)
-        self._saved_step = memory.step
-        return memory
+            self.save(state)
+        self._saved_step = state.step
+        return state
 
-    def after_step(self, step: Step, memory: Memory) -> None:
-        engine, plan, train = self.session.engine, self.session.plan, self.session.prepared.recipe.train
-        if memory.improved:
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        engine, plan, train = self.session.engine, self.session.schedule, self.session.prepared.recipe.train
+        if state.improved:
             weights = engine.trained_weights()
             if engine.rank == 0:
                 self.best = {name: value.clone() for name, value in weights.items()}
@@ -237,19 +237,19 @@ class Keeper:
             for every in (train.save_every, train.evaluate_every)
         )
         if due and engine.from_first_worker(self._is_worth_it()):
-            self.save(memory)
+            self.save(state)
 
     def _is_worth_it(self) -> bool:
         return self._cost <= SHARE_OF_TIME_FOR_SAVING * (time.monotonic() - self._saved)
 
-    def save(self, memory: Memory) -> None:
+    def save(self, state: TrainingState) -> None:
         """Write what the trial goes on from, unless that has been done at this step."""
-        if memory.step == self._saved_step:
+        if state.step == self._saved_step:
             return
         began = time.monotonic()
-        self.session.store.save(memory.step, memory.to_state(), self._write)
+        self.session.store.save(state.step, state.to_dict(), self._write)
         self.session.engine.first_worker_does(lambda: self.session.store.prune(1, None))
-        self._saved, self._saved_step = time.monotonic(), memory.step
+        self._saved, self._saved_step = time.monotonic(), state.step
         self._cost = self._saved - began
 
     def _write(self, folder: Path) -> None:
@@ -257,7 +257,7 @@ class Keeper:
         if self.session.engine.rank == 0:
             save_file(self.best, folder / BEST_WEIGHTS)
 
-    def hand_over(self, memory: Memory) -> None:
+    def hand_over(self, state: TrainingState) -> None:
         """Write what another trial can go on from."""
         folder, engine = self.run.root / HANDOVER, self.session.engine
 
@@ -267,7 +267,7 @@ class Keeper:
 
         engine.first_worker_does(make_room)
         self._write(folder)
-        engine.first_worker_does(lambda: write_json(folder / MEMORY, memory.to_state()))
+        engine.first_worker_does(lambda: write_json(folder / MEMORY, state.to_dict()))
 
     def keep_best_weights(self) -> None:
         """Put the weights of the best evaluation where the winner's are looked for."""

@@ -165,16 +165,16 @@ class LanguageTask(Task):
             tokenizer.add_tokens([token], special_tokens=token in marks)
         return tokenizer, problems
 
-    def fit_model(self, model: Any, processor: Any, source: SourceModel) -> None:
+    def configure_model(self, model: Any, processor: Any, source: SourceModel) -> None:
         from orchestrator import models
 
         if self.options.add_tokens:
             models.add_embeddings(model, processor)
-        models.fit_to_tokenizer(model, processor, source)
+        models.set_padding_token(model, processor, source)
         if processor.chat_template is not None:  # As it is for plans that know the model's config alone.
             set_ends(model, processor, Template.of(processor, processor.chat_template))
-        models.answer_with_losses(model)
-        models.attend_within_texts(model)
+        models.return_token_losses(model)
+        models.attend_within_sequences(model)
 
     def check_trained(self, model: Any, recipe: Recipe) -> list[Problem]:
         if not self.options.add_tokens:

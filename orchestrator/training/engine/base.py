@@ -23,7 +23,7 @@ from orchestrator.distributed import Exchange
 from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
-from orchestrator.training.engine.weight_formats import hold_frozen_in_bf16, may_narrow
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen
 
 T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
@@ -74,9 +74,9 @@ class Engine(ABC):
     def narrow(self, recipe: Recipe, precision: Precision) -> None:
         """Hold frozen weights in the format that they are computed with, and have 4-bit weights multiplied in it."""
         set_compute_dtype(self.module, dtype_of(precision))
-        if self.autocasts and may_narrow(recipe):
+        if self.autocasts and may_cast_frozen(recipe):
             # What lies under an adapter is not saved with it.
-            self.rounds_weights = hold_frozen_in_bf16(self.module) and recipe.transfer.adapter is None
+            self.rounds_weights = cast_frozen_to_bf16(self.module) and recipe.transfer.adapter is None
 
     @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from orchestrator.training.engine.precision import Precision
 _MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
-def may_narrow(recipe: Recipe) -> bool:
+def may_cast_frozen(recipe: Recipe) -> bool:
     """Whether frozen weights may be held in bf16: DoRA computes with the weights themselves."""
     adapter = recipe.transfer.adapter
     return adapter is None or adapter.variant != "dora"
@@ -25,7 +25,7 @@ def may_load_as_stored(recipe: Recipe, precision: Precision) -> bool:
     """Whether a source's bf16 weights may stay so when it is loaded: nothing is to be added to them in fp32 first."""
     adapter = recipe.transfer.adapter
     begins_as_stored = adapter is None or (adapter.init == "zero" and adapter.quantize is None)
-    return precision == "bf16" and may_narrow(recipe) and begins_as_stored
+    return precision == "bf16" and may_cast_frozen(recipe) and begins_as_stored
 
 
 def survives(weight: Tensor) -> bool:
@@ -33,7 +33,7 @@ def survives(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 or torch.equal(weight.data.bfloat16().float(), weight.data)
 
 
-def hold_frozen_in_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = survives) -> bool:
+def cast_frozen_to_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = survives) -> bool:
     """Hold the frozen weights of matrix products in bf16: half the memory, and nothing to convert in each pass.
 
     For a model that runs under autocast; what it computes stays the same to the bit. So embeddings follow only where

@@ -26,16 +26,16 @@ from orchestrator.storage import RemoteFolder, is_url, join
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.features.shared import SharedFeatures
-from orchestrator.training.split_loader import Feed, as_array, as_tensor
+from orchestrator.training.split_loader import SplitLoader, as_array, as_tensor
 
 FEATURES_VERSION = 1  # Part of each key: raise it when the same model and data are stored otherwise.
-ROWS_IN_STRETCH = 256
+ROWS_PER_SHARD = 256
 TOKENS_IN_PASS = 4096
 EXAMPLES_IN_PASS = 64
 BATCH_MATTERS = "what they make of an example depends on the other examples of its batch"
 BATCH_TOLERANCE = 3e-2  # Relative: bf16 and TF32 round otherwise in a batch of another size.
 
-Tell = Callable[[str], None]
+ReportPhase = Callable[[str], None]
 Indices = npt.NDArray[np.int64]
 
 
@@ -48,23 +48,23 @@ class PrefixCache:
     engine: Engine
     identity: Sequence[str]
     """What the frozen blocks' output depends on, besides the examples and the boundary."""
-    tell: Tell
+    report_phase: ReportPhase
     shared: SharedFeatures | None = None
     """What other machines have computed; None where there is none."""
 
     def key(self, examples: str, boundary: int) -> str:
         """The name of an entry; `examples` is the key of the encoded split."""
-        pick = self.prefix.pick
-        pooled = pick.position if pick is not None and boundary >= self.prefix.num_layers else "all"
+        pooling = self.prefix.pooling
+        pooled = pooling.position if pooling is not None and boundary >= self.prefix.num_layers else "all"
         return content_key(FEATURES_VERSION, *self.identity, examples, boundary, pooled)
 
     def open(self, examples: str, boundary: int) -> Rows | None:
         return self.store.open(self.key(examples, boundary))
 
-    def bring(self, examples: Sequence[str], boundaries: Sequence[int]) -> None:
+    def download(self, examples: Sequence[str], boundaries: Sequence[int]) -> None:
         """Bring the entries of these splits that another machine has computed. All workers call this, and wait."""
         if self.shared is not None:
-            self.shared.bring(self.key(each, boundary) for each in examples for boundary in boundaries)
+            self.shared.download(self.key(each, boundary) for each in examples for boundary in boundaries)
 
     def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, Rows] | str:
         """The entries of a split at these boundaries, computed where they are missing; or why they cannot be stored.
@@ -87,7 +87,7 @@ class PrefixCache:
                 self._compute(examples, encoded, writers)
             found |= {boundary: self.store.finish(self.key(examples, boundary)) for boundary in missing}
         if self.shared is not None:
-            self.shared.send(self.key(examples, boundary) for boundary in boundaries)
+            self.shared.upload(self.key(examples, boundary) for boundary in boundaries)
         return {boundary: rows for boundary, rows in found.items() if rows is not None}
 
     def sizes(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, int]:
@@ -132,7 +132,7 @@ class PrefixCache:
     def _writers(
         self, examples: str, layouts: dict[int, tuple[Layout, str]], encoded: Encoded
     ) -> Iterator[dict[int, Writer]]:
-        num_stretches = len(stretches(encoded.lengths))
+        num_stretches = len(shards(encoded.lengths))
         writers = {
             boundary: self.store.writer(self.key(examples, boundary), layout, num_stretches, name)
             for boundary, (layout, name) in layouts.items()
@@ -145,7 +145,7 @@ class PrefixCache:
 
     def _compute(self, examples: str, encoded: Encoded, writers: dict[int, Writer]) -> None:
         """Compute the stretches that nobody else does, until all are done."""
-        parts = stretches(encoded.lengths)
+        parts = shards(encoded.lengths)
         start, stored = self._nearest(examples, min(writers))
         while not all(writer.is_complete for writer in writers.values()):
             idle = True
@@ -157,14 +157,14 @@ class PrefixCache:
                 with first.claim(number) as mine:
                     if mine and not first.is_done(number):
                         idle = False
-                        self.tell(f"storing the frozen prefix: {100 * number // len(parts)} %")
-                        self._compute_stretch(encoded, rows, open_ones, start, stored)
+                        self.report_phase(f"storing the frozen prefix: {100 * number // len(parts)} %")
+                        self._compute_shard(encoded, rows, open_ones, start, stored)
                         for writer in open_ones.values():
                             writer.mark_done(number)
             if idle:
                 wait_a_little()
 
-    def _compute_stretch(
+    def _compute_shard(
         self, encoded: Encoded, rows: Indices, writers: dict[int, Writer], start: int | None, stored: Rows | None
     ) -> None:
         for some in passes(encoded.lengths, rows, self.engine.cost_of_pass):
@@ -189,8 +189,8 @@ class PrefixCache:
         start: int | None = None,
         stored: Rows | None = None,
     ) -> dict[int, Tensor]:
-        feed = Feed(encoded, self.engine.device, self.engine.float_type)
-        batch = feed.batch(rows) if stored is None else feed.beside(rows)
+        loader = SplitLoader(encoded, self.engine.device, self.engine.float_type)
+        batch = loader.batch(rows) if stored is None else loader.beside(rows)
         features = None
         if stored is not None:
             features = as_tensor(stored.take(rows), stored.note).to(self.engine.device)
@@ -204,10 +204,10 @@ def shortest_and_longest(encoded: Encoded) -> Indices:
     return np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
 
 
-def stretches(lengths: Indices) -> list[Indices]:
+def shards(lengths: Indices) -> list[Indices]:
     """The rows of a split, longest first, in stretches that one process computes at a time."""
     order = np.argsort(-lengths, kind="stable")
-    return np.split(order, range(ROWS_IN_STRETCH, len(order), ROWS_IN_STRETCH))
+    return np.split(order, range(ROWS_PER_SHARD, len(order), ROWS_PER_SHARD))
 
 
 def passes(lengths: Indices, rows: Indices, cost_of_pass: int) -> list[Indices]:

@@ -40,7 +40,7 @@ class SharedFeatures:
         self.sends = sends
         self.agree = agree
 
-    def bring(self, keys: Iterable[str]) -> None:
+    def download(self, keys: Iterable[str]) -> None:
         """Have the entries here that are whole there; all workers call this. Where that fails, they are computed."""
         for key in keys:
             if self.brings and self.store.open(key) is None:
@@ -48,7 +48,7 @@ class SharedFeatures:
                     self._bring(key)
         self.agree(None)
 
-    def send(self, keys: Iterable[str]) -> None:
+    def upload(self, keys: Iterable[str]) -> None:
         """Have the entries there that are whole here. Where that fails, others compute them too."""
         for key in keys:
             if self.sends and self.store.open(key) is not None:

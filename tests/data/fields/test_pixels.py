@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.data.cache import cached_table
-from orchestrator.data.fields.pixels import BYTES_TOGETHER, Pixels, pixel_array, pixel_type, stretches
+from orchestrator.data.fields.pixels import BYTES_TOGETHER, Pixels, pixel_array, pixel_type, shards
 from orchestrator.data.threads import in_threads
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)
@@ -66,11 +66,11 @@ def test_an_error_in_a_batch_is_raised_and_nothing_is_kept(tmp_path: Path, monke
 
 
 def test_parts_of_a_table_cover_its_rows_once() -> None:
-    assert stretches(0, 100) == []
-    parts = stretches(10, BYTES_TOGETHER // 4)
+    assert shards(0, 100) == []
+    parts = shards(10, BYTES_TOGETHER // 4)
     assert [row for part in parts for row in part] == list(range(10))
     assert max(map(len, parts)) == 4
-    assert max(map(len, stretches(3, BYTES_TOGETHER * 2))) == 1
+    assert max(map(len, shards(3, BYTES_TOGETHER * 2))) == 1
 
 
 def test_work_in_threads_comes_back_in_order_and_not_far_ahead() -> None:

@@ -143,9 +143,9 @@ def sessions(prepared: Prepared, root: Path) -> Iterator[Session]:
             yield session
 
 
-def losses_of(session: Session) -> list[float]:
+def find_token_losses(session: Session) -> list[float]:
     steps = training_steps(
-        session.engine, session.prepared.task, session.feeds["train"], session.parts.frozen, session.plan
+        session.engine, session.prepared.task, session.loaders["train"], session.parts.frozen, session.schedule
     )
     return [step.loss for step, _ in zip(steps, range(NUM_STEPS), strict=False)]
 
@@ -158,10 +158,10 @@ def test_losses_are_the_same_with_stored_features(
     prepared = prepare_family(name, f"transfer.freeze={freeze}", f"train.group_by_length={grouped}")
     found = []
     for session in sessions(prepared, tmp_path):
-        is_fed = session.feeds["train"].features is not None
+        is_fed = session.loaders["train"].features is not None
         notes = session.directory.read_record().get("notes", [])
         why = [note for note in notes if not note.startswith("tuned batch norms")]
-        found.append((is_fed, losses_of(session), why))
+        found.append((is_fed, find_token_losses(session), why))
     (is_fed, losses, notes), (is_fed_too, expected, _) = found
     assert not is_fed_too
     assert is_fed == (not notes), notes
@@ -177,7 +177,7 @@ def test_heads_that_are_trained_together_have_them_too(
     prepared = prepare_family(name, "transfer.freeze=all", "train.group_by_length=false", *every_step)
     cached, uncached = sessions(prepared, tmp_path)
     together = Heads(cached, [prepared.recipe, prepared.recipe]).train()
-    expected = losses_of(uncached)
+    expected = find_token_losses(uncached)
     for head in together:
         losses = [row["loss"] for row in head.rows if row["split"] == "train"]
         assert losses == pytest.approx(expected, rel=1e-6)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from orchestrator.models import answer_with_losses, attend_within_texts, takes_texts_in_a_row
+from orchestrator.models import attend_within_sequences, return_token_losses, takes_packed_sequences
 
 SIZES = {
     "vocab_size": 40,
@@ -84,8 +84,8 @@ def test_losses_and_gradients_are_those_of_the_texts_alone(name: str, recomputes
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    answer_with_losses(model)
-    attend_within_texts(model)
+    return_token_losses(model)
+    attend_within_sequences(model)
     losses = model(**row()).logits[0, :, 0]
     losses.sum().backward()
     ends = torch.tensor(LENGTHS).cumsum(0)
@@ -103,7 +103,7 @@ def test_padded_batches_and_writing_stay_as_they_were(name: str) -> None:
     for changed in (False, True):
         model = build(name).eval()
         if changed:
-            attend_within_texts(model)
+            attend_within_sequences(model)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
             written = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -115,18 +115,18 @@ def test_padded_batches_and_writing_stay_as_they_were(name: str) -> None:
 def test_a_model_that_attends_otherwise_is_left_alone() -> None:
     model = build("llama")
     model.set_attn_implementation("eager")
-    attend_within_texts(model)
+    attend_within_sequences(model)
     assert model.config._attn_implementation == "eager"
-    assert not takes_texts_in_a_row(model)
+    assert not takes_packed_sequences(model)
     changed = build("llama")
-    attend_within_texts(changed)
-    assert takes_texts_in_a_row(changed)
+    attend_within_sequences(changed)
+    assert takes_packed_sequences(changed)
 
 
 def test_a_model_that_drops_the_lengths_on_the_way_is_found_out() -> None:
     model = build("llama")
-    answer_with_losses(model)
-    attend_within_texts(model)
+    return_token_losses(model)
+    attend_within_sequences(model)
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, given: (args, {k: v for k, v in given.items() if k != "text_lengths"}), with_kwargs=True
@@ -158,18 +158,18 @@ def test_a_model_that_asks_what_its_attention_is_called_computes_as_before(famil
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         if changed:
-            answer_with_losses(model)
-            attend_within_texts(model)
+            return_token_losses(model)
+            attend_within_sequences(model)
         with torch.no_grad():
             found.append(model(input_ids=texts()[2][None]).logits)
     assert torch.equal(*found)
-    if takes_texts_in_a_row(model):
+    if takes_packed_sequences(model):
         with pytest.raises(ValueError, match="chooses the tokens that it attends to"):
             model(**row())
 
 
 def test_a_saved_config_does_not_know_of_it(tmp_path: Any) -> None:
     model = build("llama")
-    attend_within_texts(model)
+    attend_within_sequences(model)
     model.save_pretrained(tmp_path)
     assert "texts_in_a_row" not in (tmp_path / "config.json").read_text()

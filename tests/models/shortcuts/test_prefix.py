@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from orchestrator.models import (
     Block,
     Frozen,
-    Pick,
+    NoPrefix,
     Prefix,
-    Unsplit,
+    TokenPooling,
     adapted_blocks,
     add_adapter,
-    find_pick,
+    extract_prefix,
+    find_token_pooling,
     freeze_blocks,
-    pick_in_last_layer,
+    pool_in_last_layer,
     resolve_depth,
-    split_model,
 )
 from orchestrator.recipe import Adapter
 
@@ -48,23 +48,23 @@ def boundaries_of(family: Family) -> list[int]:
     return sorted({0, 1, family.num_layers // 2, family.num_layers, family.num_layers + 1})
 
 
-def picked(family: Family) -> Pick | None:
+def picked(family: Family) -> TokenPooling | None:
     """The position that the head reads, the last layer already computing no other."""
-    pick = find_pick(family.model, family.blocks, family.inputs)
-    if pick is not None:
-        pick_in_last_layer(family.model, family.blocks, family.inputs, pick)
-    return pick
+    pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+    if pooling is not None:
+        pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
+    return pooling
 
 
-def split(family: Family, boundary: int, pick: Pick | None, model: Any = None) -> Prefix | Unsplit:
+def split(family: Family, boundary: int, pooling: TokenPooling | None, model: Any = None) -> Prefix | NoPrefix:
     body = family.model.base_model
     if model is None:  # Adapters are put in after freezing.
         freeze_at(family, boundary)
-    return split_model(model or family.model, body, family.blocks, boundary, family.inputs, family.beside, pick)
+    return extract_prefix(model or family.model, body, family.blocks, boundary, family.inputs, family.beside, pooling)
 
 
-def prefix_of(family: Family, boundary: int, pick: Pick | None = None, model: Any = None) -> Prefix:
-    found = split(family, boundary, pick, model)
+def prefix_of(family: Family, boundary: int, pooling: TokenPooling | None = None, model: Any = None) -> Prefix:
+    found = split(family, boundary, pooling, model)
     assert isinstance(found, Prefix), found.reason
     return found
 
@@ -162,9 +162,9 @@ def test_the_dropout_of_what_is_trained_is_drawn_the_same(name: str, changes: di
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "vit", "mobilenet"])
 def test_several_boundaries_in_one_pass_are_those_of_passes_of_their_own(name: str) -> None:
     family = make(name)
-    pick = picked(family)
+    pooling = picked(family)
     boundaries = boundaries_of(family)
-    prefix = prefix_of(family, boundaries[-1], pick)
+    prefix = prefix_of(family, boundaries[-1], pooling)
     together = prefix.compute(family.inputs, boundaries)
     assert sorted(together) == boundaries
     for boundary in boundaries:
@@ -174,9 +174,9 @@ def test_several_boundaries_in_one_pass_are_those_of_passes_of_their_own(name: s
 @pytest.mark.parametrize("name", ["bert", "deberta", "modernbert", "gpt2", "llama", "vit", "mobilenet", "resnet"])
 def test_going_on_from_a_shallower_boundary_gives_what_starting_at_the_inputs_does(name: str) -> None:
     family = make(name)
-    pick = picked(family)
+    pooling = picked(family)
     boundaries = boundaries_of(family)
-    prefix = prefix_of(family, boundaries[-1], pick)
+    prefix = prefix_of(family, boundaries[-1], pooling)
     together = prefix.compute(family.inputs, boundaries)
     for start in boundaries[:-1]:
         deeper = [boundary for boundary in boundaries if boundary > start]
@@ -220,8 +220,8 @@ def test_called_without_features_the_model_is_what_it_was(name: str) -> None:
 
 def test_features_of_a_head_that_reads_one_position_hold_that_position() -> None:
     family = make("gpt2")
-    pick = picked(family)
-    prefix = prefix_of(family, 4, pick)
+    pooling = picked(family)
+    prefix = prefix_of(family, 4, pooling)
     assert prefix.is_pooled
     found = prefix.compute(family.inputs, [1, 2, 3, 4])
     assert [tuple(found[boundary].shape) for boundary in (1, 2, 3, 4)] == [(4, 9, 16)] * 2 + [(4, 1, 16)] * 2
@@ -248,10 +248,10 @@ def test_a_model_with_an_adapter_above_the_boundary_is_fed(name: str, freeze: in
 
     family, wrapped, frozen = adapted()
     _, reference, _ = adapted()
-    pick = find_pick(wrapped, family.blocks, family.inputs)
-    assert pick is not None
-    assert pick_in_last_layer(wrapped, family.blocks, family.inputs, pick)
-    prefix = prefix_of(family, freeze, pick, wrapped)
+    pooling = find_token_pooling(wrapped, family.blocks, family.inputs)
+    assert pooling is not None
+    assert pool_in_last_layer(wrapped, family.blocks, family.inputs, pooling)
+    prefix = prefix_of(family, freeze, pooling, wrapped)
     features = prefix.compute(family.inputs, [freeze])[freeze]
     frozen.set_train_mode(wrapped)
     logits, gradients = gradients_of(wrapped, {**family.beside, "features": features})
@@ -271,7 +271,7 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
         assert agree(fed, reference.model(**family.inputs).logits)
     family, reference = make(name), make(name)
     refused = split(family, 3, None)
-    assert isinstance(refused, Unsplit)
+    assert isinstance(refused, NoPrefix)
     assert "hand on more than hidden states" in refused.reason
     freeze_at(reference, 3)
     check_untouched(family, reference)
@@ -293,7 +293,7 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
 def test_a_model_that_cannot_be_fed_is_refused_with_a_reason_and_left_as_it_was(name: str, boundary: int) -> None:
     family, reference = make(name), make(name)
     refused = split(family, boundary, None)
-    assert isinstance(refused, Unsplit)
+    assert isinstance(refused, NoPrefix)
     assert refused.reason.startswith(("its layers", "its code calls layers", "what its layers hand on"))
     freeze_at(reference, boundary)
     check_untouched(family, reference)
@@ -307,20 +307,20 @@ def test_what_is_trained_below_the_boundary_is_no_fixed_function_of_the_examples
     freeze_at(family, 4)
     family.model.get_parameter(trained).requires_grad_(True)
     inputs = family.inputs
-    found = split_model(family.model, family.model.base_model, family.blocks, 4, inputs, family.beside, None)
+    found = extract_prefix(family.model, family.model.base_model, family.blocks, 4, inputs, family.beside, None)
     if trained.startswith("classifier."):
         assert isinstance(found, Prefix)
     else:
-        assert found == Unsplit("something is trained that its frozen blocks depend on")
+        assert found == NoPrefix("something is trained that its frozen blocks depend on")
         assert is_as_it_was(family.model)
 
 
 def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
     family, reference = make("bert"), make("bert")
-    pick = picked(family)
+    pooling = picked(family)
     picked(reference)
     family.beside = {}  # Without a mask, padding is read too.
-    assert isinstance(split(family, 1, pick), Unsplit)
+    assert isinstance(split(family, 1, pooling), NoPrefix)
     freeze_at(reference, 1)
     assert torch.equal(family.model(**family.inputs).logits, reference.model(**family.inputs).logits)
     assert sum("forward" in vars(module) for module in family.model.modules()) == sum(

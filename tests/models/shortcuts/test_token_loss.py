@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.models.shortcuts import token_loss
-from orchestrator.models.shortcuts.token_loss import IGNORED, answer_with_losses
+from orchestrator.models.shortcuts.token_loss import IGNORED, return_token_losses
 
 VOCABULARY = 50
 SIZES: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_those_of_the_logits(
 ) -> None:
     monkeypatch.setattr(token_loss, "NUMBERS_TOGETHER", 4 * VOCABULARY)  # Several parts, the last one short.
     reference, model = build(name), build(name)
-    answer_with_losses(model)
+    return_token_losses(model)
     expected, found = expected_losses(reference, inputs), model(**inputs).logits
     assert found.shape == (3, 9, 2)
     torch.testing.assert_close(found, expected)
@@ -82,7 +82,7 @@ def test_logits_of_all_targets_never_exist_together(
     name: str, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name)
-    answer_with_losses(model)
+    return_token_losses(model)
     monkeypatch.setattr(token_loss, "losses_of_logits", lambda *_: pytest.fail("there were logits"))
     model(**inputs).logits.sum().backward()
 
@@ -90,7 +90,7 @@ def test_logits_of_all_targets_never_exist_together(
 def test_models_that_bend_their_logits_a_little_are_known() -> None:
     model = build("logits are bent a little")
     before = model.state_dict()["lm_head.weight"].clone()
-    found = token_loss._Losses(model)
+    found = token_loss._TokenLosses(model)
     found.install()
     assert not found.is_direct
     assert torch.equal(model.state_dict()["lm_head.weight"], before)
@@ -98,7 +98,7 @@ def test_models_that_bend_their_logits_a_little_are_known() -> None:
 
 def test_without_targets_the_model_is_as_it_was(inputs: dict[str, torch.Tensor]) -> None:
     reference, model = build("untied"), build("untied")
-    answer_with_losses(model)
+    return_token_losses(model)
     del inputs["target_ids"]
     assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
     assert model.state_dict().keys() == reference.state_dict().keys()
@@ -106,7 +106,7 @@ def test_without_targets_the_model_is_as_it_was(inputs: dict[str, torch.Tensor])
 
 def test_frozen_output_layers_get_no_gradient(inputs: dict[str, torch.Tensor]) -> None:
     model = build("untied")
-    answer_with_losses(model)
+    return_token_losses(model)
     model.lm_head.weight.requires_grad_(False)
     model(**inputs).logits.sum().backward()
     assert model.lm_head.weight.grad is None
@@ -115,7 +115,7 @@ def test_frozen_output_layers_get_no_gradient(inputs: dict[str, torch.Tensor]) -
 
 def test_it_is_so_in_bf16(inputs: dict[str, torch.Tensor]) -> None:
     reference, model = build("untied"), build("untied")
-    answer_with_losses(model)
+    return_token_losses(model)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = expected_losses(reference, inputs), model(**inputs).logits
     assert found.dtype == torch.float32
@@ -129,7 +129,7 @@ def test_it_is_so_under_an_adapter(inputs: dict[str, torch.Tensor]) -> None:
     import peft
 
     reference, model = build("untied"), build("untied")
-    answer_with_losses(model)
+    return_token_losses(model)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(2)
     wrapped = peft.get_peft_model(model, config)
@@ -138,7 +138,7 @@ def test_it_is_so_under_an_adapter(inputs: dict[str, torch.Tensor]) -> None:
 
 def test_a_batch_without_a_target_has_no_loss(inputs: dict[str, torch.Tensor]) -> None:
     model = build("untied")
-    answer_with_losses(model)
+    return_token_losses(model)
     inputs["target_ids"] = torch.full_like(inputs["target_ids"], IGNORED)
     found = model(**inputs).logits
     assert not found.any()

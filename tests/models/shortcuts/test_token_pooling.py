@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.models import (
-    Pick,
+    TokenPooling,
     adapted_blocks,
     add_adapter,
-    find_pick,
+    find_token_pooling,
     freeze_blocks,
-    pick_in_last_layer,
+    pool_in_last_layer,
     resolve_depth,
 )
 from orchestrator.recipe import Adapter
@@ -57,10 +57,10 @@ LEFT_AS_THEY_ARE = ("xlm",)
 PICKED = [name for name, position in READ.items() if position is not None and name not in LEFT_AS_THEY_ARE]
 
 
-def found_pick(family: Family) -> Pick:
-    pick = find_pick(family.model, family.blocks, family.inputs)
-    assert pick is not None
-    return pick
+def found_pick(family: Family) -> TokenPooling:
+    pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+    assert pooling is not None
+    return pooling
 
 
 def has_been_changed(model: nn.Module) -> bool:
@@ -71,8 +71,8 @@ def has_been_changed(model: nn.Module) -> bool:
 @pytest.mark.parametrize("name", READ)
 def test_the_position_that_the_head_reads_is_found(name: str) -> None:
     family = make(name)
-    pick = find_pick(family.model, family.blocks, family.inputs)
-    assert (pick.position if pick else None) == READ[name]
+    pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+    assert (pooling.position if pooling else None) == READ[name]
     assert not has_been_changed(family.model)
 
 
@@ -82,9 +82,9 @@ def test_finding_it_leaves_modes_gradients_and_random_streams_as_they_were(name:
     family.model.train()
     modes = [module.training for module in family.model.modules()]
     before = torch.random.get_rng_state()
-    pick = find_pick(family.model, family.blocks, family.inputs)
-    if pick is not None:
-        pick_in_last_layer(family.model, family.blocks, family.inputs, pick)
+    pooling = find_token_pooling(family.model, family.blocks, family.inputs)
+    if pooling is not None:
+        pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     assert [module.training for module in family.model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in family.model.parameters())
@@ -92,24 +92,24 @@ def test_finding_it_leaves_modes_gradients_and_random_streams_as_they_were(name:
 
 def test_a_head_that_reads_the_mean_of_all_positions_has_none() -> None:
     family = make("modernbert", classifier_pooling="mean")
-    assert find_pick(family.model, family.blocks, family.inputs) is None
+    assert find_token_pooling(family.model, family.blocks, family.inputs) is None
 
 
 def test_texts_of_a_single_token_tell_nothing() -> None:
     family = make("bert")
-    assert find_pick(family.model, family.blocks, make_texts((1, 1))) is None
+    assert find_token_pooling(family.model, family.blocks, make_texts((1, 1))) is None
 
 
 def test_the_last_position_is_each_texts_own() -> None:
-    pick = found_pick(make("gpt2"))
-    pick.look_at(make_texts(LENGTHS))
+    pooling = found_pick(make("gpt2"))
+    pooling.look_at(make_texts(LENGTHS))
     values = torch.arange(9.0).expand(4, 9)[..., None]
-    assert pick.take(values * torch.ones(4, 9, 1)).flatten().tolist() == [length - 1 for length in LENGTHS]
+    assert pooling.take(values * torch.ones(4, 9, 1)).flatten().tolist() == [length - 1 for length in LENGTHS]
     heads = torch.arange(9.0).view(1, 1, 9, 1) * torch.ones(4, 2, 9, 1)
-    assert pick.take(heads, axis=2).shape == (4, 2, 1, 1)
-    assert pick.take(heads, axis=2)[:, 0].flatten().tolist() == [length - 1 for length in LENGTHS]
-    pick.look_at({"input_ids": torch.ones(2, 5, dtype=torch.long)})
-    assert pick.take(torch.arange(5.0).view(1, 5, 1) * torch.ones(2, 5, 1)).flatten().tolist() == [4, 4]
+    assert pooling.take(heads, axis=2).shape == (4, 2, 1, 1)
+    assert pooling.take(heads, axis=2)[:, 0].flatten().tolist() == [length - 1 for length in LENGTHS]
+    pooling.look_at({"input_ids": torch.ones(2, 5, dtype=torch.long)})
+    assert pooling.take(torch.arange(5.0).view(1, 5, 1) * torch.ones(2, 5, 1)).flatten().tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -121,7 +121,7 @@ def test_logits_and_gradients_stay_when_the_last_layer_computes_one_position(nam
     if checkpointing:
         family.model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = copy.deepcopy(family.model).train()
-    assert pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     family.model.train()
     # Other texts than those that it was tried out on, one after the other: nothing of one may reach the next.
     for lengths in (LENGTHS, (3, 5), (6, 6, 2)):
@@ -145,9 +145,9 @@ def test_adapters_that_do_nothing_yet_are_not_taken_for_parts_that_matter_nowher
     model = add_adapter(family.model, family.blocks, depth, Adapter(type="lora", r=2, dropout=0.0))
     blocks = adapted_blocks(model, family.blocks)
     reference = copy.deepcopy(model).train()
-    pick = find_pick(model, blocks, family.inputs)
-    assert pick is not None
-    assert pick_in_last_layer(model, blocks, family.inputs, pick)
+    pooling = find_token_pooling(model, blocks, family.inputs)
+    assert pooling is not None
+    assert pool_in_last_layer(model, blocks, family.inputs, pooling)
     model.train()
     # Their second matrices begin as zeros; this is what they may have learned.
     generator = torch.Generator().manual_seed(3)
@@ -165,7 +165,7 @@ def test_adapters_that_do_nothing_yet_are_not_taken_for_parts_that_matter_nowher
 def test_a_batch_without_a_mask_is_read_to_its_end(name: str) -> None:
     family = make(name)
     reference = copy.deepcopy(family.model)
-    assert pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     family.model(**family.inputs)
     ids = {"input_ids": torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(2))}
     assert agree(family.model(**ids).logits, reference(**ids).logits)
@@ -185,7 +185,7 @@ def test_the_last_layer_computes_little_more_than_keys_and_values(name: str) -> 
     family = make(name)
     last, others = family.blocks.layers[-1].elements[0], family.blocks.layers[:-1]
     before = flops_of(last, family)
-    assert pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     assert 0 < flops_of(last, family) < 0.45 * before
     assert flops_of(others[-1].elements[0], family) == before
 
@@ -211,8 +211,8 @@ def test_a_layer_that_one_position_does_not_suffice_is_left_as_it_was(odd: type[
     family = make("gpt2")
     family.model.transformer.h[-1].mlp.dropout = odd()
     reference = copy.deepcopy(family.model)
-    pick = found_pick(family)
-    assert not pick_in_last_layer(family.model, family.blocks, family.inputs, pick)
+    pooling = found_pick(family)
+    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     assert not has_been_changed(family.model)
     logits, gradients = gradients_of(family.model, family.inputs)
     expected_logits, expected = gradients_of(reference, family.inputs)
@@ -223,20 +223,20 @@ def test_a_layer_that_one_position_does_not_suffice_is_left_as_it_was(odd: type[
 @pytest.mark.parametrize("name", LEFT_AS_THEY_ARE)
 def test_a_layer_that_is_spread_over_the_model_is_left_as_it_was(name: str) -> None:
     family = make(name)
-    assert not pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     assert not has_been_changed(family.model)
 
 
 def test_a_layer_that_all_depths_share_is_left_as_it_was() -> None:
     family = make("albert")
     expected = family.model(**family.inputs).logits
-    assert not pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     assert torch.equal(family.model(**family.inputs).logits, expected)
 
 
 def test_a_picked_model_can_be_saved_as_it_was(tmp_path: Any) -> None:
     family = make("bert")
-    assert pick_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
     family.model.save_pretrained(tmp_path)
     again = type(family.model).from_pretrained(tmp_path)
     assert agree(again(**family.inputs).logits, family.model(**family.inputs).logits)

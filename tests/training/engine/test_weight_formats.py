@@ -20,7 +20,7 @@ from orchestrator.models import quantized_layers
 from orchestrator.recipe import parse_recipe
 from orchestrator.training.assembling import assemble
 from orchestrator.training.engine.build import build_engine
-from orchestrator.training.engine.weight_formats import hold_frozen_in_bf16
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16
 from orchestrator.training.prepare import prepare
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -49,7 +49,7 @@ def test_what_stays_in_fp32_does_not_keep_the_file_that_it_was_read_from(tmp_pat
     model.requires_grad_(False)
     maps = Path("/proc/self/maps")
     is_mapped = str(tmp_path) in maps.read_text()
-    hold_frozen_in_bf16(model)
+    cast_frozen_to_bf16(model)
     gc.collect()
     assert str(tmp_path) not in maps.read_text(), f"it was mapped before: {is_mapped}"
 
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_stay_the_same_to_the_bit(name: str, is_stored_in_
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
     expected, gradients = answers(model)
-    assert hold_frozen_in_bf16(model) != is_stored_in_bf16  # Whether digits were lost.
+    assert cast_frozen_to_bf16(model) != is_stored_in_bf16  # Whether digits were lost.
     narrow = [value for value in model.parameters() if value.dtype == torch.bfloat16]
     assert narrow
     assert not any(value.requires_grad for value in narrow)
@@ -85,7 +85,7 @@ def test_an_embedding_follows_only_where_it_loses_nothing() -> None:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         if is_stored_in_bf16:
             weight.data = weight.data.bfloat16().float()
-        hold_frozen_in_bf16(model)
+        cast_frozen_to_bf16(model)
         assert weight.dtype == (torch.bfloat16 if is_stored_in_bf16 else torch.float32)
 
 

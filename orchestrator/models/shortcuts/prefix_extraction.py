@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
 from orchestrator.models.blocks import Block, Blocks
 from orchestrator.models.shortcuts.prefix import FEATURES, Form, NotSeen, Prefix, hidden_of, with_hidden
-from orchestrator.models.shortcuts.token_pooling import Pick, count_examples, evaluating, is_close
+from orchestrator.models.shortcuts.token_pooling import TokenPooling, count_examples, evaluating, is_close
 
 HANDS_ON_MORE = "its layers hand on more than hidden states"
 NO_ROWS = "what its layers hand on does not have one row for each example"
@@ -24,21 +24,21 @@ SPLITTING = "feeding the output of the frozen blocks"
 
 
 @dataclass(frozen=True)
-class Unsplit:
+class NoPrefix:
     """Why the frozen blocks of a model cannot be replaced by their output."""
 
     reason: str
 
 
-def split_model(
+def extract_prefix(
     model: Any,
     body: Any,
     blocks: Blocks,
     boundary: int,
     inputs: dict[str, Tensor],
     beside: dict[str, Tensor],
-    pick: Pick | None,
-) -> Prefix | Unsplit:
+    pooling: TokenPooling | None,
+) -> Prefix | NoPrefix:
     """Make the blocks below a boundary replaceable by what they make of an example.
 
     It is tried out on the inputs: the model fed with features must give the same outputs as the whole model.
@@ -54,13 +54,13 @@ def split_model(
     try:
         stem = _find_replaceable(model, blocks, inputs)
     except CallFailed as error:
-        return Unsplit(f"{HANDS_ON_MORE} ({error.reason})")
-    prefix = Prefix(model, body, blocks, boundary, pick, stem)
+        return NoPrefix(f"{HANDS_ON_MORE} ({error.reason})")
+    prefix = Prefix(model, body, blocks, boundary, pooling, stem)
     reason = _try_out(prefix, inputs, beside)
     if reason is None:
         return prefix
     prefix.remove()
-    return Unsplit(reason)
+    return NoPrefix(reason)
 
 
 def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> list[nn.Module]:
