@@ -152,7 +152,7 @@ def run_ours(folder: Path, model: Path, freezes: bool, precision: str, num_steps
     with tempfile.TemporaryDirectory(dir=folder) as output:
         train_quietly(loaded, Path(output) / "run")
         seconds = {row["step"]: row["seconds"] for row in read_train_rows(Path(output) / "run")}
-    targets = sum(int(encoded.num_targets[batch].sum()) for batch in rows[WARMUP:])
+    targets = sum(int(encoded.counts["targets"][batch].sum()) for batch in rows[WARMUP:])
     return targets / (seconds[last] - seconds[WARMUP])
 
 

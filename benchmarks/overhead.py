@@ -217,7 +217,8 @@ def measure_steps(precision: str, num_steps: int, num_repeats: int) -> list[Rati
 def ready_batch(encoded: Any, rows: Any) -> dict[str, Any]:
     import torch
 
-    return {name: torch.from_numpy(values) for name, values in encoded.batch(rows).items()}
+    batch = encoded.batch(rows)
+    return {name: torch.from_numpy(values) for name, values in (batch.inputs | batch.targets).items()}
 
 
 def measure_padding(precision: str, folder: Path, num_repeats: int) -> list[Ratio]:

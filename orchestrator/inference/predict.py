@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +25,9 @@ from orchestrator.data.formats.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.inference.trained_model import Trained, Wanted, find_source_of, load_source, load_trained, ready
 from orchestrator.recipe import Recipe, parse_recipe
-from orchestrator.tasks.base import Arrays
-from orchestrator.training.evaluation import in_order, predict_rows
+from orchestrator.tasks.base import Predictions
+from orchestrator.tasks.bases.padded import concatenate
+from orchestrator.training.evaluation import in_order, predict_with_losses
 from orchestrator.training.export import write_table
 from orchestrator.training.generation import sample, score_written
 from orchestrator.training.split_loader import SplitLoader
@@ -37,10 +40,10 @@ ANSWERS_TOGETHER = 32
 class Predicted:
     """What a model makes of some examples, in their order."""
 
-    predictions: Arrays
+    predictions: Predictions
     loss: float
     """The mean over all targets; 0 without labels."""
-    targets: Arrays
+    targets: Predictions
     """What they are scored against; empty without labels."""
 
 
@@ -57,24 +60,29 @@ def predict_examples(
     # A language model's targets are the texts themselves.
     has_labels = not labels or any(name in examples.table.column_names for name in labels)
     rows, parts, targets = [], [], []
-    total, num_targets = 0.0, 0
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for start in range(0, len(examples), EXAMPLES_TOGETHER):
         some = examples.slice(start, min(start + EXAMPLES_TOGETHER, len(examples)))
         encoded = task.wrap(as_table(task.encode(some, trained.processor)), trained.processor)
         if reference is not None:
             encoded.reference = reference[start : start + EXAMPLES_TOGETHER]
         loader = SplitLoader(encoded, trained.device)
+        # What the terms are divided by is known when all examples are encoded, so each one's sum is kept.
+        names = list(encoded.counts)
+        totals = [{other: 1.0 if other == name else math.inf for other in names} for name in names]
         order = np.argsort(-encoded.lengths, kind="stable")
         for mine in np.split(order, range(batch_size, len(order), batch_size)):
-            predictions, loss = predict_rows(trained.model, task, loader, mine)
+            predictions, losses = predict_with_losses(trained.model, task, loader, mine, totals)
             rows.append(mine + start)
             parts.append(predictions)
-            total += loss
-        num_targets += int(encoded.num_targets.sum())
+            sums.update(dict(zip(names, losses, strict=True)))
+        counts.update({name: int(each.sum()) for name, each in encoded.counts.items()})
         if has_labels:
             targets.append(encoded.targets())
-    every = {name: np.concatenate([part[name] for part in targets]) for name in targets[0]} if targets else {}
-    return Predicted(in_order([(rows, parts, total)]), total / num_targets, every)
+    every = {name: concatenate([part[name] for part in targets]) for name in targets[0]} if targets else {}
+    loss = sum(value / max(1, counts[name]) for name, value in sums.items())
+    return Predicted(in_order([(rows, parts, loss)]), loss, every)
 
 
 def evaluate(

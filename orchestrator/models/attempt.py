@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 # What a model's code may raise when it is given other shapes than it expects.
 _ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, NameError)
 
+OF_BODY = {"loss", "last_hidden_state", "encoder_last_hidden_state", "pooler_output", "image_hidden_states"}
+"""Parts of transformers' outputs that no head has computed."""
+
 
 class CallFailed(Exception):
     """The model raised an error, which is the cause of this one."""
@@ -46,14 +49,34 @@ def calling_model(what: str) -> Iterator[None]:
 
 
 def attempt(model: Callable[..., Any], inputs: dict[str, Any], what: str) -> Tensor:
-    """Return the logits of a model.
+    """Return what a model's head computes, as `head_output`.
 
     Raises:
-        CallFailed: as `calling_model`, or the model returns something else than logits.
+        CallFailed: as `calling_model`, or the head computes nothing.
     """
     with calling_model(what):
-        logits: Tensor = model(**inputs).logits
-        return logits
+        return head_output(model(**inputs))
+
+
+def head_output(output: Any) -> Tensor:
+    """Return what the head has computed: `logits` (or `token_losses`); where there are none, all of its numbers in one
+    tensor of shape [batch, numbers], such as the start and end logits of question answering.
+
+    Args:
+        output: a `ModelOutput` of transformers.
+
+    Raises:
+        TypeError: it holds no tensors of floating numbers.
+    """
+    for name in ("logits", "token_losses"):
+        if isinstance(output.get(name), Tensor):
+            found: Tensor = output[name]
+            return found
+    of_head = [value for name, value in output.items() if name not in OF_BODY]
+    tensors = [each for each in of_head if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 0]
+    if not tensors:
+        raise TypeError(f"{type(output).__name__} holds nothing that a head computes")
+    return torch.cat([each.flatten(1) for each in tensors], 1)
 
 
 def attempt_gradients(logits: Tensor, leaves: Sequence[Tensor], what: str) -> list[Tensor | None]:

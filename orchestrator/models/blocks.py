@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError, Problem
-from orchestrator.models.attempt import calling_model
+from orchestrator.models.attempt import calling_model, head_output
 from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
 from orchestrator.models.outline import is_outline, run_outline
@@ -120,9 +120,11 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
                 output = run_outline(model, example_inputs)
             else:
                 output = model(**{name: value.to(model.device) for name, value in example_inputs.items()})
-    if "logits" not in output:
-        what = f"{type(model).__name__} returns no logits"
-        raise ModelError(Problem(what, remedy="use a source model of another architecture"))
+    try:
+        head_output(output)
+    except TypeError as error:
+        remedy = "use a source model of another architecture"
+        raise ModelError(Problem(f"{type(model).__name__} returns no logits", remedy=remedy)) from error
     # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]

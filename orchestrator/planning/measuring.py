@@ -19,7 +19,7 @@ from orchestrator.planning.plan_input import PlanInput, build
 from orchestrator.planning.simulation import Pass, fake_weights, simulate
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
-from orchestrator.tasks.base import Arrays
+from orchestrator.tasks.base import Batch, Totals
 from orchestrator.training.assembling import Parts
 from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.precision import Precision
@@ -131,7 +131,7 @@ def measure(
     encoded = plan_input.prepared.encoded("train")
 
     def look(rows: Rows) -> tuple[ModelSize, Pass]:
-        return _measure(plan_input, recipe, _batch(plan_input, rows, packs), precision, autocast, balance)
+        return _measure(plan_input, recipe, *_batch(plan_input, rows, packs), precision, autocast, balance)
 
     sizes = [positions(encoded, each, packs) for each in (load.first, load.first[:1])]
     (many, squares), (few, few_squares) = sizes
@@ -194,13 +194,19 @@ def _narrowed(plan_input: PlanInput, parts: Parts, recipe: Recipe, autocast: boo
 
 
 def _measure(
-    plan_input: PlanInput, recipe: Recipe, arrays: Arrays, precision: Precision, autocast: bool, balance: float
+    plan_input: PlanInput,
+    recipe: Recipe,
+    batch: Batch,
+    totals: Totals,
+    precision: Precision,
+    autocast: bool,
+    balance: float,
 ) -> tuple[ModelSize, Pass]:
     """The model, and a pass over a batch."""
 
     def look(parts: Parts) -> tuple[ModelSize, Pass]:
         parts = _narrowed(plan_input, parts, recipe, autocast)
-        return measure_model(parts, recipe), _simulate(plan_input, parts, arrays, precision, autocast, balance)
+        return measure_model(parts, recipe), _simulate(plan_input, parts, batch, totals, precision, autocast, balance)
 
     layers = layers_left_out(plan_input)
     if layers is None:
@@ -249,20 +255,26 @@ def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: in
 
 
 def _simulate(
-    plan_input: PlanInput, parts: Parts, arrays: Arrays, precision: Precision, autocast: bool, balance: float
+    plan_input: PlanInput,
+    parts: Parts,
+    batch: Batch,
+    totals: Totals,
+    precision: Precision,
+    autocast: bool,
+    balance: float,
 ) -> Pass:
     wide = torch.bfloat16 if precision == "bf16" and not autocast else None
     try:
         with fake_weights(parts.module, wide):
-            return simulate(parts, plan_input.prepared.task, arrays, autocast, wide, balance)
+            return simulate(parts, plan_input.prepared.task, batch, totals, autocast, wide, balance)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         source = plan_input.prepared.source
         what = f"what {source.name!r} computes depends on values ({error}), so it cannot be planned from shapes"
         raise ModelError(Problem(what, source.where, "train it for some steps: result.json has peak_bytes")) from error
 
 
-def _batch(plan_input: PlanInput, rows: Rows, packs: bool) -> Arrays:
+def _batch(plan_input: PlanInput, rows: Rows, packs: bool) -> tuple[Batch, Totals]:
     encoded = plan_input.prepared.encoded("train")
     if plan_input.prepared.task.needs_reference:
         encoded.reference = np.zeros((len(encoded), 2))
-    return encoded.packed_batch(rows) if packs else encoded.batch(rows, (0, 0))
+    return encoded.packed_batch(rows) if packs else encoded.batch(rows, (0, 0)), encoded.totals(rows)

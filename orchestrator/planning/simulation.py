@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from orchestrator.models.shortcuts.packed_sequences import LENGTHS
 from orchestrator.models.shortcuts.token_loss import IGNORED
 from orchestrator.tasks import Task
-from orchestrator.tasks.base import Arrays
+from orchestrator.tasks.base import Batch, Totals
 from orchestrator.training.assembling import Parts
 from orchestrator.training.features.build import boundary_of
 
@@ -193,7 +193,8 @@ def fake_weights(module: nn.Module, float_type: torch.dtype | None = None) -> It
 def simulate(
     parts: Parts,
     task: Task,
-    arrays: Arrays,
+    batch: Batch,
+    totals: Totals,
     autocast: bool,
     float_type: torch.dtype | None = None,
     balance: float = 0.0,
@@ -201,13 +202,14 @@ def simulate(
     """A pass over a batch; the model's weights must be fake (`fake_weights`).
 
     Args:
-        arrays: the model's inputs and `labels`.
+        batch: as arrays.
         autocast: compute in bf16 with fp32 weights.
         float_type: what floating inputs are turned into; None leaves them.
         balance: as `Tally` has it.
     """
     module = parts.module
     parts.frozen.set_train_mode(module)
+    arrays = batch.inputs
     tally = Tally(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0, balance)
     handles = []
     for value in (*module.parameters(), *module.buffers()):
@@ -236,16 +238,16 @@ def simulate(
     handles.append(parts.body.register_forward_hook(leave_body))
     with tally:
         # Lengths are read as numbers.
-        batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items() if name != LENGTHS}
-        batch |= {name: values for name, values in arrays.items() if name == LENGTHS}
-        labels = batch.pop("labels")
+        inputs: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items() if name != LENGTHS}
+        inputs |= {name: values for name, values in arrays.items() if name == LENGTHS}
+        targets = {name: torch.from_numpy(values) for name, values in batch.targets.items()}
         if float_type is not None:
-            wide = {name: each for name, each in batch.items() if name != LENGTHS and each.is_floating_point()}
-            batch |= {name: each.to(float_type) for name, each in wide.items()}
+            wide = {name: each for name, each in inputs.items() if name != LENGTHS and each.is_floating_point()}
+            inputs |= {name: each.to(float_type) for name, each in wide.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = module(**batch)
+            output = module(**inputs)
         forward_operations = tally.operations
-        loss = task.loss(output, labels)
+        loss = task.loss(output, Batch(inputs, targets), totals)
         del output
         loss.backward()
     for handle in handles:

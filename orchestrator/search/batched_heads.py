@@ -18,11 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from orchestrator.data.batches import evaluation_batches
 from orchestrator.models.attempt import calling_model
 from orchestrator.recipe import Recipe
-from orchestrator.tasks.base import Arrays
+from orchestrator.tasks.base import Batch, Predictions, Totals
+from orchestrator.tasks.bases.padded import as_arrays
 from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
 from orchestrator.training.hooks import PHASE, TrainingState, is_due, judge
 from orchestrator.training.loop import cut, rate_schedule, seed_dropout
@@ -44,7 +46,7 @@ class Head:
     weights: dict[str, Tensor] = field(default_factory=dict)
     """At the best evaluation."""
     best_row: int = -1
-    best_predictions: Arrays = field(default_factory=dict)
+    best_predictions: Predictions = field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -109,23 +111,22 @@ class Heads:
         """One optimizer step of all heads; returns their losses before it, shape [heads]."""
         session, plan = self.session, self.session.schedule
         loader = session.loaders["train"]
-        num_targets = int(loader.encoded.num_targets[rows].sum())
+        totals = loader.encoded.totals(rows)
         total = torch.zeros(len(self.heads), device=session.engine.device)
         for number, (mine,) in enumerate(cut(session.engine, loader, plan, rows)):
             seed_dropout(plan.seed, index, number, 0)
             batch = loader.batch(mine)
-            labels = batch.pop("labels")
             with calling_model(STACKING):
-                losses = vmap(self._loss_function(batch, labels), randomness="same")(self.stacked) / num_targets
+                losses = vmap(self._loss_function(batch, totals), randomness="same")(self.stacked)
                 torch.autograd.backward(losses.sum())
             total += losses.detach()
         self._update(index, total)
         return total
 
-    def _loss_function(self, batch: dict[str, Tensor], labels: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def _loss_function(self, batch: Batch, totals: Totals) -> Callable[[dict[str, Tensor]], Tensor]:
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            outputs = functional_call(self.session.engine.model, parameters, (), batch)
-            found: Tensor = self.session.prepared.task.loss(outputs, labels)
+            outputs = functional_call(self.session.engine.model, parameters, (), batch.inputs)
+            found: Tensor = self.session.prepared.task.loss(outputs, batch, totals)
             return found
 
         return loss
@@ -190,12 +191,11 @@ class Heads:
         task, metric, loader = session.prepared.task, session.metric, session.loaders["select"]
         targets = loader.encoded.targets()
         predictions, losses = self._predict()
-        num_targets = int(loader.encoded.num_targets.sum())
         for number, head in enumerate(self.heads):
             if head.is_over:
                 continue
-            own = {name: values[number] for name, values in predictions.items()}
-            loss = float(losses[number]) / num_targets
+            own = predictions[number]
+            loss = float(losses[number])
             value = loss if metric.name == "loss" else task.score(metric.name, own, targets)
             head.state.step = step
             head.rows.append({**self._place(step), "split": "select", "loss": loss, metric.name: value, "seconds": 0.0})
@@ -204,29 +204,30 @@ class Heads:
                 head.best_row, head.best_predictions = len(head.rows) - 1, own
                 head.weights = {name: value[number].detach().clone() for name, value in self.stacked.items()}
 
-    def _predict(self) -> tuple[Arrays, Tensor]:
-        """Predictions of all heads on *select*, each array [heads, examples, ...], and their summed losses, [heads]."""
+    def _predict(self) -> tuple[list[Predictions], Tensor]:
+        """Return the predictions of each head on *select*, and their losses, shape [heads]."""
         session = self.session
         task, loader = session.prepared.task, session.loaders["select"]
         session.engine.model.eval()
         total = torch.zeros(len(self.heads), device=session.engine.device)
-        rows, parts = [], []
+        totals = loader.encoded.totals()
+        rows: list[npt.NDArray[np.int64]] = []
+        parts: list[list[Predictions]] = [[] for _ in self.heads]
         size = session.schedule.micro_batch_size * EVALUATION_BATCH_FACTOR
         for mine in evaluation_batches(loader.lengths, size, 1, 0, session.engine.cost_of_pass):
             batch = loader.batch(mine)
-            labels = batch.pop("labels")
 
-            def score(parameters: dict[str, Tensor], batch: Any = batch, labels: Any = labels) -> Any:
-                outputs = functional_call(session.engine.model, parameters, (), batch)
-                return task.predict(outputs), task.loss(outputs, labels)
+            def score(parameters: dict[str, Tensor], batch: Batch = batch) -> Any:
+                outputs = functional_call(session.engine.model, parameters, (), batch.inputs)
+                return task.predict(outputs, batch), task.loss(outputs, batch, totals)
 
             with calling_model(STACKING):
                 predictions, losses = vmap(score)(self.stacked)
             total += losses
             rows.append(mine)
-            parts.append({name: values.transpose(0, 1).cpu().numpy() for name, values in predictions.items()})
-        ordered = in_order([(rows, parts, 0.0)])
-        return {name: np.swapaxes(values, 0, 1) for name, values in ordered.items()}, total
+            for number, own in enumerate(parts):
+                own.append(as_arrays(tree_map(lambda values, number=number: values[number], predictions)))
+        return [in_order([(rows, own, 0.0)]) for own in parts], total
 
     def _complete(self, head: Head) -> None:
         """All metrics at the best evaluation, where until then only the one that decides is known."""

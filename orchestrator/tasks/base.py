@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from orchestrator.models import SourceModel  # It brings torch along, which the names of options can do without.
 
 Arrays = dict[str, npt.NDArray[Any]]
+Predictions = dict[str, Any]
+"""One value an example, in the order of the split: an array's rows, or a list of arrays of any length."""
+Totals = Mapping[str, float]
+"""Sums of the counts that examples declare, over the global batch or over a split."""
+
+
+@dataclass
+class Batch:
+    """Some examples of a split: arrays, or tensors on the model's device."""
+
+    inputs: dict[str, Any]
+    """Arguments of the model's forward."""
+    targets: dict[str, Any]
+    """What the loss and the predictions read besides the outputs; empty where the examples are not labelled."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ class Encoded(ABC):
     lengths: npt.NDArray[np.int64]
     """What padding costs for each example (tokens); shape [num_examples]."""
 
-    num_targets: npt.NDArray[np.int64]
-    """Targets that the loss of each example is a sum over; shape [num_examples]."""
+    counts: Arrays
+    """Numbers that terms of the loss are normalised by, such as `targets`; each of shape [num_examples]."""
 
     augments: bool = False
     """Whether training batches are changed at random."""
@@ -59,7 +73,7 @@ class Encoded(ABC):
     """Rows of a batch that each example takes."""
 
     reference: npt.NDArray[np.float64] | None = None
-    """What the source makes of the examples, for tasks that need it; batches hold it as `labels`."""
+    """What the source predicts for the examples, for tasks that need it; targets of batches hold it."""
 
     packs: bool = False
     """Whether `packed_batch` may take the place of `batch` in training, where the model keeps packed examples apart."""
@@ -67,21 +81,29 @@ class Encoded(ABC):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def totals(self, rows: npt.NDArray[np.int64] | None = None) -> Totals:
+        """Return the sum of each count over these rows, or over the split; at least 1.
+
+        Of texts that were cut there may be nothing left to learn, and the loss is divided by this.
+        """
+        some = self.counts if rows is None else {name: each[rows] for name, each in self.counts.items()}
+        return {name: max(1, int(each.sum())) for name, each in some.items()}
+
     @abstractmethod
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
-        """The model's inputs for these rows, padded; with `labels` where the split has them.
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
+        """Return these rows, padded; with targets where the split has them.
 
         Args:
             stream: seed and epoch, where examples may be changed at random. What is drawn for an example depends on
                 these and its row alone, however batches are cut. None changes nothing.
         """
 
-    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
-        """The same examples one after the other in a single row: what the model computes of each stays as it is."""
+    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return the same examples one after the other in a single row: what the model computes of each stays as it is."""
         raise NotImplementedError
 
-    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Arrays:
-        """What a batch holds besides what only the stem reads, for when stored features take the stem's place."""
+    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return a batch without what only the stem reads, for when stored features take the stem's place."""
         return self.batch(rows)
 
     @abstractmethod
@@ -238,25 +260,32 @@ class Task(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def loss(self, outputs: Any, labels: Any) -> Any:
-        """The loss summed over the batch's targets, in fp32 (a scalar tensor)."""
+    def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
+        """Return this batch's share of the global batch's loss (a scalar tensor, in fp32).
+
+        The shares of all batches that a global batch is cut into add up to its loss: each term is a sum over the
+        batch, divided by the total of what it counts.
+
+        Args:
+            totals: sums of `Encoded.counts` over the global batch.
+        """
 
     @abstractmethod
-    def predict(self, outputs: Any) -> dict[str, Any]:
-        """What is kept of the model's outputs, one row an example (tensors)."""
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
+        """Return what is kept of the outputs, one row an example: tensors, or `Padded` for values of any length."""
 
     @abstractmethod
-    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
         """The numbers for metrics.jsonl and result.json."""
 
-    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+    def score(self, metric: str, predictions: Predictions, targets: Arrays) -> float:
         """One of the metrics, where a quicker way to it than all of them may be known."""
         return self.metrics(predictions, targets)[metric]
 
     @abstractmethod
-    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         """What is too long for a table: the report of each class, the confusion matrix."""
 
     @abstractmethod
-    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
         """Predictions in the user's words, as columns."""

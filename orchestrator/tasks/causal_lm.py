@@ -15,7 +15,7 @@ from orchestrator.data.fields.conversations import check_samples, read_samples
 from orchestrator.data.fields.forms import Form, columns_of, forms_of
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
-from orchestrator.tasks.base import Arrays, Encoded, MainMetric
+from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Totals
 from orchestrator.tasks.bases.answer_scores import (
     Generation,
     check_generation,
@@ -112,23 +112,23 @@ class CausalLanguageModelling(LanguageTask):
     def wrap(self, table: pa.Table, processor: Any) -> Encoded:
         return self.wrap_texts(table, processor, self.options.pack)
 
-    def loss(self, outputs: Any, labels: Any) -> Any:
-        return outputs.logits[..., 0].sum()
+    def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
+        return outputs.token_losses[..., 0].sum() / totals["targets"]
 
-    def predict(self, outputs: Any) -> dict[str, Any]:
-        sums = outputs.logits.double().sum(1)
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
+        sums = outputs.token_losses.double().sum(1)
         return {"nll": sums[:, 0], "hits": sums[:, 1]}
 
-    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
         num_targets = max(1, int(targets["num_targets"].sum()))
-        nll = float(predictions["nll"].sum()) / num_targets
-        hits = float(predictions["hits"].sum()) / num_targets
+        nll = float(np.sum(predictions["nll"])) / num_targets
+        hits = float(np.sum(predictions["hits"])) / num_targets
         return {"nll": nll, "perplexity": float(np.exp(min(nll, 700.0))), "token_accuracy": hits}
 
-    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {"num_targets": int(targets["num_targets"].sum())}
 
-    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
         return {"nll": [float(value) for value in predictions["nll"]]}
 
 

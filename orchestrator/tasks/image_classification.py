@@ -24,7 +24,7 @@ from orchestrator.data.threads import in_threads
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
-from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
+from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Task, Totals
 from orchestrator.tasks.bases.classification import (
     DIRECTIONS,
     accuracy,
@@ -63,23 +63,23 @@ class EncodedImages(Encoded):
     """The bytes of each picture, and its label."""
 
     pixels: Pixels
-    maker: ImagePreprocessor
+    preprocessor: ImagePreprocessor
     labels: npt.NDArray[np.int64] | None
     augmentation: Augmentation
 
     def __post_init__(self) -> None:
         self.lengths = np.ones(len(self.pixels), dtype=np.int64)
-        self.num_targets = np.ones(len(self.pixels), dtype=np.int64)
+        self.counts = {"targets": np.ones(len(self.pixels), dtype=np.int64)}
         self.augments = self.augmentation != "none"
 
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         pictures = self.pixels.take(rows)
         if stream is not None:
             pictures = augment(pictures, self.augmentation, stream, rows)
-        return {"pixel_values": self.maker.numbers(pictures), **self.extra_inputs(rows)}
+        return Batch({"pixel_values": self.preprocessor.numbers(pictures)}, self.extra_inputs(rows).targets)
 
-    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Arrays:
-        return {} if self.labels is None else {"labels": self.labels[rows]}
+    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:
+        return Batch({}, {} if self.labels is None else {"labels": self.labels[rows]})
 
     def targets(self) -> Arrays:
         assert self.labels is not None, "a split without labels cannot be scored"
@@ -207,26 +207,27 @@ class ImageClassification(Task):
         # Of the real size: some models read no other, and say so here.
         return {"pixel_values": torch.zeros(1, NUM_COLOURS, processor.height, processor.width)}
 
-    def loss(self, outputs: Any, labels: Any) -> Any:
+    def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
         from torch.nn import functional
 
-        return functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        losses = functional.cross_entropy(outputs.logits.float(), batch.targets["labels"], reduction="sum")
+        return losses / totals["targets"]
 
-    def predict(self, outputs: Any) -> dict[str, Any]:
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
         return {"logits": outputs.logits.float()}
 
-    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
         return single_label_metrics(softmax(predictions["logits"]), targets["label"])
 
-    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+    def score(self, metric: str, predictions: Predictions, targets: Arrays) -> float:
         if metric == "accuracy":
             return accuracy(predictions["logits"], targets["label"])
         return super().score(metric, predictions, targets)
 
-    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return class_report(targets["label"], predictions["logits"].argmax(-1), self.label_names)
 
-    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
         return predicted_labels(predictions["logits"], self.label_names)
 
 

@@ -17,7 +17,7 @@ from orchestrator.data.fields.columns import Column
 from orchestrator.data.fields.preferences import SIDES, check_pairs, read_pairs
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
-from orchestrator.tasks.base import Arrays, Encoded, MainMetric
+from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Totals
 from orchestrator.tasks.bases.language import IGNORED, EncodedTokens, LanguageOptions, LanguageTask
 from orchestrator.tasks.bases.loss_mask import TOKENS, encode_in_batches, longest_tokens
 
@@ -43,20 +43,18 @@ class EncodedPairs(Encoded):
 
     def __post_init__(self) -> None:
         self.lengths = np.maximum(*(side.lengths for side in self.sides))
-        self.num_targets = np.ones(len(self.lengths), np.int64)
+        self.counts = {"targets": np.ones(len(self.lengths), np.int64)}
 
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
-        """All chosen answers, then all rejected ones; `labels` are the source's log-probabilities of them."""
-        batches = [side.batch(rows) for side in self.sides]
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
+        """Return all chosen answers, then all rejected ones; `reference` are the source's log-probabilities of them."""
+        batches = [side.batch(rows).inputs for side in self.sides]
         width = max(batch["input_ids"].shape[1] for batch in batches)
         fill = {"input_ids": self.sides[0].pad_token_id, "attention_mask": 0, "target_ids": IGNORED}
         joined: Arrays = {
             name: np.concatenate([widen(batch[name], width, value) for batch in batches])
             for name, value in fill.items()
         }
-        if self.reference is not None:
-            joined["labels"] = self.reference[rows]
-        return joined
+        return Batch(joined, {} if self.reference is None else {"reference": self.reference[rows]})
 
     def targets(self) -> Arrays:
         nothing = np.full((len(self), 2), np.nan)
@@ -139,25 +137,26 @@ class PreferenceTuning(LanguageTask):
             shown += [(f"\n{side}: ", False), *super().pieces(each, row, processor)]
         return shown
 
-    def loss(self, outputs: Any, labels: Any) -> Any:
+    def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
         from torch.nn import functional
 
-        gained = log_probabilities(outputs) - labels
-        return -functional.logsigmoid(self.options.beta * (gained[:, 0] - gained[:, 1])).sum()
+        gained = log_probabilities(outputs) - batch.targets["reference"]
+        losses = -functional.logsigmoid(self.options.beta * (gained[:, 0] - gained[:, 1]))
+        return losses.sum() / totals["targets"]
 
-    def predict(self, outputs: Any) -> dict[str, Any]:
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
         return {"log_probabilities": log_probabilities(outputs)}
 
-    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
         """`margin` is the mean of beta times what the chosen answer has gained over the rejected one, in nats."""
         gained = predictions["log_probabilities"] - np.nan_to_num(targets["reference"], nan=0.0)
         margins = self.options.beta * (gained[:, 0] - gained[:, 1])
         return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
 
-    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {}
 
-    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
         found = predictions["log_probabilities"]
         return {side: [float(value) for value in found[:, number]] for number, side in enumerate(SIDES)}
 
@@ -167,7 +166,7 @@ TASK = PreferenceTuning
 
 def log_probabilities(outputs: Any) -> Any:
     """Of the answers, as the model has them; shape [examples, 2]. In fp64: their differences are small."""
-    return -outputs.logits[..., 0].double().sum(1).view(2, -1).T
+    return -outputs.token_losses[..., 0].double().sum(1).view(2, -1).T
 
 
 def _beside(sides: Iterable[pa.RecordBatch]) -> pa.RecordBatch:

@@ -20,7 +20,7 @@ from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
-from orchestrator.tasks.base import Arrays, Encoded, MainMetric, Task
+from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Task, Totals
 from orchestrator.tasks.bases.classification import (
     DIRECTIONS,
     accuracy,
@@ -67,15 +67,13 @@ class EncodedTexts(Encoded):
 
     def __post_init__(self) -> None:
         self.lengths = self.inputs["input_ids"].lengths
-        self.num_targets = np.ones(len(self.lengths), dtype=np.int64)
+        self.counts = {"targets": np.ones(len(self.lengths), dtype=np.int64)}
 
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         arrays: Arrays = {name: column.pad(rows, self.fill[name]) for name, column in self.inputs.items()}
         lengths = self.lengths[rows]
         arrays["attention_mask"] = (np.arange(max(1, lengths.max(initial=1))) < lengths[:, None]).astype(np.int64)
-        if self.labels is not None:
-            arrays["labels"] = self.labels[rows]
-        return arrays
+        return Batch(arrays, {} if self.labels is None else {"labels": self.labels[rows]})
 
     def targets(self) -> Arrays:
         assert self.labels is not None, "a split without labels cannot be scored"
@@ -273,10 +271,10 @@ class TextClassification(Task):
 
     def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         batch = encoded.batch(np.array([row]))
-        text = processor.decode(batch["input_ids"][0])
-        if "labels" not in batch:
+        text = processor.decode(batch.inputs["input_ids"][0])
+        if not batch.targets:
             return [(text, False)]
-        label = batch["labels"][0]
+        label = batch.targets["labels"][0]
         if self.problem_type == "single_label_classification":
             shown = self.label_names[int(label)]
         elif self.problem_type == "multi_label_classification":
@@ -291,10 +289,12 @@ class TextClassification(Task):
         # No attention mask: models look into it, which they cannot where there are only shapes (the meta device).
         return {"input_ids": torch.tensor([[1, 2, 3, 1]])}
 
-    def loss(self, outputs: Any, labels: Any) -> Any:
+    def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
+        return self._summed_loss(outputs.logits.float(), batch.targets["labels"]) / totals["targets"]
+
+    def _summed_loss(self, logits: Any, labels: Any) -> Any:
         from torch.nn import functional
 
-        logits = outputs.logits.float()
         if self.problem_type == "single_label_classification":
             return functional.cross_entropy(logits, labels, reduction="sum")
         if self.problem_type == "regression":
@@ -302,10 +302,10 @@ class TextClassification(Task):
         # One target an example: the mean over its labels, as in transformers.
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(self.label_names)
 
-    def predict(self, outputs: Any) -> dict[str, Any]:
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
         return {"logits": outputs.logits.float()}
 
-    def metrics(self, predictions: Arrays, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
         logits, truth = predictions["logits"], targets["label"]
         if self.problem_type == "regression":
             return regression_metrics(logits[:, 0], truth)
@@ -313,19 +313,19 @@ class TextClassification(Task):
             return multi_label_metrics(logits > 0, truth > 0)
         return single_label_metrics(softmax(logits), truth)
 
-    def score(self, metric: str, predictions: Arrays, targets: Arrays) -> float:
+    def score(self, metric: str, predictions: Predictions, targets: Arrays) -> float:
         if metric == "accuracy" and self.problem_type == "single_label_classification":
             return accuracy(predictions["logits"], targets["label"])
         return super().score(metric, predictions, targets)
 
-    def details(self, predictions: Arrays, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         if self.problem_type == "regression":
             return {}
         logits = predictions["logits"]
         single = self.problem_type == "single_label_classification"
         return class_report(targets["label"], logits.argmax(-1) if single else logits > 0, self.label_names)
 
-    def prediction_rows(self, predictions: Arrays) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
         logits = predictions["logits"]
         if self.problem_type == "regression":
             return {"prediction": [float(value) for value in logits[:, 0]]}

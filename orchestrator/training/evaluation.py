@@ -13,12 +13,13 @@ import torch
 from orchestrator.data.batches import evaluation_batches
 from orchestrator.data.cache import cached_table, content_key, kept_table
 from orchestrator.tasks import Task
-from orchestrator.tasks.base import Arrays
+from orchestrator.tasks.base import Predictions, Totals
+from orchestrator.tasks.bases.padded import as_arrays, concatenate
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.split_loader import SplitLoader
 
-Gathered = list[tuple[list[Any], list[Arrays], float]]
-"""Rows, predictions and summed loss of each worker."""
+Gathered = list[tuple[list[Any], list[Predictions], float]]
+"""Rows, predictions and share of the loss of each worker."""
 REFERENCE_VERSION = "reference 1"  # Part of each key: raise it when the same is computed otherwise.
 EVALUATION_BATCH_FACTOR = 2  # Without gradients, twice the examples fit into the same memory.
 
@@ -28,17 +29,26 @@ class Scored:
     """A split's scores (on every worker) and its predictions in the split's order (on worker 0)."""
 
     metrics: dict[str, float]
-    predictions: Arrays
+    predictions: Predictions
+
+
+def predict_rows(
+    model: Any, task: Task, loader: SplitLoader, rows: np.ndarray[Any, Any], totals: Totals
+) -> tuple[Predictions, float]:
+    """Return the task's predictions for these rows, and their share of the loss (0 where there are no targets)."""
+    predictions, losses = predict_with_losses(model, task, loader, rows, [totals])
+    return predictions, losses[0]
 
 
 @torch.no_grad()
-def predict_rows(model: Any, task: Task, loader: SplitLoader, rows: np.ndarray[Any, Any]) -> tuple[Arrays, float]:
-    """The task's predictions for these rows, and their summed loss (0 where there are no labels)."""
+def predict_with_losses(
+    model: Any, task: Task, loader: SplitLoader, rows: np.ndarray[Any, Any], totals: Sequence[Totals]
+) -> tuple[Predictions, list[float]]:
+    """Return the task's predictions for these rows, and their loss under each of the totals."""
     batch = loader.batch(rows)
-    labels = batch.pop("labels", None)
-    outputs = model(**batch)
-    loss = 0.0 if labels is None else float(task.loss(outputs, labels))
-    return {name: values.cpu().numpy() for name, values in task.predict(outputs).items()}, loss
+    outputs = model(**batch.inputs)
+    losses = [float(task.loss(outputs, batch, each)) if batch.targets else 0.0 for each in totals]
+    return as_arrays(task.predict(outputs, batch)), losses
 
 
 def score(
@@ -53,11 +63,11 @@ def score(
         tokens_per_pass: the same of its tokens, as in `Prepared`.
     """
     gathered = predict_share(engine, task, loader, micro_batch_size, tokens_per_pass)
-    predictions: Arrays = {}
+    predictions: Predictions = {}
 
     def compute_metrics() -> dict[str, float]:
         predictions.update(in_order(gathered))
-        loss = sum(share[2] for share in gathered) / int(loader.encoded.num_targets.sum())
+        loss = sum(share[2] for share in gathered)
         return {"loss": loss, **task.metrics(predictions, loader.encoded.targets())}
 
     return Scored(engine.first_worker_does(compute_metrics), predictions)
@@ -68,13 +78,13 @@ def predict_share(
 ) -> Gathered:
     """Predict this worker's share of a split; returns those of all workers, on worker 0."""
     engine.model.eval()
-    rows, parts, total = [], [], 0.0
+    rows, parts, total, totals = [], [], 0.0, loader.encoded.totals()
     batch_size, lengths = micro_batch_size * EVALUATION_BATCH_FACTOR, loader.lengths
     most = None if tokens_per_pass is None else tokens_per_pass * EVALUATION_BATCH_FACTOR
     most = loader.tokens_per_pass(most, lengths)
     for mine in evaluation_batches(lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass, most):
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
-        predictions, loss = predict_rows(engine.model, task, loader, asked)
+        predictions, loss = predict_rows(engine.model, task, loader, asked, totals)
         if len(mine):
             rows.append(mine)
             parts.append(predictions)
@@ -114,15 +124,20 @@ def read_reference(key: str) -> np.ndarray[Any, Any] | None:
 
 def store_reference(key: str, gathered: Gathered) -> np.ndarray[Any, Any]:
     """Store what the workers have predicted; returns it in the order of the split."""
+    found: np.ndarray[Any, Any]
     (found,) = in_order(gathered).values()
     table = pa.table({str(number): column for number, column in enumerate(found.T)})
     cached_table(key, lambda: table)
     return found
 
 
-def in_order(gathered: Gathered) -> Arrays:
-    """Predictions of all workers put back into the order of the split."""
+def in_order(gathered: Gathered) -> Predictions:
+    """Return the predictions of all workers in the order of the split."""
     rows = np.concatenate([part for share in gathered for part in share[0]])
     order = np.argsort(rows, kind="stable")
     batches = [batch for share in gathered for batch in share[1]]
-    return {name: np.concatenate([batch[name] for batch in batches])[order] for name in batches[0]}
+    found = {name: concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return {
+        name: [values[row] for row in order] if isinstance(values, list) else values[order]
+        for name, values in found.items()
+    }

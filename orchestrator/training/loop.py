@@ -114,8 +114,7 @@ def take_step(
 ) -> tuple[float, float]:
     """One optimizer step on the global batch `rows`; returns its loss and the norm of its gradient."""
     passes = cut(engine, loader, schedule, rows)
-    # Of texts that were cut there may be nothing left to learn.
-    num_targets = max(1, int(loader.encoded.num_targets[rows].sum()))
+    totals = loader.encoded.totals(rows)
     stream = (schedule.seed, index // schedule.order.steps_per_epoch)
     total = torch.zeros((), device=engine.device)
     for number, hands in enumerate(passes):
@@ -124,11 +123,9 @@ def take_step(
         # A worker without examples computes on one that counts for nothing: gradients are summed with all workers. In
         # evaluation mode, so that statistics do not learn from it.
         batch = loader.batch(mine if len(mine) else rows[:1], stream)
-        labels = batch.pop("labels")
-        weight = 1.0 / num_targets if len(mine) else 0.0
         mode = contextlib.nullcontext() if len(mine) else evaluating(engine.module)
         with mode, engine.in_pass(last=number == len(passes) - 1):
-            loss = task.loss(engine.model(**batch), labels) * weight
+            loss = task.loss(engine.model(**batch.inputs), batch, totals) * (1.0 if len(mine) else 0.0)
             engine.backward(loss)
         total += loss.detach()
     norm = engine.step(schedule.rate_factor(index))

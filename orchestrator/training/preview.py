@@ -66,7 +66,7 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
         Shown(
             prepared.examples["train"].where(row),
             int(train.lengths[row]),
-            int(train.num_targets[row]),
+            int(train.counts["targets"][row]),
             prepared.task.pieces(train, row, prepared.processor),
         )
         for row in first_of_each_file(prepared.examples["train"].file_numbers(), count)
@@ -98,7 +98,7 @@ def measure(encoded: Encoded) -> Lengths:
         median=int(np.median(lengths)),
         longest=longest,
         tokens=int(lengths.sum()),
-        targets=int(encoded.num_targets.sum()),
+        targets=int(encoded.counts["targets"].sum()),
         num_longest=int((lengths == longest).sum()),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from orchestrator.data.feature_store import Rows
 from orchestrator.models.shortcuts.prefix import FEATURES
 from orchestrator.tasks import Encoded
-from orchestrator.tasks.base import Arrays
+from orchestrator.tasks.base import Arrays, Batch
 
 
 @dataclass
@@ -41,8 +41,8 @@ class SplitLoader:
         """What padding costs in: positions of each example, or 1 where features are even and none is padded."""
         return np.ones(len(self), np.int64) if self.is_even else self.encoded.lengths
 
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-        """The model's inputs for these rows, with `labels` where the split has them.
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
+        """Return these rows, with targets where the split has them.
 
         Args:
             stream: seed and epoch of what is drawn for training examples; None where nothing is.
@@ -53,10 +53,10 @@ class SplitLoader:
         elif self.features is None:
             batch = self._to_device(self.encoded.batch(rows, stream))
         else:
-            batch = self.beside(rows)
+            batch = self.extra_inputs(rows)
         if self.features is not None:
             values = self.features.join(rows) if packs else self.features.take(rows)
-            batch[FEATURES] = as_tensor(values, self.features.note).to(self.device, non_blocking=True)
+            batch.inputs[FEATURES] = as_tensor(values, self.features.note).to(self.device, non_blocking=True)
         return batch
 
     def tokens_per_pass(self, most: int | None, lengths: npt.NDArray[np.int64]) -> int | None:
@@ -65,18 +65,18 @@ class SplitLoader:
             return most
         return max(1, most // int(self.encoded.lengths.max()))
 
-    def beside(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-        """What goes along with features of these rows: masks, labels."""
+    def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return what goes along with features of these rows: masks, targets."""
         return self._to_device(self.encoded.extra_inputs(rows))
 
-    def _to_device(self, arrays: Arrays) -> dict[str, Tensor]:
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(self._tensors(batch.inputs, self.float_type), self._tensors(batch.targets))
+
+    def _tensors(self, arrays: Arrays, float_type: torch.dtype | None = None) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}
-        if self.float_type is None:
+        if float_type is None:
             return tensors
-        return {
-            name: value.to(self.float_type) if value.is_floating_point() and name != "labels" else value
-            for name, value in tensors.items()
-        }
+        return {name: each.to(float_type) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
 def as_array(values: Tensor) -> tuple[npt.NDArray[np.generic], str]:

@@ -137,8 +137,7 @@ def answers(model: Path, data: Path, auto_class: str, batch_size: int) -> tuple[
     encoded = trained.task.wrap(as_table(trained.task.encode(examples, trained.processor)), trained.processor)
     theirs = []
     for row in range(len(examples)):
-        inputs = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).items()}
-        inputs.pop("labels", None)
+        inputs = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).inputs.items()}
         targets = inputs.pop("target_ids", None)
         if targets is not None:
             inputs["use_cache"] = False

@@ -28,6 +28,7 @@ from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import SPARE
 from orchestrator.planning.simulation import Tally, fake_weights, simulate
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.tasks.base import Batch
 from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import prepare
 
@@ -96,20 +97,22 @@ def test_a_pass_without_values_holds_what_one_with_values_does(
     recipe = load_recipe(write_recipe(source=source, transfer={"freeze": freeze}, train={"precision": "fp32"}))
     prepared = prepare(recipe)
     encoded = prepared.encoded("train")
-    arrays = encoded.batch(np.argsort(-encoded.lengths)[:24])
+    rows = np.argsort(-encoded.lengths)[:24]
+    arrays, totals = encoded.batch(rows), encoded.totals(rows)
     parts = assemble(prepared)
     parts.frozen.set_train_mode(parts.module)
-    batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    labels = batch.pop("labels")
+    inputs, targets = (
+        {name: torch.from_numpy(values) for name, values in each.items()} for each in (arrays.inputs, arrays.targets)
+    )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        prepared.task.loss(parts.module(**batch), labels).backward()
+        prepared.task.loss(parts.module(**inputs), Batch(inputs, targets), totals).backward()
     held, most = 0, 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
     with fake_weights(parts.module):
-        found = simulate(parts, prepared.task, arrays, autocast=False)
+        found = simulate(parts, prepared.task, arrays, totals, autocast=False)
     trained = sum(value.numel() for value in parts.module.parameters() if value.requires_grad)
     assert found.gradients == 4 * trained
     assert found.with_gradients == pytest.approx(most, rel=0.03)

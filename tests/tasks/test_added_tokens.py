@@ -51,7 +51,7 @@ def test_they_begin_as_the_mean_of_all_others(recipe_of: Callable[..., Any], tin
         torch.testing.assert_close(new[len(old) :], old.mean(0).expand(2, -1))
     assert model.config.vocab_size == len(prepared.processor)
     # Each is a token of its own.
-    assert prepared.encoded("train").num_targets.max() == 3
+    assert prepared.encoded("train").counts["targets"].max() == 3
 
 
 @pytest.mark.parametrize("transfer", [{}, WHOLE])

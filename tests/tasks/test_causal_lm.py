@@ -21,6 +21,7 @@ from orchestrator.data.cache import as_table
 from orchestrator.errors import InputError
 from orchestrator.inference.chat import chat
 from orchestrator.inference.predict import evaluate, predict
+from orchestrator.tasks.base import Batch
 from orchestrator.tasks.bases.language import IGNORED
 from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import Prepared, prepare
@@ -35,8 +36,7 @@ def prepared_of(path: Path) -> Prepared:
 def learned_text(prepared: Prepared, row: int) -> list[str]:
     """The stretches of an example that are learned, decoded."""
     encoded = prepared.encoded("train")
-    batch = encoded.batch(np.array([row]))
-    targets = batch["target_ids"][0]
+    targets = encoded.batch(np.array([row])).inputs["target_ids"][0]
     groups: list[list[int]] = []
     for position, token in enumerate(targets):
         if token != IGNORED:
@@ -101,10 +101,9 @@ def test_in_a_mixture_each_example_is_read_as_by_itself(write: WriteRecipe, tmp_
 
 def test_the_loss_is_the_mean_over_the_learned_tokens_as_transformers_has_it(write: WriteRecipe) -> None:
     prepared = prepared_of(write())
-    parts = assemble(prepared)
-    batch = {name: torch.from_numpy(value) for name, value in prepared.encoded("train").batch(np.arange(6)).items()}
-    counts = batch.pop("labels")
-    ours = prepared.task.loss(parts.module(**batch), counts) / counts.sum()
+    parts, encoded, rows = assemble(prepared), prepared.encoded("train"), np.arange(6)
+    batch = {name: torch.from_numpy(value) for name, value in encoded.batch(rows).inputs.items()}
+    ours = prepared.task.loss(parts.module(**batch), Batch(batch, {}), encoded.totals(rows))
     targets = batch.pop("target_ids")
     labels = torch.cat([torch.full_like(targets[:, :1], IGNORED), targets[:, :-1]], 1)
     theirs = parts.module(**batch, labels=labels).loss
@@ -204,8 +203,8 @@ def test_encoding_in_parts_is_encoding_at_once(
     assert in_parts["input_ids"].num_chunks == 10
     assert in_parts.equals(prepared.tables["train"])
     whole, parts = prepared.encoded("train"), prepared.task.wrap(in_parts, processor)
-    for name, values in whole.packed_batch(np.arange(48)[::-1]).items():
-        np.testing.assert_array_equal(parts.packed_batch(np.arange(48)[::-1])[name], values)
+    for name, values in whole.packed_batch(np.arange(48)[::-1]).inputs.items():
+        np.testing.assert_array_equal(parts.packed_batch(np.arange(48)[::-1]).inputs[name], values)
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% for m in messages %}{% if 'number 9?' in m.content %}{{ raise_exception('no nines') }}{% endif %}"
@@ -224,14 +223,13 @@ def test_packed_examples_have_the_losses_that_they_have_by_themselves(write: Wri
     prepared = prepared_of(write({"train_on": "all"}))
     encoded, parts = prepared.encoded("train"), assemble(prepared)
     rows = np.arange(9)
-    padded, packed = encoded.batch(rows), encoded.packed_batch(rows)
+    padded, packed = encoded.batch(rows).inputs, encoded.packed_batch(rows).inputs
     assert (packed["target_ids"] != IGNORED).sum() == (padded["target_ids"] != IGNORED).sum()
     assert packed["input_ids"].size <= padded["input_ids"].size
     losses = []
     for arrays in (padded, packed):
         batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        batch.pop("labels")
-        losses.append(parts.module(**batch).logits[..., 0].sum())
+        losses.append(parts.module(**batch).token_losses[..., 0].sum())
     torch.testing.assert_close(losses[1], losses[0])
 
 

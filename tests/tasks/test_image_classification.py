@@ -19,6 +19,7 @@ from orchestrator.data.cache import as_table
 from orchestrator.errors import DataError
 from orchestrator.models import find_source
 from orchestrator.recipe import Recipe
+from orchestrator.tasks.base import Batch
 from orchestrator.tasks.bases.classification import single_label_metrics, softmax
 from orchestrator.tasks.bases.image import augment
 from orchestrator.tasks.image_classification import EncodedImages, ImageClassification, ImageOptions
@@ -56,10 +57,11 @@ def test_batches_hold_what_the_image_processor_gives(
     files = [train.where(row) for row in rows]
     expected = AutoImageProcessor.from_pretrained(folder)([Image.open(file) for file in files], return_tensors="np")
     batch = encoded.batch(rows)
-    np.testing.assert_allclose(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
-    assert batch["pixel_values"].dtype == np.float32
-    assert [encoded_label(name) for name in files] == batch["labels"].tolist()
-    assert (len(encoded), encoded.num_targets.sum()) == (48, 48)
+    pixels = batch.inputs["pixel_values"]
+    np.testing.assert_allclose(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
+    assert pixels.dtype == np.float32
+    assert [encoded_label(name) for name in files] == batch.targets["labels"].tolist()
+    assert (len(encoded), encoded.counts["targets"].sum()) == (48, 48)
     assert encoded.targets()["label"].tolist() == sorted(encoded.targets()["label"].tolist())
 
 
@@ -69,35 +71,36 @@ def encoded_label(file: str) -> int:
 
 def test_beside_stored_features_stand_only_the_labels(train: Examples, tiny_vit: Path) -> None:
     beside = encode(train, tiny_vit).extra_inputs(np.array([47, 0]))
-    assert {name: values.tolist() for name, values in beside.items()} == {"labels": [2, 0]}
+    assert {name: values.tolist() for name, values in beside.targets.items()} == {"labels": [2, 0]}
+    assert not beside.inputs
 
 
 def test_pictures_come_in_the_size_that_is_asked_for(train: Examples, tiny_mobilenet: Path) -> None:
-    assert encode(train, tiny_mobilenet).batch(np.arange(2))["pixel_values"].shape == (2, 3, 32, 32)
+    assert encode(train, tiny_mobilenet).batch(np.arange(2)).inputs["pixel_values"].shape == (2, 3, 32, 32)
     encoded = encode(train, tiny_mobilenet, image_size=16)
-    assert encoded.batch(np.arange(2))["pixel_values"].shape == (2, 3, 16, 16)
+    assert encoded.batch(np.arange(2)).inputs["pixel_values"].shape == (2, 3, 16, 16)
 
 
 def test_what_is_drawn_depends_on_the_epoch_and_the_example_alone(train: Examples, tiny_vit: Path) -> None:
     encoded = encode(train, tiny_vit, augment="flip-crop")
     assert encoded.augments
-    together = encoded.batch(np.arange(20), stream=(0, 3))["pixel_values"]
+    together = encoded.batch(np.arange(20), stream=(0, 3)).inputs["pixel_values"]
     for cut in ([7], [19, 7, 2]):
-        np.testing.assert_array_equal(encoded.batch(np.array(cut), stream=(0, 3))["pixel_values"], together[cut])
-    plain = encoded.batch(np.arange(20))["pixel_values"]
+        np.testing.assert_array_equal(encoded.batch(np.array(cut), stream=(0, 3)).inputs["pixel_values"], together[cut])
+    plain = encoded.batch(np.arange(20)).inputs["pixel_values"]
     changed = [(one != other).any() for one, other in zip(together, plain, strict=True)]
     assert sum(changed) > 15
-    assert (encoded.batch(np.arange(20), stream=(0, 4))["pixel_values"] != together).any()
-    assert (encoded.batch(np.arange(20), stream=(1, 3))["pixel_values"] != together).any()
+    assert (encoded.batch(np.arange(20), stream=(0, 4)).inputs["pixel_values"] != together).any()
+    assert (encoded.batch(np.arange(20), stream=(1, 3)).inputs["pixel_values"] != together).any()
 
 
 def test_nothing_is_drawn_in_evaluation_or_when_it_is_off(train: Examples, tiny_vit: Path) -> None:
     plain = encode(train, tiny_vit)
     assert not plain.augments
     rows = np.arange(10)
-    expected = plain.batch(rows)["pixel_values"]
-    np.testing.assert_array_equal(plain.batch(rows, stream=(0, 1))["pixel_values"], expected)
-    np.testing.assert_array_equal(encode(train, tiny_vit, augment="flip").batch(rows)["pixel_values"], expected)
+    expected = plain.batch(rows).inputs["pixel_values"]
+    np.testing.assert_array_equal(plain.batch(rows, stream=(0, 1)).inputs["pixel_values"], expected)
+    np.testing.assert_array_equal(encode(train, tiny_vit, augment="flip").batch(rows).inputs["pixel_values"], expected)
 
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (64, 16, 24, 3), dtype=np.uint8)
@@ -155,7 +158,7 @@ def test_pictures_without_labels_can_be_encoded_but_not_scored(train: Examples, 
     processor, _ = task.load_processor(find_source(recipe_with(tiny_vit)))
     unlabelled = Examples(train.table.select(["image"]), train.rows, train.files)
     encoded = task.wrap(as_table(task.encode(unlabelled, processor)), processor)
-    assert set(encoded.batch(np.arange(2))) == {"pixel_values"}
+    assert not encoded.batch(np.arange(2)).targets
     with pytest.raises(AssertionError, match="without labels"):
         encoded.targets()
 
@@ -205,8 +208,9 @@ def test_loss_and_scores_are_those_of_one_label(train: Examples) -> None:
     labels = torch.tensor([0, 1])
     outputs = SimpleNamespace(logits=logits.bfloat16())
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    assert float(task.loss(outputs, labels)) == pytest.approx(float(expected))
-    predictions = {name: values.numpy() for name, values in task.predict(outputs).items()}
+    batch = Batch({}, {"labels": labels})
+    assert float(task.loss(outputs, batch, {"targets": 2})) == pytest.approx(float(expected) / 2)
+    predictions = {name: values.numpy() for name, values in task.predict(outputs, batch).items()}
     targets = {"label": labels.numpy()}
     expected = single_label_metrics(softmax(predictions["logits"]), targets["label"])
     assert task.metrics(predictions, targets) == expected

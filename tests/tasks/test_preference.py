@@ -15,6 +15,7 @@ import torch
 
 import orchestrator
 from orchestrator.inference.predict import evaluate
+from orchestrator.tasks.base import Batch
 from orchestrator.tasks.preference import PreferenceOptions, PreferenceTuning
 from orchestrator.training import evaluation
 from orchestrator.training.assembling import assemble
@@ -43,13 +44,15 @@ def recipe_of(write_recipe: WriteRecipe, tiny_gpt2: Path, tmp_path: Path) -> Cal
 def test_the_loss_is_that_of_the_paper() -> None:
     task = PreferenceTuning(PreferenceOptions(beta=0.5))
     losses = torch.tensor([[1.0, 2.0], [3.0, 0.5], [4.0, 4.0], [1.0, 1.0]])  # Two chosen answers, two rejected ones.
-    outputs = SimpleNamespace(logits=torch.stack([losses, torch.zeros_like(losses)], -1))
+    outputs = SimpleNamespace(token_losses=torch.stack([losses, torch.zeros_like(losses)], -1))
     reference = torch.tensor([[-4.0, -6.0], [-3.0, -3.0]])
     gains = torch.tensor([(-3.0 + 4.0) - (-8.0 + 6.0), (-3.5 + 3.0) - (-2.0 + 3.0)])
     expected = -torch.log(torch.sigmoid(0.5 * gains)).sum()
-    torch.testing.assert_close(task.loss(outputs, reference), expected.double())
+    batch = Batch({}, {"reference": reference})
+    torch.testing.assert_close(task.loss(outputs, batch, {"targets": 4}), expected.double() / 4)
     metrics = task.metrics(
-        {name: values.numpy() for name, values in task.predict(outputs).items()}, {"reference": reference.numpy()}
+        {name: values.numpy() for name, values in task.predict(outputs, batch).items()},
+        {"reference": reference.numpy()},
     )
     assert metrics == {"accuracy": 0.5, "margin": pytest.approx(float(0.5 * gains.mean()))}
 
@@ -132,12 +135,13 @@ def test_frozen_blocks_of_pairs_are_computed_each_time_and_that_is_said(
 def test_each_pair_has_the_numbers_that_it_has_alone(recipe_of: Callable[..., Path]) -> None:
     prepared = prepare(orchestrator.load_recipe(recipe_of()))
     encoded = prepared.encoded("train")
-    batch = {name: torch.from_numpy(value) for name, value in encoded.batch(np.arange(4)).items()}
+    batch = {name: torch.from_numpy(value) for name, value in encoded.batch(np.arange(4)).inputs.items()}
     assert batch["input_ids"].shape[0] == 8
-    found = prepared.task.predict(assemble(prepared).module(**batch))["log_probabilities"]
+    model = assemble(prepared).module
+    found = prepared.task.predict(model(**batch), Batch(batch, {}))["log_probabilities"]
     for row in range(4):
-        alone = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).items()}
-        one = prepared.task.predict(assemble(prepared).module(**alone))["log_probabilities"]
+        alone = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).inputs.items()}
+        one = prepared.task.predict(model(**alone), Batch(alone, {}))["log_probabilities"]
         torch.testing.assert_close(found[row], one[0])
 
 

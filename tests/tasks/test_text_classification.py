@@ -19,6 +19,7 @@ from orchestrator import load_recipe, train
 from orchestrator.data import Examples, open_files
 from orchestrator.errors import InputError
 from orchestrator.recipe import Recipe
+from orchestrator.tasks.base import Batch
 from orchestrator.tasks.bases.classification import expected_calibration_error, single_label_metrics, softmax
 from orchestrator.tasks.text_classification import (
     TextClassification,
@@ -111,12 +112,12 @@ def test_batches_hold_what_the_tokenizer_gives_padded_on_the_right(make_examples
     rows = np.array([2, 1, 0])
     batch = encoded.batch(rows)
     expected = tokenizer([texts[row] for row in rows], padding=True, return_tensors="np")
-    assert set(batch) == {*expected, "labels"}
+    assert set(batch.inputs) == set(expected)
     for name, values in expected.items():
-        np.testing.assert_array_equal(batch[name], values)
-    assert batch["labels"].tolist() == [0, 1, 0]
+        np.testing.assert_array_equal(batch.inputs[name], values)
+    assert batch.targets["labels"].tolist() == [0, 1, 0]
     assert encoded.lengths.tolist() == [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    assert encoded.num_targets.tolist() == [1, 1, 1]
+    assert encoded.counts["targets"].tolist() == [1, 1, 1]
 
 
 def test_pairs_of_texts_are_encoded_together_and_cut_to_length(make_examples: Make, tokenizer: Any) -> None:
@@ -125,8 +126,8 @@ def test_pairs_of_texts_are_encoded_together_and_cut_to_length(make_examples: Ma
     encoded = task.wrap(task.encode(examples, tokenizer), tokenizer)
     batch = encoded.batch(np.array([0, 1]))
     expected = tokenizer("a cat", "the house")
-    assert batch["input_ids"][0][: len(expected["input_ids"])].tolist() == expected["input_ids"]
-    assert batch["token_type_ids"][0][: len(expected["input_ids"])].tolist() == expected["token_type_ids"]
+    assert batch.inputs["input_ids"][0][: len(expected["input_ids"])].tolist() == expected["input_ids"]
+    assert batch.inputs["token_type_ids"][0][: len(expected["input_ids"])].tolist() == expected["token_type_ids"]
     assert encoded.lengths.tolist() == [len(expected["input_ids"]), 16]
 
 
@@ -143,7 +144,7 @@ def test_examples_without_labels_can_be_encoded_but_not_scored(make_examples: Ma
     task = prepared(examples)
     unlabelled = Examples(examples.table.drop_columns(["label"]), examples.rows, examples.files)
     encoded = task.wrap(task.encode(unlabelled, tokenizer), tokenizer)
-    assert "labels" not in encoded.batch(np.array([0, 1]))
+    assert not encoded.batch(np.array([0, 1])).targets
     with pytest.raises(AssertionError, match="labels"):
         encoded.targets()
 
@@ -237,7 +238,8 @@ def test_the_loss_over_its_targets_is_that_of_transformers(problem_type: str) ->
     targets = labels.get(problem_type, torch.tensor([0.5, -1.0]))
     outputs = model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=targets)
     task = TextClassification(TextOptions(), problem_type, names)
-    assert task.loss(outputs, targets).item() / 2 == pytest.approx(outputs.loss.item(), rel=1e-6)
+    ours = task.loss(outputs, Batch({}, {"labels": targets}), {"targets": 2})
+    assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
 def test_predictions_are_told_in_the_names_of_the_labels() -> None:

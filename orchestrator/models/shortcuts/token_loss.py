@@ -8,12 +8,14 @@ with sublinear memory cost"), and only where there is a target.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils import ModelOutput
 
 from orchestrator.models.attempt import CallFailed, attempt
 from orchestrator.models.shortcuts.packed_sequences import spell_out
@@ -26,9 +28,17 @@ ENLARGED = 64.0
 DIRECT = "computing losses without all logits at a time"
 
 
+@dataclass
+class TokenLossOutput(ModelOutput):  # type: ignore[misc]
+    """What a language model returns for target tokens."""
+
+    token_losses: Tensor | None = None
+    """The loss, and whether the target is the token that the model thinks likeliest: fp32 of shape
+    [batch, positions, 2], 0 where there is no target."""
+
+
 def return_token_losses(model: Any) -> None:
-    """Have `model(**inputs, target_ids=...)` hold, in place of `logits`, the loss and whether the target is the token
-    that the model thinks likeliest: fp32 of shape [batch, positions, 2], 0 where there is no target.
+    """Make `model(**inputs, target_ids=...)` return a `TokenLossOutput` in place of logits.
 
     `target_ids`, shape [batch, positions], holds the token to predict at each position, or IGNORED. Without it the
     model is as it was.
@@ -70,9 +80,8 @@ class _TokenLosses:
                 output = whole(*args, **inputs)
             finally:
                 self.targets = None
-            if not self.has_answered:
-                output.logits = losses_of_logits(output.logits, target_ids)
-            return output
+            losses = output.logits if self.has_answered else losses_of_logits(output.logits, target_ids)
+            return TokenLossOutput(token_losses=losses)
 
         self.model.forward = forward
         self.model.token_losses = self

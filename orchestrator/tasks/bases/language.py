@@ -21,7 +21,7 @@ from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section, Text
-from orchestrator.tasks.base import Arrays, Encoded, Task
+from orchestrator.tasks.base import Arrays, Batch, Encoded, Task
 from orchestrator.tasks.bases.chat import SHIPPED, Template, TrainOn, read_template
 from orchestrator.tasks.bases.generation import (
     as_prompt,
@@ -75,9 +75,9 @@ class EncodedTokens(Encoded):
 
     def __post_init__(self) -> None:
         self.lengths = self.ids.lengths
-        self.num_targets = self.learned.sums()
+        self.counts = {"targets": self.learned.sums()}
 
-    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Arrays:
+    def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         ids = self.ids.pad(rows, self.pad_token_id)
         learned = self.learned.pad(rows, 0) > 0
         # The model at one position predicts the next one.
@@ -85,24 +85,25 @@ class EncodedTokens(Encoded):
         targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORED)
         lengths = self.lengths[rows]
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        return {"input_ids": ids, "attention_mask": mask, "target_ids": targets, "labels": self.num_targets[rows]}
+        inputs = {"input_ids": ids, "attention_mask": mask, "target_ids": targets}
+        return Batch(inputs, {"num_targets": self.counts["targets"][rows]})
 
-    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Arrays:
+    def packed_batch(self, rows: npt.NDArray[np.int64]) -> Batch:
         ids, learned = (ragged.join(rows) for ragged in (self.ids, self.learned))
         lengths = self.lengths[rows]
         starts = np.cumsum(lengths) - lengths
         targets = np.where(learned.astype(bool), ids.astype(np.int64), IGNORED)
         targets[starts] = IGNORED  # No text predicts the first token of the next one.
-        return {
+        inputs = {
             "input_ids": ids[None].astype(np.int64),
             "position_ids": (np.arange(len(ids)) - np.repeat(starts, lengths))[None],
             "text_lengths": lengths,
             "target_ids": np.append(targets[1:], IGNORED)[None],
-            "labels": self.num_targets[rows],
         }
+        return Batch(inputs, {"num_targets": self.counts["targets"][rows]})
 
     def targets(self) -> Arrays:
-        return {"num_targets": self.num_targets}
+        return {"num_targets": self.counts["targets"]}
 
 
 class LanguageTask(Task):
@@ -256,7 +257,7 @@ class LanguageTask(Task):
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
         where = recipe.origin.where("target.options.max_length")
         cut = int((encoded.lengths >= self.options.max_length).sum())
-        empty = int((encoded.num_targets == 0).sum())
+        empty = int((encoded.counts["targets"] == 0).sum())
         problems = []
         if cut:
             what = (
@@ -270,8 +271,8 @@ class LanguageTask(Task):
         return problems
 
     def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
-        batch = encoded.batch(np.array([row]))
-        ids, learned = batch["input_ids"][0], np.concatenate([[False], batch["target_ids"][0][:-1] != IGNORED])
+        inputs = encoded.batch(np.array([row])).inputs
+        ids, learned = inputs["input_ids"][0], np.concatenate([[False], inputs["target_ids"][0][:-1] != IGNORED])
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
         return [(processor.decode(ids[start:end]), bool(learned[start])) for start, end in pairwise(edges)]
 

@@ -54,8 +54,7 @@ def extract_prefix_at_boundary(prepared: Prepared, parts: Parts, schedule: Sched
         return NoPrefix("an example is several texts")
     if encoded.augments:
         return NoPrefix("training examples are changed at random")
-    beside = loader.beside(some)
-    beside.pop("labels", None)
+    beside = loader.extra_inputs(some).inputs
     return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pooling)
 
 
@@ -70,8 +69,7 @@ def pick_position(
     parts: Parts, loader: SplitLoader, some: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Tensor], models.TokenPooling | None]:
     """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
-    inputs = loader.batch(some)
-    inputs.pop("labels", None)
+    inputs = loader.batch(some).inputs
     pooling = models.find_token_pooling(parts.module, parts.blocks, inputs)
     if pooling is not None:
         models.pool_in_last_layer(parts.module, parts.blocks, inputs, pooling)
@@ -88,10 +86,9 @@ def can_pack(loader: SplitLoader, module: nn.Module) -> bool:
     found = []
     with torch.no_grad(), evaluating(module):
         for arrays in (loader.encoded.batch(some), loader.encoded.packed_batch(some)):
-            batch = {name: torch.from_numpy(values).to(loader.device) for name, values in arrays.items()}
-            batch.pop("labels")
+            inputs = {name: torch.from_numpy(values).to(loader.device) for name, values in arrays.inputs.items()}
             try:
-                logits = attempt(module, batch, "putting several examples in one row")
+                logits = attempt(module, inputs, "putting several examples in one row")
             except CallFailed:
                 return False
             found.append(logits.sum((0, 1))[:1])

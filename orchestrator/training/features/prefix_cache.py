@@ -190,13 +190,12 @@ class PrefixCache:
         stored: Rows | None = None,
     ) -> dict[int, Tensor]:
         loader = SplitLoader(encoded, self.engine.device, self.engine.float_type)
-        batch = loader.batch(rows) if stored is None else loader.beside(rows)
+        batch = loader.batch(rows) if stored is None else loader.extra_inputs(rows)
         features = None
         if stored is not None:
             features = as_tensor(stored.take(rows), stored.note).to(self.engine.device)
-        batch.pop("labels", None)
         with self.engine.autocast(), torch.no_grad():
-            return self.prefix.compute(batch, boundaries, start, features)
+            return self.prefix.compute(batch.inputs, boundaries, start, features)
 
 
 def shortest_and_longest(encoded: Encoded) -> Indices:
