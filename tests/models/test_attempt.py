@@ -109,7 +109,7 @@ def test_a_language_model_that_reads_no_texts_of_a_few_tokens_answers_from_its_l
     assert losses is not None
     assert not losses.is_direct
     inputs = torch.tensor([[1, 2, 3]])
-    assert model(input_ids=inputs, target_ids=inputs).logits.shape == (1, 3, 2)
+    assert model(input_ids=inputs, target_ids=inputs).token_losses.shape == (1, 3, 2)
 
 
 def test_gradients_that_a_models_code_prevents_are_a_failed_call() -> None:

@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_those_of_the_texts_alone(name: str, recomputes
     model.train()
     return_token_losses(model)
     attend_within_sequences(model)
-    losses = model(**row()).logits[0, :, 0]
+    losses = model(**row()).token_losses[0, :, 0]
     losses.sum().backward()
     ends = torch.tensor(LENGTHS).cumsum(0)
     sums = [losses[end - length : end].sum() for end, length in zip(ends.tolist(), LENGTHS, strict=True)]
