@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, has_learned, trained_parts
-    from orchestrator.models.batch_norm import set_batch_norm_momentum, untuned_norms
+    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, has_learned, trained_modules
+    from orchestrator.models.batch_norm import frozen_norms, set_batch_norm_momentum
     from orchestrator.models.blocks import Block, Blocks, find_blocks
     from orchestrator.models.body import find_body
     from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
     from orchestrator.models.head import set_head, write_deep_head_code
     from orchestrator.models.image_processor import ImagePreprocessor, set_image_size
-    from orchestrator.models.length import held_length, layer_changes
+    from orchestrator.models.length import find_max_length, num_layers_overrides
     from orchestrator.models.load import (
         LoadedModel,
         add_embeddings,
@@ -29,60 +29,61 @@ if TYPE_CHECKING:
         seeded,
         set_padding_token,
     )
-    from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
+    from orchestrator.models.low_rank import LoraDeltas, extend_adapter, init_pissa, read_lora_deltas
     from orchestrator.models.outline import is_outline
     from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
-    from orchestrator.models.shortcuts.fp32_compute import Fp32Compute
+    from orchestrator.models.shortcuts.fp32_compute import Fp32ComputeMode
     from orchestrator.models.shortcuts.packed_sequences import attend_within_sequences, takes_packed_sequences
     from orchestrator.models.shortcuts.prefix import Prefix
-    from orchestrator.models.shortcuts.prefix_extraction import NoPrefix, extract_prefix
+    from orchestrator.models.shortcuts.prefix_extraction import PrefixUnavailable, extract_prefix
     from orchestrator.models.shortcuts.token_loss import find_token_losses, return_token_losses
     from orchestrator.models.shortcuts.token_pooling import TokenPooling, find_token_pooling, pool_in_last_layer
     from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
-    from orchestrator.models.stored import StoredFormats, stored_formats
+    from orchestrator.models.stored import StoredDtypes, stored_dtypes
 
 __all__ = [
     "Block",
     "Blocks",
-    "Changes",
     "Depth",
-    "Fp32Compute",
+    "Fp32ComputeMode",
     "Frozen",
     "ImagePreprocessor",
     "LoadedModel",
-    "NoPrefix",
+    "LoraDeltas",
     "Prefix",
+    "PrefixUnavailable",
     "SourceModel",
-    "StoredFormats",
+    "StoredDtypes",
     "TokenPooling",
     "adapted_blocks",
     "add_adapter",
     "add_embeddings",
     "attend_within_sequences",
-    "begin_with_principal_parts",
     "check_quantization",
     "extend_adapter",
     "extract_prefix",
     "find_blocks",
     "find_body",
     "find_experts",
+    "find_max_length",
     "find_source",
     "find_token_losses",
     "find_token_pooling",
     "fingerprint",
     "freeze_blocks",
+    "frozen_norms",
     "has_learned",
-    "held_length",
+    "init_pissa",
     "is_outline",
-    "layer_changes",
     "load_config",
     "load_image_processor",
     "load_model",
     "load_tokenizer",
+    "num_layers_overrides",
     "open_folder",
     "pool_in_last_layer",
     "quantized_layers",
-    "read_changes",
+    "read_lora_deltas",
     "resolve_depth",
     "return_token_losses",
     "seeded",
@@ -91,10 +92,9 @@ __all__ = [
     "set_head",
     "set_image_size",
     "set_padding_token",
-    "stored_formats",
+    "stored_dtypes",
     "takes_packed_sequences",
-    "trained_parts",
-    "untuned_norms",
+    "trained_modules",
     "write_deep_head_code",
 ]
 _HOMES = {
@@ -103,11 +103,11 @@ _HOMES = {
         "add_adapter",
         "find_experts",
         "has_learned",
-        "trained_parts",
+        "trained_modules",
     ),
     "batch_norm": (
         "set_batch_norm_momentum",
-        "untuned_norms",
+        "frozen_norms",
     ),
     "blocks": (
         "Block",
@@ -130,8 +130,8 @@ _HOMES = {
         "set_image_size",
     ),
     "length": (
-        "held_length",
-        "layer_changes",
+        "find_max_length",
+        "num_layers_overrides",
     ),
     "load": (
         "LoadedModel",
@@ -144,10 +144,10 @@ _HOMES = {
         "seeded",
     ),
     "low_rank": (
-        "Changes",
-        "begin_with_principal_parts",
+        "LoraDeltas",
+        "init_pissa",
         "extend_adapter",
-        "read_changes",
+        "read_lora_deltas",
     ),
     "outline": ("is_outline",),
     "shortcuts.token_pooling": (
@@ -168,12 +168,12 @@ _HOMES = {
         "open_folder",
     ),
     "shortcuts.prefix_extraction": (
-        "NoPrefix",
+        "PrefixUnavailable",
         "extract_prefix",
     ),
     "stored": (
-        "StoredFormats",
-        "stored_formats",
+        "StoredDtypes",
+        "stored_dtypes",
     ),
     "shortcuts.packed_sequences": (
         "attend_within_sequences",
@@ -183,7 +183,7 @@ _HOMES = {
         "return_token_losses",
         "find_token_losses",
     ),
-    "shortcuts.fp32_compute": ("Fp32Compute",),
+    "shortcuts.fp32_compute": ("Fp32ComputeMode",),
 }
 
 

@@ -233,7 +233,7 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
     return found
 
 
-def trained_parts(model: Any) -> dict[str, dict[str, nn.Parameter]]:
+def trained_modules(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     """Return the modules of a `PeftModel` that learn, each with those of its parameters that get a gradient at once.
 
     A module that is adapted counts by its second factor: as long as that one is zero, the first gets no gradient.
@@ -258,7 +258,9 @@ def trained_parts(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     return {name: values for name, values in parts.items() if values}
 
 
-def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]) -> bool:
+def has_learned(
+    model: Any, initial_factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]
+) -> bool:
     """Whether any module of a `PeftModel` is other than before training. Modules trained whole are taken to be.
 
     Args:
@@ -267,11 +269,11 @@ def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    for name, values in trained_parts(model).items():
+    for name, values in trained_modules(model).items():
         module = model.get_base_model().get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             return True
-        _, start = taken.get(name, (None, None))
+        _, start = initial_factors.get(name, (None, None))
         for each in values:
             scaled = weights[each] * module.scaling[ADAPTER_NAME]
             if scaled.any() and (start is None or not torch.equal(scaled, start.to(scaled))):

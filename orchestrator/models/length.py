@@ -29,7 +29,7 @@ Rows: TypeAlias = dict[int, tuple[int, int]]
 _REFUSALS = (IndexError, RuntimeError, ValueError, AssertionError)
 
 
-def held_length(config: Any, auto_class: str, wanted: int, trust_remote_code: bool = False) -> int | None:
+def find_max_length(config: Any, auto_class: str, wanted: int, trust_remote_code: bool = False) -> int | None:
     """Return how many tokens a model reads at most, where that is less than `wanted` or a table of positions says it.
 
     Args:
@@ -69,7 +69,7 @@ def _find_held_length(config: Any, auto_class: str, wanted: int, trust_remote_co
     return low
 
 
-def layer_changes(config: Any, number: int) -> dict[str, Any] | None:
+def num_layers_overrides(config: Any, number: int) -> dict[str, Any] | None:
     """What makes a config's model have so many layers; None where that is not known."""
     text = config.get_text_config()
     if text is not config or not isinstance(getattr(config, "num_hidden_layers", None), int):
@@ -84,7 +84,7 @@ def layer_changes(config: Any, number: int) -> dict[str, Any] | None:
 
 def _stand_in(config: Any, auto_class: str, trust_remote_code: bool) -> Any:
     """Return a model of the fewest layers whose parameters are zeros without memory of their own."""
-    changes = layer_changes(config, 1) or {key: 1 for key in _NUMBERS_OF_LAYERS if hasattr(config, key)}
+    changes = num_layers_overrides(config, 1) or {key: 1 for key in _NUMBERS_OF_LAYERS if hasattr(config, key)}
     values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
     try:
         config = type(config).from_dict({**values, **changes})

@@ -79,7 +79,7 @@ def depth_order(freeze: Any, num_layers: int | None) -> float:
     return -1.0 if layers_frozen is None else layers_frozen
 
 
-def spread(values: Sequence[float]) -> float:
+def standard_deviation(values: Sequence[float]) -> float:
     """Standard deviation of a sample (n - 1); 0 for a single value."""
     if len(values) < 2:
         return 0.0

@@ -10,7 +10,7 @@ from orchestrator.report.markup import Markup, element, join
 from orchestrator.report.numbers import MISSING, compact, metric
 from orchestrator.report.page import figures, section
 from orchestrator.report.records import as_dict, finite_values, texts_of
-from orchestrator.report.tables import Cell, Column, Row, table
+from orchestrator.report.tables import Cell, Row, TableColumn, table
 
 
 def class_sections(result: dict[str, Any], first_figure: int, heading: str) -> list[Markup]:
@@ -37,7 +37,9 @@ def class_table(details: dict[str, Any]) -> Markup | None:
     if not per_class or not rows:
         return None
     names = ("precision", "recall", "F1", "examples")
-    return table([Column("class"), *(Column(name, numeric=True) for name in names)], rows, sortable=True, fitted=True)
+    return table(
+        [TableColumn("class"), *(TableColumn(name, numeric=True) for name in names)], rows, sortable=True, fitted=True
+    )
 
 
 def share_cell(value: float | None) -> Cell:

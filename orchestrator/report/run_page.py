@@ -8,7 +8,7 @@ from orchestrator.report.markup import Child, Markup, element, escape, join
 from orchestrator.report.numbers import count, duration, metric, moment, number, plain
 from orchestrator.report.page import banner, code, figures, folded, header, kicker, listed, page, section, tiles
 from orchestrator.report.records import Run, as_dict, finite_values, texts_of
-from orchestrator.report.tables import Column, pairs, table
+from orchestrator.report.tables import TableColumn, pairs, table
 
 LONGEST_ANSWER = 400  # Characters.
 _STATES = {
@@ -127,7 +127,8 @@ def results(run: Run) -> Markup | None:
         return None
     rows = [[name, *(metric(values.get(name)) for values in columns.values())] for name in names]
     return section(
-        "Scores", table([Column("metric"), *(Column(name, numeric=True) for name in columns)], rows, fitted=True)
+        "Scores",
+        table([TableColumn("metric"), *(TableColumn(name, numeric=True) for name in columns)], rows, fitted=True),
     )
 
 
@@ -141,7 +142,7 @@ def answers(run: Run) -> Markup | None:
     keys = [key for key in shown if any(sample.get(key) is not None for sample in found)]
     found = [{**sample, "source": str(sample.get("source")).rpartition("/")[2]} for sample in found]
     rows = [[shorten(str(sample.get(key) or "")) for key in keys] for sample in found]
-    return section("Answers", table([Column(shown[key]) for key in keys], rows))
+    return section("Answers", table([TableColumn(shown[key]) for key in keys], rows))
 
 
 def shorten(text: str) -> str:

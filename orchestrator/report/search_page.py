@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import mean, median
 
-from orchestrator.report.analysis import spread
+from orchestrator.report.analysis import standard_deviation
 from orchestrator.report.charts.base import View
 from orchestrator.report.charts.cost import cost
 from orchestrator.report.charts.depth_rate import depth_rate
@@ -165,7 +165,7 @@ def seeds(search: Search) -> Markup | None:
 
 def near_words(search: Search, scores: list[float]) -> str:
     """How many other trials are as good as the winner, as far as its seeds can tell."""
-    deviation = spread(scores)
+    deviation = standard_deviation(scores)
     worst = mean(scores) - (deviation if search.higher_is_better else -deviation)
     others = [trial for trial in search.ranked if search.winner is None or trial.id != search.winner.id]
     near = sum(not search.beats(worst, trial.score or 0.0) for trial in others)

@@ -14,7 +14,7 @@ _MOST_PRINTED_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     heading: str
     numeric: bool = False
 
@@ -32,7 +32,7 @@ Row = Sequence[Child | Cell]
 
 
 def table(
-    columns: Sequence[Column],
+    columns: Sequence[TableColumn],
     rows: Sequence[Row],
     sortable: bool = False,
     marked: int | None = None,
@@ -67,7 +67,7 @@ def unbroken(words: Sequence[str]) -> Markup:
     return join([element("span", word, class_="unbroken") for word in with_commas], " ")
 
 
-def _heading(column: Column, sortable: bool) -> Markup:
+def _heading(column: TableColumn, sortable: bool) -> Markup:
     return element(
         "th",
         column.heading,
@@ -77,7 +77,7 @@ def _heading(column: Column, sortable: bool) -> Markup:
     )
 
 
-def _cell(value: Child | Cell, column: Column) -> Markup:
+def _cell(value: Child | Cell, column: TableColumn) -> Markup:
     class_ = "number" if column.numeric else None
     if not isinstance(value, Cell):
         return element("td", value, class_=class_)

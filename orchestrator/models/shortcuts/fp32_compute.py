@@ -14,7 +14,7 @@ _NARROW = frozenset({torch.bfloat16, torch.float16})
 _ASKED_FOR_FORMAT: Any = vars(torch._C.TensorBase)["dtype"].__get__
 
 
-class Fp32Compute(TorchFunctionMode):
+class Fp32ComputeMode(TorchFunctionMode):
     """Inside it, functions that are given bf16 or fp16 beside fp32 compute in fp32, embeddings are looked up in fp32,
     and parameters in bf16 or fp16 say that they are in fp32, for models that ask them.
     """

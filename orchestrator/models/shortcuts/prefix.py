@@ -29,7 +29,7 @@ class _Reached(Exception):
     """Everything that was to be captured has been; the rest of the forward pass is not needed."""
 
 
-class NotSeen(Exception):
+class BoundaryNotReached(Exception):
     """The model's code calls layers so that no hook sees it."""
 
 
@@ -129,7 +129,7 @@ class Prefix:
             self._stay = False
             self._pass = _Pass()
         if this.taken.keys() != this.wanted:
-            raise NotSeen("its code calls layers in a way that cannot be followed")
+            raise BoundaryNotReached("its code calls layers in a way that cannot be followed")
         return this.taken
 
     _stay = False

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
+from orchestrator.models.attempt import CallFailed, try_forward, try_gradients
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.shortcuts.prefix import FEATURES, Form, NotSeen, Prefix, hidden_of, with_hidden
-from orchestrator.models.shortcuts.token_pooling import TokenPooling, count_examples, evaluating, is_close
+from orchestrator.models.shortcuts.prefix import FEATURES, BoundaryNotReached, Form, Prefix, hidden_of, with_hidden
+from orchestrator.models.shortcuts.token_pooling import TokenPooling, count_examples, eval_mode, is_close
 
 HANDS_ON_MORE = "its layers hand on more than hidden states"
 NO_ROWS = "what its layers hand on does not have one row for each example"
@@ -24,7 +24,7 @@ SPLITTING = "feeding the output of the frozen blocks"
 
 
 @dataclass(frozen=True)
-class NoPrefix:
+class PrefixUnavailable:
     """Why the frozen blocks of a model cannot be replaced by their output."""
 
     reason: str
@@ -36,9 +36,9 @@ def extract_prefix(
     blocks: Blocks,
     boundary: int,
     inputs: dict[str, Tensor],
-    beside: dict[str, Tensor],
+    extra_inputs: dict[str, Tensor],
     pooling: TokenPooling | None,
-) -> Prefix | NoPrefix:
+) -> Prefix | PrefixUnavailable:
     """Make the blocks below a boundary replaceable by what they make of an example.
 
     It is tried out on the inputs: the model fed with features must give the same outputs as the whole model.
@@ -54,13 +54,13 @@ def extract_prefix(
     try:
         stem = _find_replaceable(model, blocks, inputs)
     except CallFailed as error:
-        return NoPrefix(f"{HANDS_ON_MORE} ({error.reason})")
+        return PrefixUnavailable(f"{HANDS_ON_MORE} ({error.reason})")
     prefix = Prefix(model, body, blocks, boundary, pooling, stem)
-    reason = _try_out(prefix, inputs, beside)
+    reason = _try_out(prefix, inputs, extra_inputs)
     if reason is None:
         return prefix
     prefix.remove()
-    return NoPrefix(reason)
+    return PrefixUnavailable(reason)
 
 
 def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> list[nn.Module]:
@@ -86,9 +86,9 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     hooks = [module.register_forward_hook(cut_output) for module in parts]
     hooks.append(blocks.layers[0].elements[0].register_forward_pre_hook(cut_hidden, with_kwargs=True))
     try:
-        with torch.enable_grad(), evaluating(model):
-            logits = attempt(model, inputs, SPLITTING)
-            gradients = attempt_gradients(logits, [start for _, start in outputs], SPLITTING)
+        with torch.enable_grad(), eval_mode(model):
+            logits = try_forward(model, inputs, SPLITTING)
+            gradients = try_gradients(logits, [start for _, start in outputs], SPLITTING)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,13 +96,13 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     return [module for module in parts if module not in read]
 
 
-def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor]) -> str | None:
+def _try_out(prefix: Prefix, inputs: dict[str, Tensor], extra_inputs: dict[str, Tensor]) -> str | None:
     """Why feeding features does not give what the whole model gives; None when it does."""
     model, boundary = prefix.model, prefix.boundary
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             with torch.enable_grad():
-                whole = attempt(model, inputs, SPLITTING)
+                whole = try_forward(model, inputs, SPLITTING)
             if boundary > prefix.num_layers:
                 prefix.needed = _find_needed(model, prefix, inputs)
                 if prefix.needed is None:
@@ -110,25 +110,25 @@ def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor
             features = prefix.compute(inputs, [boundary])[boundary]
             if not (isinstance(features, Tensor) and features.shape[:1] == (count_examples(inputs),)):
                 return NO_ROWS
-            features = as_stored(features, beside)
+            features = as_stored(features, extra_inputs)
             # Not all of the examples: what a layer hands on of a batch besides hidden states fits no other batch.
             some = max(1, len(features) - 1)
-            given = {name: value[:some] for name, value in beside.items()}
+            given = {name: value[:some] for name, value in extra_inputs.items()}
             with torch.enable_grad():
-                fed = attempt(model, {**given, FEATURES: features[:some]}, SPLITTING)
+                fed = try_forward(model, {**given, FEATURES: features[:some]}, SPLITTING)
             reached = [_reached_by(logits, model) for logits in (whole, fed)]
     except CallFailed as error:
         return f"{HANDS_ON_MORE} ({error.reason})"
-    except NotSeen as error:
+    except BoundaryNotReached as error:
         return str(error)
     if reached[0] != reached[1]:
         return "something is trained that its frozen blocks depend on"
     return None if is_close(fed, whole[:some]) else HANDS_ON_MORE
 
 
-def as_stored(features: Tensor, beside: dict[str, Tensor]) -> Tensor:
+def as_stored(features: Tensor, extra_inputs: dict[str, Tensor]) -> Tensor:
     """Return features as a store gives them back, with zeros where a text is padded: some heads read what is there."""
-    mask = beside.get("attention_mask")
+    mask = extra_inputs.get("attention_mask")
     if mask is None or features.dim() != 3 or features.shape[:2] != mask.shape:
         return features
     return features * mask[..., None].to(features.dtype)
@@ -137,12 +137,12 @@ def as_stored(features: Tensor, beside: dict[str, Tensor]) -> Tensor:
 def _reached_by(logits: Tensor, model: nn.Module) -> list[bool]:
     """Which trained parameters have a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [gradient is not None for gradient in attempt_gradients(logits, trained, SPLITTING)]
+    return [gradient is not None for gradient in try_gradients(logits, trained, SPLITTING)]
 
 
 def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
     """The one part of the body's output that the logits depend on; None where there are several, or it is not named."""
-    attempt(model, inputs, SPLITTING)
+    try_forward(model, inputs, SPLITTING)
     output = prefix.output
     if not isinstance(output, dict):  # The body was not called, or returns a plain tuple.
         return None
@@ -152,8 +152,8 @@ def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str |
     prefix.body.forward = lambda *args, **kwargs: type(output)(**{**output, **leaves})
     try:
         with torch.enable_grad():
-            logits = attempt(model, inputs, SPLITTING)
-            gradients = attempt_gradients(logits, list(leaves.values()), SPLITTING)
+            logits = try_forward(model, inputs, SPLITTING)
+            gradients = try_gradients(logits, list(leaves.values()), SPLITTING)
     finally:
         prefix.body.forward = original
     needed = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
-from orchestrator.models.attempt import CallFailed, attempt
+from orchestrator.models.attempt import CallFailed, try_forward
 from orchestrator.models.shortcuts.packed_sequences import spell_out
-from orchestrator.models.shortcuts.token_pooling import evaluating, is_close
+from orchestrator.models.shortcuts.token_pooling import eval_mode, is_close
 
 IGNORED = -100
 """What stands for no target."""
@@ -109,10 +109,10 @@ class _TokenLosses:
         # The small logits of a model that knows nothing are hardly bent yet.
         weight.mul_(ENLARGED)
         try:
-            with evaluating(self.model):
-                whole = attempt(self.model, inputs, DIRECT)
+            with eval_mode(self.model):
+                whole = try_forward(self.model, inputs, DIRECT)
                 self.is_direct = True
-                direct = attempt(self.model, inputs, DIRECT)
+                direct = try_forward(self.model, inputs, DIRECT)
         except CallFailed:
             return False
         finally:

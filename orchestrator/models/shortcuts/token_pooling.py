@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
+from orchestrator.models.attempt import CallFailed, try_forward, try_gradients
 from orchestrator.models.blocks import Block, Blocks
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TokenPooling:
     last: Tensor | None = None
     """Where that is in the current batch; shape [batch]. None where nothing is padded."""
 
-    def look_at(self, inputs: dict[str, Any]) -> None:
+    def locate_last_tokens(self, inputs: dict[str, Any]) -> None:
         """Find the position in a batch, from the model's inputs."""
         mask = inputs.get("attention_mask")
         self.last = None if mask is None or self.position == "first" else mask.sum(-1) - 1
@@ -78,10 +78,10 @@ def find_token_pooling(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) ->
 
     hook = blocks.layers[-1].elements[-1].register_forward_hook(cut)
     try:
-        with torch.no_grad(), evaluating(model):
-            logits = attempt(model, inputs, FINDING)
+        with torch.no_grad(), eval_mode(model):
+            logits = try_forward(model, inputs, FINDING)
             # Layers that are called without their hooks tell nothing.
-            gradient = attempt_gradients(logits, found, FINDING)[-1] if found else None
+            gradient = try_gradients(logits, found, FINDING)[-1] if found else None
     except CallFailed:
         return None
     finally:
@@ -99,7 +99,7 @@ def _read_positions(gradient: Tensor) -> Tensor:
 def _match(read: Tensor, inputs: dict[str, Tensor]) -> TokenPooling | None:
     for position in ("first", "last"):
         pooling = TokenPooling(position)
-        pooling.look_at(inputs)
+        pooling.locate_last_tokens(inputs)
         if not pooling.fits(read, count_examples(inputs)):
             continue
         one = pooling.take(read[..., None].float()).sum()
@@ -119,15 +119,15 @@ def pool_in_last_layer(model: Any, blocks: Blocks, inputs: dict[str, Tensor], po
     element = layer.elements[0]
     undo = [model.register_forward_pre_hook(_look(pooling), with_kwargs=True).remove]
     is_right = False
-    with evaluating(model), torch.no_grad(), contextlib.suppress(CallFailed):
-        whole = attempt(model, inputs, PICKING)
+    with eval_mode(model), torch.no_grad(), contextlib.suppress(CallFailed):
+        whole = try_forward(model, inputs, PICKING)
         late = _find_late_modules(model, element, inputs, pooling)
         undo += [_replace(module, _late_function(pooling)) for module in late]
         # A layer that is computed again in the backward pass is computed without modes, and has to do the same.
         mode = contextlib.nullcontext() if _is_checkpointing(layer) else _OneQuery(pooling)
         undo.append(_replace(element, _layer_function(pooling, mode)))
         # Fails where modules take something else than [batch, positions, width].
-        is_right = is_close(attempt(model, inputs, PICKING), whole)
+        is_right = is_close(try_forward(model, inputs, PICKING), whole)
         if not is_right:
             logger.info("%s: not possible, because the logits would not be the same", PICKING)
     if not is_right:
@@ -156,13 +156,13 @@ def _find_late_modules(
     hooks = [module.register_forward_hook(note) for module in leaves]
     hooks.append(layer.register_forward_pre_hook(start_graph, with_kwargs=True))
     try:
-        with torch.enable_grad(), evaluating(model):
-            logits = attempt(model, inputs, PICKING)
-            gradients = attempt_gradients(logits, [output for _, output in calls], PICKING)
+        with torch.enable_grad(), eval_mode(model):
+            logits = try_forward(model, inputs, PICKING)
+            gradients = try_gradients(logits, [output for _, output in calls], PICKING)
     finally:
         for hook in hooks:
             hook.remove()
-    pooling.look_at(inputs)
+    pooling.locate_last_tokens(inputs)
     late: dict[nn.Module, bool] = {}
     for (module, _), gradient in zip(calls, gradients, strict=True):
         is_late = gradient is not None and _is_picked_alone(_read_positions(gradient), pooling, count_examples(inputs))
@@ -186,7 +186,7 @@ def _look(pooling: TokenPooling) -> Callable[..., None]:
     """A hook of the model that tells the pick where the position is in each batch."""
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        pooling.look_at(kwargs)
+        pooling.locate_last_tokens(kwargs)
 
     return look
 
@@ -269,7 +269,7 @@ def is_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> b
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, every module's mode put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -9,7 +9,7 @@ from orchestrator.report.markup import Markup
 from orchestrator.report.numbers import metric, tenths
 from orchestrator.report.records import Trial
 from orchestrator.report.scales import Linear, fit_scale, widen
-from orchestrator.report.tables import Column, table, unbroken
+from orchestrator.report.tables import TableColumn, table, unbroken
 
 _MOST_LISTED = 12
 
@@ -70,11 +70,11 @@ def list_front(view: View, found: list[Trial]) -> Markup:
     """The front from its best end; the cheapest and poorest are left out where it is long."""
     listed = list(enumerate(found, start=1))[::-1][:_MOST_LISTED]
     columns = [
-        Column("", numeric=True),
-        Column("trial"),
-        Column(view.search.metric, numeric=True),
-        Column("core-seconds", numeric=True),
-        Column("parameters"),
+        TableColumn("", numeric=True),
+        TableColumn("trial"),
+        TableColumn(view.search.metric, numeric=True),
+        TableColumn("core-seconds", numeric=True),
+        TableColumn("parameters"),
     ]
     rows = [
         [

@@ -29,7 +29,7 @@ T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
 
 
-FormatOf = Callable[[str], torch.dtype]
+DtypeOf = Callable[[str], torch.dtype]
 """Returns the number format that the value of this name is wanted in."""
 
 
@@ -45,7 +45,7 @@ class Engine(ABC):
     optimizer: Any
     exchange: Exchange
     """How the workers tell each other what is no tensor."""
-    float_type: torch.dtype | None = None
+    input_dtype: torch.dtype | None = None
     """What floating inputs must be turned into, where the weights themselves are in another format."""
     autocasts = False
     """Whether each forward pass makes bf16 weights of fp32 ones."""
@@ -71,7 +71,7 @@ class Engine(ABC):
         """What trained modules learn without gradients; the engine may have put other tensors in their place."""
         return dict(trained_statistics(self.module))
 
-    def narrow(self, recipe: Recipe, precision: Precision) -> None:
+    def cast_weights(self, recipe: Recipe, precision: Precision) -> None:
         """Hold frozen weights in the format that they are computed with, and have 4-bit weights multiplied in it."""
         set_compute_dtype(self.module, dtype_of(precision))
         if self.autocasts and may_cast_frozen(recipe):
@@ -83,7 +83,7 @@ class Engine(ABC):
         """The precision of the model's forward pass, for parts of the model that are called without the rest."""
 
     @abstractmethod
-    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return what the forward and the backward pass of a micro-batch are to be run inside.
 
         Gradients are summed over the workers in the `last` pass of a step, and where it can be avoided in no other.
@@ -109,7 +109,7 @@ class Engine(ABC):
         """Read back what `write_state` wrote on the same number of workers."""
 
     @abstractmethod
-    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+    def trained_weights(self, dtype_for: DtypeOf = in_fp32) -> dict[str, Tensor]:
         """Return all trained parameters, whole, and the statistics, on the CPU of worker 0; an empty dict elsewhere.
 
         All workers call it. One parameter after the other is put together, so that no worker but the first holds more
@@ -132,13 +132,13 @@ class Engine(ABC):
             dist.all_reduce(value)
         return value
 
-    def from_first_worker(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: Any) -> Any:
         """Worker 0's value, on every worker."""
-        return self.exchange.from_first(value)
+        return self.exchange.broadcast(value)
 
-    def first_worker_does(self, action: Callable[[], T]) -> T:
+    def run_on_first_worker(self, action: Callable[[], T]) -> T:
         """What `action` returns on worker 0, on every worker; an error that it raises there, on every worker too."""
-        return self.exchange.first_does(action)
+        return self.exchange.run_on_first(action)
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, in the order of ranks, on worker 0; an empty list elsewhere."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
-from orchestrator.training.engine.base import Engine, FormatOf, in_fp32, on_cpu
+from orchestrator.training.engine.base import DtypeOf, Engine, in_fp32, on_cpu
 from orchestrator.training.engine.deepspeed_config import (
-    compile_nothing,
     deepspeed_config,
-    free_engine,
-    writing_later,
+    deferred_writes,
+    disable_op_compilation,
+    release_engine,
 )
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
@@ -32,7 +32,7 @@ class DeepSpeedEngine(Engine):
 
         trained = sum(getattr(value, "ds_numel", value.numel()) for group in groups for value in group["params"])
         config = deepspeed_config(recipe, precision, micro_batch_size(recipe), trained)
-        compile_nothing()
+        disable_op_compilation()
         self.autocasts = config["torch_autocast"]["enabled"]
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
         # Accelerate has DeepSpeed without a GPU see its process group only when the backend is named.
@@ -43,7 +43,7 @@ class DeepSpeedEngine(Engine):
             kwargs_handlers=[backend],
         )
         super().__init__(module, accelerator)
-        self.narrow(recipe, precision)
+        self.cast_weights(recipe, precision)
         is_offloaded = any(key in config["zero_optimization"] for key in OFFLOADS)
         optimizer = torch.optim.AdamW(groups, fused=not is_offloaded)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
@@ -55,12 +55,12 @@ class DeepSpeedEngine(Engine):
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
         self.optimizer = optimizer
-        self.float_type = torch.bfloat16 if config["bf16"]["enabled"] else None
+        self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
 
-    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         # Stages 2 and 3 sum up gradients in every pass, because no worker keeps whole ones.
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return contextlib.nullcontext()
@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
         return float(self.model.get_global_grad_norm() if norm is None else norm)
 
     def write_state(self, folder: Path) -> None:
-        with writing_later(self.model) as files:
+        with deferred_writes(self.model) as files:
             self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         for write in files:
             write()
@@ -86,7 +86,7 @@ class DeepSpeedEngine(Engine):
         path, _ = self.model.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         assert path is not None, f"DeepSpeed found nothing in {folder}"
 
-    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+    def trained_weights(self, dtype_for: DtypeOf = in_fp32) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
@@ -95,11 +95,11 @@ class DeepSpeedEngine(Engine):
             # parameter is it.
             whole = safe_get_full_fp32_param(parameter)
             if self.rank == 0:
-                weights[name] = on_cpu(parameter if whole is None else whole, format_of(name), copy=True)
+                weights[name] = on_cpu(parameter if whole is None else whole, dtype_for(name), copy=True)
         if self.rank == 0:
-            weights |= {name: on_cpu(value, format_of(name)) for name, value in self.statistics.items()}
+            weights |= {name: on_cpu(value, dtype_for(name)) for name, value in self.statistics.items()}
         return weights
 
     def close(self) -> None:
-        free_engine(self.model)
+        release_engine(self.model)
         super().close()

@@ -56,7 +56,7 @@ def deepspeed_config(recipe: Recipe, precision: Precision, micro_batch: int, tra
     }
 
 
-def compile_nothing() -> None:
+def disable_op_compilation() -> None:
     """Keep DeepSpeed from compiling a faster exchange between processes on one CPU, which only inference uses.
 
     It takes half a minute, and where it is killed meanwhile it leaves a lock at which every later run waits for ever.
@@ -84,7 +84,7 @@ def check_deepspeed(recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def writing_later(model: Any) -> Iterator[list[Callable[[], None]]]:
+def deferred_writes(model: Any) -> Iterator[list[Callable[[], None]]]:
     """Have DeepSpeed's engine `model` write no file while it saves; yields what is to be called to write them.
 
     Its workers wait for each other at the end of saving. There a worker that cannot write would be missing, and a slow
@@ -107,7 +107,7 @@ def writing_later(model: Any) -> Iterator[list[Callable[[], None]]]:
         del model.checkpoint_engine.save, model._copy_recovery_script
 
 
-def free_engine(model: Any) -> None:
+def release_engine(model: Any) -> None:
     """Remove from a model what DeepSpeed's engine `model` has hung on it, and DeepSpeed's own references to the model.
 
     The hooks on the parameters' gradients hold the engine, and so its optimizer, for as long as the parameters live.
@@ -126,7 +126,7 @@ def free_engine(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def plain_linear() -> Iterator[None]:
+def restoring_linear() -> Iterator[None]:
     """On the way out, PyTorch's linear function: ZeRO-3 puts its own in that place, where it would stay for good."""
     before = nn.functional.linear
     try:

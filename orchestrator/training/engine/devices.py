@@ -20,11 +20,11 @@ def choose_device(recipe: Recipe) -> torch.device:
     Raises:
         ClusterError: there is a GPU that PyTorch cannot use.
     """
-    refuse_unusable_gpu(recipe)
+    check_gpu(recipe)
     return torch.device("cuda", torch.cuda.current_device()) if uses_gpu(recipe) else torch.device("cpu")
 
 
-def refuse_unusable_gpu(recipe: Recipe) -> None:
+def check_gpu(recipe: Recipe) -> None:
     """Refuse what this process would otherwise compute on another device than the recipe says.
 
     Raises:
@@ -38,14 +38,14 @@ def refuse_unusable_gpu(recipe: Recipe) -> None:
             remedy = "export CUDA_VISIBLE_DEVICES= before the command, which hides it"
             raise ClusterError(str(Problem(what, where, remedy)))
         return
-    reason = why_gpu_is_unusable()
+    reason = find_gpu_problem()
     if reason is not None:
         what = f"this machine has a GPU that PyTorch cannot use: {reason}"
         remedy = f"{driver_remedy()}, or set scale.gpus_per_worker to 0, which trains on the CPU"
         raise ClusterError(str(Problem(what, where, remedy)))
 
 
-def why_gpu_is_unusable() -> str | None:
+def find_gpu_problem() -> str | None:
     """Return why PyTorch cannot use the GPUs that the driver finds; None where it can, or where there are none."""
     # Before CUDA has started, the number is what the driver tells, whether or not PyTorch can work with that driver.
     if torch.cuda.device_count() == 0 or torch.cuda.is_available():

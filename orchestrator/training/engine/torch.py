@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.recipe import Recipe
-from orchestrator.training.engine.base import Engine, FormatOf, in_fp32, on_cpu, trained_statistics
+from orchestrator.training.engine.base import DtypeOf, Engine, in_fp32, on_cpu, trained_statistics
 from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.precision import Precision
 
@@ -37,7 +37,7 @@ class TorchEngine(Engine):
         super().__init__(module, accelerator)
         self.autocasts = precision == "bf16"
         self.max_grad_norm = recipe.train.max_grad_norm
-        self.narrow(recipe, precision)
+        self.cast_weights(recipe, precision)
         module.to(self.device)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.model = accelerator.prepare_model(module)
@@ -46,7 +46,7 @@ class TorchEngine(Engine):
         context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
-    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         # DDP decides in the forward pass whether the backward pass will synchronize.
         context: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if last or self.num_workers == 1 else self.model.no_sync()
@@ -88,10 +88,10 @@ class TorchEngine(Engine):
             key, _, name = joined.partition(":")
             self.optimizer.state[self.trained[name]][key] = value
 
-    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+    def trained_weights(self, dtype_for: DtypeOf = in_fp32) -> dict[str, Tensor]:
         if self.rank != 0:
             return {}
-        return {name: on_cpu(value, format_of(name)) for name, value in self._state().items()}
+        return {name: on_cpu(value, dtype_for(name)) for name, value in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
         return {**self.trained, **self.statistics}

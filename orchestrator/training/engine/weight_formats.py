@@ -28,12 +28,12 @@ def may_load_as_stored(recipe: Recipe, precision: Precision) -> bool:
     return precision == "bf16" and may_cast_frozen(recipe) and begins_as_stored
 
 
-def survives(weight: Tensor) -> bool:
+def is_exact_in_bf16(weight: Tensor) -> bool:
     """Whether a weight is the same in bf16."""
     return weight.dtype == torch.bfloat16 or torch.equal(weight.data.bfloat16().float(), weight.data)
 
 
-def cast_frozen_to_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = survives) -> bool:
+def cast_frozen_to_bf16(module: nn.Module, is_exact_in_bf16: Callable[[Tensor], bool] = is_exact_in_bf16) -> bool:
     """Hold the frozen weights of matrix products in bf16: half the memory, and nothing to convert in each pass.
 
     For a model that runs under autocast; what it computes stays the same to the bit. So embeddings follow only where
@@ -51,13 +51,13 @@ def cast_frozen_to_bf16(module: nn.Module, survives: Callable[[Tensor], bool] = 
     for part in module.modules():
         for weight in part.parameters(recurse=False):
             multiplies = isinstance(part, _MULTIPLYING) and not weight.requires_grad
-            fits = multiplies or (type(part) is nn.Embedding and not weight.requires_grad and survives(weight))
+            fits = multiplies or (type(part) is nn.Embedding and not weight.requires_grad and is_exact_in_bf16(weight))
             narrow[id(weight)] = narrow.get(id(weight), True) and fits
     any_narrow = any(narrow.values())
     for part in module.modules():
         for weight in part.parameters(recurse=False):
             if narrow[id(weight)] and weight.dtype == torch.float32:
-                is_rounded = is_rounded or not survives(weight)
+                is_rounded = is_rounded or not is_exact_in_bf16(weight)
                 weight.data = weight.data.bfloat16()
             elif weight.dtype == torch.bfloat16 and not narrow[id(weight)]:
                 weight.data = weight.data.float()

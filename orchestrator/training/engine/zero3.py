@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from orchestrator.distributed import Exchange
 from orchestrator.recipe import Recipe
-from orchestrator.training.assembling import Parts, assemble, assemble_outline, make_groups
-from orchestrator.training.engine.deepspeed_config import compile_nothing
+from orchestrator.training.assembling import ModelParts, assemble, assemble_outline, make_groups
+from orchestrator.training.engine.deepspeed_config import disable_op_compilation
 from orchestrator.training.prepare import Prepared
 
 
-def is_spread(recipe: Recipe) -> bool:
+def is_sharded(recipe: Recipe) -> bool:
     """Whether the weights are spread over several workers."""
     return recipe.scale.zero_stage == 3 and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def assemble_share(prepared: Prepared, exchange: Exchange, as_stored: bool = False) -> Parts:
+def assemble_for_sharding(prepared: Prepared, exchange: Exchange, as_stored: bool = False) -> ModelParts:
     """The parts on the first worker, their outline on the others. All workers call this.
 
     Where a model's structure shows only with its weights, every worker has them.
@@ -34,19 +34,21 @@ def assemble_share(prepared: Prepared, exchange: Exchange, as_stored: bool = Fal
     Raises:
         ModelError: as `assemble`, on all workers.
     """
-    if not is_spread(prepared.recipe):
+    if not is_sharded(prepared.recipe):
         return assemble(prepared, as_stored)
-    found: list[Parts] = []
+    found: list[ModelParts] = []
 
     def load() -> frozenset[str]:
         found.append(assemble(prepared, as_stored))
         return found[0].new_parameters
 
-    new = exchange.first_does(load)
+    new = exchange.run_on_first(load)
     return found[0] if found else assemble_outline(prepared, new) or assemble(prepared, as_stored)
 
 
-def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device, exchange: Exchange) -> None:
+def shard_parameters(
+    parts: ModelParts, recipe: Recipe, config: dict[str, Any], device: torch.device, exchange: Exchange
+) -> None:
     """Spread the first worker's weights; other tensors of its model are copied. All workers call this.
 
     Args:
@@ -54,7 +56,7 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
     """
     import deepspeed
 
-    compile_nothing()
+    disable_op_compilation()
     # Without the name it does not look for the workers' group where there is no GPU.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
@@ -99,7 +101,7 @@ def _copy_others(model: nn.Module, device: torch.device, exchange: Exchange) -> 
         for name, value in home.items()
         if isinstance(value, Tensor)
     ]
-    for owner, kind, name, shape, dtype in exchange.from_first(found):
+    for owner, kind, name, shape, dtype in exchange.broadcast(found):
         home = homes(modules[owner])[kind]
         is_first = dist.get_rank() == 0
         value = (

@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
-from orchestrator.training.engine.deepspeed_config import plain_linear
+from orchestrator.training.engine.deepspeed_config import restoring_linear
 from orchestrator.training.engine.precision import Precision
 
 CUDA = torch.device("cuda", 0)
@@ -44,9 +44,9 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def take_step(engine: Engine, num_passes: int = 1) -> None:
-    inputs = torch.ones(3, 4, device=engine.device, dtype=engine.float_type)
+    inputs = torch.ones(3, 4, device=engine.device, dtype=engine.input_dtype)
     for number in range(num_passes):
-        with engine.in_pass(last=number == num_passes - 1):
+        with engine.accumulate(last=number == num_passes - 1):
             engine.backward(engine.model(inputs).square().mean() / num_passes / engine.num_workers)
     engine.step(1.0)
 
@@ -61,7 +61,7 @@ def step_optimizer(engine: Engine) -> None:
 @pytest.fixture(autouse=True)
 def linear_stays() -> Iterator[None]:
     """Engines are built here without the session that puts PyTorch's linear function back."""
-    with plain_linear():
+    with restoring_linear():
         yield
 
 
