@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from orchestrator import models
 from orchestrator.errors import InputError, Problem
 from orchestrator.models import SourceModel
+from orchestrator.models.shortcuts.forward import AroundForward, wrap_forward
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.runs.directory import DESCRIPTION, parse_object
 from orchestrator.tasks import Task, find_task
@@ -112,8 +114,18 @@ def ready(model: Any, recipe: Recipe, precision: Precision, device: torch.device
             cast_frozen_to_bf16(model)
         # The inner one, because peft generates with it.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
+        wrap_forward(inner, _in_bf16(device))
     return model.to(device).eval()
+
+
+def _in_bf16(device: torch.device) -> AroundForward:
+    """Return a function around a forward function that runs it under autocast."""
+
+    def run(_: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return original(*args, **kwargs)
+
+    return run
 
 
 def load_base(

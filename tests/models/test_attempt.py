@@ -90,7 +90,7 @@ def test_mistakes_around_the_call_are_raised(monkeypatch: pytest.MonkeyPatch) ->
     pooling = find_token_pooling(family.model, family.blocks, family.inputs)
     assert pooling is not None
     with monkeypatch.context() as patch:
-        patch.setattr(pick_module, "_is_picked_alone", mistake)
+        patch.setattr(pick_module, "_matters_alone", mistake)
         with pytest.raises(TypeError, match="of this package"):
             pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     with monkeypatch.context() as patch:
@@ -109,7 +109,7 @@ def test_a_language_model_that_reads_no_texts_of_a_few_tokens_answers_from_its_l
     assert losses is not None
     assert not losses.is_direct
     inputs = torch.tensor([[1, 2, 3]])
-    assert model(input_ids=inputs, target_ids=inputs).logits.shape == (1, 3, 2)
+    assert model(input_ids=inputs, target_ids=inputs).token_losses.shape == (1, 3, 2)
 
 
 def test_gradients_that_a_models_code_prevents_are_a_failed_call() -> None:

@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_those_of_the_texts_alone(name: str, recomputes
     model.train()
     return_token_losses(model)
     attend_within_sequences(model)
-    losses = model(**row()).logits[0, :, 0]
+    losses = model(**row()).token_losses[0, :, 0]
     losses.sum().backward()
     ends = torch.tensor(LENGTHS).cumsum(0)
     sums = [losses[end - length : end].sum() for end, length in zip(ends.tolist(), LENGTHS, strict=True)]
@@ -131,7 +131,7 @@ def test_a_model_that_drops_the_lengths_on_the_way_is_found_out() -> None:
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, given: (args, {k: v for k, v in given.items() if k != "text_lengths"}), with_kwargs=True
         )
-    with pytest.raises(ValueError, match="did not hand on the lengths"):
+    with pytest.raises(ValueError, match="did not pass the lengths"):
         model(**row())
 
 

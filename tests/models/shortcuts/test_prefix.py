@@ -224,11 +224,10 @@ def test_features_of_a_head_that_reads_one_position_hold_that_position() -> None
     family = make("gpt2")
     pooling = picked(family)
     prefix = prefix_of(family, 4, pooling)
-    assert prefix.is_pooled
     found = prefix.compute(family.inputs, [1, 2, 3, 4])
     assert [tuple(found[boundary].shape) for boundary in (1, 2, 3, 4)] == [(4, 9, 16)] * 2 + [(4, 1, 16)] * 2
-    assert not prefix_of(make("gpt2"), 2).is_pooled
-    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled
+    assert not prefix_of(make("gpt2"), 2).is_pooled(2)
+    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled(4)
 
 
 @pytest.mark.parametrize("freeze", [1, 2])
@@ -274,7 +273,7 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
     family, reference = make(name), make(name)
     refused = split(family, 3, None)
     assert isinstance(refused, PrefixUnavailable)
-    assert "hand on more than hidden states" in refused.reason
+    assert "pass on more than hidden states" in refused.reason
     freeze_at(reference, 3)
     check_untouched(family, reference)
 
@@ -296,7 +295,7 @@ def test_a_model_that_cannot_be_fed_is_refused_with_a_reason_and_left_as_it_was(
     family, reference = make(name), make(name)
     refused = split(family, boundary, None)
     assert isinstance(refused, PrefixUnavailable)
-    assert refused.reason.startswith(("its layers", "its code calls layers", "what its layers hand on"))
+    assert refused.reason.startswith(("its layers", "its code calls layers", "the output of its layers"))
     freeze_at(reference, boundary)
     check_untouched(family, reference)
 
@@ -313,7 +312,7 @@ def test_what_is_trained_below_the_boundary_is_no_fixed_function_of_the_examples
     if trained.startswith("classifier."):
         assert isinstance(found, Prefix)
     else:
-        assert found == PrefixUnavailable("something is trained that its frozen blocks depend on")
+        assert found == PrefixUnavailable("its frozen blocks depend on a trained parameter")
         assert is_as_it_was(family.model)
 
 
@@ -331,7 +330,7 @@ def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
 
 
 class Counter:
-    """Counts how often what a block's weights make is new: features that are handed on instead are no work."""
+    """Counts the calls of a block's modules that compute with weights, not those that pass features on."""
 
     def __init__(self, block: Block) -> None:
         self.calls = 0

@@ -62,10 +62,10 @@ def expected_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 def test_losses_and_gradients_are_those_of_the_logits(
     name: str, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_loss, "NUMBERS_TOGETHER", 4 * VOCABULARY)  # Several parts, the last one short.
+    monkeypatch.setattr(token_loss, "LOGITS_PER_CHUNK", 4 * VOCABULARY)  # Several parts, the last one short.
     reference, model = build(name), build(name)
     return_token_losses(model)
-    expected, found = expected_losses(reference, inputs), model(**inputs).logits
+    expected, found = expected_losses(reference, inputs), model(**inputs).token_losses
     assert found.shape == (3, 9, 2)
     torch.testing.assert_close(found, expected)
     # Every target with a weight of its own, as in preference losses.
@@ -84,7 +84,7 @@ def test_logits_of_all_targets_never_exist_together(
     model = build(name)
     return_token_losses(model)
     monkeypatch.setattr(token_loss, "losses_of_logits", lambda *_: pytest.fail("there were logits"))
-    model(**inputs).logits.sum().backward()
+    model(**inputs).token_losses.sum().backward()
 
 
 def test_models_that_bend_their_logits_a_little_are_known() -> None:
@@ -108,7 +108,7 @@ def test_frozen_output_layers_get_no_gradient(inputs: dict[str, torch.Tensor]) -
     model = build("untied")
     return_token_losses(model)
     model.lm_head.weight.requires_grad_(False)
-    model(**inputs).logits.sum().backward()
+    model(**inputs).token_losses.sum().backward()
     assert model.lm_head.weight.grad is None
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
@@ -117,7 +117,7 @@ def test_it_is_so_in_bf16(inputs: dict[str, torch.Tensor]) -> None:
     reference, model = build("untied"), build("untied")
     return_token_losses(model)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = expected_losses(reference, inputs), model(**inputs).logits
+        expected, found = expected_losses(reference, inputs), model(**inputs).token_losses
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[..., 0], expected[..., 0], rtol=2e-2, atol=2e-2)
     found[..., 0].sum().backward()
@@ -133,14 +133,14 @@ def test_it_is_so_under_an_adapter(inputs: dict[str, torch.Tensor]) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(2)
     wrapped = peft.get_peft_model(model, config)
-    torch.testing.assert_close(wrapped(**inputs).logits, expected_losses(reference, inputs))
+    torch.testing.assert_close(wrapped(**inputs).token_losses, expected_losses(reference, inputs))
 
 
 def test_a_batch_without_a_target_has_no_loss(inputs: dict[str, torch.Tensor]) -> None:
     model = build("untied")
     return_token_losses(model)
     inputs["target_ids"] = torch.full_like(inputs["target_ids"], IGNORED)
-    found = model(**inputs).logits
+    found = model(**inputs).token_losses
     assert not found.any()
     found.sum().backward()
     assert not model.lm_head.weight.grad.any()
