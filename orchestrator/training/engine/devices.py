@@ -1,4 +1,4 @@
-"""The device that this process computes on, and whether it can be used as the recipe wants."""
+"""The device that this process computes on, and checks that it is usable as the recipe wants."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def choose_device(recipe: Recipe) -> torch.device:
 
 
 def check_gpu(recipe: Recipe) -> None:
-    """Refuse what this process would otherwise compute on another device than the recipe says.
+    """Check that this process computes on the device that the recipe wants.
 
     Raises:
-        ClusterError: PyTorch cannot use the GPU; DeepSpeed would use one that the recipe does not want.
+        ClusterError: PyTorch cannot use the GPU, or DeepSpeed would use one that the recipe does not want.
     """
-
     where = recipe.origin.where("scale.gpus_per_worker")
     if recipe.scale.gpus_per_worker == 0:
         if torch.cuda.is_available() and uses_deepspeed(recipe):
@@ -46,8 +45,8 @@ def check_gpu(recipe: Recipe) -> None:
 
 
 def find_gpu_problem() -> str | None:
-    """Return why PyTorch cannot use the GPUs that the driver finds; None where it can, or where there are none."""
-    # Before CUDA has started, the number is what the driver tells, whether or not PyTorch can work with that driver.
+    """Return why PyTorch cannot use the GPUs that the driver finds; None if it can, or if there are none."""
+    # Before CUDA is initialised, the number comes from the driver, even if PyTorch cannot use that driver.
     if torch.cuda.device_count() == 0 or torch.cuda.is_available():
         return None
     try:
@@ -58,6 +57,6 @@ def find_gpu_problem() -> str | None:
 
 
 def driver_remedy() -> str:
-    """Return what makes PyTorch and the driver fit each other."""
+    """Return what to install so that PyTorch and the driver fit."""
     built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     return f"{built}: install a driver for that, or a PyTorch for this driver (https://pytorch.org)"

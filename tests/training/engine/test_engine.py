@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, multiprocessing, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.training.engine import build
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
 from orchestrator.training.engine.deepspeed_config import restoring_linear
@@ -85,7 +85,7 @@ def files_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_adam_has_all_its_state_on_the_device_of_its_parameters(
     files_without_values: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Accelerator, "device", property(lambda _: CUDA))
+    monkeypatch.setattr(build, "choose_device", lambda _: CUDA)
     monkeypatch.setattr(nn.Module, "to", lambda module, _: module)  # Which is not possible without values.
     recipe = recipe_with("engine: torch")
     first, second = make_model(), make_model()
