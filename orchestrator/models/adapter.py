@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import ModelError, Problem, nearest
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.freeze import Depth
-from orchestrator.recipe import Adapter
+from orchestrator.models.freeze import frozen_blocks
+from orchestrator.recipe import Adapter, FrozenRange
 
 ADAPTER_NAME = "default"
 # Where it is installed, peft imports it, and it warns that a faster kernel for 4 bits is not.
@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def add_adapter(
     model: Any,
     blocks: Blocks,
-    depth: Depth,
+    depth: FrozenRange,
     adapter: Adapter,
     trains_head: bool = True,
     reaches_experts: bool = True,
@@ -142,7 +142,7 @@ def _is_renamed(name: str, model: Any) -> bool:
     return name not in (config.target_modules or ())
 
 
-def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, reaches_experts: bool) -> list[str]:
+def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter, reaches_experts: bool) -> list[str]:
     """Full names of the linear modules, and of the experts' weights, that get an adapter."""
     new = set(blocks.head.parameters)
     names = {module: name for name, module in model.named_modules()}
@@ -168,9 +168,9 @@ def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, re
     return _matching(adapter.targets, everywhere, above, "linear module", "transfer.adapter.targets")
 
 
-def _find_named_modules(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> list[str]:
+def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter) -> list[str]:
     """Full names of the modules that the recipe has trained whole."""
-    frozen = {module for block in depth.frozen_blocks(blocks) for module in block.modules}
+    frozen = {module for block in frozen_blocks(blocks, depth) for module in block.modules}
     inside = {module for block in blocks.in_order() for module in block.modules}
     # What holds other modules with weights is no module that peft copies well.
     everywhere = {

@@ -249,7 +249,7 @@ def _add(total: Any, other: Any, base: Any, times: float) -> Any:
 def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
     changes = models.num_layers_overrides(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
-    freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.freeze == "stem" else 0))
+    freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.depth.stem else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})
     return build(plan_input, recipe.model_copy(update={"transfer": transfer}), **changes)
 

@@ -139,7 +139,7 @@ def freezes_all(recipe: Recipe) -> bool:
         return False
     if FREEZE in space:
         return all(case.choice == ["all"] for case in cases_of(space[FREEZE]))
-    return recipe.transfer.freeze == "all"
+    return recipe.transfer.depth.freezes_body
 
 
 def num_processes(recipe: Recipe) -> int:
