@@ -41,7 +41,8 @@ else:
         "head": "set_head write_deep_head_code",
         "image_processor": "ImagePreprocessor set_image_size",
         "length": "find_max_length num_layers_overrides",
-        "load": "LoadedModel add_embeddings load_config load_image_processor load_model load_tokenizer seeded set_padding_token",
+        "load": "LoadedModel add_embeddings load_config load_image_processor load_model load_tokenizer seeded "
+        "set_padding_token",
         "low_rank": "LoraDeltas extend_adapter init_pissa read_lora_deltas",
         "outline": "is_outline",
         "quantize": "check_quantization quantized_layers set_compute_dtype",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from statistics import mean
 
+from markupsafe import Markup
+
 from orchestrator.report.analysis import depth_order, standard_deviation
 from orchestrator.report.charts.base import View, short_names
 from orchestrator.report.charts.depth_rate import DEPTH
-from orchestrator.report.markup import Markup, element, join
+from orchestrator.report.markup import element, join
 from orchestrator.report.numbers import MISSING, compact, metric, number, plain, tenths
 from orchestrator.report.records import Search, Trial
 from orchestrator.report.tables import Cell, Row, TableColumn, table, unbroken

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from orchestrator.report.charts.base import FULL_WIDTH, HALF_WIDTH, Chart
 from orchestrator.report.colours import Colours
 from orchestrator.report.drawing import Size, both_sizes, colour_key, drawing, rectangle, shortened, text, text_width
-from orchestrator.report.markup import Markup, element
+from orchestrator.report.markup import element
 from orchestrator.report.numbers import count, number
 from orchestrator.report.tables import TableColumn, table
 
