@@ -73,7 +73,7 @@ class Worker(Exchange):
         super().__init__()
         self.rank = rank
 
-    def first_does(self, action: Callable[[], Any]) -> Any:
+    def run_on_first(self, action: Callable[[], Any]) -> Any:
         return action() if self.rank == 0 else None
 
 

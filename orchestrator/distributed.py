@@ -60,7 +60,7 @@ class Exchange:
         """Return the first trouble that any worker has, on all of them; None where there is none."""
         return next((found for found in self._all(trouble) if found is not None), None)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return worker 0's value, on every worker."""
         if self._group is None:
             return value
@@ -78,7 +78,7 @@ class Exchange:
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
-    def first_does(self, action: Callable[[], T]) -> T:
+    def run_on_first(self, action: Callable[[], T]) -> T:
         """Return what `action` returns on worker 0, on every worker; the others wait for it.
 
         Args:

@@ -36,7 +36,7 @@ def leave_alone(exchange: Exchange) -> None:
     """The second worker gives up where the first goes on."""
     if exchange.rank == 1:
         raise RunFailed("no space on the second machine")
-    exchange.from_first("something")
+    exchange.broadcast("something")
 
 
 def end_alone(exchange: Exchange) -> None:
@@ -52,13 +52,13 @@ def work(rank: int, folder: Path) -> None:
         backend = exchange._group._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
         found["waits long"] = backend.options._timeout == LONGEST_WAIT
         found["agree"] = [exchange.agree(None), exchange.agree("here" if rank == 1 else None)]
-        found["from_first"] = exchange.from_first(f"of {rank}")
+        found["broadcast"] = exchange.broadcast(f"of {rank}")
         found["gather"] = exchange.gather(f"of {rank}")
-        found["first_does"] = exchange.first_does(lambda: f"done by {rank}")
+        found["run_on_first"] = exchange.run_on_first(lambda: f"done by {rank}")
     model_error = ModelError(Problem("no such layer", "recipe.yaml:3", "name another"))
-    found["disk"] = outcome_of(lambda exchange: exchange.first_does(lambda: raise_error(OSError(28, "disk full"))))
-    found["bug"] = outcome_of(lambda exchange: exchange.first_does(lambda: raise_error(ValueError("a bug"))))
-    found["model"] = outcome_of(lambda exchange: exchange.first_does(lambda: raise_error(model_error)))
+    found["disk"] = outcome_of(lambda exchange: exchange.run_on_first(lambda: raise_error(OSError(28, "disk full"))))
+    found["bug"] = outcome_of(lambda exchange: exchange.run_on_first(lambda: raise_error(ValueError("a bug"))))
+    found["model"] = outcome_of(lambda exchange: exchange.run_on_first(lambda: raise_error(model_error)))
     found["leaves"] = outcome_of(leave_alone)
     found["ends"] = outcome_of(end_alone)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -76,8 +76,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_values_reach_those_that_they_are_for(told: list[dict[str, Any]]) -> None:
     for found in told:
         assert found["agree"] == [None, "here"]
-        assert found["from_first"] == "of 0"
-        assert found["first_does"] == "done by 0"
+        assert found["broadcast"] == "of 0"
+        assert found["run_on_first"] == "done by 0"
     assert [found["gather"] for found in told] == [["of 0", "of 1"], []]
 
 
@@ -101,7 +101,7 @@ def test_a_worker_that_gives_up_is_not_waited_for(how: str, words: str, told: li
 def test_one_worker_alone_needs_no_process_group() -> None:
     with Exchange() as exchange:
         assert (exchange.rank, exchange.size) == (0, 1)
-        assert exchange.first_does(lambda: 5) == 5
+        assert exchange.run_on_first(lambda: 5) == 5
         assert exchange.gather(1) == [1]
         with pytest.raises(OSError, match="as it is"):
-            exchange.first_does(lambda: raise_error(OSError("as it is")))
+            exchange.run_on_first(lambda: raise_error(OSError("as it is")))

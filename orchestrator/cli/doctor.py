@@ -74,7 +74,7 @@ def examine_hardware() -> list[Finding]:
         return found
     import torch
 
-    from orchestrator.training.engine.devices import driver_remedy, why_gpu_is_unusable
+    from orchestrator.training.engine.devices import driver_remedy, find_gpu_problem
     from orchestrator.training.engine.precision import has_bf16
 
     fast = has_bf16(torch.device("cpu"))
@@ -84,7 +84,7 @@ def examine_hardware() -> list[Finding]:
             "processor", f"bf16 in hardware{' (AMX)' if amx else ''}" if fast else "no bf16 in hardware; trains in fp32"
         )
     )
-    reason = why_gpu_is_unusable()
+    reason = find_gpu_problem()
     if reason is not None:
         value = f"{torch.cuda.device_count()}, which PyTorch cannot use: {reason}"
         return [*found, Finding("GPU", value, driver_remedy())]

@@ -62,7 +62,7 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
     return built if isinstance(built, pa.Table) else as_table(build())
 
 
-def kept_table(key: str) -> pa.Table | None:
+def find_cached_table(key: str) -> pa.Table | None:
     """The table that `cached_table` keeps under `key`; None where there is none."""
     path = _path(key)
     return None if path is None else _load(path)

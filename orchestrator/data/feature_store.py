@@ -247,7 +247,7 @@ class FeatureStore:
         return [path for path in self.folder.iterdir() if path.is_dir()]
 
 
-def wait_a_little() -> None:
+def wait_for_others() -> None:
     """Until other processes may have got on with their stretches."""
     time.sleep(SECONDS_BETWEEN_LOOKS)
 

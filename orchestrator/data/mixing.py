@@ -10,7 +10,7 @@ import numpy as np
 from orchestrator.data.examples import Examples, Rows
 
 
-def draw(keys: Sequence[object], seed: int) -> list[bytes]:
+def draw_ranks(keys: Sequence[object], seed: int) -> list[bytes]:
     """A random-looking rank for each key, the same with every version of every library."""
     return [blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
 
@@ -25,7 +25,7 @@ def draw_counts(examples: Examples, seed: int) -> Examples:
     return examples.take(np.sort(np.concatenate(kept)))
 
 
-def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
+def apply_weights(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
     """As many examples in all, each part with its share of them: whole passes over the part, and a draw for the rest.
 
     Args:
@@ -44,5 +44,5 @@ def parts_of(examples: Examples) -> Rows:
 
 
 def shuffled(rows: Rows, seed: int) -> Rows:
-    ranks = draw(rows.tolist(), seed)
+    ranks = draw_ranks(rows.tolist(), seed)
     return rows[np.array(sorted(range(len(rows)), key=ranks.__getitem__), dtype=np.int64)]

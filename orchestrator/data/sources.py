@@ -30,13 +30,13 @@ from orchestrator.data.formats.readers import missing_path, read_file
 from orchestrator.data.formats.streamed_files import stream_file
 from orchestrator.data.messages import show_name
 from orchestrator.data.mixing import draw_counts
-from orchestrator.data.streaming import Draw, Streamed, draw_files, plan_draw
+from orchestrator.data.streaming import SamplePlan, Streamed, draw_files, plan_sample
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.paths import resolve_path, split_count
 from orchestrator.recipe.schema import Data, Recipe
 
-_Open = Callable[[Draw | None], list[RawFile]]
+_Open = Callable[[SamplePlan | None], list[RawFile]]
 """Opens a split: all of it, or as much as is to be drawn."""
 
 
@@ -55,7 +55,7 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
         raise DataError([*problems, *error.problems]) from error
     for split, open_source in sources.items():
         try:
-            plan = plan_draw(recipe, columns, sources) if split == "train" else None
+            plan = plan_sample(recipe, columns, sources) if split == "train" else None
             splits[split] = draw_counts(_read(open_source(plan), columns, mapping), recipe.target.split.seed)
         except DataError as error:
             problems.extend(error.problems)
@@ -163,11 +163,13 @@ def _written_out(split: str, value: str | list[str], origin: Origin) -> _Open:
     return partial(_read_files, paths)
 
 
-def _as_it_is(raw: RawFile, _plan: Draw | None) -> list[RawFile]:
+def _as_it_is(raw: RawFile, _plan: SamplePlan | None) -> list[RawFile]:
     return [raw]
 
 
-def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str, plan: Draw | None) -> list[RawFile]:
+def _read_named(
+    folder: Path, value: str | list[str], origin: Origin, split: str, plan: SamplePlan | None
+) -> list[RawFile]:
     """The splits of a local folder that go by these names."""
     paths: list[Path] = []
     for name in [value] if isinstance(value, str) else value:
@@ -180,7 +182,7 @@ def _read_named(folder: Path, value: str | list[str], origin: Origin, split: str
     return _read_files(paths, plan)
 
 
-def _read_files(paths: Sequence[Path], plan: Draw | None = None) -> list[RawFile]:
+def _read_files(paths: Sequence[Path], plan: SamplePlan | None = None) -> list[RawFile]:
     if plan is not None:
         return _stream_files(paths, plan)
     raws: list[RawFile] = []
@@ -198,7 +200,7 @@ def _read_files(paths: Sequence[Path], plan: Draw | None = None) -> list[RawFile
     return raws
 
 
-def _stream_files(paths: Sequence[Path], plan: Draw) -> list[RawFile]:
+def _stream_files(paths: Sequence[Path], plan: SamplePlan) -> list[RawFile]:
     streams: list[Streamed] = []
     origins: list[tuple[int, Path]] = []
     problems: list[Problem] = []

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.examples import Examples, Rows
-from orchestrator.data.mixing import draw
+from orchestrator.data.mixing import draw_ranks
 from orchestrator.data.overlap import near_keys, text_keys
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Limit, Split
@@ -76,7 +76,7 @@ def limit_examples(
 
 def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
     """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
-    ranks_by_hash = draw(range(len(classes)), seed)
+    ranks_by_hash = draw_ranks(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
     ranks = np.zeros(len(classes), dtype=np.int64)
     seen: dict[int, int] = {}
@@ -118,7 +118,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
         # A quarter of a class that differs in digits alone is a template: told apart by them, or little could be cut.
         most = sum(map(len, groups)) / 4
         units = [unit for group in groups for unit in (_group(group, exact) if len(group) > most else [group])]
-        ranks = draw([exact[unit[0]] for unit in units], seed)
+        ranks = draw_ranks([exact[unit[0]] for unit in units], seed)
         drawn.append([unit for _, unit in sorted(zip(ranks, units, strict=True))])
     return drawn
 

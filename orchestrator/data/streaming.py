@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from orchestrator.data.examples import Rows
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.formats.raw import RawFile
-from orchestrator.data.mixing import draw
+from orchestrator.data.mixing import draw_ranks
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
@@ -29,7 +29,7 @@ MAX_TURN = 1024
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplePlan:
     """What is read of a split that is streamed."""
 
     count: int
@@ -66,7 +66,7 @@ def num_streamed(recipe: Recipe) -> int | None:
     return recipe.target.limit.train or (recipe.train.steps or 0) * recipe.train.global_batch_size
 
 
-def plan_draw(recipe: Recipe, columns: Sequence[Column], present: Iterable[str]) -> Draw | None:
+def plan_sample(recipe: Recipe, columns: Sequence[Column], present: Iterable[str]) -> SamplePlan | None:
     """What is read of *train*: what the recipe asks for, and what missing splits are cut from; None for all.
 
     Args:
@@ -82,11 +82,11 @@ def plan_draw(recipe: Recipe, columns: Sequence[Column], present: Iterable[str])
     # Each share is rounded to whole examples, perhaps upwards.
     count = math.ceil(wanted / (1.0 - sum(shares))) + len(shares)
     own = [name for column in columns if column.name not in mapping for name in (column.name, *column.aliases)]
-    return Draw(count, split.seed, frozenset([*mapping.values(), *own]), recipe.target.data.weights)
+    return SamplePlan(count, split.seed, frozenset([*mapping.values(), *own]), recipe.target.data.weights)
 
 
 def draw_files(
-    files: Sequence[Streamed], parts: Sequence[int], plan: Draw, num_together: int = NUM_TOGETHER
+    files: Sequence[Streamed], parts: Sequence[int], plan: SamplePlan, num_together: int = NUM_TOGETHER
 ) -> list[RawFile]:
     """So many rows of the files; of each entry of the recipe's list (`parts`), its share.
 
@@ -119,20 +119,20 @@ def draw_rows(files: Sequence[Streamed], count: int, seed: int, num_together: in
     A file that is sorted, or one of several, is thus read in many places, and no further than needed.
     """
     pieces = [(file, piece) for file in files for piece in range(len(file.sizes))]
-    ranks = draw([(number, piece) for number, file in enumerate(files) for piece in range(len(file.sizes))], seed)
+    ranks = draw_ranks([(number, piece) for number, file in enumerate(files) for piece in range(len(file.sizes))], seed)
     turn = min(max(count // num_together, 1), MAX_TURN)
     mean = sum(file.sizes[piece] for file, piece in pieces) / max(1, len(pieces)) or 1.0
     order = [pieces[position] for position in sorted(range(len(pieces)), key=ranks.__getitem__)]
     readings = (_read(file, piece, max(1, round(turn * file.sizes[piece] / mean))) for file, piece in order)
     left = count
-    for file, (positions, rows) in in_turns(readings, num_together):
+    for file, (positions, rows) in round_robin(readings, num_together):
         yield file, (positions[:left], rows[:left])
         left -= len(positions)
         if left <= 0:
             return
 
 
-def in_turns(iterators: Iterator[Iterator[T]], num_together: int) -> Iterator[T]:
+def round_robin(iterators: Iterator[Iterator[T]], num_together: int) -> Iterator[T]:
     """One item of each of so many iterators in turn; the next one takes the place of one that ends."""
     active = deque(islice(iterators, num_together))
     while active:

@@ -15,7 +15,7 @@ _ITEMS_TOGETHER = 32  # Handing over a single small item costs more than the wor
 _PARTS_AHEAD = 4  # For each core; so that results do not pile up where they are used slowly.
 
 
-def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """`work(item)` of each item, in their order."""
 
     def work_on(part: Sequence[Item]) -> list[Result]:

@@ -160,7 +160,7 @@ def merged_in_turn(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def in_formats(module: nn.Module, formats: models.StoredFormats, prefix: str = "") -> nn.Module:
+def in_formats(module: nn.Module, formats: models.StoredDtypes, prefix: str = "") -> nn.Module:
     """Give a module's weights the formats that they are stored in; returns the module.
 
     Args:
@@ -189,6 +189,6 @@ def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
 @torch.no_grad()
 def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Return what a model makes of one example, computed in fp32, on the CPU."""
-    with models.Fp32Compute():
+    with models.Fp32ComputeMode():
         logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
     return logits.float().cpu()

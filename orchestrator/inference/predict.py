@@ -142,7 +142,7 @@ def compute_reference(trained: Trained, examples: Examples) -> npt.NDArray[np.fl
             asked = predict_examples(trained, examples)
     else:
         model = load_source(trained.description, task.auto_class, source, trained.as_stored)
-        with models.Fp32Compute() if trained.as_stored else contextlib.nullcontext():
+        with models.Fp32ComputeMode() if trained.as_stored else contextlib.nullcontext():
             task.configure_model(model, trained.processor, source)
         recipe = parse_recipe(trained.description["recipe"])
         model = ready(model, recipe, trained.precision, trained.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from orchestrator import models
 from orchestrator.errors import InputError, Problem
 from orchestrator.models import SourceModel
+from orchestrator.models.shortcuts.forward import AroundForward, wrap_forward
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.runs.directory import DESCRIPTION, parse_object
 from orchestrator.tasks import Task, find_task
@@ -34,7 +36,7 @@ class Trained:
     processor: Any
     device: torch.device
     precision: Precision
-    formats: models.StoredFormats
+    formats: models.StoredDtypes
     """Of its weights' files; of the source's, where it is an adapter."""
 
     @property
@@ -65,7 +67,7 @@ def load_trained(
     Args:
         device: None for a GPU where there is one.
         as_stored: leave weights in bf16 that are stored so, unless they are to be quantized. In fp32 the model is then
-            not to be run but inside `models.ComputesInFp32`. None to do so where it is to compute in bf16.
+            not to be run but inside `models.Fp32ComputeMode`. None to do so where it is to compute in bf16.
 
     Raises:
         InputError: it is none of ours, or its source is not to be found; bf16 is wanted where the hardware lacks it.
@@ -80,12 +82,12 @@ def load_trained(
     is_quantized = adapter is not None and adapter.quantize is not None
     as_stored = may_load_as_stored(recipe, precision) if as_stored is None else as_stored and not is_quantized
     model, source = load_base(inner, description, task_class.auto_class, as_stored)
-    formats = models.stored_formats(source, models.load_config(source), model)
+    formats = models.stored_dtypes(source, models.load_config(source), model)
     task = task_class.restore(options, model.config)
     # The processor was saved beside the weights, also beside those of an adapter.
     here = replace(source, name=str(inner), location=str(inner), revision=None, is_local=True, where=str(inner))
     processor, _ = task.load_processor(here)
-    with models.Fp32Compute() if as_stored else contextlib.nullcontext():
+    with models.Fp32ComputeMode() if as_stored else contextlib.nullcontext():
         task.configure_model(model, processor, source)
         model = put_adapter_on(model, inner)
     model = ready(model, recipe, precision, device)
@@ -112,8 +114,18 @@ def ready(model: Any, recipe: Recipe, precision: Precision, device: torch.device
             cast_frozen_to_bf16(model)
         # The inner one, because peft generates with it.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
+        wrap_forward(inner, _in_bf16(device))
     return model.to(device).eval()
+
+
+def _in_bf16(device: torch.device) -> AroundForward:
+    """Return a function around a forward function that runs it under autocast."""
+
+    def run(_: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return original(*args, **kwargs)
+
+    return run
 
 
 def load_base(

@@ -137,9 +137,9 @@ def refuse_gpu_here(recipe: Recipe) -> None:
     """Raise ClusterError where this machine is to compute, and its GPU cannot be used as the recipe wants."""
     # On another cluster this process only waits for the workers.
     if recipe.scale.workers == 1 or not os.environ.get("RAY_ADDRESS"):
-        from orchestrator.training.engine.devices import refuse_unusable_gpu
+        from orchestrator.training.engine.devices import check_gpu
 
-        refuse_unusable_gpu(recipe)
+        check_gpu(recipe)
 
 
 def refuse_dead_address(address: str) -> None:

@@ -1,195 +1,64 @@
-"""Source models: find and load them safely, tell their blocks apart, freeze, give them heads and adapters.
+"""Source models: find and load them safely, find their blocks, freeze them, add heads and adapters.
 
-In this order: `find_source`, `load_tokenizer` (or `load_image_processor`) and `load_config`, `load_model`,
-`fit_to_tokenizer`, `set_head`, `find_blocks`, `freeze_blocks`, `add_adapter` (and `adapted_blocks`,
-for the names after it).
+In this order: `find_source`, `load_tokenizer` (or `load_image_processor`) and `load_config`, `load_model`, `set_head`,
+`find_blocks`, `freeze_blocks`, `add_adapter` (then `adapted_blocks`, for the new names of parameters).
 
-Each is imported when it is asked for: finding a source takes no time, and its model needs torch, which takes seconds.
+Modules are imported when one of their names is used: finding a source needs no torch, whose import takes seconds.
 """
 
+# ruff: noqa: F403
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.models.adapter import adapted_blocks, add_adapter, find_experts, has_learned, trained_parts
-    from orchestrator.models.batch_norm import set_batch_norm_momentum, untuned_norms
-    from orchestrator.models.blocks import Block, Blocks, find_blocks
-    from orchestrator.models.body import find_body
-    from orchestrator.models.freeze import Depth, Frozen, freeze_blocks, resolve_depth
-    from orchestrator.models.head import set_head, write_deep_head_code
-    from orchestrator.models.image_processor import ImagePreprocessor, set_image_size
-    from orchestrator.models.length import held_length, layer_changes
-    from orchestrator.models.load import (
-        LoadedModel,
-        add_embeddings,
-        load_config,
-        load_image_processor,
-        load_model,
-        load_tokenizer,
-        seeded,
-        set_padding_token,
-    )
-    from orchestrator.models.low_rank import Changes, begin_with_principal_parts, extend_adapter, read_changes
-    from orchestrator.models.outline import is_outline
-    from orchestrator.models.quantize import check_quantization, quantized_layers, set_compute_dtype
-    from orchestrator.models.shortcuts.fp32_compute import Fp32Compute
-    from orchestrator.models.shortcuts.packed_sequences import attend_within_sequences, takes_packed_sequences
-    from orchestrator.models.shortcuts.prefix import Prefix
-    from orchestrator.models.shortcuts.prefix_extraction import NoPrefix, extract_prefix
-    from orchestrator.models.shortcuts.token_loss import find_token_losses, return_token_losses
-    from orchestrator.models.shortcuts.token_pooling import TokenPooling, find_token_pooling, pool_in_last_layer
-    from orchestrator.models.source import SourceModel, find_source, fingerprint, open_folder
-    from orchestrator.models.stored import StoredFormats, stored_formats
-
-__all__ = [
-    "Block",
-    "Blocks",
-    "Changes",
-    "Depth",
-    "Fp32Compute",
-    "Frozen",
-    "ImagePreprocessor",
-    "LoadedModel",
-    "NoPrefix",
-    "Prefix",
-    "SourceModel",
-    "StoredFormats",
-    "TokenPooling",
-    "adapted_blocks",
-    "add_adapter",
-    "add_embeddings",
-    "attend_within_sequences",
-    "begin_with_principal_parts",
-    "check_quantization",
-    "extend_adapter",
-    "extract_prefix",
-    "find_blocks",
-    "find_body",
-    "find_experts",
-    "find_source",
-    "find_token_losses",
-    "find_token_pooling",
-    "fingerprint",
-    "freeze_blocks",
-    "has_learned",
-    "held_length",
-    "is_outline",
-    "layer_changes",
-    "load_config",
-    "load_image_processor",
-    "load_model",
-    "load_tokenizer",
-    "open_folder",
-    "pool_in_last_layer",
-    "quantized_layers",
-    "read_changes",
-    "resolve_depth",
-    "return_token_losses",
-    "seeded",
-    "set_batch_norm_momentum",
-    "set_compute_dtype",
-    "set_head",
-    "set_image_size",
-    "set_padding_token",
-    "stored_formats",
-    "takes_packed_sequences",
-    "trained_parts",
-    "untuned_norms",
-    "write_deep_head_code",
-]
-_HOMES = {
-    "adapter": (
-        "adapted_blocks",
-        "add_adapter",
-        "find_experts",
-        "has_learned",
-        "trained_parts",
-    ),
-    "batch_norm": (
-        "set_batch_norm_momentum",
-        "untuned_norms",
-    ),
-    "blocks": (
-        "Block",
-        "Blocks",
-        "find_blocks",
-    ),
-    "body": ("find_body",),
-    "freeze": (
-        "Depth",
-        "Frozen",
-        "freeze_blocks",
-        "resolve_depth",
-    ),
-    "head": (
-        "set_head",
-        "write_deep_head_code",
-    ),
-    "image_processor": (
-        "ImagePreprocessor",
-        "set_image_size",
-    ),
-    "length": (
-        "held_length",
-        "layer_changes",
-    ),
-    "load": (
-        "LoadedModel",
-        "add_embeddings",
+    from orchestrator.models.adapter import *
+    from orchestrator.models.batch_norm import *
+    from orchestrator.models.blocks import *
+    from orchestrator.models.body import *
+    from orchestrator.models.freeze import *
+    from orchestrator.models.head import *
+    from orchestrator.models.image_processor import *
+    from orchestrator.models.length import *
+    from orchestrator.models.load import *
+    from orchestrator.models.low_rank import *
+    from orchestrator.models.outline import *
+    from orchestrator.models.quantize import *
+    from orchestrator.models.shortcuts.fp32_compute import *
+    from orchestrator.models.shortcuts.packed_sequences import *
+    from orchestrator.models.shortcuts.prefix import *
+    from orchestrator.models.shortcuts.prefix_extraction import *
+    from orchestrator.models.shortcuts.token_loss import *
+    from orchestrator.models.shortcuts.token_pooling import *
+    from orchestrator.models.source import *
+    from orchestrator.models.stored import *
+else:
+    _NAMES = {
+        "adapter": "adapted_blocks add_adapter find_experts has_learned trained_modules",
+        "batch_norm": "frozen_norms set_batch_norm_momentum",
+        "blocks": "Block Blocks find_blocks",
+        "body": "find_body",
+        "freeze": "Frozen freeze_blocks resolve_depth",
+        "head": "set_head write_deep_head_code",
+        "image_processor": "ImagePreprocessor set_image_size",
+        "length": "find_max_length num_layers_overrides",
+        "load": "LoadedModel add_embeddings load_config load_image_processor load_model load_tokenizer seeded "
         "set_padding_token",
-        "load_config",
-        "load_image_processor",
-        "load_model",
-        "load_tokenizer",
-        "seeded",
-    ),
-    "low_rank": (
-        "Changes",
-        "begin_with_principal_parts",
-        "extend_adapter",
-        "read_changes",
-    ),
-    "outline": ("is_outline",),
-    "shortcuts.token_pooling": (
-        "TokenPooling",
-        "find_token_pooling",
-        "pool_in_last_layer",
-    ),
-    "shortcuts.prefix": ("Prefix",),
-    "quantize": (
-        "check_quantization",
-        "quantized_layers",
-        "set_compute_dtype",
-    ),
-    "source": (
-        "SourceModel",
-        "find_source",
-        "fingerprint",
-        "open_folder",
-    ),
-    "shortcuts.prefix_extraction": (
-        "NoPrefix",
-        "extract_prefix",
-    ),
-    "stored": (
-        "StoredFormats",
-        "stored_formats",
-    ),
-    "shortcuts.packed_sequences": (
-        "attend_within_sequences",
-        "takes_packed_sequences",
-    ),
-    "shortcuts.token_loss": (
-        "return_token_losses",
-        "find_token_losses",
-    ),
-    "shortcuts.fp32_compute": ("Fp32Compute",),
-}
+        "low_rank": "LoraDeltas extend_adapter init_pissa read_lora_deltas",
+        "outline": "is_outline",
+        "quantize": "check_quantization quantized_layers set_compute_dtype",
+        "shortcuts.fp32_compute": "Fp32ComputeMode",
+        "shortcuts.packed_sequences": "attend_within_sequences takes_packed_sequences",
+        "shortcuts.prefix": "Prefix",
+        "shortcuts.prefix_extraction": "PrefixUnavailable extract_prefix",
+        "shortcuts.token_loss": "find_token_losses return_token_losses",
+        "shortcuts.token_pooling": "TokenPooling find_token_pooling pool_in_last_layer",
+        "source": "SourceModel find_source fingerprint open_folder",
+        "stored": "StoredDtypes stored_dtypes",
+    }
+    _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
-            return found
-    raise AttributeError(f"module {__name__} has no {name}")
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__} has no attribute {name}")
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return found

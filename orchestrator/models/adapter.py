@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import ModelError, Problem, nearest
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.freeze import Depth
-from orchestrator.recipe import Adapter
+from orchestrator.models.freeze import frozen_blocks
+from orchestrator.recipe import Adapter, FrozenRange
 
 ADAPTER_NAME = "default"
 # Where it is installed, peft imports it, and it warns that a faster kernel for 4 bits is not.
@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def add_adapter(
     model: Any,
     blocks: Blocks,
-    depth: Depth,
+    depth: FrozenRange,
     adapter: Adapter,
     trains_head: bool = True,
     reaches_experts: bool = True,
@@ -142,7 +142,7 @@ def _is_renamed(name: str, model: Any) -> bool:
     return name not in (config.target_modules or ())
 
 
-def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, reaches_experts: bool) -> list[str]:
+def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter, reaches_experts: bool) -> list[str]:
     """Full names of the linear modules, and of the experts' weights, that get an adapter."""
     new = set(blocks.head.parameters)
     names = {module: name for name, module in model.named_modules()}
@@ -168,9 +168,9 @@ def _find_targets(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter, re
     return _matching(adapter.targets, everywhere, above, "linear module", "transfer.adapter.targets")
 
 
-def _find_named_modules(model: Any, blocks: Blocks, depth: Depth, adapter: Adapter) -> list[str]:
+def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter) -> list[str]:
     """Full names of the modules that the recipe has trained whole."""
-    frozen = {module for block in depth.frozen_blocks(blocks) for module in block.modules}
+    frozen = {module for block in frozen_blocks(blocks, depth) for module in block.modules}
     inside = {module for block in blocks.in_order() for module in block.modules}
     # What holds other modules with weights is no module that peft copies well.
     everywhere = {
@@ -233,7 +233,7 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
     return found
 
 
-def trained_parts(model: Any) -> dict[str, dict[str, nn.Parameter]]:
+def trained_modules(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     """Return the modules of a `PeftModel` that learn, each with those of its parameters that get a gradient at once.
 
     A module that is adapted counts by its second factor: as long as that one is zero, the first gets no gradient.
@@ -258,7 +258,9 @@ def trained_parts(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     return {name: values for name, values in parts.items() if values}
 
 
-def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]) -> bool:
+def has_learned(
+    model: Any, initial_factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]
+) -> bool:
     """Whether any module of a `PeftModel` is other than before training. Modules trained whole are taken to be.
 
     Args:
@@ -267,11 +269,11 @@ def has_learned(model: Any, taken: Mapping[str, tuple[Tensor, Tensor]], weights:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    for name, values in trained_parts(model).items():
+    for name, values in trained_modules(model).items():
         module = model.get_base_model().get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             return True
-        _, start = taken.get(name, (None, None))
+        _, start = initial_factors.get(name, (None, None))
         for each in values:
             scaled = weights[each] * module.scaling[ADAPTER_NAME]
             if scaled.any() and (start is None or not torch.equal(scaled, start.to(scaled))):

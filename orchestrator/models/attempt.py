@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # What a model's code may raise when it is given other shapes than it expects.
 _ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, NameError)
 
-OF_BODY = {"loss", "last_hidden_state", "encoder_last_hidden_state", "pooler_output", "image_hidden_states"}
+BODY_OUTPUTS = {"loss", "last_hidden_state", "encoder_last_hidden_state", "pooler_output", "image_hidden_states"}
 """Parts of transformers' outputs that no head has computed."""
 
 
@@ -48,7 +48,7 @@ def calling_model(what: str) -> Iterator[None]:
         raise CallFailed(f"{type(error).__name__}: {error}") from error
 
 
-def attempt(model: Callable[..., Any], inputs: dict[str, Any], what: str) -> Tensor:
+def try_forward(model: Callable[..., Any], inputs: dict[str, Any], what: str) -> Tensor:
     """Return what a model's head computes, as `head_output`.
 
     Raises:
@@ -72,14 +72,14 @@ def head_output(output: Any) -> Tensor:
         if isinstance(output.get(name), Tensor):
             found: Tensor = output[name]
             return found
-    of_head = [value for name, value in output.items() if name not in OF_BODY]
+    of_head = [value for name, value in output.items() if name not in BODY_OUTPUTS]
     tensors = [each for each in of_head if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 0]
     if not tensors:
         raise TypeError(f"{type(output).__name__} holds nothing that a head computes")
     return torch.cat([each.flatten(1) for each in tensors], 1)
 
 
-def attempt_gradients(logits: Tensor, leaves: Sequence[Tensor], what: str) -> list[Tensor | None]:
+def try_gradients(logits: Tensor, leaves: Sequence[Tensor], what: str) -> list[Tensor | None]:
     """Return the gradient of the sum of the logits for each leaf; None for those that they do not depend on.
 
     Raises:

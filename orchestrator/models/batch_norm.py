@@ -47,7 +47,7 @@ def running_norms(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def untuned_norms(model: nn.Module) -> tuple[nn.Module, ...]:
+def frozen_norms(model: nn.Module) -> tuple[nn.Module, ...]:
     """Return those whose parameters are not trained, as beneath an adapter: what is exported has the source's."""
     return tuple(norm for norm in running_norms(model) if not _is_tuned(norm))
 

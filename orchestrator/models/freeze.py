@@ -1,4 +1,4 @@
-"""Freeze the lowest blocks of a model: no gradients, and no change of behaviour in training mode either."""
+"""Freeze the lowest blocks of a model: they get no gradients, and run in evaluation mode while the model is trained."""
 
 from __future__ import annotations
 
@@ -9,76 +9,61 @@ from torch import nn
 
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.blocks import Block, Blocks
-
-
-@dataclass(frozen=True)
-class Depth:
-    """What is frozen: nothing; or the stem, this many layers, and perhaps the tail."""
-
-    stem: bool
-    num_layers: int
-    tail: bool
-
-    def frozen_blocks(self, blocks: Blocks) -> tuple[Block, ...]:
-        """The frozen ones of a model's blocks, lowest first."""
-        return (
-            *((blocks.stem,) if self.stem else ()),
-            *blocks.layers[: self.num_layers],
-            *((blocks.tail,) if self.tail else ()),
-        )
+from orchestrator.recipe import FreezeDepth, FrozenRange
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen part of a model. It holds the modules themselves, so wrappers around the model change nothing."""
+    """The frozen part of a model. It refers to modules, which stay the same in wrappers of the model."""
 
-    depth: Depth
+    depth: FrozenRange
     parameters: frozenset[str]
-    """Names as they were when the model was frozen."""
+    """Their names at the time when the model was frozen."""
     modules: tuple[nn.Module, ...]
 
     def set_train_mode(self, model: nn.Module) -> None:
-        """Training mode for all but the frozen modules: no dropout and no new batch-norm statistics in those."""
+        """Put a model into training mode, but for frozen modules: without dropout and new batch norm statistics."""
         model.train()
         for module in self.modules:
-            # Not `eval()`, which would reach into modules that are not frozen: a stem module may hold layers.
+            # Not `eval()`, which would change modules inside that are not frozen: a module of the stem may hold layers.
             module.training = False
 
 
-def resolve_depth(freeze: int | str, num_layers: int, where: str | None = None) -> Depth:
-    """The freeze depth that a recipe asks for, in a model with this many layers.
-
-    `0` (and `0%`) freezes nothing; `stem` the stem; `k` the stem and k layers; `50%` the stem and half of the layers,
-    rounded down; `all` all but the head.
+def resolve_depth(freeze: int | str, num_layers: int, where: str | None = None) -> FrozenRange:
+    """Return the blocks that a recipe freezes in a model with this many layers.
 
     Args:
+        freeze: a freeze depth as a recipe writes it.
         where: place of the value, for messages.
 
     Raises:
         ModelError: the model has fewer layers.
     """
-    if freeze == "all":
-        return Depth(stem=True, num_layers=num_layers, tail=True)
-    if freeze == "stem":
-        return Depth(stem=True, num_layers=0, tail=False)
-    if isinstance(freeze, str):
-        percent = int(freeze.removesuffix("%"))
-        return Depth(stem=percent > 0, num_layers=num_layers * percent // 100, tail=False)
-    if freeze > num_layers:
+    depth = FreezeDepth.parse(freeze)
+    if depth.layers > num_layers:
         remedy = f"set transfer.freeze to {num_layers} or less, or to all"
-        what = f"freeze depth is {freeze}, but the model has {num_layers} layers"
+        what = f"freeze depth is {depth.layers}, but the model has {num_layers} layers"
         raise ModelError(Problem(what, where, remedy))
-    return Depth(stem=freeze > 0, num_layers=freeze, tail=False)
+    return depth.resolve(num_layers)
 
 
-def freeze_blocks(model: Any, blocks: Blocks, depth: Depth) -> Frozen:
-    """Set `requires_grad` of every parameter: off in the frozen blocks and of weights in 4 bits, on everywhere else.
+def frozen_blocks(blocks: Blocks, depth: FrozenRange) -> tuple[Block, ...]:
+    """Return the frozen blocks of a model, lowest first."""
+    return (
+        *((blocks.stem,) if depth.stem else ()),
+        *blocks.layers[: depth.num_layers],
+        *((blocks.tail,) if depth.tail else ()),
+    )
+
+
+def freeze_blocks(model: Any, blocks: Blocks, depth: FrozenRange) -> Frozen:
+    """Set `requires_grad` of every parameter: False in frozen blocks and for 4-bit weights, True for all others.
 
     Raises:
         ModelError: nothing is left to train.
     """
-    frozen_blocks = depth.frozen_blocks(blocks)
-    names = frozenset(name for block in frozen_blocks for name in block.parameters)
+    frozen = frozen_blocks(blocks, depth)
+    names = frozenset(name for block in frozen for name in block.parameters)
     parameters = dict(model.named_parameters())
     if not parameters.keys() - names:
         raise ModelError(Problem("every parameter of the model is frozen", "transfer.freeze", "lower transfer.freeze"))
@@ -87,7 +72,7 @@ def freeze_blocks(model: Any, blocks: Blocks, depth: Depth) -> Frozen:
         parameter.requires_grad_(name in trained)
     for name, parameter in parameters.items():
         assert parameter.requires_grad == (name in trained), f"requires_grad of {name} is wrong"
-    modules = [module for block in frozen_blocks for module in block.modules]
-    # Modules around layers have code of their own, which may drop what the stem made.
+    modules = [module for block in frozen for module in block.modules]
+    # The code of modules around layers may drop out the output of the stem.
     around = blocks.containers if depth.stem else ()
     return Frozen(depth, names, (*modules, *around))

@@ -50,7 +50,7 @@ class HubModel:
     """False where only the local cache answered."""
 
 
-def look_up(model: str, revision: str | None, where: str) -> HubModel:
+def find_hub_model(model: str, revision: str | None, where: str) -> HubModel:
     """The commit that a revision stands for, so that every worker loads the same; from the cache without a network.
 
     Raises:

@@ -25,7 +25,7 @@ from orchestrator.models.deep_head import DeepHead, with_deep_head
 from orchestrator.models.folder import MERGE, weight_files
 from orchestrator.models.head import find_output_layer, head_modules
 from orchestrator.models.hub import LOADING_ERRORS, explain
-from orchestrator.models.low_rank import add_changes, read_changes
+from orchestrator.models.low_rank import add_lora_deltas, read_lora_deltas
 from orchestrator.models.quantize import keep_quantized_weights, layers_outside_body, quantization, quantized_layers
 from orchestrator.models.source import SourceModel
 
@@ -147,7 +147,7 @@ def load_model(
         if load_config(source).id2label != config.id2label:
             new |= {names[parameter] for parameter in _draw_output_layer(model)}
     if source.adapter is not None:
-        add_changes(model, read_changes(Path(source.adapter)), source.where)
+        add_lora_deltas(model, read_lora_deltas(Path(source.adapter)), source.where)
     return LoadedModel(model, frozenset(new))
 
 

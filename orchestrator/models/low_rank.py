@@ -19,14 +19,14 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.adapter import ADAPTER_NAME
 from orchestrator.models.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MERGE
 
-Changes: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+LoraDeltas: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """By a module's name: A of shape [rank, inputs] and B of shape [outputs, rank], with the scaling in it."""
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 OVERSAMPLING, POWER_ITERATIONS = 8, 16
 
 
-def read_changes(folder: Path) -> Changes:
+def read_lora_deltas(folder: Path) -> LoraDeltas:
     """What a LoRA adapter of peft changes; other parts of it, such as modules saved whole, are left out.
 
     Raises:
@@ -51,7 +51,7 @@ def read_changes(folder: Path) -> Changes:
     return changes
 
 
-def add_changes(model: nn.Module, changes: Changes, where: str) -> None:
+def add_lora_deltas(model: nn.Module, changes: LoraDeltas, where: str) -> None:
     """Add changes to a model's weights.
 
     Args:
@@ -74,12 +74,12 @@ def add_changes(model: nn.Module, changes: Changes, where: str) -> None:
             weight += change
 
 
-def extend_adapter(folder: Path, others: Sequence[Changes]) -> None:
+def extend_adapter(folder: Path, others: Sequence[LoraDeltas]) -> None:
     """Write other changes into a saved adapter: what it adds to its model is from now on the sum of all of them."""
     path = folder / ADAPTER_CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in load_file(folder / ADAPTER_FILE).items() if ".lora_" not in key}
-    every = [read_changes(folder), *others]
+    every = [read_lora_deltas(folder), *others]
     ranks: dict[str, int] = {}
     for name in dict.fromkeys(name for changes in every for name in changes):
         parts = [changes[name] for changes in every if name in changes]
@@ -95,7 +95,7 @@ def extend_adapter(folder: Path, others: Sequence[Changes]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def begin_with_principal_parts(model: Any) -> Changes:
+def init_pissa(model: Any) -> LoraDeltas:
     """Have adapters begin with the largest singular values of the weights that they lie on, which keep the rest.
 
     PiSSA (Meng et al. 2024): A = sqrt(S / s) V^T and B = U sqrt(S / s). What the model computes stays as it was. The
@@ -110,7 +110,7 @@ def begin_with_principal_parts(model: Any) -> Changes:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    taken = {}
+    initial_factors = {}
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer().weight.is_meta:
             continue
@@ -126,5 +126,5 @@ def begin_with_principal_parts(model: Any) -> Changes:
                 part.zero_()[:rank] = (vectors[:, :rank] * roots).T.float()
             change = scaling * second.weight @ first.weight
             base.weight -= change.T if isinstance(base, Conv1D) else change
-            taken[name] = (first.weight.detach().clone(), scaling * second.weight.detach())
-    return taken
+            initial_factors[name] = (first.weight.detach().clone(), scaling * second.weight.detach())
+    return initial_factors

@@ -22,7 +22,7 @@ from orchestrator.models.folder import (
     check_model_folder,
     weight_files,
 )
-from orchestrator.models.hub import look_up
+from orchestrator.models.hub import find_hub_model
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.paths import PACKAGE_PREFIX, resolve_path, show_path
 
@@ -72,7 +72,7 @@ def find_source(recipe: Recipe) -> SourceModel:
 
 
 def _open_hub(name: str, revision: str | None, where: str, trust_remote_code: bool) -> SourceModel:
-    found = look_up(name, revision, where)
+    found = find_hub_model(name, revision, where)
     return SourceModel(name, name, found.commit, False, trust_remote_code, found.licence, where, not found.is_reachable)
 
 

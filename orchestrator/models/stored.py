@@ -20,7 +20,7 @@ _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
-class StoredFormats:
+class StoredDtypes:
     """The format of each weight of a model."""
 
     main: torch.dtype = torch.float32
@@ -32,7 +32,7 @@ class StoredFormats:
         return self.others.get(name, self.main)
 
 
-def stored_formats(source: SourceModel, config: Any, model: Any) -> StoredFormats:
+def stored_dtypes(source: SourceModel, config: Any, model: Any) -> StoredDtypes:
     """Return the formats of a source's weights, by the names that they have in a model.
 
     Where the files lie here, their own word counts, otherwise the config's.
@@ -42,7 +42,7 @@ def stored_formats(source: SourceModel, config: Any, model: Any) -> StoredFormat
     """
     if not source.is_local:
         dtype = config.get_text_config().dtype
-        return StoredFormats(dtype if dtype in _NARROW.values() else torch.float32)
+        return StoredDtypes(dtype if dtype in _NARROW.values() else torch.float32)
     numbers: Counter[torch.dtype] = Counter()
     found: dict[str, torch.dtype] = {}
     for path in weight_files(Path(source.location)):
@@ -53,7 +53,7 @@ def stored_formats(source: SourceModel, config: Any, model: Any) -> StoredFormat
                 numbers[found[name]] += torch.Size(part.get_shape()).numel()
     (main, _), *_ = numbers.most_common(1)
     odd = {name: dtype for name, dtype in found.items() if dtype != main}
-    return StoredFormats(main, _by_names_in(model, odd) if odd else {})
+    return StoredDtypes(main, _by_names_in(model, odd) if odd else {})
 
 
 def _by_names_in(model: Any, stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:

@@ -20,10 +20,10 @@ from orchestrator.planning.simulation import Pass, fake_weights, simulate
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.tasks.base import Batch, Totals
-from orchestrator.training.assembling import Parts
+from orchestrator.training.assembling import ModelParts
 from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.precision import Precision
-from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, survives
+from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, is_exact_in_bf16, may_cast_frozen
 from orchestrator.training.features.build import can_pack
 from orchestrator.training.loop import NEVER, make_schedule
 from orchestrator.training.split_loader import SplitLoader
@@ -168,7 +168,7 @@ def whether_packed(plan_input: PlanInput, recipe: Recipe) -> bool:
     return models.takes_packed_sequences(parts.module)
 
 
-def measure_model(parts: Parts, recipe: Recipe) -> ModelSize:
+def measure_model(parts: ModelParts, recipe: Recipe) -> ModelSize:
     tensors = [*parts.module.parameters(), *parts.module.buffers()]
     held = sum(value.numel() * value.element_size() for value in tensors)
     trained = sum(value.numel() for value in parts.module.parameters() if value.requires_grad)
@@ -180,16 +180,16 @@ def measure_model(parts: Parts, recipe: Recipe) -> ModelSize:
     return ModelSize(trained, total - trained, held, len(parts.blocks.layers))
 
 
-def _products(parts: Parts) -> list[Any]:
+def _products(parts: ModelParts) -> list[Any]:
     """The weights of the layers' linear functions."""
     modules = [module for block in parts.blocks.layers for module in block.modules]
     return [module.weight for module in modules if isinstance(module, torch.nn.Linear)]
 
 
-def _narrowed(plan_input: PlanInput, parts: Parts, recipe: Recipe, autocast: bool) -> Parts:
+def _narrowed(plan_input: PlanInput, parts: ModelParts, recipe: Recipe, autocast: bool) -> ModelParts:
     if autocast and may_cast_frozen(recipe):
         is_stored_so = parts.body.config.get_text_config().dtype == torch.bfloat16
-        cast_frozen_to_bf16(parts.module, survives if plan_input.reads_weights else lambda _: is_stored_so)
+        cast_frozen_to_bf16(parts.module, is_exact_in_bf16 if plan_input.reads_weights else lambda _: is_stored_so)
     return parts
 
 
@@ -204,7 +204,7 @@ def _measure(
 ) -> tuple[ModelSize, Pass]:
     """The model, and a pass over a batch."""
 
-    def look(parts: Parts) -> tuple[ModelSize, Pass]:
+    def look(parts: ModelParts) -> tuple[ModelSize, Pass]:
         parts = _narrowed(plan_input, parts, recipe, autocast)
         return measure_model(parts, recipe), _simulate(plan_input, parts, batch, totals, precision, autocast, balance)
 
@@ -232,7 +232,7 @@ def layers_left_out(plan_input: PlanInput) -> int | None:
     config = models.load_config(plan_input.prepared.source)
     if (
         plan_input.reads_weights
-        or models.layer_changes(config, 1) is None
+        or models.num_layers_overrides(config, 1) is None
         or config.num_hidden_layers <= LAYERS_SIMULATED
     ):
         return None
@@ -246,17 +246,17 @@ def _add(total: Any, other: Any, base: Any, times: float) -> Any:
     return replace(total, **{name: getattr(total, name) + round(change) for name, change in changes.items()})
 
 
-def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> Parts:
-    changes = models.layer_changes(models.load_config(plan_input.prepared.source), frozen + trained)
+def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
+    changes = models.num_layers_overrides(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
-    freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.freeze == "stem" else 0))
+    freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.depth.stem else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})
     return build(plan_input, recipe.model_copy(update={"transfer": transfer}), **changes)
 
 
 def _simulate(
     plan_input: PlanInput,
-    parts: Parts,
+    parts: ModelParts,
     batch: Batch,
     totals: Totals,
     precision: Precision,

@@ -155,8 +155,8 @@ def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> in
     is_held_so = dtype == torch.bfloat16 and may_load_as_stored(recipe, planner.precision(recipe))
     # What is quantized goes to the device weight by weight.
     is_quantized = adapter is not None and adapter.quantize is not None
-    is_spread = scale.zero_stage == 3 and scale.workers > 1
-    copies = 1 if is_spread else min(-(-scale.workers // planner.machine.nodes), planner.machine.devices)
+    is_sharded = scale.zero_stage == 3 and scale.workers > 1
+    copies = 1 if is_sharded else min(-(-scale.workers // planner.machine.nodes), planner.machine.devices)
     numbers = found.size.trained + found.size.frozen
     return loading_bytes(numbers, stored, stored if is_held_so or is_quantized else FP32, copies)
 

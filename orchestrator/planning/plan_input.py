@@ -16,8 +16,8 @@ from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, resolve_path, show_path
 from orchestrator.recipe.paths import PACKAGE_PREFIX
 from orchestrator.tasks import read_options
-from orchestrator.training.assembling import Parts, assemble, assemble_outline
-from orchestrator.training.features.build import examples_to_try, pick_position
+from orchestrator.training.assembling import ModelParts, assemble, assemble_outline
+from orchestrator.training.features.build import examples_to_try, use_token_pooling
 from orchestrator.training.prepare import Prepared, encode_inputs, read_examples, read_inputs
 
 CONFIG_FILE = "config.json"
@@ -92,7 +92,7 @@ def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInpu
     return PlanInput(prepared, number, notes)
 
 
-def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> Parts:
+def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> ModelParts:
     """The parts, with weights where those are read, else their outline.
 
     Args:
@@ -105,7 +105,7 @@ def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> Parts:
     if plan_input.reads_weights and not changes:
         whole = assemble(prepared)
         if recipe.scale.zero_stage != 3:
-            pick_position(whole, *examples_to_try(prepared.encoded("train"), whole))
+            use_token_pooling(whole, *examples_to_try(prepared.encoded("train"), whole))
         return whole
     transfer = recipe.transfer
     if transfer.adapter is not None and transfer.adapter.init != "zero":

@@ -24,7 +24,7 @@ from orchestrator.models.shortcuts.packed_sequences import LENGTHS
 from orchestrator.models.shortcuts.token_loss import IGNORED
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Batch, Totals
-from orchestrator.training.assembling import Parts
+from orchestrator.training.assembling import ModelParts
 from orchestrator.training.features.build import boundary_of
 
 _ATEN = torch.ops.aten
@@ -163,7 +163,7 @@ _BY_HAND: dict[Any, Callable[..., tuple[Any] | None]] = {
 
 
 @contextlib.contextmanager
-def fake_weights(module: nn.Module, float_type: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
+def fake_weights(module: nn.Module, input_dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
     """A mode in which a model's tensors have no values, and no memory; those of the meta device become the CPU's.
 
     Args:
@@ -174,7 +174,7 @@ def fake_weights(module: nn.Module, float_type: torch.dtype | None = None) -> It
 
         def fake(value: Tensor) -> Any:
             if id(value) not in known:
-                wanted = float_type if float_type is not None and value.is_floating_point() else value.dtype
+                wanted = input_dtype if input_dtype is not None and value.is_floating_point() else value.dtype
                 made = torch.empty(value.shape, dtype=wanted)
                 is_parameter = isinstance(value, nn.Parameter)
                 # With the tensor itself, or another one could get its number.
@@ -191,12 +191,12 @@ def fake_weights(module: nn.Module, float_type: torch.dtype | None = None) -> It
 
 
 def simulate(
-    parts: Parts,
+    parts: ModelParts,
     task: Task,
     batch: Batch,
     totals: Totals,
     autocast: bool,
-    float_type: torch.dtype | None = None,
+    input_dtype: torch.dtype | None = None,
     balance: float = 0.0,
 ) -> Pass:
     """A pass over a batch; the model's weights must be fake (`fake_weights`).
@@ -241,9 +241,9 @@ def simulate(
         inputs: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items() if name != LENGTHS}
         inputs |= {name: values for name, values in arrays.items() if name == LENGTHS}
         targets = {name: torch.from_numpy(values) for name, values in batch.targets.items()}
-        if float_type is not None:
+        if input_dtype is not None:
             wide = {name: each for name, each in inputs.items() if name != LENGTHS and each.is_floating_point()}
-            inputs |= {name: each.to(float_type) for name, each in wide.items()}
+            inputs |= {name: each.to(input_dtype) for name, each in wide.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = module(**inputs)
         forward_operations = tally.operations
@@ -273,7 +273,7 @@ class Boundary:
     numbers: int = 0
 
 
-def first_trained(parts: Parts) -> nn.Module | None:
+def first_trained(parts: ModelParts) -> nn.Module | None:
     """The module at which what is computed once ends, and what is trained begins; None where nothing is frozen."""
     boundary = boundary_of(parts)
     if boundary is None:

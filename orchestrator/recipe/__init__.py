@@ -1,6 +1,7 @@
 """What a user writes: the recipe. Imports neither torch nor ray."""
 
 from orchestrator.recipe.catalog import ShippedRecipe, find_recipe, shipped_recipes
+from orchestrator.recipe.freeze_depth import FreezeDepth, FrozenRange
 from orchestrator.recipe.load import dump_recipe, load_recipe, make_paths_absolute, map_paths, parse_recipe
 from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.paths import resolve_path, show_path
@@ -27,6 +28,8 @@ __all__ = [
     "Case",
     "Data",
     "EarlyStopping",
+    "FreezeDepth",
+    "FrozenRange",
     "Head",
     "Limit",
     "Origin",

@@ -249,7 +249,7 @@ def _plan_may_choose(recipe: Recipe) -> Iterator[Finding]:
 
 def _frozen_body_has_nothing_to_tune(recipe: Recipe) -> Iterator[Finding]:
     transfer = recipe.transfer
-    if transfer.freeze != "all":
+    if not transfer.depth.freezes_body:
         return
     for key, why in (
         ("adapter", "the adapter has no block to go into"),
@@ -267,7 +267,7 @@ def _scratch_trains_everything(recipe: Recipe) -> Iterator[Finding]:
     transfer = recipe.transfer
     if not transfer.from_scratch:
         return
-    if transfer.freeze not in (0, "0%"):
+    if not transfer.depth.freezes_nothing:
         yield Finding(
             ("transfer.freeze", "transfer.from_scratch"),
             f"`transfer.freeze` is {transfer.freeze}, but `transfer.from_scratch` would freeze random weights",

@@ -18,13 +18,13 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
+from orchestrator.recipe.freeze_depth import FreezeDepth, WrittenDepth
 from orchestrator.recipe.origin import Origin
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
-Percent = Annotated[str, Field(pattern=r"^(100|[1-9]?[0-9])%$", title="a percentage such as `50%`")]
 Name = Annotated[
     str,
     Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", title="1 to 63 lower-case letters, digits and dashes, no dash first"),
@@ -171,7 +171,7 @@ class Transfer(Section):
 
     from_scratch: bool = False
     """Random weights in the same architecture: the control that a transfer is held against."""
-    freeze: Literal["stem", "all"] | Annotated[int, Field(ge=0)] | Percent = 0
+    freeze: WrittenDepth = 0
     """Freeze depth: `0` nothing, `stem` the embeddings, `k` the stem and k layers, `50%` half of the layers, `all` all
     but the head."""
     head: Head = Head()
@@ -180,6 +180,11 @@ class Transfer(Section):
     """Adapter weights in the blocks above the freeze boundary; null tunes the blocks themselves."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Each block learns at this multiple of the rate of the block above it (Howard & Ruder 2018); null for one rate."""
+
+    @property
+    def depth(self) -> FreezeDepth:
+        """`freeze`, parsed."""
+        return FreezeDepth.parse(self.freeze)
 
 
 class EarlyStopping(Section):

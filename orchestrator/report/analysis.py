@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from orchestrator.report.numbers import number
+from orchestrator.recipe import FreezeDepth
 
 # A score is drawn at the edge of a chart, not to scale, when it is this many times further from the best than the
 # median is, and among the worst tenth.
@@ -66,20 +66,25 @@ def readable_range(scores: Sequence[float], higher_is_better: bool, furthest: fl
 
 
 def depth_order(freeze: Any, num_layers: int | None) -> float:
-    """Where a freeze depth stands: 0, stem, 1, 2, ..., all. Shares count layers; of an unknown model, hundredths."""
-    if freeze == "all":
+    """Return the rank of a freeze depth among others: 0, stem, 1, 2, ..., all.
+
+    Args:
+        num_layers: of the model; None if it is not known, when a percentage counts as a number of layers.
+    """
+    try:
+        depth = FreezeDepth.parse(freeze)
+    except (ValueError, TypeError, OverflowError):
+        return -1.0
+    if depth.freezes_body:
         return math.inf
-    if freeze == "stem":
-        return 0.5
-    if isinstance(freeze, str) and freeze.endswith("%") and freeze[:-1].isdigit():
-        percent = int(freeze[:-1])
-        layers = percent if num_layers is None else num_layers * percent // 100
-        return 0.0 if percent == 0 else max(0.5, float(layers))
-    layers_frozen = number(freeze)
-    return -1.0 if layers_frozen is None else layers_frozen
+    if num_layers is None or depth.percent is None:
+        layers = depth.layers if depth.percent is None else depth.percent
+    else:
+        layers = depth.resolve(num_layers).num_layers
+    return max(0.5, float(layers)) if depth.stem else float(layers)
 
 
-def spread(values: Sequence[float]) -> float:
+def standard_deviation(values: Sequence[float]) -> float:
     """Standard deviation of a sample (n - 1); 0 for a single value."""
     if len(values) < 2:
         return 0.0

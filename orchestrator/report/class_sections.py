@@ -1,33 +1,35 @@
-"""Which classes a model knows and which it confuses, from the details of a result."""
+"""Sections about the classes of a result: which are confused, and the scores of each."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from markupsafe import Markup
+
 from orchestrator.report.charts.confusion import confusion_chart
 from orchestrator.report.colours import Colours
-from orchestrator.report.markup import Markup, element, join
+from orchestrator.report.markup import element, join
 from orchestrator.report.numbers import MISSING, compact, metric
-from orchestrator.report.page import figures, section
+from orchestrator.report.page import Section, figures, section
 from orchestrator.report.records import as_dict, finite_values, texts_of
-from orchestrator.report.tables import Cell, Column, Row, table
+from orchestrator.report.tables import Cell, Row, TableColumn, table
 
 
-def class_sections(result: dict[str, Any], first_figure: int, heading: str) -> list[Markup]:
-    """A section for each split with details of classes: which are confused, and a table of all."""
-    parts = []
+def class_sections(result: dict[str, Any], first_figure: int, heading: str) -> list[Section]:
+    """Return a section for each split with details of classes: a confusion matrix, and a table of all classes."""
+    sections = []
     for split, value in as_dict(result.get("details")).items():
         details = as_dict(value)
         chart, found = confusion_chart(details, split), class_table(details)
         drawn = figures([chart], first_figure) if chart else None
-        if found or drawn:
-            first_figure += drawn is not None
-            parts.append(section(f"{heading} {split}", drawn, found))
-    return parts
+        first_figure += drawn is not None
+        if (made := section(f"{heading} {split}", drawn, found)) is not None:
+            sections.append(made)
+    return sections
 
 
 def class_table(details: dict[str, Any]) -> Markup | None:
-    """Precision, recall and F1 of each class, in the order of the labels."""
+    """Return precision, recall and F1 of each class, in the order of the labels; None if they were not computed."""
     labels, per_class = texts_of(details.get("labels")), as_dict(details.get("per_class"))
     rows: list[Row] = []
     for label in labels:
@@ -37,7 +39,9 @@ def class_table(details: dict[str, Any]) -> Markup | None:
     if not per_class or not rows:
         return None
     names = ("precision", "recall", "F1", "examples")
-    return table([Column("class"), *(Column(name, numeric=True) for name in names)], rows, sortable=True, fitted=True)
+    return table(
+        [TableColumn("class"), *(TableColumn(name, numeric=True) for name in names)], rows, sortable=True, fitted=True
+    )
 
 
 def share_cell(value: float | None) -> Cell:

@@ -9,8 +9,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from markupsafe import Markup
+
 from orchestrator.report.colours import NUM_STEPS
-from orchestrator.report.markup import Markup, clean, coordinate, element, join
+from orchestrator.report.markup import clean, coordinate, element, join
 from orchestrator.report.scales import Scale, Tick
 
 # Width of a character of the widest usual sans-serif, as a share of its size.

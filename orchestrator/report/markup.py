@@ -1,24 +1,20 @@
-"""HTML and SVG built from parts, so that no text from data can become markup: what is not `Markup` is escaped."""
+"""HTML and SVG in which no text from data can become markup: whatever is not `Markup` is escaped."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
+from typing import Any
 
-_WITHOUT_END = frozenset({"br", "link", "meta", "wbr"})
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-
-class Markup(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
+_WITHOUT_END = frozenset({"br", "wbr"})
 
 Child = Markup | str | int | None
 
 
 def clean(text: str) -> str:
-    """The text without control characters, direction overrides and lone surrogates; line breaks and tabs stay."""
+    """Replace control characters, direction overrides and lone surrogates; line breaks and tabs stay."""
     if text.isprintable():
         return text
     kept = "\n\t\N{NO-BREAK SPACE}"
@@ -27,18 +23,40 @@ def clean(text: str) -> str:
     )
 
 
+def _printable(value: Any) -> Any:
+    """Return a value as templates print it."""
+    if value is None:
+        return ""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("orchestrator.report"),
+    autoescape=True,
+    finalize=_printable,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(template: str, /, **values: Any) -> Markup:
+    """Return a template of this package with values filled in; text among them is cleaned and escaped."""
+    return Markup(_TEMPLATES.get_template(template).render(**values))
+
+
 def escape(value: Child) -> Markup:
-    if isinstance(value, Markup):
-        return value
-    return Markup("" if value is None else html.escape(clean(str(value))))
+    """Return a value as markup: text is cleaned and escaped, None is empty."""
+    return value if isinstance(value, Markup) else Markup.escape(_printable(value))
 
 
 def join(children: Iterable[Child], between: str = "") -> Markup:
+    """Return children one after the other, text among them escaped."""
     return Markup(between.join(escape(child) for child in children))
 
 
 def element(tag: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
-    """One element. `class_` stands for `class`, other `_` for `-`; None and False leave an attribute out."""
+    """Return one element. `class_` stands for `class`, other `_` for `-`; None and False leave an attribute out."""
     written = "".join(_attribute(name, value) for name, value in attributes.items())
     if tag in _WITHOUT_END:
         return Markup(f"<{tag}{written}>")
@@ -46,7 +64,7 @@ def element(tag: str, /, *children: Child, **attributes: str | float | bool | No
 
 
 def coordinate(value: float) -> str:
-    """A position in a drawing: a tenth of a pixel is as fine as anyone sees."""
+    """Return a position in a drawing, rounded to a tenth of a pixel."""
     text = f"{value:.1f}"
     return "0" if text == "-0.0" else text.removesuffix(".0")
 

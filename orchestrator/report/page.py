@@ -1,37 +1,60 @@
-"""The page around a report: one file that holds its own style and script, and allows nothing else to load."""
+"""The page of a report: one file with its own style and script, which allows nothing else to load."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+
+from markupsafe import Markup
 
 from orchestrator.report.charts.base import Chart
 from orchestrator.report.colours import colour_rules
-from orchestrator.report.markup import Child, Markup, element, join
+from orchestrator.report.markup import Child, join, render
 from orchestrator.report.records import RecipeText
 
 
-def page(title: str, parts: Iterable[Markup]) -> str:
-    """The whole HTML text."""
-    style = Markup(read_part("page.css") + "\n" + colour_rules())
-    script = Markup(read_part("sort.js"))
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy(style, script)),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        element("style", style),
-    )
-    body = element("body", element("main", *parts), element("script", script))
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading of its own."""
+
+    heading: str
+    content: Markup
 
 
-def policy(style: str, script: str) -> str:
-    """Only this style and this script, known by their hashes; no connection, frame, form or picture."""
+@dataclass(frozen=True)
+class Page:
+    """The content of a page, from top to bottom."""
+
+    title: str
+    kicker: str
+    """The line above the heading."""
+    heading: str
+    lead: Markup
+    """The result in one sentence."""
+    banner: str | None
+    """A sentence about a state that is not final."""
+    key_figures: Sequence[tuple[str, str, str]]
+    """Name, value, remark."""
+    sections: Sequence[Section]
+    notes: Sequence[str]
+    facts: Sequence[tuple[str, Child]]
+    """Names and values that describe how it was run."""
+    recipe: str
+    """The text of the recipe; empty where there is none."""
+
+    def render(self) -> str:
+        """Return the HTML text."""
+        style = Markup(read_file("page.css") + "\n" + colour_rules())
+        script = Markup(read_file("sort.js"))
+        text = render("page.html", page=self, style=style, script=script, policy=content_policy(style, script))
+        return f"{text}\n"
+
+
+def content_policy(style: str, script: str) -> str:
+    """Return a content security policy that allows this style and script, by their hashes, and nothing else."""
     return (
         f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -39,53 +62,37 @@ def policy(style: str, script: str) -> str:
 
 
 def digest(text: str) -> str:
+    """Return the hash of a text as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def read_part(name: str) -> str:
+def read_file(name: str) -> str:
+    """Return the text of a file of this package."""
     return (files("orchestrator.report") / name).read_text(encoding="utf-8")
 
 
-def kicker(what: str, recipe: RecipeText) -> str:
-    """The line above the title: what the page is of, the task, the source."""
-    words = [what, recipe.get("target.task"), recipe.get("source.model")]
+def kicker(kind: str, recipe: RecipeText) -> str:
+    """Return the line above the heading: the kind of the page, the task, the source."""
+    words = [kind, recipe.get("target.task"), recipe.get("source.model")]
     return " \N{MIDDLE DOT} ".join(str(word) for word in words if word)
 
 
-def header(kicker: str, heading: str, lead: Child) -> Markup:
-    return element(
-        "header", element("p", kicker, class_="kicker"), element("h1", heading), element("p", lead, class_="lead")
-    )
-
-
-def banner(words: Child) -> Markup:
-    return element("p", words, class_="banner", role="status")
-
-
-def tiles(items: Sequence[tuple[str, str, str]]) -> Markup:
-    """Key figures: (name, value, remark)."""
-    drawn = [
-        element("div", element("dt", name), element("dd", value), element("dd", remark, class_="remark"))
-        for name, value, remark in items
-    ]
-    return element("dl", *drawn, class_="tiles")
-
-
-def section(heading: str, *parts: Markup | None) -> Markup:
-    return element("section", element("h2", heading), *parts)
+def section(heading: str, *parts: Markup | None) -> Section | None:
+    """Return a section with these parts; None if there are none."""
+    return Section(heading, join(parts)) if any(parts) else None
 
 
 def figures(charts: Sequence[Chart], first: int = 1) -> Markup:
-    """Charts, numbered from `first`; those of half width in pairs, the last of an odd number over the whole width."""
+    """Return charts, numbered from `first`; those of half width in pairs, an odd last one over the whole width."""
     ordered = in_pairs(charts)
     halves = [index for index, chart in enumerate(ordered) if not chart.full_width]
     alone = halves[-1] if len(halves) % 2 else None
-    drawn = [figure(first + index, chart, index == alone) for index, chart in enumerate(ordered)]
-    return element("div", *drawn, class_="figures")
+    classes = ["full" if chart.full_width else "alone" if index == alone else "" for index, chart in enumerate(ordered)]
+    return render("figures.html", charts=list(zip(ordered, classes, strict=True)), first=first)
 
 
 def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
-    """The charts in their order, but each of half width brings its partner, the next of half width, with it."""
+    """Return the charts in their order, but each of half width is followed by the next one of half width."""
     left, ordered = list(charts), list[Chart]()
     while left:
         chart = left.pop(0)
@@ -95,28 +102,3 @@ def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
             left.remove(partner)
             ordered.append(partner)
     return ordered
-
-
-def figure(number: int, chart: Chart, alone: bool) -> Markup:
-    caption = element("figcaption", element("strong", f"Figure {number}. {chart.title}."), Markup(" "), chart.caption)
-    picture = element("div", chart.drawing, class_="picture") if chart.drawing else None
-    key = element("div", chart.key, class_="key-line") if chart.key else None
-    below = element("div", chart.below, class_="below") if chart.below else None
-    class_ = "full" if chart.full_width else "alone" if alone else None
-    return element("figure", element("div", key, picture, caption), below, class_=class_)
-
-
-def listed(items: Iterable[Child]) -> Markup:
-    return element("ul", *(element("li", item) for item in items))
-
-
-def code(text: str) -> Markup:
-    return element("pre", element("code", text))
-
-
-def folded(summary: str, *parts: Markup) -> Markup:
-    return element("details", element("summary", summary), *parts)
-
-
-def sentence(*parts: Child) -> Markup:
-    return element("p", join(parts))

@@ -1,16 +1,18 @@
-"""The page of one run: its scores, how it learned, where it errs, on what it ran."""
+"""The page of one run: its scores, how it learned, its errors, its machine."""
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
 from orchestrator.report.charts.training import training_charts
 from orchestrator.report.class_sections import class_sections
-from orchestrator.report.markup import Child, Markup, element, escape, join
+from orchestrator.report.markup import Child, element, escape, join
 from orchestrator.report.numbers import count, duration, metric, moment, number, plain
-from orchestrator.report.page import banner, code, figures, folded, header, kicker, listed, page, section, tiles
+from orchestrator.report.page import Page, figures, kicker, section
 from orchestrator.report.records import Run, as_dict, finite_values, texts_of
-from orchestrator.report.tables import Column, pairs, table
+from orchestrator.report.tables import TableColumn, table
 
-LONGEST_ANSWER = 400  # Characters.
+MAX_CHARACTERS = 400
 _STATES = {
     "running": "The run is not finished; this is what it has recorded so far.",
     "interrupted": "The run was interrupted. Run the same command again to go on from its last checkpoint.",
@@ -19,27 +21,32 @@ _STATES = {
 
 
 def run_page(run: Run) -> str:
-    """The HTML text."""
+    """Return the HTML text of the page."""
     name = str(run.recipe.get("name") or "run")
     main = main_metric(run)
     charts = training_charts(run, main, number(run.result.get("best_step")))
-    notes = [*texts_of(run.record.get("notes")), *texts_of(run.record.get("warnings"))]
-    parts = [
-        header(kicker("Run", run.recipe), name, lead(run, main)),
-        state_banner(run),
-        tiles(key_figures(run, main)),
+    sections = [
         section("How it learned", figures(charts)) if charts else None,
-        results(run),
-        answers(run),
+        section("Scores", score_table(run)),
+        section("Answers", sample_table(run)),
         *class_sections(run.result, len(charts) + 1, "Classes on"),
-        section("Notes", listed(notes)) if notes else None,
-        circumstances(run),
     ]
-    return page(f"{name}: run", [part for part in parts if part is not None])
+    return Page(
+        title=f"{name}: run",
+        kicker=kicker("Run", run.recipe),
+        heading=name,
+        lead=lead(run, main),
+        banner=state_of(run),
+        key_figures=key_figures(run, main),
+        sections=[each for each in sections if each is not None],
+        notes=[*texts_of(run.record.get("notes")), *texts_of(run.record.get("warnings"))],
+        facts=facts(run),
+        recipe=run.recipe.text,
+    ).render()
 
 
 def main_metric(run: Run) -> str:
-    """The metric that picked the best step; while there is no result, the recipe's or the first besides the loss."""
+    """Return the metric that picked the best step; without a result, the recipe's or the first one besides the loss."""
     named = run.result.get("metric") or run.recipe.get("train.early_stopping.metric")
     if isinstance(named, str):
         return named
@@ -51,11 +58,12 @@ def main_metric(run: Run) -> str:
 
 
 def scores(run: Run) -> dict[str, dict[str, float]]:
-    """Metrics of each reported split at the best step."""
+    """Return the metrics of each reported split at the best step."""
     return {split: finite_values(values) for split, values in as_dict(run.result.get("metrics")).items()}
 
 
 def lead(run: Run, main: str) -> Markup:
+    """Return the result in one sentence."""
     found = [(split, values[main]) for split, values in scores(run).items() if main in values]
     if not found:
         return escape("There are no scores yet." if not run.result else f"No split has a score for {main}.")
@@ -69,17 +77,19 @@ def lead(run: Run, main: str) -> Markup:
     return join([*parts, "."])
 
 
-def state_banner(run: Run) -> Markup | None:
+def state_of(run: Run) -> str | None:
+    """Return a sentence about a run that has not ended; None if it has a result."""
     if run.result:
         return None
     words = _STATES.get(str(run.record.get("status")), _STATES["running"])
     reason = run.record.get("reason")
     if run.record.get("status") == "failed":
         words += f": {reason}" if reason else "."
-    return banner(words)
+    return words
 
 
 def key_figures(run: Run, main: str) -> list[tuple[str, str, str]]:
+    """Return the most important figures as name, value, remark."""
     found = []
     for split, values in scores(run).items():
         if main in values:
@@ -109,15 +119,15 @@ def workers(run: Run) -> str:
 
 
 def short_count(amount: float) -> str:
-    """`22.7 M`."""
+    """Return an amount like `22.7 M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if amount >= size:
             return f"{amount / size:.3g} {unit}"
     return f"{amount:.0f}"
 
 
-def results(run: Run) -> Markup | None:
-    """All metrics of the splits, beside those before the first step where the head was kept."""
+def score_table(run: Run) -> Markup | None:
+    """Return all metrics of the splits, with those before the first step if they were computed; None without any."""
     columns: dict[str, dict[str, float]] = {}
     for split, before in as_dict(run.result.get("before")).items():
         columns[f"{split} before"] = finite_values(before)
@@ -126,13 +136,11 @@ def results(run: Run) -> Markup | None:
     if not names:
         return None
     rows = [[name, *(metric(values.get(name)) for values in columns.values())] for name in names]
-    return section(
-        "Scores", table([Column("metric"), *(Column(name, numeric=True) for name in columns)], rows, fitted=True)
-    )
+    return table([TableColumn("metric"), *(TableColumn(name, numeric=True) for name in columns)], rows, fitted=True)
 
 
-def answers(run: Run) -> Markup | None:
-    """What the model wrote, beside the answers in the data."""
+def sample_table(run: Run) -> Markup | None:
+    """Return texts that the model generated, with those in the data; None without any."""
     given = run.result.get("samples")
     found = [sample for sample in given if isinstance(sample, dict)] if isinstance(given, list) else []
     if not found:
@@ -141,16 +149,16 @@ def answers(run: Run) -> Markup | None:
     keys = [key for key in shown if any(sample.get(key) is not None for sample in found)]
     found = [{**sample, "source": str(sample.get("source")).rpartition("/")[2]} for sample in found]
     rows = [[shorten(str(sample.get(key) or "")) for key in keys] for sample in found]
-    return section("Answers", table([Column(shown[key]) for key in keys], rows))
+    return table([TableColumn(shown[key]) for key in keys], rows)
 
 
 def shorten(text: str) -> str:
-    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} ..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
 
 
-def circumstances(run: Run) -> Markup:
-    """On what it ran, and the recipe."""
-    rows: list[tuple[Child, Child]] = []
+def facts(run: Run) -> list[tuple[str, Child]]:
+    """Return names and values that describe how it was run."""
+    rows: list[tuple[str, Child]] = []
     if (started := moment(number(run.record.get("started")))) is not None:
         rows.append(("started", started))
     for key, words in (
@@ -166,5 +174,4 @@ def circumstances(run: Run) -> Markup:
         rows.append(("versions", ", ".join(f"{name} {plain(value)}" for name, value in versions.items())))
     if isinstance(run.record.get("command"), list):
         rows.append(("command", element("code", " ".join(map(str, run.record["command"])))))
-    recipe = folded("The recipe as run", code(run.recipe.text)) if run.recipe.text else None
-    return section("How it was run", pairs(rows) if rows else None, recipe)
+    return rows

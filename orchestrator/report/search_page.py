@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from statistics import mean, median
 
-from orchestrator.report.analysis import spread
+from markupsafe import Markup
+
+from orchestrator.report.analysis import standard_deviation
 from orchestrator.report.charts.base import View
 from orchestrator.report.charts.cost import cost
 from orchestrator.report.charts.depth_rate import depth_rate
@@ -14,23 +16,10 @@ from orchestrator.report.charts.parallel import parallel
 from orchestrator.report.charts.progress import progress
 from orchestrator.report.charts.single import single
 from orchestrator.report.class_sections import class_sections
-from orchestrator.report.markup import Child, Markup, element, escape, join
+from orchestrator.report.markup import Child, element, escape, join, render
 from orchestrator.report.numbers import count, difference, duration, file_size, metric, moment, number, plain
-from orchestrator.report.page import (
-    banner,
-    code,
-    figures,
-    folded,
-    header,
-    kicker,
-    listed,
-    page,
-    section,
-    sentence,
-    tiles,
-)
+from orchestrator.report.page import Page, figures, kicker, section
 from orchestrator.report.records import Search, Trial, texts_of
-from orchestrator.report.tables import pairs
 from orchestrator.report.trial_tables import failures, parameter_table, seed_scores, seed_table, trial_table
 
 _STATES = {
@@ -41,28 +30,31 @@ _STATES = {
 
 
 def search_page(search: Search) -> str:
-    """The HTML text."""
+    """Return the HTML text of the page."""
     view = View.of(search)
     charts = [chart(view) for chart in (depth_rate, single, parallel, history, progress, cost)]
     drawn = [chart for chart in charts if chart is not None]
     errors = class_sections(search.result, len(drawn) + 1, "The winner's classes on")
     name = str(search.recipe.get("name") or "search")
-    state = _STATES.get(str(search.record.get("status")))
-    failed = failures(search)
-    notes = all_notes(search)
-    parts = [
-        header(kicker("Search", search.recipe), name, lead(search)),
-        banner(state) if state else None,
-        tiles(key_figures(search)),
-        leader_section(search),
+    sections = [
+        section("The winner" if search.winner else "The best so far", leader_details(search)),
         section("What was tried", figures(drawn)) if drawn else None,
-        section("Trials", sentence(trials_words(search)), trial_table(view)) if search.trials else None,
+        section("Trials", element("p", trials_words(search)), trial_table(view)) if search.trials else None,
         *errors,
-        section("Failures", failed) if failed else None,
-        section("Notes", listed(notes)) if notes else None,
-        circumstances(search),
+        section("Failures", failures(search)),
     ]
-    return page(f"{name}: search", [part for part in parts if part is not None])
+    return Page(
+        title=f"{name}: search",
+        kicker=kicker("Search", search.recipe),
+        heading=name,
+        lead=lead(search),
+        banner=_STATES.get(str(search.record.get("status"))),
+        key_figures=key_figures(search),
+        sections=[each for each in sections if each is not None],
+        notes=all_notes(search),
+        facts=facts(search),
+        recipe=search.recipe.text,
+    ).render()
 
 
 def scores_of(search: Search) -> list[float]:
@@ -70,13 +62,13 @@ def scores_of(search: Search) -> list[float]:
 
 
 def lead_score(search: Search) -> float | None:
-    """The winner's score on *select*; that of the best trial so far where no winner is named."""
+    """Return the winner's score on *select*; without a winner, that of the best trial so far."""
     named = search.winner.select.get(search.metric) if search.winner else None
     return search.leader.score if named is None and search.leader else named
 
 
 def lead(search: Search) -> Markup:
-    """The result in one sentence."""
+    """Return the result in one sentence."""
     score = lead_score(search)
     if search.leader is None or score is None:
         words = "No trial has a score yet." if search.record.get("status") == "running" else "No trial got a score."
@@ -96,6 +88,7 @@ def lead(search: Search) -> Markup:
 
 
 def key_figures(search: Search) -> list[tuple[str, str, str]]:
+    """Return the most important figures as name, value, remark."""
     score, scores = lead_score(search), scores_of(search)
     test = search.winner.test.get(search.metric) if search.winner else None
     found = []
@@ -121,7 +114,7 @@ def key_figures(search: Search) -> list[tuple[str, str, str]]:
 
 
 def all_trials(search: Search) -> list[Trial]:
-    """With the reruns."""
+    """Return all trials and reruns."""
     return [*search.trials, *(trial for reruns in search.reruns.values() for trial in reruns)]
 
 
@@ -131,41 +124,27 @@ def at_a_time(search: Search) -> str:
     return " ".join(word for word in words if word)
 
 
-def leader_section(search: Search) -> Markup | None:
+def leader_details(search: Search) -> Markup | None:
+    """Return the parameters of the best trial, its files, and how much scores depend on the seed."""
     if search.leader is None:
         return None
-    again = None
-    if "best.yaml" in search.files:
-        again = element("div", element("h3", "Train it again"), code("orchestrator train best.yaml"), links(search))
-    parts = element(
-        "div",
-        element("div", element("h3", "Its parameters"), parameter_table(search)),
-        element("div", again, seeds(search)),
-        class_="columns",
-    )
-    return section("The winner" if search.winner else "The best so far", parts)
-
-
-def links(search: Search) -> Markup:
     words = {"best.yaml": "the recipe", "model": "the trained model", "trials.jsonl": "all trials as JSON lines"}
-    found = [join([element("a", name, href=name), f", {text}"]) for name, text in words.items() if name in search.files]
-    return element("p", "In this folder: ", join(found, "; "), ".", class_="remark")
-
-
-def seeds(search: Search) -> Markup | None:
-    """How much scores depend on the seed, and how many trials are within that of the winner."""
+    files = [(name, text) for name, text in words.items() if name in search.files]
     found = seed_scores(search)
-    if not found:
-        return None
-    parts = [element("h3", f"{search.metric} on select with other seeds"), seed_table(search, found)]
-    if search.winner is not None and search.winner.id in found:
-        parts.append(sentence(near_words(search, found[search.winner.id])))
-    return element("div", *parts)
+    has_other_seeds = search.winner is not None and search.winner.id in found
+    return render(
+        "leader.html",
+        metric=search.metric,
+        parameters=parameter_table(search),
+        files=files if "best.yaml" in search.files else [],
+        seeds=seed_table(search, found) if found else None,
+        comparison=near_words(search, found[search.winner.id]) if search.winner and has_other_seeds else None,
+    )
 
 
 def near_words(search: Search, scores: list[float]) -> str:
-    """How many other trials are as good as the winner, as far as its seeds can tell."""
-    deviation = spread(scores)
+    """Return how many other trials are within a standard deviation of the winner, among its seeds."""
+    deviation = standard_deviation(scores)
     worst = mean(scores) - (deviation if search.higher_is_better else -deviation)
     others = [trial for trial in search.ranked if search.winner is None or trial.id != search.winner.id]
     near = sum(not search.beats(worst, trial.score or 0.0) for trial in others)
@@ -187,9 +166,9 @@ def all_notes(search: Search) -> list[str]:
     return notes
 
 
-def circumstances(search: Search) -> Markup:
-    """On what it ran, and the recipe."""
-    rows: list[tuple[Child, Child]] = []
+def facts(search: Search) -> list[tuple[str, Child]]:
+    """Return names and values that describe how it was run."""
+    rows: list[tuple[str, Child]] = []
     if (started := moment(number(search.record.get("started")))) is not None:
         rows.append(("started", started))
     for key in ("algorithm", "scheduler", "seed"):
@@ -202,12 +181,11 @@ def circumstances(search: Search) -> Markup:
     machine = search.record.get("machine")
     items = machine.items() if isinstance(machine, dict) else [("machine", machine)] if machine else []
     rows += [(str(name).replace("_", " "), plain(value)) for name, value in items]
-    recipe = folded("The recipe as run", code(search.recipe.text)) if search.recipe.text else None
-    return section("How it was run", pairs(rows) if rows else None, recipe)
+    return rows
 
 
 def describe_features(search: Search) -> str | None:
-    """What the frozen blocks' stored outputs took, such as `1.2 GB at boundaries 3, 6; made in 12.0 s`."""
+    """Return what the stored features cost, such as `1.2 GB at boundaries 3, 6; made in 12.0 s`."""
     features = search.record.get("features")
     if not isinstance(features, dict) or not features:
         return None

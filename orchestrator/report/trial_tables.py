@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from statistics import mean
 
-from orchestrator.report.analysis import depth_order, spread
+from markupsafe import Markup
+
+from orchestrator.report.analysis import depth_order, standard_deviation
 from orchestrator.report.charts.base import View, short_names
 from orchestrator.report.charts.depth_rate import DEPTH
-from orchestrator.report.markup import Markup, element, join
+from orchestrator.report.markup import element, join
 from orchestrator.report.numbers import MISSING, compact, metric, number, plain, tenths
 from orchestrator.report.records import Search, Trial
-from orchestrator.report.tables import Cell, Column, Row, table, unbroken
+from orchestrator.report.tables import Cell, Row, TableColumn, table, unbroken
 
 _MOST_METRICS = 4
 _MOST_VALUES_NAMED = 8
@@ -26,15 +28,15 @@ def trial_table(view: View) -> Markup:
     numeric = {path: is_numeric(search, path) for path in search.searched}
     has_seeds = len({trial.seed for trial in search.trials}) > 1
     columns = [
-        Column("trial"),
-        Column(search.metric, numeric=True),
-        *(Column(name, numeric=True) for name in others),
-        *(Column(names[path], numeric=numeric[path]) for path in search.searched),
-        *([Column("seed", numeric=True)] if has_seeds else []),
-        Column("epochs", numeric=True),
-        Column("seconds", numeric=True),
-        Column("core-seconds", numeric=True),
-        Column("status"),
+        TableColumn("trial"),
+        TableColumn(search.metric, numeric=True),
+        *(TableColumn(name, numeric=True) for name in others),
+        *(TableColumn(names[path], numeric=numeric[path]) for path in search.searched),
+        *([TableColumn("seed", numeric=True)] if has_seeds else []),
+        TableColumn("epochs", numeric=True),
+        TableColumn("seconds", numeric=True),
+        TableColumn("core-seconds", numeric=True),
+        TableColumn("status"),
     ]
     unscored = [trial for trial in search.trials if trial.score is None]
     trials = [*search.ranked, *unscored]
@@ -99,7 +101,7 @@ def parameter_table(search: Search) -> Markup:
     leader = search.leader
     assert leader is not None
     parameters = leader.parameters or (search.winner.parameters if search.winner else {})
-    columns = [Column("parameter"), Column("value"), Column("tried")]
+    columns = [TableColumn("parameter"), TableColumn("value"), TableColumn("tried")]
     rows = []
     for path in [*search.searched, *(path for path in parameters if path not in search.searched)]:
         if path in parameters:
@@ -175,11 +177,16 @@ def seed_scores(search: Search) -> dict[str, list[float]]:
 
 def seed_table(search: Search, found: dict[str, list[float]]) -> Markup:
     """The trials that were trained with several seeds, the best mean first."""
-    columns = [Column("trial"), Column("mean", numeric=True), Column("deviation", numeric=True), Column("scores")]
+    columns = [
+        TableColumn("trial"),
+        TableColumn("mean", numeric=True),
+        TableColumn("deviation", numeric=True),
+        TableColumn("scores"),
+    ]
     sign = -1 if search.higher_is_better else 1
     ordered = sorted(found, key=lambda id: (sign * mean(found[id]), id))
     rows = [
-        [id, metric(mean(found[id])), metric(spread(found[id])), unbroken(list(map(metric, found[id])))]
+        [id, metric(mean(found[id])), metric(standard_deviation(found[id])), unbroken(list(map(metric, found[id])))]
         for id in ordered
     ]
     winner = search.winner.id if search.winner else None
@@ -206,4 +213,4 @@ def failures(search: Search) -> Markup | None:
                 named + (f" and {more:,} more" if more > 0 else ""),
             ]
         )
-    return table([Column("trials", numeric=True), Column("reason"), Column("which")], rows)
+    return table([TableColumn("trials", numeric=True), TableColumn("reason"), TableColumn("which")], rows)

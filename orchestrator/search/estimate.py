@@ -19,7 +19,7 @@ from orchestrator import models
 from orchestrator.data.cache import cache_folder
 from orchestrator.models import Prefix
 from orchestrator.models.attempt import CallFailed
-from orchestrator.models.shortcuts.prefix import NotSeen
+from orchestrator.models.shortcuts.prefix import BoundaryNotReached
 from orchestrator.recipe import Recipe
 from orchestrator.search.batching import trains_only_the_head
 from orchestrator.search.local_runner import can_run_here
@@ -155,14 +155,14 @@ def measure(plan: Plan) -> Throughput:
     parts = assemble(whole)
     steps = steps_of(whole)
     with build_engine(parts.module, parts.groups, whole.recipe, precision) as engine:
-        loader = SplitLoader(prepared.encoded("train"), engine.device, engine.float_type)
+        loader = SplitLoader(prepared.encoded("train"), engine.device, engine.input_dtype)
         batches = steps.order.epoch(0)[: STEPS_TIMED + 1]
         take_step(engine, prepared.task, loader, steps, 0, batches[0])
         began = time.perf_counter()
         for index, rows in enumerate(batches[1:] or batches):
             take_step(engine, prepared.task, loader, steps, index + 1, rows)
         step = (time.perf_counter() - began) / sum(len(rows) for rows in batches[1:] or batches)
-        select = SplitLoader(prepared.encoded("select"), engine.device, engine.float_type)
+        select = SplitLoader(prepared.encoded("select"), engine.device, engine.input_dtype)
         began = time.perf_counter()
         score(engine, prepared.task, select, steps.micro_batch_size)
         forward = (time.perf_counter() - began) / len(select)
@@ -187,7 +187,7 @@ def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
             for name in CACHED_SPLITS:
                 for boundary, num_bytes in cache.sizes(frozen.encoded(name), boundaries).items():
                     sizes[boundary] += num_bytes
-        except (CallFailed, NotSeen):
+        except (CallFailed, BoundaryNotReached):
             return {}
     return sizes
 

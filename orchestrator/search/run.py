@@ -88,10 +88,10 @@ def search(
         # These need torch, which takes seconds to import: Ray starts meanwhile.
         from orchestrator.search import run_trials as course
         from orchestrator.search.plan import make_plan
-        from orchestrator.training.engine.devices import refuse_unusable_gpu
+        from orchestrator.training.engine.devices import check_gpu
 
         plan = make_plan(encode_inputs(inputs, strict))
-        refuse_unusable_gpu(recipe)  # The winner's model is made in this process, wherever the trials run.
+        check_gpu(recipe)  # The winner's model is made in this process, wherever the trials run.
         if fresh:
             set_aside(directory)
         create_directory(directory)
@@ -139,7 +139,7 @@ def freezes_all(recipe: Recipe) -> bool:
         return False
     if FREEZE in space:
         return all(case.choice == ["all"] for case in cases_of(space[FREEZE]))
-    return recipe.transfer.freeze == "all"
+    return recipe.transfer.depth.freezes_body
 
 
 def num_processes(recipe: Recipe) -> int:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from orchestrator.errors import Problem, RecipeError
-from orchestrator.recipe import Recipe
+from orchestrator.recipe import FreezeDepth, Recipe
 from orchestrator.recipe.combination_rules import find_in_grid
 from orchestrator.recipe.conditions import (
     Cases,
@@ -203,20 +203,10 @@ def _fit_to_model(recipe: Recipe, cases: Cases, num_layers: int) -> dict[str, tu
     def keep_different(case: Case) -> Case:
         if not isinstance(case.choice, list):
             return case
-        different = {_blocks_frozen(depth, num_layers): depth for depth in reversed(case.choice)}
+        different = {FreezeDepth.parse(depth).resolve(num_layers): depth for depth in reversed(case.choice)}
         return case.model_copy(update={"choice": list(reversed(different.values()))})
 
     return {**fitted, FREEZE: tuple(map(keep_different, fitted[FREEZE]))}
-
-
-def _blocks_frozen(depth: int | str, num_layers: int) -> tuple[bool, int] | str:
-    """What a freeze depth comes to: whether the stem is frozen, and how many layers."""
-    if depth == "all":
-        return "all"
-    if isinstance(depth, str) and depth.endswith("%"):
-        percent = int(depth.removesuffix("%"))
-        return percent > 0, num_layers * percent // 100
-    return depth == "stem" or int(depth) > 0, 0 if depth == "stem" else int(depth)
 
 
 def _find_too_deep(recipe: Recipe, cases: Cases, num_layers: int) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from orchestrator.data.fields.decode import BrokenPicture, decode, quiet_decodin
 from orchestrator.data.fields.images import read_picture
 from orchestrator.data.fields.label_columns import Numbers
 from orchestrator.data.fields.pixels import Pixels, pixel_array, pixel_type, shards
-from orchestrator.data.threads import in_threads
+from orchestrator.data.threads import map_in_threads
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
@@ -264,4 +264,4 @@ def make_pixels(examples: Examples, rows: range, maker: ImagePreprocessor) -> np
             ) from None
 
     with quiet_decoding():
-        return np.stack(list(in_threads(make, rows)))
+        return np.stack(list(map_in_threads(make, rows)))

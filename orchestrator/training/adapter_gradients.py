@@ -31,12 +31,12 @@ class AdapterGradients:
     def __init__(self, engine: Engine, model: Any, note: Callable[[str], None]) -> None:
         self.engine = engine
         self.note = note
-        self.parts = list(models.trained_parts(model))
+        self.parts = list(models.trained_modules(model))
         self._found = torch.zeros(len(self.parts), device=engine.device)
         # On the parameters themselves, because DeepSpeed takes their gradients away within the backward pass.
         self._handles = [
             parameter.register_hook(self._looker(number))  # type: ignore[no-untyped-call]
-            for number, values in enumerate(models.trained_parts(model).values())
+            for number, values in enumerate(models.trained_modules(model).values())
             for parameter in values.values()
         ]
 
@@ -70,4 +70,4 @@ class AdapterGradients:
                 f"{len(left)} of the {len(self.parts)} modules that an adapter is trained in got no gradient at step "
                 f"{step.number} ({some}): as long as nothing that is learned depends on them, they stay as they are"
             )
-            self.engine.first_worker_does(lambda: self.note(text))
+            self.engine.run_on_first_worker(lambda: self.note(text))

@@ -18,7 +18,7 @@ from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
 
 @dataclass
-class Parts:
+class ModelParts:
     """What an engine and the loop work with."""
 
     module: Any
@@ -33,7 +33,7 @@ class Parts:
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
     new_parameters: frozenset[str]
     """Those that the source did not have, by their names before an adapter."""
-    taken: models.Changes = field(default_factory=dict)
+    initial_factors: models.LoraDeltas = field(default_factory=dict)
     """What the adapter began with, and the weights that it lies on lack."""
     caching: list[tuple[Any, bool]] = field(default_factory=list)
     """Configs whose `use_cache` training has turned off, with the value that they had."""
@@ -44,12 +44,12 @@ class Parts:
         return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
 
-def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
+def assemble(prepared: Prepared, as_stored: bool = False) -> ModelParts:
     """Build the parts; the same recipe and seed give the same weights on every worker.
 
     Args:
         as_stored: leave weights in bf16 that are stored so. The model is then not to be run but inside
-            `models.ComputesInFp32`, until an engine has given its weights the formats that it computes with.
+            `models.Fp32ComputeMode`, until an engine has given its weights the formats that it computes with.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
@@ -60,11 +60,11 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
     loaded = models.load_model(
         prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored
     )
-    with models.Fp32Compute() if as_stored else contextlib.nullcontext():
+    with models.Fp32ComputeMode() if as_stored else contextlib.nullcontext():
         return build_parts(prepared, loaded.model, loaded.new_parameters)
 
 
-def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> Parts | None:
+def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> ModelParts | None:
     """The parts without values, and without reading weights; None for architectures that look into their inputs.
 
     Args:
@@ -82,7 +82,7 @@ def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **ch
     return None
 
 
-def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
+def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> ModelParts:
     """Head, frozen blocks and adapter on a loaded model.
 
     Args:
@@ -99,16 +99,16 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     where = recipe.origin.where("transfer.freeze")
     depth = models.resolve_depth(transfer.freeze, len(blocks.layers), where)
     frozen = models.freeze_blocks(module, blocks, depth)
-    taken: models.Changes = {}
+    initial_factors: models.LoraDeltas = {}
     if transfer.adapter is not None:
         with models.seeded(seed):
-            reaches_experts = why_experts_stay(prepared) is None
+            reaches_experts = setting_excluding_experts(prepared) is None
             has_new_head = prepared.task.has_new_head
             module = models.add_adapter(module, blocks, depth, transfer.adapter, has_new_head, reaches_experts)
             if transfer.adapter.init == "pissa":
-                taken = models.begin_with_principal_parts(module)
+                initial_factors = models.init_pissa(module)
         blocks = models.adapted_blocks(module, blocks)
-    frozen = replace(frozen, modules=(*frozen.modules, *models.untuned_norms(module)))
+    frozen = replace(frozen, modules=(*frozen.modules, *models.frozen_norms(module)))
     raise_if_fatal(prepared.task.check_trained(module, recipe), ModelError)
     caching: list[tuple[Any, bool]] = []
     if recipe.train.gradient_checkpointing:
@@ -116,7 +116,7 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
         caching = turn_off_caches(body.config)
     head_is_new = bool(new) or transfer.from_scratch
     groups = make_groups(module, blocks, recipe)
-    return Parts(module, body, blocks, frozen, groups, head_is_new, new, taken, caching)
+    return ModelParts(module, body, blocks, frozen, groups, head_is_new, new, initial_factors, caching)
 
 
 def turn_off_caches(config: Any) -> list[tuple[Any, bool]]:
@@ -144,7 +144,7 @@ def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, A
     return parameter_groups(dict(module.named_parameters()), multipliers, train.learning_rate, train.weight_decay)
 
 
-def why_experts_stay(prepared: Prepared) -> str | None:
+def setting_excluding_experts(prepared: Prepared) -> str | None:
     """Return the setting with which an adapter does not reach weights of experts; None where there is none."""
     recipe = prepared.recipe
     adapter = recipe.transfer.adapter
@@ -164,7 +164,7 @@ def why_experts_stay(prepared: Prepared) -> str | None:
 
 def check_experts(prepared: Prepared) -> list[Problem]:
     """Return a warning where an adapter on all linear modules leaves weights of experts as they are."""
-    recipe, why = prepared.recipe, why_experts_stay(prepared)
+    recipe, why = prepared.recipe, setting_excluding_experts(prepared)
     adapter = recipe.transfer.adapter
     if adapter is None or why is None or adapter.targets != "all-linear":
         return []
@@ -200,7 +200,7 @@ def find_blocks(prepared: Prepared, module: Any, new: frozenset[str]) -> Blocks:
         raise ModelError(Problem(what, where, remedy)) from error
 
 
-def check_structure(prepared: Prepared) -> Parts | None:
+def check_structure(prepared: Prepared) -> ModelParts | None:
     """Refuse what does not fit the model (freeze depth, adapter targets, head) before anything starts, without weights.
 
     Returns:

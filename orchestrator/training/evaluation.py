@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from orchestrator.data.batches import evaluation_batches
-from orchestrator.data.cache import cached_table, content_key, kept_table
+from orchestrator.data.cache import cached_table, content_key, find_cached_table
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Predictions, Totals
 from orchestrator.tasks.bases.padded import as_arrays, concatenate
@@ -70,7 +70,7 @@ def score(
         loss = sum(share[2] for share in gathered)
         return {"loss": loss, **task.metrics(predictions, loader.encoded.targets())}
 
-    return Scored(engine.first_worker_does(compute_metrics), predictions)
+    return Scored(engine.run_on_first_worker(compute_metrics), predictions)
 
 
 def predict_share(
@@ -109,16 +109,16 @@ def set_reference(
     """
     limit = [] if tokens_per_pass is None else [tokens_per_pass]
     key = content_key(REFERENCE_VERSION, *identity, engine.num_workers, micro_batch_size, *limit)
-    found = engine.first_worker_does(lambda: read_reference(key))
+    found = engine.run_on_first_worker(lambda: read_reference(key))
     if found is None:
         gathered = predict_share(engine, task, loader, micro_batch_size, tokens_per_pass)
-        found = engine.first_worker_does(lambda: store_reference(key, gathered))
+        found = engine.run_on_first_worker(lambda: store_reference(key, gathered))
     loader.encoded.reference = found
 
 
 def read_reference(key: str) -> np.ndarray[Any, Any] | None:
     """Return what is stored under a key, None where nothing is."""
-    kept = kept_table(key)
+    kept = find_cached_table(key)
     return None if kept is None else np.stack([column.to_numpy() for column in kept], 1)
 
 

@@ -19,7 +19,7 @@ from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.runs.directory import DESCRIPTION, write_json
 from orchestrator.tasks.base import Arrays
-from orchestrator.training.assembling import Parts, assemble
+from orchestrator.training.assembling import ModelParts, assemble
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.weight_formats import may_load_as_stored
 from orchestrator.training.model_card import model_card
@@ -54,18 +54,18 @@ class AfterTraining(contextlib.AbstractContextManager[None]):
         ) from error
 
 
-def formats_to_write(prepared: Prepared, parts: Parts) -> models.StoredFormats:
+def formats_to_write(prepared: Prepared, parts: ModelParts) -> models.StoredDtypes:
     """Return the formats that trained weights are written in: the source's, but an adapter stays in fp32."""
     if prepared.recipe.transfer.adapter is not None:
-        return models.StoredFormats()
-    return models.stored_formats(prepared.source, models.load_config(prepared.source), parts.module)
+        return models.StoredDtypes()
+    return models.stored_dtypes(prepared.source, models.load_config(prepared.source), parts.module)
 
 
 def export_model(
     prepared: Prepared,
-    parts: Parts,
+    parts: ModelParts,
     weights: dict[str, Tensor],
-    formats: models.StoredFormats,
+    formats: models.StoredDtypes,
     folder: Path,
     result: dict[str, Any],
     rebuild: Precision | None,
@@ -108,11 +108,15 @@ def export_model(
     partial.rename(folder)
 
 
-def extend_saved_adapter(prepared: Prepared, parts: Parts, folder: Path) -> None:
+def extend_saved_adapter(prepared: Prepared, parts: ModelParts, folder: Path) -> None:
     """Have a saved adapter say all that the model has beyond the base that others will load it onto."""
-    others = [{name: (first, -second) for name, (first, second) in parts.taken.items()}] if parts.taken else []
+    others = (
+        [{name: (first, -second) for name, (first, second) in parts.initial_factors.items()}]
+        if parts.initial_factors
+        else []
+    )
     if prepared.source.adapter is not None:
-        others.append(models.read_changes(Path(prepared.source.adapter)))
+        others.append(models.read_lora_deltas(Path(prepared.source.adapter)))
     if prepared.recipe.transfer.adapter is None:
         return
     if others:
@@ -122,13 +126,13 @@ def extend_saved_adapter(prepared: Prepared, parts: Parts, folder: Path) -> None
         parts.module.generation_config.save_pretrained(folder)
 
 
-def refuse_untrained(parts: Parts, weights: Mapping[str, Tensor]) -> None:
+def refuse_untrained(parts: ModelParts, weights: Mapping[str, Tensor]) -> None:
     """Raise RunFailed where the whole adapter is as it was before training.
 
     Args:
         weights: every trained parameter, by its name in `parts.module`.
     """
-    if not models.has_learned(parts.module, parts.taken, weights):
+    if not models.has_learned(parts.module, parts.initial_factors, weights):
         raise RunFailed(
             "the adapter is as it was before training, so no model was written\n"
             "    -> raise train.learning_rate or the number of steps"

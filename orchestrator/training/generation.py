@@ -10,7 +10,7 @@ import numpy as np
 
 from orchestrator.data.examples import Examples
 from orchestrator.data.mixing import shuffled
-from orchestrator.models.shortcuts.token_pooling import evaluating
+from orchestrator.models.shortcuts.token_pooling import eval_mode
 from orchestrator.tasks import Task
 from orchestrator.training.engine.base import Engine
 
@@ -47,12 +47,12 @@ def write_answers(engine: Engine, task: Task, processor: Any, examples: Examples
     some = sample(task, examples)
     share = -(-len(some) // engine.num_workers)
     mine = np.resize(np.arange(engine.rank, len(some), engine.num_workers), share)
-    with engine.autocast(), evaluating(engine.module):
+    with engine.autocast(), eval_mode(engine.module):
         written = task.generate(engine.module, processor, some.take(mine), batch_size, in_step=engine.num_workers > 1)
     assert written is not None
     gathered = engine.gather(dict(zip(mine.tolist(), written["prediction"], strict=True)))
     found = {row: text for part in gathered for row, text in part.items()}
-    return engine.first_worker_does(lambda: score_written(task, some, [found[row] for row in range(len(some))]))
+    return engine.run_on_first_worker(lambda: score_written(task, some, [found[row] for row in range(len(some))]))
 
 
 def score_written(task: Task, examples: Examples, written: Sequence[str]) -> Written:

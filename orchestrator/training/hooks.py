@@ -132,7 +132,7 @@ class Recorder:
             "learning_rate": step.learning_rate,
             "seconds": state.seconds,
         }
-        self.exchange.first_does(lambda: self.directory.append_metrics(row))
+        self.exchange.run_on_first(lambda: self.directory.append_metrics(row))
         state.loss_sum, state.loss_steps = 0.0, 0
 
 
@@ -171,7 +171,7 @@ class Evaluator:
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
         state.num_rows += 1
         row = self.last = {**place, **metrics, "seconds": state.seconds}
-        self.engine.first_worker_does(lambda: self.directory.append_metrics(row))
+        self.engine.run_on_first_worker(lambda: self.directory.append_metrics(row))
         judge(metrics[self.metric.name], metrics["loss"], step.number, state, self.metric, self.train)
 
 
@@ -214,4 +214,4 @@ class Saver:
             return
         self._saved = step.number
         self.store.save(step.number, state.to_dict(), self.engine.write_state)
-        self.engine.first_worker_does(lambda: self.store.prune(self.train.keep, state.best_step))
+        self.engine.run_on_first_worker(lambda: self.store.prune(self.train.keep, state.best_step))

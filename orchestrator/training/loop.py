@@ -18,7 +18,7 @@ import torch
 from orchestrator.data.batches import BatchOrder, assign
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
-from orchestrator.models.shortcuts.token_pooling import evaluating
+from orchestrator.models.shortcuts.token_pooling import eval_mode
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
 from orchestrator.training.engine.base import Engine
@@ -123,8 +123,8 @@ def take_step(
         # A worker without examples computes on one that counts for nothing: gradients are summed with all workers. In
         # evaluation mode, so that statistics do not learn from it.
         batch = loader.batch(mine if len(mine) else rows[:1], stream)
-        mode = contextlib.nullcontext() if len(mine) else evaluating(engine.module)
-        with mode, engine.in_pass(last=number == len(passes) - 1):
+        mode = contextlib.nullcontext() if len(mine) else eval_mode(engine.module)
+        with mode, engine.accumulate(last=number == len(passes) - 1):
             loss = task.loss(engine.model(**batch.inputs), batch, totals) * (1.0 if len(mine) else 0.0)
             engine.backward(loss)
         total += loss.detach()

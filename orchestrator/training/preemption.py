@@ -62,7 +62,7 @@ class Watch:
             self._end(step, state)
         if step.number < self._next:
             return
-        num_steps, is_wished = self.engine.from_first_worker((self._steps_to_pass(step.number), self._is_wished()))
+        num_steps, is_wished = self.engine.broadcast_from_first((self._steps_to_pass(step.number), self._is_wished()))
         self._next = step.number + num_steps
         if is_wished:
             self._end(step, state)

@@ -12,7 +12,7 @@ from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields.images import name_pictures
-from orchestrator.data.mixing import weigh
+from orchestrator.data.mixing import apply_weights
 from orchestrator.data.sources import open_splits
 from orchestrator.data.streaming import num_streamed
 from orchestrator.errors import InputError, Problem, raise_if_fatal
@@ -121,7 +121,7 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
     limited = splits.limit_examples(whole, limit, stratify, seed)
     weights = recipe.target.data.weights if isinstance(recipe.target.data, Data) else None
-    return limited if weights is None else {**limited, "train": weigh(limited["train"], weights, seed)}
+    return limited if weights is None else {**limited, "train": apply_weights(limited["train"], weights, seed)}
 
 
 def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:

@@ -34,7 +34,7 @@ def finish(session: Session, state: TrainingState, before: dict[str, Reported] |
     best_step = load_best_weights(session, state)
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
-    formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredFormats()
+    formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredDtypes()
     weights = engine.trained_weights(formats.of)
     peaks = engine.gather(state.peak_bytes)
     if engine.rank != 0:
@@ -86,13 +86,13 @@ def load_best_weights(session: Session, state: TrainingState) -> int:
         return state.step
     session.store.download(best)
     checkpoint = session.store.at(best)
-    damage = engine.first_worker_does(lambda: find_damage(checkpoint.folder))
+    damage = engine.run_on_first_worker(lambda: find_damage(checkpoint.folder))
     if damage is None:
         engine.read_state(checkpoint.folder)
         engine.agree(None)
         return best
     text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {state.step}"
-    engine.first_worker_does(lambda: session.directory.note(text))
+    engine.run_on_first_worker(lambda: session.directory.note(text))
     return state.step
 
 

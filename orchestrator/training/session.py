@@ -20,14 +20,14 @@ from orchestrator.runs.identity import identity_to_keep
 from orchestrator.runs.progress import ProgressFile
 from orchestrator.runs.remote_checkpoints import open_store
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.assembling import Parts
+from orchestrator.training.assembling import ModelParts
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
-from orchestrator.training.engine.deepspeed_config import deepspeed_config, plain_linear
+from orchestrator.training.engine.deepspeed_config import deepspeed_config, restoring_linear
 from orchestrator.training.engine.precision import Precision, choose_precision
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
-from orchestrator.training.engine.zero3 import assemble_share, is_spread, spread
+from orchestrator.training.engine.zero3 import assemble_for_sharding, is_sharded, shard_parameters
 from orchestrator.training.evaluation import set_reference
 from orchestrator.training.features.build import can_pack, extract_prefix_at_boundary, make_loaders
 from orchestrator.training.features.prefix_cache import model_identity
@@ -42,7 +42,7 @@ class Session:
 
     prepared: Prepared
     directory: RunDirectory
-    parts: Parts
+    parts: ModelParts
     engine: Engine
     loaders: dict[str, SplitLoader]
     """Each split, as it is fed to the model."""
@@ -87,12 +87,12 @@ def open_session(
         precision = choose_precision(recipe, device)
         lengths = prepared.encoded("train").lengths
         schedule = make_schedule(recipe.train, lengths, micro_batch_size(recipe), prepared.tokens_per_pass)
-        stack.enter_context(plain_linear())
+        stack.enter_context(restoring_linear())
         as_stored = may_load_as_stored(recipe, precision)
-        parts = assemble_share(prepared, exchange, as_stored)
+        parts = assemble_for_sharding(prepared, exchange, as_stored)
         is_rounded = place(parts, recipe, precision, device)
         # What is tried out is compared more finely than bf16 computes.
-        finely = models.Fp32Compute if precision == "bf16" else contextlib.nullcontext
+        finely = models.Fp32ComputeMode if precision == "bf16" else contextlib.nullcontext
         with finely():
             split = extract_prefix_at_boundary(prepared, parts, schedule)
             packs = recipe.scale.zero_stage < 3 and can_pack(
@@ -100,10 +100,10 @@ def open_session(
             )
         # The slowest to load and try out the model is waited for here, not in a collective of the engine.
         exchange.agree(None)
-        if is_spread(recipe):
+        if is_sharded(recipe):
             trained = parts.count_parameters()["trained"]
             config = deepspeed_config(recipe, precision, schedule.micro_batch_size, trained)
-            spread(parts, recipe, config, device, exchange)
+            shard_parameters(parts, recipe, config, device, exchange)
         engine = stack.enter_context(build_engine(parts.module, parts.groups, recipe, precision, exchange))
         engine.rounds_weights |= is_rounded and recipe.transfer.adapter is None
         store = open_store(
@@ -112,14 +112,14 @@ def open_session(
             # Where no attempt is recorded, as in a search's trials, none can have taken over.
             lambda: directory.read_record().get("attempt", attempt) == attempt,
         )
-        store.identity = exchange.first_does(lambda: identity_to_keep(recipe, prepared.identity, directory, attempt))
+        store.identity = exchange.run_on_first(lambda: identity_to_keep(recipe, prepared.identity, directory, attempt))
         if recipe.scale.zero_stage == 3:  # No worker has the whole model on its device before.
             with finely():
                 packs = can_pack(SplitLoader(prepared.encoded("train"), device), parts.module)
         packs = share_findings(engine, parts, packs)
         fitted = models.set_batch_norm_momentum(parts.module, passes_to_evaluation(recipe, schedule))
         if fitted is not None:
-            engine.first_worker_does(lambda: directory.note(fitted))
+            engine.run_on_first_worker(lambda: directory.note(fitted))
         session = Session(prepared, directory, parts, engine, {}, schedule, precision, store, metric, progress)
         session.loaders = make_loaders(
             prepared, split, engine, precision, session.report_phase, directory.note, boundaries, directory.leads_node
@@ -142,7 +142,7 @@ def passes_to_evaluation(recipe: Recipe, schedule: Schedule) -> int:
     return min(steps, schedule.total_steps) * passes
 
 
-def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
+def place(parts: ModelParts, recipe: Recipe, precision: Precision, device: torch.device) -> bool:
     """Have the weights on the device, in the formats that the engine holds them in, before the model is tried out.
 
     With ZeRO-3, where a whole model need not fit on a device, they stay where they are.
@@ -158,11 +158,11 @@ def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.devi
     return is_rounded
 
 
-def share_findings(engine: Engine, parts: Parts, packs: bool) -> bool:
+def share_findings(engine: Engine, parts: ModelParts, packs: bool) -> bool:
     """Have all workers know what the first one found out, where it alone has the whole model; returns its `packs`."""
     losses = models.find_token_losses(parts.module)
     mine = (packs, parts.head_is_new, losses is not None and losses.is_direct)
-    packs, parts.head_is_new, is_direct = engine.from_first_worker(mine)
+    packs, parts.head_is_new, is_direct = engine.broadcast_from_first(mine)
     if losses is not None:
         losses.is_direct = is_direct
     return packs

@@ -21,7 +21,7 @@ class SplitLoader:
 
     encoded: Encoded
     device: torch.device
-    float_type: torch.dtype | None = None
+    input_dtype: torch.dtype | None = None
     """What floating inputs are turned into; None leaves them."""
     features: Rows | None = None
     """Stored output of the frozen blocks, one row an example."""
@@ -70,13 +70,13 @@ class SplitLoader:
         return self._to_device(self.encoded.extra_inputs(rows))
 
     def _to_device(self, batch: Batch) -> Batch:
-        return Batch(self._tensors(batch.inputs, self.float_type), self._tensors(batch.targets))
+        return Batch(self._tensors(batch.inputs, self.input_dtype), self._tensors(batch.targets))
 
-    def _tensors(self, arrays: Arrays, float_type: torch.dtype | None = None) -> dict[str, Tensor]:
+    def _tensors(self, arrays: Arrays, input_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}
-        if float_type is None:
+        if input_dtype is None:
             return tensors
-        return {name: each.to(float_type) if each.is_floating_point() else each for name, each in tensors.items()}
+        return {name: each.to(input_dtype) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
 def as_array(values: Tensor) -> tuple[npt.NDArray[np.generic], str]:

@@ -42,7 +42,7 @@ def run_worker(
     with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         state = resume(session)
-        session.engine.first_worker_does(lambda: record_start(session, state.step))
+        session.engine.run_on_first_worker(lambda: record_start(session, state.step))
         saver = make_saver(session)
         watch = Watch(session.engine, saver, notice, wish, session.report_phase)
         with watch.while_steps_are_taken():
@@ -61,7 +61,7 @@ def resume(session: Session) -> TrainingState:
             session.directory.note(note)
         return found, num_rows
 
-    found, num_rows = session.engine.first_worker_does(find)
+    found, num_rows = session.engine.run_on_first_worker(find)
     if found is None:
         return TrainingState()
     session.report_phase(f"resuming at step {found.step}")
@@ -70,7 +70,7 @@ def resume(session: Session) -> TrainingState:
     session.engine.read_state(here.folder)
     session.engine.agree(None)  # Who is slow to read is waited for here, not in a collective of the first step.
     state = TrainingState(**here.state)
-    session.engine.first_worker_does(lambda: note_lost_rows(session, state, num_rows))
+    session.engine.run_on_first_worker(lambda: note_lost_rows(session, state, num_rows))
     return state
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.folder import CONFIG_FILE, INDEX_FILE
-from orchestrator.models.stored import StoredFormats
+from orchestrator.models.stored import StoredDtypes
 from orchestrator.training.engine.base import on_cpu
 
 SHARD_SIZE = "5GB"
@@ -33,7 +33,7 @@ def under_all_names(module: Any, weights: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def whole_state(
-    module: Any, weights: dict[str, Tensor], formats: StoredFormats, rebuild: Callable[[], Any] | None
+    module: Any, weights: dict[str, Tensor], formats: StoredDtypes, rebuild: Callable[[], Any] | None
 ) -> dict[str, Tensor]:
     """Return a model's state dict on the CPU, with trained weights in their places.
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.feature_store import IN_USE, LAYOUT, VALUES, FeatureStore, Layout, Rows, Writer, wait_a_little
+from orchestrator.data.feature_store import IN_USE, LAYOUT, VALUES, FeatureStore, Layout, Rows, Writer, wait_for_others
 
 KEY = "a" * 64
 ROWS, ROWS_PER_SHARD = 40, 5
@@ -57,7 +57,7 @@ def compute(folder: Path, layout: Layout, log: Path, die_at: int | None = None, 
                         file.write(f"{stretch}\n")
                     writer.mark_done(stretch)
         if idle:
-            wait_a_little()
+            wait_for_others()
     writer.close()
     check_rows(store.finish(KEY), layout)
 

@@ -21,7 +21,7 @@ from orchestrator.data import Examples, open_splits
 from orchestrator.data.formats import hub, json_files
 from orchestrator.data.formats.raw import BYTE_ORDER_MARK
 from orchestrator.data.formats.streamed_files import StreamedLines, StreamedTables
-from orchestrator.data.streaming import in_turns
+from orchestrator.data.streaming import round_robin
 from orchestrator.errors import DataError
 from orchestrator.recipe import Recipe
 from orchestrator.training.prepare import read_inputs
@@ -300,7 +300,7 @@ def test_readings_take_turns_and_the_next_one_takes_the_place_of_one_that_ends()
         for item in range(length):
             yield f"{number}{item}"
 
-    turns = in_turns((reading(number, length) for number, length in enumerate([1, 3, 0, 2])), 2)
+    turns = round_robin((reading(number, length) for number, length in enumerate([1, 3, 0, 2])), 2)
     assert next(turns) == "00"
     assert begun == [0]
     assert list(turns) == ["10", "30", "11", "31", "12"]

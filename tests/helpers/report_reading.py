@@ -18,7 +18,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self._open: list[str] = []
         self._may_break = False
-        self.loader(text)
+        self.feed(text)
         self.close()
         assert not self._open, f"not closed: {self._open}"
 

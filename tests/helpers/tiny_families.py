@@ -59,7 +59,7 @@ class Family:
     model: Any
     blocks: Blocks
     inputs: dict[str, Tensor]
-    beside: dict[str, Tensor]
+    extra_inputs: dict[str, Tensor]
     """What of the inputs goes along with features."""
 
     @property

@@ -11,8 +11,8 @@ from tiny_families import Family, make
 from torch import Tensor, nn
 
 from orchestrator.models import (
-    NoPrefix,
     Prefix,
+    PrefixUnavailable,
     TokenPooling,
     extract_prefix,
     find_token_losses,
@@ -22,7 +22,7 @@ from orchestrator.models import (
     resolve_depth,
     return_token_losses,
 )
-from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
+from orchestrator.models.attempt import CallFailed, try_forward, try_gradients
 from orchestrator.models.shortcuts import prefix_extraction
 from orchestrator.models.shortcuts import token_pooling as pick_module
 
@@ -51,9 +51,9 @@ def make_failing(error: type[Exception], good_calls: int) -> Family:
     return family
 
 
-def split(family: Family, pooling: TokenPooling | None) -> Prefix | NoPrefix:
+def split(family: Family, pooling: TokenPooling | None) -> Prefix | PrefixUnavailable:
     body = family.model.base_model
-    return extract_prefix(family.model, body, family.blocks, 1, family.inputs, family.beside, pooling)
+    return extract_prefix(family.model, body, family.blocks, 1, family.inputs, family.extra_inputs, pooling)
 
 
 @pytest.mark.parametrize("good_calls", range(4))
@@ -67,7 +67,7 @@ def test_a_model_that_fails_where_a_shortcut_is_tried_out_goes_on_without_it(
         is_picked = pooling is not None and pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
         found = split(family, pooling)
     assert not is_picked
-    assert isinstance(found, NoPrefix)
+    assert isinstance(found, PrefixUnavailable)
     assert error.__name__ in found.reason
     assert "this layer is odd" in caplog.text
     assert "Traceback" in caplog.text
@@ -90,7 +90,7 @@ def test_mistakes_around_the_call_are_raised(monkeypatch: pytest.MonkeyPatch) ->
     pooling = find_token_pooling(family.model, family.blocks, family.inputs)
     assert pooling is not None
     with monkeypatch.context() as patch:
-        patch.setattr(pick_module, "_is_picked_alone", mistake)
+        patch.setattr(pick_module, "_matters_alone", mistake)
         with pytest.raises(TypeError, match="of this package"):
             pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     with monkeypatch.context() as patch:
@@ -119,8 +119,8 @@ def test_gradients_that_a_models_code_prevents_are_a_failed_call() -> None:
     squared.detach().zero_()
     squared.add_(1)  # exp() needs what it returned for its backward pass.
     with pytest.raises(CallFailed):
-        attempt_gradients(logits, [value], "a test")
-    assert attempt_gradients(torch.ones(2), [value], "a test") == [None]
+        try_gradients(logits, [value], "a test")
+    assert try_gradients(torch.ones(2), [value], "a test") == [None]
 
 
 def test_an_interruption_is_no_failure_of_the_model() -> None:
@@ -128,4 +128,4 @@ def test_an_interruption_is_no_failure_of_the_model() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attempt(interrupted, {}, "a test")
+        try_forward(interrupted, {}, "a test")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from orchestrator.models import held_length
+from orchestrator.models import find_max_length
 
 
 class TableConfig(transformers.PreTrainedConfig):  # type: ignore[misc]
@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int | None]] = {
 def test_a_model_holds_as_many_tokens_as_is_said_and_not_one_more(name: str) -> None:
     values, auto_class, expected = FAMILIES[name]
     config = getattr(transformers, name.strip())(**values)
-    assert held_length(config, auto_class, 300) == expected
+    assert find_max_length(config, auto_class, 300) == expected
     model = getattr(transformers, auto_class).from_config(config).eval()
 
     def read(length: int) -> None:
@@ -113,5 +113,5 @@ def test_a_table_of_positions_that_is_no_embedding_is_found_by_its_shape(monkeyp
             return Table(config)
 
     monkeypatch.setattr(transformers, TEXT, Auto)
-    assert held_length(TableConfig(), TEXT, 300) == 66
-    assert held_length(TableConfig(), TEXT, 66) is None
+    assert find_max_length(TableConfig(), TEXT, 300) == 66
+    assert find_max_length(TableConfig(), TEXT, 66) is None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.errors import ModelError
-from orchestrator.models.low_rank import add_changes, begin_with_principal_parts, extend_adapter, read_changes
+from orchestrator.models.low_rank import add_lora_deltas, extend_adapter, init_pissa, read_lora_deltas
 
 IDS = torch.tensor([[3, 9, 4, 1, 22]])
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -50,7 +50,7 @@ def test_added_changes_compute_what_the_adapter_does(name: str, options: dict[st
     adapted.save_pretrained(tmp_path)
     plain = build(name)
     before = logits(plain)
-    add_changes(plain, read_changes(tmp_path), "here")
+    add_lora_deltas(plain, read_lora_deltas(tmp_path), "here")
     torch.testing.assert_close(logits(plain), logits(adapted), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits(plain), before, atol=1e-2)
 
@@ -62,26 +62,26 @@ def test_an_extended_adapter_is_the_sum_of_its_parts(name: str, tmp_path: Path) 
     adapt(name, build(name), 2, OTHER_TARGETS[name], r=3, lora_alpha=5, use_rslora=True).save_pretrained(second)
     both = build(name)
     for folder in (first, second):
-        add_changes(both, read_changes(folder), "here")
+        add_lora_deltas(both, read_lora_deltas(folder), "here")
     # Modules that both change have rank 7, others 4 or 3.
-    extend_adapter(second, [read_changes(first)])
+    extend_adapter(second, [read_lora_deltas(first)])
     loaded = peft.PeftModel.from_pretrained(build(name), second).eval()
     torch.testing.assert_close(logits(loaded), logits(both), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(both), rtol=1e-5, atol=1e-6)
     again = build(name)
-    add_changes(again, read_changes(second), "here")
+    add_lora_deltas(again, read_lora_deltas(second), "here")
     torch.testing.assert_close(logits(again), logits(both), rtol=1e-5, atol=1e-6)
 
 
 def test_changes_of_another_model_are_refused(tmp_path: Path) -> None:
     adapt("llama", build("llama"), 1, TARGETS["llama"], r=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"changes model\.layers\.0.*, but its model lacks it"):
-        add_changes(build("gpt2"), read_changes(tmp_path), "here")
+        add_lora_deltas(build("gpt2"), read_lora_deltas(tmp_path), "here")
     wider = LlamaForCausalLM(
         LlamaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     )
     with pytest.raises(ModelError, match=r"of shape \(16, 24\), but its model has it as \(32, 24\)"):
-        add_changes(wider, read_changes(tmp_path), "here")
+        add_lora_deltas(wider, read_lora_deltas(tmp_path), "here")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -93,10 +93,10 @@ def test_principal_parts_are_taken_out_of_the_weights_and_nothing_else_changes(n
     }
     expected = logits(plain)
     model = adapt(name, build(name), 1, TARGETS[name], r=rank, lora_alpha=7)
-    taken = begin_with_principal_parts(model)
-    assert len(taken) == sum(name.endswith("lora_A") for name, _ in model.named_modules())
+    initial_factors = init_pissa(model)
+    assert len(initial_factors) == sum(name.endswith("lora_A") for name, _ in model.named_modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
-    for key, (first, second) in taken.items():
+    for key, (first, second) in initial_factors.items():
         assert first.shape[0] == second.shape[1] == rank
         left = model.get_base_model().get_submodule(key).base_layer.weight
         # What is left has the smaller singular values alone.
@@ -117,7 +117,7 @@ def test_the_decomposition_is_the_same_when_made_again() -> None:
         try:
             model = adapt("llama", build("llama"), 1, TARGETS["llama"], r=3)
             torch.manual_seed(4)
-            found.append(begin_with_principal_parts(model))
+            found.append(init_pissa(model))
         finally:
             torch.set_num_threads(before)
     for name, parts in found[0].items():

@@ -8,7 +8,8 @@ from tiny_models import CONFIGS, EXAMPLE, build, num_layers
 from torch import nn
 
 from orchestrator.errors import ModelError
-from orchestrator.models import Depth, find_blocks, freeze_blocks, resolve_depth
+from orchestrator.models import find_blocks, freeze_blocks, resolve_depth
+from orchestrator.recipe import FrozenRange
 
 
 def freeze(name, freeze_depth, **changes):
@@ -21,15 +22,15 @@ def freeze(name, freeze_depth, **changes):
 @pytest.mark.parametrize(
     ("asked", "depth"),
     [
-        (0, Depth(False, 0, False)),
-        ("0%", Depth(False, 0, False)),
-        ("stem", Depth(True, 0, False)),
-        (1, Depth(True, 1, False)),
-        (7, Depth(True, 7, False)),
-        ("10%", Depth(True, 0, False)),
-        ("50%", Depth(True, 3, False)),
-        ("100%", Depth(True, 7, False)),
-        ("all", Depth(True, 7, True)),
+        (0, FrozenRange(False, 0, False)),
+        ("0%", FrozenRange(False, 0, False)),
+        ("stem", FrozenRange(True, 0, False)),
+        (1, FrozenRange(True, 1, False)),
+        (7, FrozenRange(True, 7, False)),
+        ("10%", FrozenRange(True, 0, False)),
+        ("50%", FrozenRange(True, 3, False)),
+        ("100%", FrozenRange(True, 7, False)),
+        ("all", FrozenRange(True, 7, True)),
     ],
 )
 def test_depth_means_what_the_recipe_says(asked, depth):

@@ -15,7 +15,7 @@ from orchestrator.report.analysis import (
     depth_order,
     pareto_front,
     readable_range,
-    spread,
+    standard_deviation,
 )
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -103,5 +103,5 @@ def test_few_scores_are_all_in_range() -> None:
 
 
 def test_the_spread_is_that_of_a_sample() -> None:
-    assert spread([1.0, 2.0, 4.0]) == pytest.approx(1.527525)
-    assert spread([3.0]) == 0.0
+    assert standard_deviation([1.0, 2.0, 4.0]) == pytest.approx(1.527525)
+    assert standard_deviation([3.0]) == 0.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from markupsafe import Markup
 
 from orchestrator.report.colours import NUM_STEPS, Colours, contrast, scale_steps, text_colour
-from orchestrator.report.markup import Markup, clean, element, escape, join
+from orchestrator.report.markup import clean, element, escape, join
 
 
 def test_text_is_escaped_wherever_it_is_put() -> None:

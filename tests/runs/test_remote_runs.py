@@ -215,7 +215,7 @@ def test_each_node_goes_on_from_its_own_copy(bucket: str) -> None:
     # The first worker finds the checkpoint, and the number of rows that metrics.jsonl has; then it notes lost ones.
     told = iter([(found, 0), None])
     engine = SimpleNamespace(
-        rank=1, first_worker_does=lambda _: next(told), agree=lambda _: None, read_state=read.append
+        rank=1, run_on_first_worker=lambda _: next(told), agree=lambda _: None, read_state=read.append
     )
     state = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
     assert (state.step, state.seconds) == (3, 1.5)

@@ -42,7 +42,7 @@ class Alone:
     def sum_over_workers(self, value: Tensor) -> Tensor:
         return value
 
-    def first_worker_does(self, action: Callable[[], None]) -> None:
+    def run_on_first_worker(self, action: Callable[[], None]) -> None:
         action()
 
 

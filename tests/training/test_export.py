@@ -34,13 +34,13 @@ FORMATS: dict[str, Callable[[str], torch.dtype]] = {
 }
 
 
-def copy_in(folder: Path, source: Path, format_of: Callable[[str], torch.dtype]) -> Path:
+def copy_in(folder: Path, source: Path, dtype_for: Callable[[str], torch.dtype]) -> Path:
     """Copy a model's folder, its weights in other formats."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     weights = load_file(source / "model.safetensors")
-    save_file({name: value.to(format_of(name)) for name, value in weights.items()}, folder / "model.safetensors")
+    save_file({name: value.to(dtype_for(name)) for name, value in weights.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -53,9 +53,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     def look(session: Any, *others: Any) -> None:
         gather = session.engine.trained_weights
 
-        def remember(format_of: Any) -> Any:
+        def remember(dtype_for: Any) -> Any:
             found.update({name: value.clone() for name, value in gather(in_fp32).items()})
-            return gather(format_of)
+            return gather(dtype_for)
 
         session.engine.trained_weights = remember
         finish(session, *others)
@@ -69,25 +69,25 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 def test_a_model_is_written_in_the_format_of_its_source(
     kind: str, stage: int, write_recipe: WriteRecipe, tiny_bert: Path, tmp_path: Path, trained: dict[str, Tensor]
 ) -> None:
-    format_of = FORMATS[kind]
-    source = copy_in(tmp_path / "source", tiny_bert, format_of)
+    dtype_for = FORMATS[kind]
+    source = copy_in(tmp_path / "source", tiny_bert, dtype_for)
     recipe = write_recipe(
         source={"model": str(source)}, transfer={"freeze": 1}, train=SHORT, scale={"zero_stage": stage}
     )
     train(load_recipe(recipe), tmp_path / "run")
     stored, written = load_file(source / "model.safetensors"), load_file(tmp_path / "run" / "model/model.safetensors")
-    assert {name: value.dtype for name, value in written.items()} == {name: format_of(name) for name in written}
+    assert {name: value.dtype for name, value in written.items()} == {name: dtype_for(name) for name in written}
     assert trained.keys() < written.keys()
     for name, value in written.items():
         expected = trained[name].to(value.dtype) if name in trained else stored[name]
         assert torch.equal(value, expected), name
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    name = str(format_of("")).removeprefix("torch.")
+    name = str(dtype_for("")).removeprefix("torch.")
     assert config["dtype"] == name
     card = (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
     assert (f"| weights | {name}" in card) == (name != "float32")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
-    assert model.dtype == format_of("")
+    assert model.dtype == dtype_for("")
 
 
 def test_a_weight_that_fp16_cannot_hold_stays_in_fp32() -> None:

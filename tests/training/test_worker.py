@@ -12,7 +12,7 @@ import torch
 from orchestrator import load_recipe
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.training import session as sessions
-from orchestrator.training.assembling import Parts
+from orchestrator.training.assembling import ModelParts
 from orchestrator.training.prepare import prepare
 
 
@@ -24,7 +24,7 @@ class TriedOut(Exception):
 def test_a_model_is_tried_out_on_the_device_of_its_worker(
     precision: str, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def try_out(_: Any, parts: Parts, *others: Any) -> None:
+    def try_out(_: Any, parts: ModelParts, *others: Any) -> None:
         assert {value.device.type for value in parts.module.parameters()} == {"meta"}
         raise TriedOut
 

@@ -17,7 +17,7 @@ from orchestrator.data.examples import Examples
 from orchestrator.data.fields.decode import EMPTY, TOO_LARGE, BrokenPicture, decode, quiet_decoding
 from orchestrator.data.fields.images import CLOSED, Fault, digests_of, find_fault, read_picture
 from orchestrator.data.messages import show_name
-from orchestrator.data.threads import in_threads
+from orchestrator.data.threads import map_in_threads
 from orchestrator.errors import Problem
 
 _SURVEY_VERSION = 1  # Part of the cache's key: raise it when `decode` judges the same bytes otherwise.
@@ -105,4 +105,4 @@ def _look_at_all(examples: Examples, column: str) -> pa.Table:
         return {"kind": picture.kind, "is_animated": picture.is_animated}
 
     with quiet_decoding():
-        return pa.Table.from_pylist(list(in_threads(look, range(len(examples)))), _SURVEY)
+        return pa.Table.from_pylist(list(map_in_threads(look, range(len(examples)))), _SURVEY)

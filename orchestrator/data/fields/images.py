@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from orchestrator.data.examples import IMAGE, Examples, SourceFile
 from orchestrator.data.messages import show_name, show_value
-from orchestrator.data.threads import in_threads
+from orchestrator.data.threads import map_in_threads
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import path_exists, show_path
 
@@ -56,7 +56,7 @@ def convert_images(values: pa.ChunkedArray, name: str, source: str, file: Source
     digests = [hashlib.sha256(item.as_buffer()).hexdigest() if item.is_valid else None for item in contents]
     asked = [row for row, path in enumerate(paths) if path is not None and not present[row]]
     look = partial(_look_up, folder=file.folder)
-    for row, found in zip(asked, in_threads(look, [str(paths[row]) for row in asked]), strict=True):
+    for row, found in zip(asked, map_in_threads(look, [str(paths[row]) for row in asked]), strict=True):
         paths[row], digests[row] = found
     data = contents.combine_chunks()
     data = data if isinstance(data, pa.Array) else pa.concat_arrays(data.chunks)

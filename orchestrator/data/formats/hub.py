@@ -17,7 +17,7 @@ from orchestrator.data.formats.folders import SPLIT_WORDS
 from orchestrator.data.formats.raw import RawFile
 from orchestrator.data.formats.streamed_files import StreamedTables
 from orchestrator.data.messages import show_name, show_names
-from orchestrator.data.streaming import MAX_TURN, Draw, draw_files
+from orchestrator.data.streaming import MAX_TURN, SamplePlan, draw_files
 from orchestrator.errors import DataError, Problem
 
 _REACH_SECONDS = 3.0
@@ -38,7 +38,7 @@ def open_hub(
 
 def stream_hub(
     path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
-) -> dict[str, Callable[[Draw | None], list[RawFile]]]:
+) -> dict[str, Callable[[SamplePlan | None], list[RawFile]]]:
     """The same splits, each to be read as far as a draw says, or whole; nothing is downloaded but what is read.
 
     Rows come from the beginnings of the split's shards (its files on the Hub), in turns: there is no reading from
@@ -69,7 +69,7 @@ def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: st
     return loaded
 
 
-def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: Draw | None) -> list[RawFile]:
+def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: SamplePlan | None) -> list[RawFile]:
     """The rows of a streamed split, of each shard by itself, so that its rows can be counted."""
     number = data.num_shards
     files = []
@@ -82,7 +82,9 @@ def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: Draw | 
     return [file.raw(list(file.read(0, MAX_TURN))) for file in files]
 
 
-def _stream_shard(data: Any, place: str, explain: Callable[[Exception], Problem], plan: Draw | None) -> StreamedTables:
+def _stream_shard(
+    data: Any, place: str, explain: Callable[[Exception], Problem], plan: SamplePlan | None
+) -> StreamedTables:
     import datasets
 
     schema = None if data.features is None else data.features.arrow_schema

@@ -1,7 +1,7 @@
-"""Whether the frozen blocks of a model can be replaced by their output: tried out, with the whole model beside it.
+"""Find out whether stored output can replace the frozen blocks of a model, by a comparison with the whole model.
 
-It holds for most models, and is not taken for granted for any: where layers hand on more than hidden states, or where
-the fed model's outputs differ from the whole model's, nothing is fed.
+It can in most models, and none is trusted without the comparison: where layers pass on more than hidden states, or the
+outputs with features differ from those of the whole model, no features are used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models.attempt import CallFailed, attempt, attempt_gradients
+from orchestrator.models.attempt import CallFailed, try_forward, try_gradients
 from orchestrator.models.blocks import Block, Blocks
-from orchestrator.models.shortcuts.prefix import FEATURES, Form, NotSeen, Prefix, hidden_of, with_hidden
-from orchestrator.models.shortcuts.token_pooling import TokenPooling, count_examples, evaluating, is_close
+from orchestrator.models.shortcuts.forward import wrap_forward
+from orchestrator.models.shortcuts.prefix import (
+    FEATURES,
+    BoundaryNotReached,
+    OutputSpec,
+    Prefix,
+    hidden_of,
+    with_hidden,
+)
+from orchestrator.models.shortcuts.token_pooling import TokenPooling, count_examples, eval_mode, is_close
 
-HANDS_ON_MORE = "its layers hand on more than hidden states"
-NO_ROWS = "what its layers hand on does not have one row for each example"
-SPLITTING = "feeding the output of the frozen blocks"
+MORE_THAN_HIDDEN = "its layers pass on more than hidden states"
+NO_ROWS = "the output of its layers does not have one row for each example"
+ATTEMPT = "using the stored output of the frozen blocks"
 
 
 @dataclass(frozen=True)
-class NoPrefix:
-    """Why the frozen blocks of a model cannot be replaced by their output."""
+class PrefixUnavailable:
+    """The reason why stored output cannot replace the frozen blocks of a model."""
 
     reason: str
 
@@ -36,37 +44,40 @@ def extract_prefix(
     blocks: Blocks,
     boundary: int,
     inputs: dict[str, Tensor],
-    beside: dict[str, Tensor],
+    extra_inputs: dict[str, Tensor],
     pooling: TokenPooling | None,
-) -> Prefix | NoPrefix:
-    """Make the blocks below a boundary replaceable by what they make of an example.
+) -> Prefix | PrefixUnavailable:
+    """Prepare a model so that stored output can replace the blocks below a boundary.
 
-    It is tried out on the inputs: the model fed with features must give the same outputs as the whole model.
+    Both ways are compared on `inputs`: the model must return the same with features as without.
 
     Args:
-        model: what is called: the model, or a wrapper of adapters around it.
+        model: the model that is called, which may be a `PeftModel`.
         body: the model's `base_model`, without its head.
-        boundary: number of frozen layers; one more than there are where the tail is frozen too.
-        inputs: a few real examples of uneven length; what the model's forward pass takes.
-        beside: what of them goes along with features.
-        pick: the position that the head reads, if it is only one.
+        boundary: number of frozen layers; the number of layers plus one where the tail is frozen too.
+        inputs: the model's inputs for a few examples of uneven length.
+        extra_inputs: those of them that are passed together with features.
+        pooling: the token that the head reads, if it reads only one.
+
+    Returns:
+        The prefix; or why there is none, with the model restored.
     """
     try:
         stem = _find_replaceable(model, blocks, inputs)
     except CallFailed as error:
-        return NoPrefix(f"{HANDS_ON_MORE} ({error.reason})")
+        return PrefixUnavailable(f"{MORE_THAN_HIDDEN} ({error.reason})")
     prefix = Prefix(model, body, blocks, boundary, pooling, stem)
-    reason = _try_out(prefix, inputs, beside)
+    reason = _compare(prefix, inputs, extra_inputs)
     if reason is None:
         return prefix
     prefix.remove()
-    return NoPrefix(reason)
+    return PrefixUnavailable(reason)
 
 
 def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> list[nn.Module]:
-    """The parts of the stem that matter to the first layer's hidden states alone.
+    """Return the modules of the stem that only the hidden states of the first layer depend on.
 
-    The others (a norm of the relative positions that all layers read) have to compute in every pass.
+    The others, such as a norm of relative positions that all layers read, have to run in every pass.
     """
     parts = [
         module
@@ -78,7 +89,7 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     def cut_output(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
         outputs.append((module, hidden.detach().requires_grad_()))
-        return Form.of(output).wrap(outputs[-1][1].clone())
+        return OutputSpec.of(output).rebuild(outputs[-1][1].clone())
 
     def cut_hidden(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return with_hidden(args, kwargs, hidden_of(args, kwargs).detach())
@@ -86,9 +97,9 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     hooks = [module.register_forward_hook(cut_output) for module in parts]
     hooks.append(blocks.layers[0].elements[0].register_forward_pre_hook(cut_hidden, with_kwargs=True))
     try:
-        with torch.enable_grad(), evaluating(model):
-            logits = attempt(model, inputs, SPLITTING)
-            gradients = attempt_gradients(logits, [start for _, start in outputs], SPLITTING)
+        with torch.enable_grad(), eval_mode(model):
+            logits = try_forward(model, inputs, ATTEMPT)
+            gradients = try_gradients(logits, [start for _, start in outputs], ATTEMPT)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,70 +107,70 @@ def _find_replaceable(model: Any, blocks: Blocks, inputs: dict[str, Tensor]) -> 
     return [module for module in parts if module not in read]
 
 
-def _try_out(prefix: Prefix, inputs: dict[str, Tensor], beside: dict[str, Tensor]) -> str | None:
-    """Why feeding features does not give what the whole model gives; None when it does."""
+def _compare(prefix: Prefix, inputs: dict[str, Tensor], extra_inputs: dict[str, Tensor]) -> str | None:
+    """Return why the model does not return the same with features as without; None if it does."""
     model, boundary = prefix.model, prefix.boundary
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             with torch.enable_grad():
-                whole = attempt(model, inputs, SPLITTING)
+                whole = try_forward(model, inputs, ATTEMPT)
             if boundary > prefix.num_layers:
-                prefix.needed = _find_needed(model, prefix, inputs)
-                if prefix.needed is None:
+                prefix.head_input = _find_head_input(model, prefix, inputs)
+                if prefix.head_input is None:
                     return "its head reads more than one output of its body"
             features = prefix.compute(inputs, [boundary])[boundary]
             if not (isinstance(features, Tensor) and features.shape[:1] == (count_examples(inputs),)):
                 return NO_ROWS
-            features = as_stored(features, beside)
-            # Not all of the examples: what a layer hands on of a batch besides hidden states fits no other batch.
+            features = as_stored(features, extra_inputs)
+            # Fewer examples than before: what a layer returns besides hidden states fits only the batch it came from.
             some = max(1, len(features) - 1)
-            given = {name: value[:some] for name, value in beside.items()}
+            given = {name: value[:some] for name, value in extra_inputs.items()}
             with torch.enable_grad():
-                fed = attempt(model, {**given, FEATURES: features[:some]}, SPLITTING)
-            reached = [_reached_by(logits, model) for logits in (whole, fed)]
+                fed = try_forward(model, {**given, FEATURES: features[:some]}, ATTEMPT)
+            reached = [_trained_with_gradient(logits, model) for logits in (whole, fed)]
     except CallFailed as error:
-        return f"{HANDS_ON_MORE} ({error.reason})"
-    except NotSeen as error:
+        return f"{MORE_THAN_HIDDEN} ({error.reason})"
+    except BoundaryNotReached as error:
         return str(error)
     if reached[0] != reached[1]:
-        return "something is trained that its frozen blocks depend on"
-    return None if is_close(fed, whole[:some]) else HANDS_ON_MORE
+        return "its frozen blocks depend on a trained parameter"
+    return None if is_close(fed, whole[:some]) else MORE_THAN_HIDDEN
 
 
-def as_stored(features: Tensor, beside: dict[str, Tensor]) -> Tensor:
-    """Return features as a store gives them back, with zeros where a text is padded: some heads read what is there."""
-    mask = beside.get("attention_mask")
+def as_stored(features: Tensor, extra_inputs: dict[str, Tensor]) -> Tensor:
+    """Return features as they are read from storage, with zeros at padding: some heads read the values there."""
+    mask = extra_inputs.get("attention_mask")
     if mask is None or features.dim() != 3 or features.shape[:2] != mask.shape:
         return features
     return features * mask[..., None].to(features.dtype)
 
 
-def _reached_by(logits: Tensor, model: nn.Module) -> list[bool]:
-    """Which trained parameters have a gradient."""
+def _trained_with_gradient(logits: Tensor, model: nn.Module) -> list[bool]:
+    """Return which of the trained parameters get a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [gradient is not None for gradient in attempt_gradients(logits, trained, SPLITTING)]
+    return [gradient is not None for gradient in try_gradients(logits, trained, ATTEMPT)]
 
 
-def _find_needed(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
-    """The one part of the body's output that the logits depend on; None where there are several, or it is not named."""
-    attempt(model, inputs, SPLITTING)
-    output = prefix.output
-    if not isinstance(output, dict):  # The body was not called, or returns a plain tuple.
+def _find_head_input(model: Any, prefix: Prefix, inputs: dict[str, Tensor]) -> str | None:
+    """Return the name of the part of the body's output that the logits depend on; None if it is not exactly one."""
+    try_forward(model, inputs, ATTEMPT)
+    output = prefix.body_output
+    if not isinstance(output, dict):  # The body was not called, or returns a tuple.
         return None
     parts = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
     leaves = {name: value.detach().requires_grad_() for name, value in parts.items()}
-    original = prefix.body.forward
-    prefix.body.forward = lambda *args, **kwargs: type(output)(**{**output, **leaves})
+    remove = wrap_forward(prefix.body, lambda *_: type(output)(**{**output, **leaves}))
     try:
         with torch.enable_grad():
-            logits = attempt(model, inputs, SPLITTING)
-            gradients = attempt_gradients(logits, list(leaves.values()), SPLITTING)
+            logits = try_forward(model, inputs, ATTEMPT)
+            gradients = try_gradients(logits, list(leaves.values()), ATTEMPT)
     finally:
-        prefix.body.forward = original
-    needed = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
-    return needed[0] if len(needed) == 1 else None
+        remove()
+    read = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
+    return read[0] if len(read) == 1 else None
 
 
 def _outermost(block: Block) -> Iterator[nn.Module]:
+    """Yield the modules of a block that are inside no other module of it."""
     inside = {part for module in block.modules for part in module.modules() if part is not module}
     yield from (module for module in block.modules if module not in inside)

@@ -1,15 +1,14 @@
-"""A causal language model that answers with the loss of each target token instead of logits.
+"""A causal language model that returns the loss of each target token instead of logits.
 
-Logits are the largest thing that such a model computes: targets x vocabulary, several times over. Here they exist for a
-few targets at a time, in the forward pass and once more in the backward pass (Chen et al. 2016, "Training deep nets
-with sublinear memory cost"), and only where there is a target.
+Logits are the largest tensors of such a model: targets x vocabulary, several copies of them. Here they are computed for
+a few targets at a time, in the forward pass and again in the backward pass (Chen et al. 2016, "Training deep nets with
+sublinear memory cost"), and only at positions that have a target.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,44 +16,45 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
-from orchestrator.models.attempt import CallFailed, attempt
-from orchestrator.models.shortcuts.packed_sequences import spell_out
-from orchestrator.models.shortcuts.token_pooling import evaluating, is_close
+from orchestrator.models.attempt import CallFailed, try_forward
+from orchestrator.models.shortcuts.forward import wrap_forward
+from orchestrator.models.shortcuts.packed_sequences import prepare_lengths
+from orchestrator.models.shortcuts.token_pooling import eval_mode, is_close
 
 IGNORED = -100
-"""What stands for no target."""
-NUMBERS_TOGETHER = 2**24  # Logits at a time.
-ENLARGED = 64.0
-DIRECT = "computing losses without all logits at a time"
+"""Marks positions without a target."""
+LOGITS_PER_CHUNK = 2**24
+WEIGHT_SCALE = 64.0  # Of the output layer, while its losses are compared with those of the logits.
+ATTEMPT = "computing losses without all logits at a time"
 
 
 @dataclass
 class TokenLossOutput(ModelOutput):  # type: ignore[misc]
-    """What a language model returns for target tokens."""
+    """The output of a language model that was given target tokens."""
 
     token_losses: Tensor | None = None
-    """The loss, and whether the target is the token that the model thinks likeliest: fp32 of shape
-    [batch, positions, 2], 0 where there is no target."""
+    """The loss of each target, and 1 where the target is the most likely token, otherwise 0; fp32 of shape
+    [batch, positions, 2]. Both are 0 where there is no target."""
 
 
 def return_token_losses(model: Any) -> None:
     """Make `model(**inputs, target_ids=...)` return a `TokenLossOutput` in place of logits.
 
-    `target_ids`, shape [batch, positions], holds the token to predict at each position, or IGNORED. Without it the
-    model is as it was.
+    `target_ids`, shape [batch, positions], holds the token to predict at each position, or IGNORED. Calls without it
+    are unchanged.
     """
     _TokenLosses(model).install()
 
 
 def find_token_losses(model: Any) -> _TokenLosses | None:
-    """What `answer_with_losses` has put into a model; None where it has put nothing."""
+    """Return the state that `return_token_losses` has added to a model; None if it was not called."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: _TokenLosses | None = getattr(whole, "token_losses", None)
     return found
 
 
 class _TokenLosses:
-    """What stands in for the forward functions of a model and of its output layer."""
+    """The functions around the forward functions of a model and of its output layer."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -62,57 +62,51 @@ class _TokenLosses:
         self.targets: Tensor | None = None
         self.is_direct = False
         """Whether losses come from the output layer, without logits of all targets at a time."""
-        self.has_answered = False
-        """Whether they did in this pass: the layer may have been replaced by another one."""
+        self.is_computed = False
+        """Whether the output layer has returned losses in this pass: something may have replaced the layer."""
 
     def install(self) -> None:
-        # Functions rather than hooks: peft calls the model that it wraps without its hooks.
-        whole = self.model.forward
-
-        @functools.wraps(whole)
-        def forward(*args: Any, target_ids: Tensor | None = None, **inputs: Any) -> Any:
-            if target_ids is None:
-                return whole(*args, **inputs)
-            self.targets, self.has_answered = target_ids, False
-            inputs.setdefault("use_cache", False)  # Nothing is written, so no keys and values need be kept.
-            spell_out(inputs)
-            try:
-                output = whole(*args, **inputs)
-            finally:
-                self.targets = None
-            losses = output.logits if self.has_answered else losses_of_logits(output.logits, target_ids)
-            return TokenLossOutput(token_losses=losses)
-
-        self.model.forward = forward
+        wrap_forward(self.model, self._run_model)
         self.model.token_losses = self
         if type(self.layer) is nn.Linear:
-            self._replace_output_layer()
-            # Of an outline, which has no values, somebody else must know.
-            self.is_direct = not self.layer.weight.is_meta and self._agrees()
+            wrap_forward(self.layer, self._run_output_layer)
+            # An outline has no values to compare. Whoever builds one sets `is_direct`.
+            self.is_direct = not self.layer.weight.is_meta and self._matches_logits()
 
-    def _replace_output_layer(self) -> None:
-        def forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
-            if self.targets is None or not self.is_direct:
-                return nn.Linear.forward(layer, hidden)
-            self.has_answered = True
-            return losses_of_hidden(hidden, layer.weight, layer.bias, self.targets)
+    def _run_model(self, model: Any, original: Callable[..., Any], args: Any, inputs: dict[str, Any]) -> Any:
+        target_ids = inputs.pop("target_ids", None)
+        if target_ids is None:
+            return original(*args, **inputs)
+        self.targets, self.is_computed = target_ids, False
+        inputs.setdefault("use_cache", False)  # Nothing is generated, so keys and values need not be kept.
+        prepare_lengths(inputs)
+        try:
+            output = original(*args, **inputs)
+        finally:
+            self.targets = None
+        losses = output.logits if self.is_computed else losses_of_logits(output.logits, target_ids)
+        return TokenLossOutput(token_losses=losses)
 
-        # A method of the layer: that of a copy, which peft makes of what is trained whole, has the copy's weights.
-        self.layer.forward = MethodType(forward, self.layer)
+    def _run_output_layer(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        if self.targets is None or not self.is_direct:
+            logits: Tensor = original(*args, **kwargs)
+            return logits
+        self.is_computed = True
+        return losses_of_hidden(args[0], layer.weight, layer.bias, self.targets)
 
     @torch.no_grad()
-    def _agrees(self) -> bool:
-        """Whether the losses are those of the model's own logits, which some models scale or bend afterwards."""
+    def _matches_logits(self) -> bool:
+        """Whether the losses are those of the model's own logits, which some models scale or cap afterwards."""
         weight = self.layer.weight
         ids = torch.arange(1, 9, device=weight.device).remainder(len(weight))[None]
         inputs, kept = {"input_ids": ids, "target_ids": ids.flip(1)}, weight.clone()
-        # The small logits of a model that knows nothing are hardly bent yet.
-        weight.mul_(ENLARGED)
+        # A cap hardly changes the small logits of an untrained model.
+        weight.mul_(WEIGHT_SCALE)
         try:
-            with evaluating(self.model):
-                whole = attempt(self.model, inputs, DIRECT)
+            with eval_mode(self.model):
+                whole = try_forward(self.model, inputs, ATTEMPT)
                 self.is_direct = True
-                direct = attempt(self.model, inputs, DIRECT)
+                direct = try_forward(self.model, inputs, ATTEMPT)
         except CallFailed:
             return False
         finally:
@@ -121,75 +115,76 @@ class _TokenLosses:
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """What `answer_with_losses` promises, from logits of shape [batch, positions, vocabulary]."""
+    """Return token losses as in `TokenLossOutput`, from logits of shape [batch, positions, vocabulary]."""
     counts = targets != IGNORED
     kept = logits[counts].float()
     losses = functional.cross_entropy(kept, targets[counts], reduction="none")
-    return _spread(losses, kept.detach().argmax(-1) == targets[counts], counts)
+    return _scatter(losses, kept.detach().argmax(-1) == targets[counts], counts)
 
 
 def losses_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The same from what the output layer reads, of shape [batch, positions, width]."""
+    """Return the same from the input of the output layer, of shape [batch, positions, width]."""
     counts = targets != IGNORED
     losses, hits = _LinearCrossEntropy.apply(hidden[counts], weight, bias, targets[counts])  # type: ignore[no-untyped-call]
-    return _spread(losses, hits, counts)
+    return _scatter(losses, hits, counts)
 
 
-def _spread(losses: Tensor, hits: Tensor, counts: Tensor) -> Tensor:
+def _scatter(losses: Tensor, hits: Tensor, counts: Tensor) -> Tensor:
+    """Return losses and hits of the positions where `counts` holds, 0 elsewhere; [*counts.shape, 2]."""
     result = losses.new_zeros(*counts.shape, 2)
     result[counts] = torch.stack([losses, hits.to(losses.dtype)], -1)
     return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy after a linear layer, some rows at a time.
+    """Cross-entropy after a linear layer, computed for some rows at a time.
 
-    With logits z = W h + b and p = softmax(z), the gradient by z is p - onehot(target), times what comes from above.
+    With logits z = W h + b and p = softmax(z), the gradient of the loss with respect to z is p - onehot(target).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses (fp32) and hits (bool), both of shape [rows], of `hidden`, [rows, width]."""
+        """Return losses (fp32) and hits (bool), both [rows], from `hidden`, [rows, width]."""
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
         hits = torch.empty_like(targets, dtype=torch.bool)
         normalizers = torch.empty_like(losses)
-        ctx.logits_type = hidden.dtype
-        for part in _parts(len(targets), weight.shape[0]):
-            logits = functional.linear(hidden[part], weight, bias)
-            ctx.logits_type = logits.dtype  # Under autocast another than that of the weights.
+        ctx.logits_dtype = hidden.dtype
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = functional.linear(hidden[rows], weight, bias)
+            ctx.logits_dtype = logits.dtype  # Under autocast not that of the weights.
             logits = logits.float()
-            normalizers[part] = logits.logsumexp(-1)
-            losses[part] = normalizers[part] - logits.gather(1, targets[part, None])[:, 0]
-            hits[part] = logits.argmax(-1) == targets[part]
+            normalizers[rows] = logits.logsumexp(-1)
+            losses[rows] = normalizers[rows] - logits.gather(1, targets[rows, None])[:, 0]
+            hits[rows] = logits.argmax(-1) == targets[rows]
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.mark_non_differentiable(hits)
         return losses, hits
 
     @staticmethod
-    def backward(ctx: Any, from_losses: Tensor, from_hits: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, losses_gradient: Tensor, hits_gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        narrow, matrix = hidden.to(ctx.logits_type), weight.to(ctx.logits_type)
-        offset = None if bias is None else bias.to(ctx.logits_type)
-        hidden_gradient = torch.empty_like(hidden) if of_hidden else None
-        weight_gradient = torch.zeros_like(weight) if of_weight else None
-        bias_gradient = torch.zeros_like(bias) if of_bias else None
-        for part in _parts(len(targets), weight.shape[0]):
-            logits = functional.linear(narrow[part], matrix, offset).float()
-            gradient = logits.sub_(normalizers[part, None]).exp_()
-            gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
-            gradient = gradient.mul_(from_losses[part, None]).to(ctx.logits_type)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        inputs, matrix = hidden.to(ctx.logits_dtype), weight.to(ctx.logits_dtype)
+        offset = None if bias is None else bias.to(ctx.logits_dtype)
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias) if needs_bias else None
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = functional.linear(inputs[rows], matrix, offset).float()
+            gradient = logits.sub_(normalizers[rows, None]).exp_()
+            gradient.scatter_add_(1, targets[rows, None], gradient.new_full((len(gradient), 1), -1.0))
+            gradient = gradient.mul_(losses_gradient[rows, None]).to(ctx.logits_dtype)
             if hidden_gradient is not None:
-                hidden_gradient[part] = (gradient @ matrix).to(hidden.dtype)
+                hidden_gradient[rows] = (gradient @ matrix).to(hidden.dtype)
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ narrow[part]
+                weight_gradient += gradient.T @ inputs[rows]
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
         return hidden_gradient, weight_gradient, bias_gradient, None
 
 
-def _parts(num_rows: int, width: int) -> list[slice]:
-    size = max(1, NUMBERS_TOGETHER // width)
+def _chunks(num_rows: int, vocabulary_size: int) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocabulary_size)
     return [slice(start, start + size) for start in range(0, num_rows, size)]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from markupsafe import Markup
+
 from orchestrator.report.analysis import readable_range
 from orchestrator.report.colours import Colours
 from orchestrator.report.drawing import colour_key, curve
-from orchestrator.report.markup import Markup
 from orchestrator.report.numbers import duration, metric, plain
 from orchestrator.report.records import Search, Trial
 

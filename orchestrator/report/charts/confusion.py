@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from orchestrator.report.charts.base import FULL_WIDTH, HALF_WIDTH, Chart
 from orchestrator.report.colours import Colours
 from orchestrator.report.drawing import Size, both_sizes, colour_key, drawing, rectangle, shortened, text, text_width
-from orchestrator.report.markup import Markup, element
+from orchestrator.report.markup import element
 from orchestrator.report.numbers import count, number
-from orchestrator.report.tables import Column, table
+from orchestrator.report.tables import TableColumn, table
 
 _MOST_WITH_NUMBERS = 14
 _MOST_WITH_NAMES = 45
@@ -79,10 +81,10 @@ def list_pairs(found: Confusion) -> Markup:
     if not pairs:
         return element("p", "No example was taken for another class.")
     columns = [
-        Column("true"),
-        Column("predicted"),
-        Column("examples", numeric=True),
-        Column("share", numeric=True),
+        TableColumn("true"),
+        TableColumn("predicted"),
+        TableColumn("examples", numeric=True),
+        TableColumn("share", numeric=True),
     ]
     rows = [
         [

@@ -1,21 +1,25 @@
-"""Score against cost: the trials that no cheaper one equals are the Pareto front, numbered and listed."""
+"""Score against cost, with the Pareto front: the trials that no cheaper one equals, numbered and listed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from markupsafe import Markup
+
 from orchestrator.report.analysis import pareto_front
-from orchestrator.report.charts.base import HALF_WIDTH, Chart, View, describe_parameters
-from orchestrator.report.drawing import Frame, Size, both_sizes, circle, curve, steps, text
-from orchestrator.report.markup import Markup
+from orchestrator.report.charts.base import Chart, View, describe_parameters
+from orchestrator.report.charts.plot import Plot, Position
+from orchestrator.report.drawing import Frame, circle, curve, steps, text
 from orchestrator.report.numbers import metric, tenths
 from orchestrator.report.records import Trial
-from orchestrator.report.scales import Linear, fit_scale, widen
-from orchestrator.report.tables import Column, table, unbroken
+from orchestrator.report.scales import Linear, Scale, fit_scale, widen
+from orchestrator.report.tables import TableColumn, table, unbroken
 
 _MOST_LISTED = 12
 
 
 def cost(view: View) -> Chart | None:
-    """Shown from two trials on whose score and cost are known."""
+    """Return the chart; None for fewer than two trials with a score and a cost."""
     trials = [trial for trial in view.search.ranked if trial.core_seconds is not None]
     if len(trials) < 2:
         return None
@@ -27,54 +31,61 @@ def cost(view: View) -> Chart | None:
     )
     return Chart(
         title="Score against cost",
-        drawing=both_sizes(lambda size: draw(view, trials, found, size), HALF_WIDTH),
+        drawing=plot(view, trials, found).both_sizes(),
         caption=words + view.beyond_note(trial.score or 0.0 for trial in trials),
         below=list_front(view, found),
     )
 
 
 def front_of(trials: list[Trial], view: View) -> list[Trial]:
+    """Return the trials on the Pareto front, cheapest first."""
     costs = [(trial.core_seconds or 0.0, trial.score or 0.0) for trial in trials]
     return [trials[index] for index in pareto_front(costs, view.search.higher_is_better)]
 
 
-def draw(view: View, trials: list[Trial], found: list[Trial], size: Size) -> Markup:
-    frame = Frame(size, 320, 52, 12, 30, 44)
+def plot(view: View, trials: list[Trial], front: list[Trial]) -> Plot:
     costs = [trial.core_seconds or 0.0 for trial in trials]
-    room = (frame.left + 12, frame.end - 12)
-    x = fit_scale(costs, *room)
-    if isinstance(x, Linear) and min(costs) < max(costs) / 2:
-        x = fit_scale([0.0, *costs], frame.left, room[1], log=False)
-    y = Linear(*widen(view.low, view.high, 0.1), frame.floor, frame.top)
-    frame.axis_y(y, view.score_title)
-    frame.axis_x(x, "core-seconds of the trial")
+    on_front = {trial.id for trial in front}
 
-    def spot(trial: Trial) -> tuple[float, float]:
-        return x(trial.core_seconds or 0.0), y(view.clamp(trial.score or 0.0))
+    def scale_of_cost(start: float, end: float) -> Scale:
+        scale = fit_scale(costs, start + 12, end - 12)
+        if isinstance(scale, Linear) and min(costs) < max(costs) / 2:
+            scale = fit_scale([0.0, *costs], start, end - 12, log=False)
+        return scale
 
-    frame.add(curve(steps([spot(trial) for trial in found], frame.end), "line front"))
-    on_front = {trial.id for trial in found}
-    for trial in trials[::-1]:
-        kind = "front-dot" if trial.id in on_front else view.dot(trial)
-        frame.add(circle(*spot(trial), view.radius + (trial.id in on_front), kind, view.tip(trial)))
-    taken: list[tuple[float, float]] = []
-    for number, trial in enumerate(found, start=1):
-        at, height = spot(trial)
-        if all(abs(at - other) > 16 or abs(height - level) > 13 for other, level in taken):
-            frame.add(text(at - 8, height - 7, str(number), "number end halo"))
-            taken.append((at, height))
-    return frame.drawn(f"{view.score_title} against core-seconds; {len(found)} trials on the Pareto front")
+    def marks(frame: Frame, position: Position) -> Iterator[Markup]:
+        def position_of(trial: Trial) -> tuple[float, float]:
+            return position(trial.core_seconds or 0.0, view.clamp(trial.score or 0.0))
+
+        yield curve(steps([position_of(trial) for trial in front], frame.end), "line front")
+        for trial in trials[::-1]:
+            kind = "front-dot" if trial.id in on_front else view.dot(trial)
+            yield circle(*position_of(trial), view.radius + (trial.id in on_front), kind, view.tip(trial))
+        numbered: list[tuple[float, float]] = []
+        for number, (x, y) in enumerate(map(position_of, front), start=1):
+            if all(abs(x - other_x) > 16 or abs(y - other_y) > 13 for other_x, other_y in numbered):
+                yield text(x - 8, y - 7, str(number), "number end halo")
+                numbered.append((x, y))
+
+    return Plot(
+        "core-seconds of the trial",
+        view.score_title,
+        f"{view.score_title} against core-seconds; {len(front)} trials on the Pareto front",
+        scale_of_cost,
+        lambda start, end: Linear(*widen(view.low, view.high, 0.1), start, end),
+        marks,
+    )
 
 
 def list_front(view: View, found: list[Trial]) -> Markup:
-    """The front from its best end; the cheapest and poorest are left out where it is long."""
+    """Return a table of the front, best first; of a long one, the cheapest and worst trials are left out."""
     listed = list(enumerate(found, start=1))[::-1][:_MOST_LISTED]
     columns = [
-        Column("", numeric=True),
-        Column("trial"),
-        Column(view.search.metric, numeric=True),
-        Column("core-seconds", numeric=True),
-        Column("parameters"),
+        TableColumn("", numeric=True),
+        TableColumn("trial"),
+        TableColumn(view.search.metric, numeric=True),
+        TableColumn("core-seconds", numeric=True),
+        TableColumn("parameters"),
     ]
     rows = [
         [

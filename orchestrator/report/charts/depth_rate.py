@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from markupsafe import Markup
+
 from orchestrator.report.analysis import depth_order
 from orchestrator.report.charts.base import FULL_WIDTH, HALF_WIDTH, Chart, View, describe
 from orchestrator.report.drawing import Frame, Size, both_sizes, circle, rectangle, text, text_width
-from orchestrator.report.markup import Markup
 from orchestrator.report.numbers import compact, metric, number, plain
 from orchestrator.report.records import Search, Trial
 from orchestrator.report.scales import fit_scale

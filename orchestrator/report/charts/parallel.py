@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from orchestrator.report.analysis import depth_order
 from orchestrator.report.charts.base import (
     FULL_WIDTH,
@@ -21,7 +23,6 @@ from orchestrator.report.charts.base import (
 )
 from orchestrator.report.charts.depth_rate import DEPTH
 from orchestrator.report.drawing import Size, both_sizes, drawing, line, path, shortened, text, text_width
-from orchestrator.report.markup import Markup
 from orchestrator.report.numbers import number, plain
 from orchestrator.report.records import Search, Trial
 from orchestrator.report.scales import fit_scale

@@ -87,12 +87,12 @@ class Member:
         self.prepared = prepared
         self.device = device
         self.rank = dist.get_rank()
-        self.told: Told = self.from_first(lambda: read_told(folder))
+        self.told: Told = self.broadcast(lambda: read_told(folder))
         """What has been told last; by the worker before this one, where that died."""
         self.begun = self.told.number
         """The trial that this worker's forerunner had begun."""
 
-    def from_first(self, look: Callable[[], Any]) -> Any:
+    def broadcast(self, look: Callable[[], Any]) -> Any:
         """What worker 0 sees, on every worker."""
         box = [look() if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0)
@@ -110,7 +110,7 @@ class Member:
             return None
 
         while True:
-            orders: Orders | None = self.from_first(look)
+            orders: Orders | None = self.broadcast(look)
             if orders is not None:
                 return orders
 
@@ -128,7 +128,7 @@ class Member:
         """Train a trial until it is stopped."""
         is_again = self.begun == orders.number
         note = self.folder / f"failure-{orders.number}"
-        failure = self.from_first(lambda: note.read_text(encoding="utf-8") if note.exists() else None)
+        failure = self.broadcast(lambda: note.read_text(encoding="utf-8") if note.exists() else None)
         if not is_again:
             self.told = Told(orders.number)
         if failure is not None or orders.stop:
@@ -152,7 +152,7 @@ class Member:
         with log_to(run.logs), opened as session:
             keeper = Keeper(session, run)
             # Workers that died may have left no checkpoint of their own yet.
-            has_own = is_again and self.from_first(lambda: bool(run.committed()))
+            has_own = is_again and self.broadcast(lambda: bool(run.committed()))
             state = keeper.start(None if has_own or orders.start_from is None else Path(orders.start_from))
             self._tell_place(session, state, began, resumed=state.step)
             for row in evaluations(session, state, [keeper]):
@@ -236,7 +236,7 @@ class Keeper:
             is_due(every, step.number, plan.order.steps_per_epoch, plan.total_steps)
             for every in (train.save_every, train.evaluate_every)
         )
-        if due and engine.from_first_worker(self._is_worth_it()):
+        if due and engine.broadcast_from_first(self._is_worth_it()):
             self.save(state)
 
     def _is_worth_it(self) -> bool:
@@ -248,7 +248,7 @@ class Keeper:
             return
         began = time.monotonic()
         self.session.store.save(state.step, state.to_dict(), self._write)
-        self.session.engine.first_worker_does(lambda: self.session.store.prune(1, None))
+        self.session.engine.run_on_first_worker(lambda: self.session.store.prune(1, None))
         self._saved, self._saved_step = time.monotonic(), state.step
         self._cost = self._saved - began
 
@@ -265,9 +265,9 @@ class Keeper:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
 
-        engine.first_worker_does(make_room)
+        engine.run_on_first_worker(make_room)
         self._write(folder)
-        engine.first_worker_does(lambda: write_json(folder / MEMORY, state.to_dict()))
+        engine.run_on_first_worker(lambda: write_json(folder / MEMORY, state.to_dict()))
 
     def keep_best_weights(self) -> None:
         """Put the weights of the best evaluation where the winner's are looked for."""

@@ -20,7 +20,7 @@ def longest_conversation(tokenizer: Any, model: Any) -> int | None:
     """Return how many tokens a language model reads and writes together at most; None where nothing limits it."""
     from orchestrator import models
 
-    limits = [longest_input(tokenizer, model.config), models.held_length(model.config, "AutoModelForCausalLM", 1)]
+    limits = [longest_input(tokenizer, model.config), models.find_max_length(model.config, "AutoModelForCausalLM", 1)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -31,7 +31,7 @@ def check_length(wanted: int, tokenizer: Any, config: Any, auto_class: str, reci
     """
     from orchestrator import models
 
-    held = models.held_length(config, auto_class, wanted, recipe.source.trust_remote_code)
+    held = models.find_max_length(config, auto_class, wanted, recipe.source.trust_remote_code)
     limits = [limit for limit in (longest_input(tokenizer, config), held) if limit is not None]
     if wanted <= min(limits, default=wanted):
         return []

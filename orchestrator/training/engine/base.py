@@ -1,10 +1,10 @@
-"""What happens to a loss: backward, summing over workers, clipping, the optimizer's step, saving and loading its state.
+"""The interface of engines: backward passes, gradients summed over workers, clipping, optimizer steps, their state.
 
-Two engines with the same shape, both built by Accelerate: plain PyTorch (DDP over several workers) and DeepSpeed
-(ZeRO 0 to 3, with offload). They know nothing of tasks, epochs or metrics.
+There are two engines: PyTorch (DDP with several workers) and DeepSpeed (ZeRO 0 to 3, with offload). They know nothing
+of tasks, epochs or metrics.
 
-Losses come in as *this worker's share of the mean over the global batch*; the engine adds the shares up. Both DDP and
-DeepSpeed average over workers instead, so the share is multiplied by their number on the way in.
+A loss is *this worker's share of the mean over the global batch*, and the engine adds up the shares of all workers. DDP
+and DeepSpeed average over workers instead, so the engine multiplies each share by the number of workers.
 """
 
 from __future__ import annotations
@@ -29,64 +29,62 @@ T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
 
 
-FormatOf = Callable[[str], torch.dtype]
-"""Returns the number format that the value of this name is wanted in."""
+DtypeOf = Callable[[str], torch.dtype]
+"""Returns the dtype to convert a value to, given its name."""
 
 
 def in_fp32(name: str) -> torch.dtype:
+    """Return fp32 for every name, as a `DtypeOf`."""
     return torch.float32
 
 
 class Engine(ABC):
-    """A model and its optimizer, spread over the workers."""
+    """A model and its optimizer, on all workers."""
 
     model: Any
-    """What to call with a batch."""
+    """The model to call with a batch; it may wrap `module`."""
     optimizer: Any
-    exchange: Exchange
-    """How the workers tell each other what is no tensor."""
-    float_type: torch.dtype | None = None
-    """What floating inputs must be turned into, where the weights themselves are in another format."""
+    input_dtype: torch.dtype | None = None
+    """The dtype that floating-point inputs must have; None where they need no conversion."""
     autocasts = False
-    """Whether each forward pass makes bf16 weights of fp32 ones."""
+    """Whether each forward pass converts fp32 weights to bf16."""
     rounds_weights = False
-    """Whether weights are held in fewer digits than the source has, so that a model to keep is to be built anew."""
+    """Whether weights have fewer digits than those of the source, so that the export must load the source again."""
 
-    def __init__(self, module: nn.Module, accelerator: Any) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, exchange: Exchange) -> None:
         self.module = module
-        self.accelerator = accelerator
-        self.device: torch.device = accelerator.device
-        self.rank: int = accelerator.process_index
-        self.num_workers: int = accelerator.num_processes
-        assert self.num_workers == (dist.get_world_size() if dist.is_initialized() else 1), "Accelerate missed workers"
+        self.device = device
+        self.exchange = exchange
+        self.rank = exchange.rank
+        self.num_workers = exchange.size
         self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
     @property
     def cost_of_pass(self) -> int:
-        """As the function of this name."""
+        """Return what `cost_of_pass` returns for this engine."""
         return cost_of_pass(self.device.type, self.autocasts)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What trained modules learn without gradients; the engine may have put other tensors in their place."""
+        """Return the values that trained modules learn without gradients. The engine may replace these tensors."""
         return dict(trained_statistics(self.module))
 
-    def narrow(self, recipe: Recipe, precision: Precision) -> None:
-        """Hold frozen weights in the format that they are computed with, and have 4-bit weights multiplied in it."""
+    def cast_weights(self, recipe: Recipe, precision: Precision) -> None:
+        """Cast frozen weights to the dtype that they are used in, and set it for products with 4-bit weights."""
         set_compute_dtype(self.module, dtype_of(precision))
         if self.autocasts and may_cast_frozen(recipe):
-            # What lies under an adapter is not saved with it.
+            # An adapter is saved without the weights below it.
             self.rounds_weights = cast_frozen_to_bf16(self.module) and recipe.transfer.adapter is None
 
     @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of the model's forward pass, for parts of the model that are called without the rest."""
+        """Return the context of the model's forward pass, for calls of its modules alone."""
 
     @abstractmethod
-    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return what the forward and the backward pass of a micro-batch are to be run inside.
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for the forward and backward pass of a micro batch.
 
-        Gradients are summed over the workers in the `last` pass of a step, and where it can be avoided in no other.
+        Gradients are summed over the workers in the `last` pass of a step, and in no other unless the engine must.
         """
 
     @abstractmethod
@@ -95,53 +93,53 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, rate_factor: float) -> float:
-        """Clip, take the optimizer's step at `rate_factor` of each group's peak rate, clear the gradients.
+        """Clip gradients, take the optimizer's step at `rate_factor` of each group's peak rate, and clear gradients.
 
         Returns the norm of the whole gradient before clipping.
         """
 
     @abstractmethod
     def write_state(self, folder: Path) -> None:
-        """Write this worker's part of weights and optimizer; all workers call it."""
+        """Write this worker's part of the weights and the optimizer state. All workers call it."""
 
     @abstractmethod
     def read_state(self, folder: Path) -> None:
-        """Read back what `write_state` wrote on the same number of workers."""
+        """Read the files that `write_state` wrote with the same number of workers."""
 
     @abstractmethod
-    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
-        """Return all trained parameters, whole, and the statistics, on the CPU of worker 0; an empty dict elsewhere.
+    def trained_weights(self, dtype_for: DtypeOf = in_fp32) -> dict[str, Tensor]:
+        """Return all trained parameters, unsharded, and the statistics, on the CPU of worker 0; {} on other workers.
 
-        All workers call it. One parameter after the other is put together, so that no worker but the first holds more
-        than one of them.
+        All workers call it. Parameters are gathered one after the other, so that only worker 0 holds more than one.
 
         Args:
-            format_of: returns the number format that a value is wanted in, given its name.
+            dtype_for: returns the dtype to convert a value to, given its name.
         """
 
     def close(self) -> None:
-        """Free the gradients, and leave nothing behind that keeps the model and the optimizer from being freed."""
+        """Free the gradients, and drop every reference that would keep the model and the optimizer in memory."""
         self.module.zero_grad(set_to_none=True)
 
     def agree(self, trouble: str | None) -> str | None:
-        """Wait for all workers; the first trouble that any of them had, on all of them."""
+        """Wait for all workers, and return the first trouble that any of them has, on all of them."""
         return self.exchange.agree(trouble)
 
     def sum_over_workers(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all workers, in place."""
         if self.num_workers > 1:
             dist.all_reduce(value)
         return value
 
-    def from_first_worker(self, value: Any) -> Any:
-        """Worker 0's value, on every worker."""
-        return self.exchange.from_first(value)
+    def broadcast_from_first(self, value: Any) -> Any:
+        """Return worker 0's value on every worker."""
+        return self.exchange.broadcast(value)
 
-    def first_worker_does(self, action: Callable[[], T]) -> T:
-        """What `action` returns on worker 0, on every worker; an error that it raises there, on every worker too."""
-        return self.exchange.first_does(action)
+    def run_on_first_worker(self, action: Callable[[], T]) -> T:
+        """Run `action` on worker 0, and return its result, or raise its error, on every worker."""
+        return self.exchange.run_on_first(action)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every worker's value, in the order of ranks, on worker 0; an empty list elsewhere."""
+        """Return every worker's value, in the order of ranks, on worker 0; [] on other workers."""
         return self.exchange.gather(value)
 
     def _set_rates(self, factor: float) -> None:
@@ -150,10 +148,10 @@ class Engine(ABC):
 
 
 def on_cpu(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """Return a tensor on the CPU; floating-point values in `dtype`, or in fp32 where one is too large for `dtype`.
+    """Return a tensor on the CPU; floating-point values in `dtype`, or in fp32 if `dtype` cannot hold one.
 
     Args:
-        copy: make a copy even where the tensor is as wanted already.
+        copy: copy the tensor even if it is on the CPU in that dtype.
     """
     wanted = dtype if value.is_floating_point() else value.dtype
     found = value.detach().to("cpu", wanted, copy=copy)
@@ -162,7 +160,7 @@ def on_cpu(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
 
 
 def trained_statistics(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of what trained modules learn without gradients, such as a batch norm's running mean."""
+    """Yield names and values of what trained modules learn without gradients, such as a batch norm's running mean."""
     for prefix, part in module.named_modules():
         if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
             continue
@@ -172,9 +170,9 @@ def trained_statistics(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def cost_of_pass(device: str, autocasts: bool) -> int:
-    """What starting a pass through the model costs, in tokens that could be computed meanwhile.
+    """Return the fixed cost of a pass through the model, in tokens that could be computed in the same time.
 
-    Autocast turns all weights into bf16 in every pass, and their gradients back.
+    Autocast converts all weights to bf16 in every pass, and their gradients back.
     """
     if device == "cuda":
         return TOKENS_PER_PASS_ON_GPU

@@ -1,4 +1,4 @@
-"""The engine of DeepSpeed: ZeRO 0 to 3, with offload."""
+"""The engine of DeepSpeed: ZeRO stages 0 to 3, with offload to main memory."""
 
 from __future__ import annotations
 
@@ -9,59 +9,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.distributed import Exchange
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.deepspeed_rules import OFFLOADS
-from orchestrator.training.engine.base import Engine, FormatOf, in_fp32, on_cpu
+from orchestrator.training.engine.base import DtypeOf, Engine, in_fp32, on_cpu
 from orchestrator.training.engine.deepspeed_config import (
-    compile_nothing,
     deepspeed_config,
-    free_engine,
-    writing_later,
+    deferred_writes,
+    init_distributed,
+    release_engine,
 )
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed through Accelerate: ZeRO stages 0 to 3, offload to main memory."""
+    """`deepspeed.DeepSpeedEngine`, with PyTorch's AdamW."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, precision: Precision) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        recipe: Recipe,
+        precision: Precision,
+        device: torch.device,
+        exchange: Exchange,
+    ) -> None:
+        import deepspeed
 
+        super().__init__(module, device, exchange)
         trained = sum(getattr(value, "ds_numel", value.numel()) for group in groups for value in group["params"])
         config = deepspeed_config(recipe, precision, micro_batch_size(recipe), trained)
-        compile_nothing()
         self.autocasts = config["torch_autocast"]["enabled"]
-        plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        # Accelerate has DeepSpeed without a GPU see its process group only when the backend is named.
-        backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-        accelerator = Accelerator(
-            mixed_precision="bf16" if config["bf16"]["enabled"] else "no",
-            deepspeed_plugin=plugin,
-            kwargs_handlers=[backend],
-        )
-        super().__init__(module, accelerator)
-        self.narrow(recipe, precision)
+        self.cast_weights(recipe, precision)
         is_offloaded = any(key in config["zero_optimization"] for key in OFFLOADS)
-        optimizer = torch.optim.AdamW(groups, fused=not is_offloaded)
-        self.model, self.optimizer = accelerator.prepare(module, optimizer)
-        # Accelerate told transformers of ZeRO-3; a model loaded later, for the export, is not to be sharded.
-        unset_hf_deepspeed_config()
-        # Or spreads them over the workers.
+        self.optimizer = torch.optim.AdamW(groups, fused=not is_offloaded)
+        init_distributed(device)
+        self.model, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        # Sharded weights cannot be exported from the model either.
         self.rounds_weights |= config["bf16"]["enabled"] or recipe.scale.zero_stage == 3
-        # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
+        # Without ZeRO, DeepSpeed leaves gradients in the parameters, and does not compute their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
-        # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
-        self.optimizer = optimizer
-        self.float_type = torch.bfloat16 if config["bf16"]["enabled"] else None
+        self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
 
-    def in_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        # Stages 2 and 3 sum up gradients in every pass, because no worker keeps whole ones.
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Stages 2 and 3 sum gradients in every pass, because no worker keeps all of them.
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return contextlib.nullcontext()
 
@@ -76,30 +71,29 @@ class DeepSpeedEngine(Engine):
         return float(self.model.get_global_grad_norm() if norm is None else norm)
 
     def write_state(self, folder: Path) -> None:
-        with writing_later(self.model) as files:
+        with deferred_writes(self.model) as files:
             self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         for write in files:
             write()
 
     def read_state(self, folder: Path) -> None:
-        # The optimizer's files are pickles: only folders whose manifest was checked come here.
+        # The optimizer's files are pickles. Only folders whose manifest was checked are read.
         path, _ = self.model.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         assert path is not None, f"DeepSpeed found nothing in {folder}"
 
-    def trained_weights(self, format_of: FormatOf = in_fp32) -> dict[str, Tensor]:
+    def trained_weights(self, dtype_for: DtypeOf = in_fp32) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
         for name, parameter in self.trained.items():
-            # All workers take part in putting it together. Without ZeRO or bf16 there is no separate fp32 copy: the
-            # parameter is it.
-            whole = safe_get_full_fp32_param(parameter)
+            # All workers take part in gathering it. Without ZeRO or bf16 there is no fp32 copy besides the parameter.
+            gathered = safe_get_full_fp32_param(parameter)
             if self.rank == 0:
-                weights[name] = on_cpu(parameter if whole is None else whole, format_of(name), copy=True)
+                weights[name] = on_cpu(parameter if gathered is None else gathered, dtype_for(name), copy=True)
         if self.rank == 0:
-            weights |= {name: on_cpu(value, format_of(name)) for name, value in self.statistics.items()}
+            weights |= {name: on_cpu(value, dtype_for(name)) for name, value in self.statistics.items()}
         return weights
 
     def close(self) -> None:
-        free_engine(self.model)
+        release_engine(self.model)
         super().close()

@@ -1,4 +1,4 @@
-"""The device that this process computes on, and whether it can be used as the recipe wants."""
+"""The device that this process computes on, and checks that it is usable as the recipe wants."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ def choose_device(recipe: Recipe) -> torch.device:
     Raises:
         ClusterError: there is a GPU that PyTorch cannot use.
     """
-    refuse_unusable_gpu(recipe)
+    check_gpu(recipe)
     return torch.device("cuda", torch.cuda.current_device()) if uses_gpu(recipe) else torch.device("cpu")
 
 
-def refuse_unusable_gpu(recipe: Recipe) -> None:
-    """Refuse what this process would otherwise compute on another device than the recipe says.
+def check_gpu(recipe: Recipe) -> None:
+    """Check that this process computes on the device that the recipe wants.
 
     Raises:
-        ClusterError: PyTorch cannot use the GPU; DeepSpeed would use one that the recipe does not want.
+        ClusterError: PyTorch cannot use the GPU, or DeepSpeed would use one that the recipe does not want.
     """
-
     where = recipe.origin.where("scale.gpus_per_worker")
     if recipe.scale.gpus_per_worker == 0:
         if torch.cuda.is_available() and uses_deepspeed(recipe):
@@ -38,16 +37,16 @@ def refuse_unusable_gpu(recipe: Recipe) -> None:
             remedy = "export CUDA_VISIBLE_DEVICES= before the command, which hides it"
             raise ClusterError(str(Problem(what, where, remedy)))
         return
-    reason = why_gpu_is_unusable()
+    reason = find_gpu_problem()
     if reason is not None:
         what = f"this machine has a GPU that PyTorch cannot use: {reason}"
         remedy = f"{driver_remedy()}, or set scale.gpus_per_worker to 0, which trains on the CPU"
         raise ClusterError(str(Problem(what, where, remedy)))
 
 
-def why_gpu_is_unusable() -> str | None:
-    """Return why PyTorch cannot use the GPUs that the driver finds; None where it can, or where there are none."""
-    # Before CUDA has started, the number is what the driver tells, whether or not PyTorch can work with that driver.
+def find_gpu_problem() -> str | None:
+    """Return why PyTorch cannot use the GPUs that the driver finds; None if it can, or if there are none."""
+    # Before CUDA is initialised, the number comes from the driver, even if PyTorch cannot use that driver.
     if torch.cuda.device_count() == 0 or torch.cuda.is_available():
         return None
     try:
@@ -58,6 +57,6 @@ def why_gpu_is_unusable() -> str | None:
 
 
 def driver_remedy() -> str:
-    """Return what makes PyTorch and the driver fit each other."""
+    """Return what to install so that PyTorch and the driver fit."""
     built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     return f"{built}: install a driver for that, or a PyTorch for this driver (https://pytorch.org)"

@@ -1,4 +1,4 @@
-"""Which number format the hardware computes fast in."""
+"""The precision of matrix products that the hardware supports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 
 def choose_precision(recipe: Recipe, device: torch.device) -> Precision:
-    """`auto` resolved for this device; raises ModelError where bf16 is asked for and the hardware lacks it."""
+    """Return the precision that a recipe asks for, with `auto` resolved for the device.
+
+    Raises:
+        ModelError: the recipe asks for bf16, which the hardware does not support.
+    """
     wanted = recipe.train.precision
     if wanted == "fp32" or (wanted == "auto" and not has_bf16(device)):
         return "fp32"

@@ -1,4 +1,4 @@
-"""What a recipe says of engine and passes."""
+"""The engine and the micro batch size that a recipe implies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from orchestrator.recipe import Recipe
 
 
 def micro_batch_size(recipe: Recipe) -> int:
-    """Examples per forward pass: as the recipe says, or a worker's whole share of the global batch up to 32."""
+    """Return the number of examples per pass: the recipe's, or a worker's share of the global batch, at most 32."""
     if recipe.train.micro_batch_size != "auto":
         return recipe.train.micro_batch_size
     share = recipe.train.global_batch_size // recipe.scale.workers
@@ -15,6 +15,7 @@ def micro_batch_size(recipe: Recipe) -> int:
 
 
 def uses_deepspeed(recipe: Recipe) -> bool:
+    """Whether a recipe is trained with DeepSpeed rather than plain PyTorch."""
     if recipe.scale.engine == "auto":
         return recipe.scale.zero_stage > 0
     return recipe.scale.engine == "deepspeed"

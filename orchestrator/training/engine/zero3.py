@@ -1,5 +1,5 @@
-"""ZeRO-3 with one whole model among all workers: the first one loads it, the others have its outline, and every
-parameter is spread over all of them, one after the other.
+"""ZeRO-3 sharding of a model that only the first worker loads. The others build its outline, and the parameters are
+sharded over all workers one after the other.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from orchestrator.distributed import Exchange
 from orchestrator.recipe import Recipe
-from orchestrator.training.assembling import Parts, assemble, assemble_outline, make_groups
-from orchestrator.training.engine.deepspeed_config import compile_nothing
+from orchestrator.training.assembling import ModelParts, assemble, assemble_outline, make_groups
+from orchestrator.training.engine.deepspeed_config import init_distributed
 from orchestrator.training.prepare import Prepared
 
 
-def is_spread(recipe: Recipe) -> bool:
-    """Whether the weights are spread over several workers."""
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the weights are sharded over several workers."""
     return recipe.scale.zero_stage == 3 and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def assemble_share(prepared: Prepared, exchange: Exchange, as_stored: bool = False) -> Parts:
-    """The parts on the first worker, their outline on the others. All workers call this.
+def assemble_for_sharding(prepared: Prepared, exchange: Exchange, as_stored: bool = False) -> ModelParts:
+    """Return the model on the first worker and its outline on the others. All workers call this.
 
-    Where a model's structure shows only with its weights, every worker has them.
+    Where the structure of a model is known only with its weights, every worker loads it.
 
     Args:
         as_stored: as `assemble`.
@@ -34,48 +34,48 @@ def assemble_share(prepared: Prepared, exchange: Exchange, as_stored: bool = Fal
     Raises:
         ModelError: as `assemble`, on all workers.
     """
-    if not is_spread(prepared.recipe):
+    if not is_sharded(prepared.recipe):
         return assemble(prepared, as_stored)
-    found: list[Parts] = []
+    found: list[ModelParts] = []
 
     def load() -> frozenset[str]:
         found.append(assemble(prepared, as_stored))
         return found[0].new_parameters
 
-    new = exchange.first_does(load)
+    new = exchange.run_on_first(load)
     return found[0] if found else assemble_outline(prepared, new) or assemble(prepared, as_stored)
 
 
-def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.device, exchange: Exchange) -> None:
-    """Spread the first worker's weights; other tensors of its model are copied. All workers call this.
+def shard_parameters(
+    parts: ModelParts, recipe: Recipe, config: dict[str, Any], device: torch.device, exchange: Exchange
+) -> None:
+    """Shard the first worker's weights over all workers, and copy its other tensors. All workers call this.
 
     Args:
         config: DeepSpeed's.
     """
     import deepspeed
 
-    compile_nothing()
-    # Without the name it does not look for the workers' group where there is no GPU.
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    init_distributed(device)
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    filled: dict[int, nn.Parameter] = {}
+    allocated: dict[int, nn.Parameter] = {}
 
-    def fill(parameter: nn.Parameter) -> nn.Parameter:
-        """The parameter, with room for its values where it is an outline; the same one for weights that are shared."""
-        if parameter.is_meta and id(parameter) not in filled:
-            room = torch.empty(parameter.shape, dtype=dtype, device=device)
-            filled[id(parameter)] = nn.Parameter(room, requires_grad=parameter.requires_grad)
-        return filled.get(id(parameter), parameter)
+    def allocate(parameter: nn.Parameter) -> nn.Parameter:
+        """Return the parameter with memory for its values; the same one for modules that share it."""
+        if parameter.is_meta and id(parameter) not in allocated:
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            allocated[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        return allocated.get(id(parameter), parameter)
 
     convert: Callable[..., None] | None = None
     for module in parts.module.modules():
         for name, outline in module.named_parameters(recurse=False):
-            parameter = module._parameters[name] = fill(outline)
-            if hasattr(parameter, "ds_id"):  # As DeepSpeed marks what it has spread already.
+            parameter = module._parameters[name] = allocate(outline)
+            if hasattr(parameter, "ds_id"):  # DeepSpeed has sharded it already.
                 continue
             parameter.data = parameter.data.to(dtype)
             if convert is None:
-                # Setting this up takes half a second, so it is done once: what is spread can spread others.
+                # This takes half a second, so it is done once: a sharded parameter can shard others.
                 deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config, dtype=dtype)
                 convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
             else:
@@ -85,26 +85,28 @@ def spread(parts: Parts, recipe: Recipe, config: dict[str, Any], device: torch.d
 
 
 def _copy_others(model: nn.Module, device: torch.device, exchange: Exchange) -> None:
-    """Copy the first worker's buffers, and tensors that its modules keep beside them, to the others."""
+    """Copy the first worker's buffers, and tensors in other attributes of its modules, to the other workers."""
     modules = dict(model.named_modules())
 
-    def homes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    def tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         return module._buffers, vars(module)
 
-    # Only the first worker's model has been run, and may have kept something.
+    # Only the first worker has run its model, which may have stored tensors.
     found = [
         (owner, kind, name, value.shape, value.dtype)
         for owner, module in modules.items()
-        for kind, home in enumerate(homes(module))
-        for name, value in home.items()
+        for kind, tensors in enumerate(tensor_dicts(module))
+        for name, value in tensors.items()
         if isinstance(value, Tensor)
     ]
-    for owner, kind, name, shape, dtype in exchange.from_first(found):
-        home = homes(modules[owner])[kind]
+    for owner, kind, name, shape, dtype in exchange.broadcast(found):
+        tensors = tensor_dicts(modules[owner])[kind]
         is_first = dist.get_rank() == 0
         value = (
-            home[name].detach().to(device).contiguous() if is_first else torch.empty(shape, dtype=dtype, device=device)
+            tensors[name].detach().to(device).contiguous()
+            if is_first
+            else torch.empty(shape, dtype=dtype, device=device)
         )
-        # As bytes: not every backend sends truth values.
+        # As bytes: not every backend supports bool.
         dist.broadcast(value.view(torch.uint8) if dtype == torch.bool else value, 0)
-        home[name] = value
+        tensors[name] = value

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import models
-from orchestrator.models import NoPrefix, Prefix
-from orchestrator.models.attempt import CallFailed, attempt
-from orchestrator.models.shortcuts.prefix import NotSeen
-from orchestrator.models.shortcuts.token_pooling import evaluating, is_close
+from orchestrator.models import Prefix, PrefixUnavailable
+from orchestrator.models.attempt import CallFailed, try_forward
+from orchestrator.models.shortcuts.prefix import BoundaryNotReached
+from orchestrator.models.shortcuts.token_pooling import eval_mode, is_close
 from orchestrator.tasks import Encoded
-from orchestrator.training.assembling import Parts
+from orchestrator.training.assembling import ModelParts
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.features.prefix_cache import PrefixCache, model_identity, open_shared, open_store
 from orchestrator.training.loop import Schedule
@@ -27,7 +27,7 @@ TRIED = (0.0, 0.1, 0.25)  # Examples on which a model's split is tried out, as s
 CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would save nothing.
 
 
-def boundary_of(parts: Parts) -> int | None:
+def boundary_of(parts: ModelParts) -> int | None:
     """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
     depth = parts.frozen.depth
     # A pooler that the source lacks is trained with the head, though it is in the body.
@@ -35,7 +35,9 @@ def boundary_of(parts: Parts) -> int | None:
     return depth.num_layers + ends_body if depth.stem else None
 
 
-def extract_prefix_at_boundary(prepared: Prepared, parts: Parts, schedule: Schedule) -> Prefix | NoPrefix | None:
+def extract_prefix_at_boundary(
+    prepared: Prepared, parts: ModelParts, schedule: Schedule
+) -> Prefix | PrefixUnavailable | None:
     """Have the last layer compute only what the head reads, and make the frozen blocks replaceable by their output.
 
     Returns:
@@ -44,29 +46,29 @@ def extract_prefix_at_boundary(prepared: Prepared, parts: Parts, schedule: Sched
     boundary = boundary_of(parts)
     is_asked = boundary is not None and is_wanted(prepared, parts, schedule, boundary)
     if prepared.recipe.scale.zero_stage == 3:
-        return NoPrefix("ZeRO-3 spreads its weights over the workers") if is_asked else None
+        return PrefixUnavailable("ZeRO-3 spreads its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
     loader, some = examples_to_try(encoded, parts)
-    inputs, pooling = pick_position(parts, loader, some)
+    inputs, pooling = use_token_pooling(parts, loader, some)
     if boundary is None or not is_asked:
         return None
     if encoded.rows_per_example > 1:
-        return NoPrefix("an example is several texts")
+        return PrefixUnavailable("an example is several texts")
     if encoded.augments:
-        return NoPrefix("training examples are changed at random")
-    beside = loader.extra_inputs(some).inputs
-    return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pooling)
+        return PrefixUnavailable("training examples are changed at random")
+    extra_inputs = loader.extra_inputs(some).inputs
+    return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, extra_inputs, pooling)
 
 
-def examples_to_try(encoded: Encoded, parts: Parts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
+def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
     """A split on the model's device, and some of its rows."""
     order = np.argsort(encoded.lengths, kind="stable")
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     return SplitLoader(encoded, torch.device(parts.body.device)), some
 
 
-def pick_position(
-    parts: Parts, loader: SplitLoader, some: npt.NDArray[np.int64]
+def use_token_pooling(
+    parts: ModelParts, loader: SplitLoader, some: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Tensor], models.TokenPooling | None]:
     """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
     inputs = loader.batch(some).inputs
@@ -84,18 +86,18 @@ def can_pack(loader: SplitLoader, module: nn.Module) -> bool:
     # The short ones share a row beside the longest.
     some = np.unique(order[[0, len(order) // 10, len(order) // 4, len(order) // 2]])
     found = []
-    with torch.no_grad(), evaluating(module):
+    with torch.no_grad(), eval_mode(module):
         for arrays in (loader.encoded.batch(some), loader.encoded.packed_batch(some)):
             inputs = {name: torch.from_numpy(values).to(loader.device) for name, values in arrays.inputs.items()}
             try:
-                logits = attempt(module, inputs, "putting several examples in one row")
+                logits = try_forward(module, inputs, "putting several examples in one row")
             except CallFailed:
                 return False
             found.append(logits.sum((0, 1))[:1])
     return is_close(found[1], found[0])
 
 
-def is_wanted(prepared: Prepared, parts: Parts, schedule: Schedule, boundary: int) -> bool:
+def is_wanted(prepared: Prepared, parts: ModelParts, schedule: Schedule, boundary: int) -> bool:
     """Whether stored features are asked for, or save something: more than one pass over blocks that compute."""
     wanted = prepared.recipe.train.cache_prefix
     if wanted != "auto":
@@ -106,7 +108,7 @@ def is_wanted(prepared: Prepared, parts: Parts, schedule: Schedule, boundary: in
 
 def make_loaders(
     prepared: Prepared,
-    split: Prefix | NoPrefix | None,
+    split: Prefix | PrefixUnavailable | None,
     engine: Engine,
     precision: str,
     report_phase: Callable[[str], None],
@@ -121,7 +123,7 @@ def make_loaders(
         boundaries: others to store in the same pass, for later runs.
         leads_node: whether this worker does for its node what is done there once.
     """
-    loaders = {name: SplitLoader(prepared.encoded(name), engine.device, engine.float_type) for name in prepared.tables}
+    loaders = {name: SplitLoader(prepared.encoded(name), engine.device, engine.input_dtype) for name in prepared.tables}
     if split is None:
         return loaders
     # Machines that differ may find out different things, but all workers of a run do the same.
@@ -138,7 +140,7 @@ def make_loaders(
             for name, rows in found.items():
                 loaders[name].features = rows
     if reason is not None:
-        engine.first_worker_does(lambda: note(f"the frozen blocks are computed in every epoch: {reason}"))
+        engine.run_on_first_worker(lambda: note(f"the frozen blocks are computed in every epoch: {reason}"))
     return loaders
 
 
@@ -173,7 +175,7 @@ def store_features(prepared: Prepared, cache: PrefixCache, boundaries: Sequence[
             if isinstance(rows, str):
                 return rows
             found[name] = rows[boundary]
-    except (CallFailed, NotSeen) as error:
+    except (CallFailed, BoundaryNotReached) as error:
         return f"the model cannot be stopped between its blocks ({error})"
     except OSError as error:
         return _cannot_store(error)

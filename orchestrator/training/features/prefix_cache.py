@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orchestrator.data.batches import cheapest_cuts
 from orchestrator.data.cache import cache_folder, content_key
-from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_a_little
+from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_for_others
 from orchestrator.models import Prefix
 from orchestrator.models.shortcuts.token_pooling import is_close
 from orchestrator.recipe import Recipe
@@ -162,7 +162,7 @@ class PrefixCache:
                         for writer in open_ones.values():
                             writer.mark_done(number)
             if idle:
-                wait_a_little()
+                wait_for_others()
 
     def _compute_shard(
         self, encoded: Encoded, rows: Indices, writers: dict[int, Writer], start: int | None, stored: Rows | None
@@ -189,7 +189,7 @@ class PrefixCache:
         start: int | None = None,
         stored: Rows | None = None,
     ) -> dict[int, Tensor]:
-        loader = SplitLoader(encoded, self.engine.device, self.engine.float_type)
+        loader = SplitLoader(encoded, self.engine.device, self.engine.input_dtype)
         batch = loader.batch(rows) if stored is None else loader.extra_inputs(rows)
         features = None
         if stored is not None:
@@ -237,4 +237,4 @@ def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) 
     adapter = recipe.transfer.adapter
     weights = [adapter.quantize] if adapter is not None and adapter.quantize is not None else []
     packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    return [source, seed, *weights, precision, str(engine.float_type), engine.device.type, *packages]
+    return [source, seed, *weights, precision, str(engine.input_dtype), engine.device.type, *packages]

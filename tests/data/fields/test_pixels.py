@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.data.cache import cached_table
 from orchestrator.data.fields.pixels import BYTES_TOGETHER, Pixels, pixel_array, pixel_type, shards
-from orchestrator.data.threads import in_threads
+from orchestrator.data.threads import map_in_threads
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)
 SCHEMA = pa.schema({"pixels": pixel_type(4, 5)})
@@ -83,7 +83,7 @@ def test_work_in_threads_comes_back_in_order_and_not_far_ahead() -> None:
         return item * item
 
     num_items = 2000 * (os.cpu_count() or 1)
-    results = in_threads(work, range(num_items))
+    results = map_in_threads(work, range(num_items))
     assert next(results) == 0
     assert len(done) < num_items / 2
     assert list(results) == [item * item for item in range(1, num_items)]
@@ -91,4 +91,4 @@ def test_work_in_threads_comes_back_in_order_and_not_far_ahead() -> None:
 
 def test_an_error_in_a_thread_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda item: 1 // item, [1, 2, 0, 3]))
+        list(map_in_threads(lambda item: 1 // item, [1, 2, 0, 3]))

@@ -25,7 +25,7 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from orchestrator.models import Fp32Compute, load_config, load_model, open_folder
+from orchestrator.models import Fp32ComputeMode, load_config, load_model, open_folder
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def test_a_model_in_bf16_computes_what_it_would_in_fp32(name: str) -> None:
     narrow, wide = narrow_and_wide(name)
     expected, gradients = answers(wide)
     assert not torch.equal(narrow(input_ids=IDS).logits.float(), expected)
-    with Fp32Compute():
+    with Fp32ComputeMode():
         found, others = answers(narrow)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
@@ -79,7 +79,7 @@ def test_no_wide_copy_of_a_weight_waits_for_the_backward_pass(name: str, monkeyp
         return wide
 
     monkeypatch.setattr(Tensor, "float", note)
-    with Fp32Compute():
+    with Fp32ComputeMode():
         logits = narrow(input_ids=IDS).logits
         assert len(copies) > 10
         assert all(copy.expired() for copy in copies)
@@ -88,7 +88,7 @@ def test_no_wide_copy_of_a_weight_waits_for_the_backward_pass(name: str, monkeyp
 
 def test_what_is_written_is_written_to_the_weights_themselves() -> None:
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
-    with Fp32Compute(), torch.no_grad():
+    with Fp32ComputeMode(), torch.no_grad():
         assert weight.dtype == torch.float32  # So it says.
         weight.mul_(torch.full((2, 2), 3.0))
         weight[0] = torch.zeros(2)

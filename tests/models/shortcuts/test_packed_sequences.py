@@ -131,7 +131,7 @@ def test_a_model_that_drops_the_lengths_on_the_way_is_found_out() -> None:
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, given: (args, {k: v for k, v in given.items() if k != "text_lengths"}), with_kwargs=True
         )
-    with pytest.raises(ValueError, match="did not hand on the lengths"):
+    with pytest.raises(ValueError, match="did not pass the lengths"):
         model(**row())
 
 

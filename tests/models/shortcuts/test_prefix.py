@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from orchestrator.models import (
     Block,
     Frozen,
-    NoPrefix,
     Prefix,
+    PrefixUnavailable,
     TokenPooling,
     adapted_blocks,
     add_adapter,
@@ -56,11 +56,13 @@ def picked(family: Family) -> TokenPooling | None:
     return pooling
 
 
-def split(family: Family, boundary: int, pooling: TokenPooling | None, model: Any = None) -> Prefix | NoPrefix:
+def split(family: Family, boundary: int, pooling: TokenPooling | None, model: Any = None) -> Prefix | PrefixUnavailable:
     body = family.model.base_model
     if model is None:  # Adapters are put in after freezing.
         freeze_at(family, boundary)
-    return extract_prefix(model or family.model, body, family.blocks, boundary, family.inputs, family.beside, pooling)
+    return extract_prefix(
+        model or family.model, body, family.blocks, boundary, family.inputs, family.extra_inputs, pooling
+    )
 
 
 def prefix_of(family: Family, boundary: int, pooling: TokenPooling | None = None, model: Any = None) -> Prefix:
@@ -75,7 +77,7 @@ def freeze_at(family: Family, boundary: int) -> Frozen:
 
 
 def beside_of(family: Family, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in inputs.items() if name in family.beside}
+    return {name: value for name, value in inputs.items() if name in family.extra_inputs}
 
 
 def restored(features: Tensor, inputs: dict[str, Tensor], rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,7 +153,7 @@ def test_the_dropout_of_what_is_trained_is_drawn_the_same(name: str, changes: di
         picked(reference)
         features = prefix.compute(family.inputs, [boundary])[boundary]
         logits = []
-        for each, fed in ((family, {**family.beside, "features": features}), (reference, reference.inputs)):
+        for each, fed in ((family, {**family.extra_inputs, "features": features}), (reference, reference.inputs)):
             freeze_at(each, boundary).set_train_mode(each.model)
             torch.manual_seed(7)
             logits.append(each.model(**fed).logits.detach())
@@ -182,7 +184,7 @@ def test_going_on_from_a_shallower_boundary_gives_what_starting_at_the_inputs_do
         deeper = [boundary for boundary in boundaries if boundary > start]
         # A pass from the inputs in between: what is left of it must not be taken for what is fed.
         prefix.compute(make_inputs(name, OTHER_LENGTHS), [boundaries[-1]])
-        found = prefix.compute(family.beside, deeper, start, together[start])
+        found = prefix.compute(family.extra_inputs, deeper, start, together[start])
         assert sorted(found) == deeper
         for boundary in deeper:
             assert agree(found[boundary], together[boundary]), (start, boundary)
@@ -196,7 +198,7 @@ def test_fed_frozen_layers_compute_nothing(name: str) -> None:
         features = prefix.compute(family.inputs, [boundary])[boundary]
         family.model(**family.inputs)
         counters = [Counter(block) for block in (family.blocks.stem, *family.blocks.layers)]
-        family.model(**family.beside, features=features)
+        family.model(**family.extra_inputs, features=features)
         computed = [counter.calls > 0 for counter in counters]
         assert computed == [number > boundary for number in range(len(computed))], boundary
 
@@ -208,7 +210,7 @@ def test_called_without_features_the_model_is_what_it_was(name: str) -> None:
     freeze_at(reference, boundary)
     prefix = prefix_of(family, boundary)
     features = prefix.compute(family.inputs, [boundary])[boundary]
-    family.model(**family.beside, features=features)
+    family.model(**family.extra_inputs, features=features)
     logits, gradients = gradients_of(family.model, family.inputs)
     expected_logits, expected = gradients_of(reference.model, reference.inputs)
     assert torch.equal(logits, expected_logits)
@@ -222,11 +224,10 @@ def test_features_of_a_head_that_reads_one_position_hold_that_position() -> None
     family = make("gpt2")
     pooling = picked(family)
     prefix = prefix_of(family, 4, pooling)
-    assert prefix.is_pooled
     found = prefix.compute(family.inputs, [1, 2, 3, 4])
     assert [tuple(found[boundary].shape) for boundary in (1, 2, 3, 4)] == [(4, 9, 16)] * 2 + [(4, 1, 16)] * 2
-    assert not prefix_of(make("gpt2"), 2).is_pooled
-    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled
+    assert not prefix_of(make("gpt2"), 2).is_pooled(2)
+    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled(4)
 
 
 @pytest.mark.parametrize("freeze", [1, 2])
@@ -254,7 +255,7 @@ def test_a_model_with_an_adapter_above_the_boundary_is_fed(name: str, freeze: in
     prefix = prefix_of(family, freeze, pooling, wrapped)
     features = prefix.compute(family.inputs, [freeze])[freeze]
     frozen.set_train_mode(wrapped)
-    logits, gradients = gradients_of(wrapped, {**family.beside, "features": features})
+    logits, gradients = gradients_of(wrapped, {**family.extra_inputs, "features": features})
     expected_logits, expected = gradients_of(reference.train(), family.inputs)
     assert agree(logits, expected_logits)
     assert any("lora_" in name for name in expected)
@@ -271,8 +272,8 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
         assert agree(fed, reference.model(**family.inputs).logits)
     family, reference = make(name), make(name)
     refused = split(family, 3, None)
-    assert isinstance(refused, NoPrefix)
-    assert "hand on more than hidden states" in refused.reason
+    assert isinstance(refused, PrefixUnavailable)
+    assert "pass on more than hidden states" in refused.reason
     freeze_at(reference, 3)
     check_untouched(family, reference)
 
@@ -293,8 +294,8 @@ def test_an_encoder_is_fed_and_a_decoder_that_reads_it_is_refused_untouched(name
 def test_a_model_that_cannot_be_fed_is_refused_with_a_reason_and_left_as_it_was(name: str, boundary: int) -> None:
     family, reference = make(name), make(name)
     refused = split(family, boundary, None)
-    assert isinstance(refused, NoPrefix)
-    assert refused.reason.startswith(("its layers", "its code calls layers", "what its layers hand on"))
+    assert isinstance(refused, PrefixUnavailable)
+    assert refused.reason.startswith(("its layers", "its code calls layers", "the output of its layers"))
     freeze_at(reference, boundary)
     check_untouched(family, reference)
 
@@ -307,11 +308,11 @@ def test_what_is_trained_below_the_boundary_is_no_fixed_function_of_the_examples
     freeze_at(family, 4)
     family.model.get_parameter(trained).requires_grad_(True)
     inputs = family.inputs
-    found = extract_prefix(family.model, family.model.base_model, family.blocks, 4, inputs, family.beside, None)
+    found = extract_prefix(family.model, family.model.base_model, family.blocks, 4, inputs, family.extra_inputs, None)
     if trained.startswith("classifier."):
         assert isinstance(found, Prefix)
     else:
-        assert found == NoPrefix("something is trained that its frozen blocks depend on")
+        assert found == PrefixUnavailable("its frozen blocks depend on a trained parameter")
         assert is_as_it_was(family.model)
 
 
@@ -319,8 +320,8 @@ def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
     family, reference = make("bert"), make("bert")
     pooling = picked(family)
     picked(reference)
-    family.beside = {}  # Without a mask, padding is read too.
-    assert isinstance(split(family, 1, pooling), NoPrefix)
+    family.extra_inputs = {}  # Without a mask, padding is read too.
+    assert isinstance(split(family, 1, pooling), PrefixUnavailable)
     freeze_at(reference, 1)
     assert torch.equal(family.model(**family.inputs).logits, reference.model(**family.inputs).logits)
     assert sum("forward" in vars(module) for module in family.model.modules()) == sum(
@@ -329,7 +330,7 @@ def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
 
 
 class Counter:
-    """Counts how often what a block's weights make is new: features that are handed on instead are no work."""
+    """Counts the calls of a block's modules that compute with weights, not those that pass features on."""
 
     def __init__(self, block: Block) -> None:
         self.calls = 0

@@ -62,7 +62,7 @@ def expected_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 def test_losses_and_gradients_are_those_of_the_logits(
     name: str, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_loss, "NUMBERS_TOGETHER", 4 * VOCABULARY)  # Several parts, the last one short.
+    monkeypatch.setattr(token_loss, "LOGITS_PER_CHUNK", 4 * VOCABULARY)  # Several parts, the last one short.
     reference, model = build(name), build(name)
     return_token_losses(model)
     expected, found = expected_losses(reference, inputs), model(**inputs).token_losses

@@ -102,14 +102,14 @@ def test_texts_of_a_single_token_tell_nothing() -> None:
 
 def test_the_last_position_is_each_texts_own() -> None:
     pooling = found_pick(make("gpt2"))
-    pooling.look_at(make_texts(LENGTHS))
+    pooling.locate_last_tokens(make_texts(LENGTHS))
     values = torch.arange(9.0).expand(4, 9)[..., None]
-    assert pooling.take(values * torch.ones(4, 9, 1)).flatten().tolist() == [length - 1 for length in LENGTHS]
+    assert pooling.select(values * torch.ones(4, 9, 1)).flatten().tolist() == [length - 1 for length in LENGTHS]
     heads = torch.arange(9.0).view(1, 1, 9, 1) * torch.ones(4, 2, 9, 1)
-    assert pooling.take(heads, axis=2).shape == (4, 2, 1, 1)
-    assert pooling.take(heads, axis=2)[:, 0].flatten().tolist() == [length - 1 for length in LENGTHS]
-    pooling.look_at({"input_ids": torch.ones(2, 5, dtype=torch.long)})
-    assert pooling.take(torch.arange(5.0).view(1, 5, 1) * torch.ones(2, 5, 1)).flatten().tolist() == [4, 4]
+    assert pooling.select(heads, dim=2).shape == (4, 2, 1, 1)
+    assert pooling.select(heads, dim=2)[:, 0].flatten().tolist() == [length - 1 for length in LENGTHS]
+    pooling.locate_last_tokens({"input_ids": torch.ones(2, 5, dtype=torch.long)})
+    assert pooling.select(torch.arange(5.0).view(1, 5, 1) * torch.ones(2, 5, 1)).flatten().tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

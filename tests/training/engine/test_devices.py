@@ -26,7 +26,7 @@ from orchestrator.search.ray.tuner import plain_actors
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.run import search
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.engine.devices import choose_device, refuse_unusable_gpu
+from orchestrator.training.engine.devices import check_gpu, choose_device
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
@@ -99,7 +99,7 @@ def test_a_search_that_wants_no_gpu_takes_none(write_recipe: WriteRecipe, gpu: N
 def test_deepspeed_that_would_take_a_gpu_all_the_same_is_refused(write_recipe: WriteRecipe, gpu: None) -> None:
     recipe = load_recipe(write_recipe(), [NO_GPU, "scale.zero_stage=2"])
     with pytest.raises(ClusterError, match=r"gpus_per_worker[\s\S]*DeepSpeed[\s\S]*export CUDA_VISIBLE_DEVICES="):
-        refuse_unusable_gpu(recipe)
+        check_gpu(recipe)
 
 
 @pytest.mark.parametrize("verb", ["train", "search"])

@@ -14,15 +14,15 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, multiprocessing, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.training.engine import build
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
-from orchestrator.training.engine.deepspeed_config import plain_linear
+from orchestrator.training.engine.deepspeed_config import restoring_linear
 from orchestrator.training.engine.precision import Precision
 
 CUDA = torch.device("cuda", 0)
@@ -44,9 +44,9 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def take_step(engine: Engine, num_passes: int = 1) -> None:
-    inputs = torch.ones(3, 4, device=engine.device, dtype=engine.float_type)
+    inputs = torch.ones(3, 4, device=engine.device, dtype=engine.input_dtype)
     for number in range(num_passes):
-        with engine.in_pass(last=number == num_passes - 1):
+        with engine.accumulate(last=number == num_passes - 1):
             engine.backward(engine.model(inputs).square().mean() / num_passes / engine.num_workers)
     engine.step(1.0)
 
@@ -61,7 +61,7 @@ def step_optimizer(engine: Engine) -> None:
 @pytest.fixture(autouse=True)
 def linear_stays() -> Iterator[None]:
     """Engines are built here without the session that puts PyTorch's linear function back."""
-    with plain_linear():
+    with restoring_linear():
         yield
 
 
@@ -85,7 +85,7 @@ def files_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_adam_has_all_its_state_on_the_device_of_its_parameters(
     files_without_values: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Accelerator, "device", property(lambda _: CUDA))
+    monkeypatch.setattr(build, "choose_device", lambda _: CUDA)
     monkeypatch.setattr(nn.Module, "to", lambda module, _: module)  # Which is not possible without values.
     recipe = recipe_with("engine: torch")
     first, second = make_model(), make_model()

@@ -18,7 +18,7 @@ from orchestrator.distributed import Exchange
 from orchestrator.errors import ModelError, Problem
 from orchestrator.training.engine import zero3 as spreading
 from orchestrator.training.engine.deepspeed_config import deepspeed_config
-from orchestrator.training.engine.zero3 import assemble_share, spread
+from orchestrator.training.engine.zero3 import assemble_for_sharding, shard_parameters
 from orchestrator.training.prepare import prepare
 
 WORKERS = 2
@@ -41,9 +41,9 @@ def work(rank: int, folder: Path, recipe_path: Path) -> None:
 
         models.load_model = only_outlines
     exchange = Exchange()
-    parts = assemble_share(prepared, exchange)
+    parts = assemble_for_sharding(prepared, exchange)
     whole = {name: value.detach().clone() for name, value in parts.module.named_parameters()} if rank == 0 else {}
-    spread(parts, recipe, deepspeed_config(recipe, "fp32", 8, 1000), torch.device("cpu"), exchange)
+    shard_parameters(parts, recipe, deepspeed_config(recipe, "fp32", 8, 1000), torch.device("cpu"), exchange)
     assert not any(value.is_meta for value in parts.module.buffers())
     held = sum(value.ds_tensor.numel() for value in parts.module.parameters())
     total = sum(value.ds_numel for value in parts.module.parameters())
@@ -88,7 +88,7 @@ def fail_to_load(rank: int, folder: Path, recipe_path: Path) -> None:
         spreading.assemble = refuse  # type: ignore[assignment]
     with Exchange() as exchange:
         try:
-            assemble_share(prepared, exchange)
+            assemble_for_sharding(prepared, exchange)
         except ModelError as error:
             (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
     dist.destroy_process_group()

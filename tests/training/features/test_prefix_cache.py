@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator import load_recipe, train
-from orchestrator.models import NoPrefix
+from orchestrator.models import PrefixUnavailable
 from orchestrator.training.features.prefix_cache import PrefixCache
 
 SHARED = ["train.epochs=2", "train.log_every=1", "train.evaluate_every=6", "train.learning_rate=1e-3"]
@@ -339,7 +339,7 @@ def test_where_it_cannot_hold_it_is_off_and_a_note_says_why(
 def test_a_model_that_cannot_be_split_trains_uncached_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = runs.train("uncached", CASES["bert"], "train.cache_prefix=false")
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.models.split_model", lambda *_: NoPrefix("its layers are odd"))
+        patch.setattr("orchestrator.models.extract_prefix", lambda *_: PrefixUnavailable("its layers are odd"))
         directory = runs.train("run", CASES["bert"])
     assert notes_of(directory) == ["the frozen blocks are computed in every epoch: its layers are odd"]
     check_same_course(directory, expected)
