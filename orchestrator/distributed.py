@@ -116,7 +116,7 @@ class Exchange:
             raise found
 
     def _tell(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Have all workers know how a block ended."""
+        """Share with all workers how a block ended."""
         found = self._meet(error)
         if found is not None and (error is None or isinstance(error, OSError)):
             raise found from error

@@ -87,6 +87,6 @@ def raise_if_fatal(problems: Sequence[Problem], error: type[InputError], strict:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name closest to a mistyped one, or None when nothing is close."""
+    """Return the valid name closest to a mistyped one, or None if nothing is close."""
     matches = get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return matches[0] if matches else None

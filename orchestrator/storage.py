@@ -32,27 +32,27 @@ def holds_secrets(url: str) -> bool:
 
 
 def join(place: str, name: str) -> str:
-    """Something in a folder, by a path or a URL; what follows a `?` in a URL stays at its end."""
+    """Return the path or URL of a name in a folder; what follows a `?` in a URL stays at its end."""
     base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
 def split(place: str) -> tuple[str, str]:
-    """The folder that something is in, and its name there."""
+    """Return the folder of a path or URL, and the name in it."""
     base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
     folder, _, name = base.rstrip("/").rpartition("/")
     return f"{folder}{mark}{query}", name
 
 
 def _with_patience(url: str) -> str:
-    """Google's library tries for a quarter of an hour to reach a store, unless it is told otherwise."""
+    """Limit how long Google's library tries to reach a store, by default a quarter of an hour."""
     if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in url:
         return url
     return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={SECONDS_OF_PATIENCE}"
 
 
 def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of the environment that reach an object store; secrets, so never to be shown."""
+    """Return the environment variables that give access to an object store; secrets, never to be shown."""
     return {name: value for name, value in environment.items() if name.startswith(CREDENTIALS)}
 
 
@@ -83,7 +83,7 @@ class RemoteFolder:
         return RemoteFolder(join(self.url, name))
 
     def names(self, folder: str = "") -> dict[str, int]:
-        """The files in a folder and below, by their path within it, with their sizes in bytes; {} where it is not."""
+        """Return the files in a folder and below by their path in it, with sizes in bytes; {} if it is missing."""
         from pyarrow import fs
 
         base = self._at(folder)
@@ -91,11 +91,11 @@ class RemoteFolder:
         return {info.path[len(base) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
 
     def folders(self, folder: str = "") -> list[str]:
-        """The names of the folders in a folder."""
+        """Return the names of the folders in a folder."""
         return sorted({name.partition("/")[0] for name in self.names(folder) if "/" in name})
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None where there is none."""
+        """Return a file's content; None if it does not exist."""
         try:
             with self._files.open_input_stream(self._at(name)) as file:
                 data: bytes = file.read()
@@ -108,12 +108,12 @@ class RemoteFolder:
             file.write(data)
 
     def upload(self, source: Path, name: str = "") -> None:
-        """A file, or all files of a folder, several at a time; nothing where there is none."""
+        """Upload a file, or all files of a folder, several at a time; nothing if the source does not exist."""
         if source.exists():
             self._copy(str(source), self._at(name), up=True)
 
     def download(self, name: str, target: Path) -> bool:
-        """The other way; False where there is nothing of that name."""
+        """Download a file or a folder; return False if it does not exist."""
         from pyarrow import fs
 
         kind = self._files.get_file_info(self._at(name)).type
@@ -147,7 +147,7 @@ class RemoteFolder:
         self._delete_file(self._at(name))
 
     def move(self, target: RemoteFolder) -> None:
-        """Everything in it to another folder of the same store."""
+        """Move all files to another folder of the same store."""
         for name in self.names():
             self._files.copy_file(self._at(name), target._at(name))
         self.delete("")

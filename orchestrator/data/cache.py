@@ -19,7 +19,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """Our folder for what can be built again; it is $ORCHESTRATOR_CACHE where that is set.
+    """Return the folder for what can be built again, which $ORCHESTRATOR_CACHE may set.
 
     Else it is `transfer-orchestrator` in $XDG_CACHE_HOME or ~/.cache. It is created without access for others.
 
@@ -34,13 +34,13 @@ def cache_folder() -> Path:
 
 
 def content_key(*parts: object) -> str:
-    """SHA-256 of JSON-able parts: the name under which `cached_table` keeps what is made from them."""
+    """Return the SHA-256 of JSON-able parts: the name under which `cached_table` stores what is built from them."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
-    """The table kept under `key` (see `content_key`), memory-mapped; built and kept when it is not there or damaged.
+    """Return the table stored under `key` (see `content_key`), memory-mapped; a missing or damaged one is built.
 
     Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
     cannot be written or is full, the table is built in memory; one that comes in batches is in memory only then.
@@ -63,18 +63,18 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
 
 
 def find_cached_table(key: str) -> pa.Table | None:
-    """The table that `cached_table` keeps under `key`; None where there is none."""
+    """Return the table that `cached_table` has stored under `key`; None if there is none."""
     path = _path(key)
     return None if path is None else _load(path)
 
 
 def as_table(built: Built) -> pa.Table:
-    """All batches as one table."""
+    """Return all batches as one table."""
     return built if isinstance(built, pa.Table) else built.read_all()
 
 
 def _path(key: str) -> Path | None:
-    """Where a table is kept; None where none can be."""
+    """Return where a table is stored; None if none can be."""
     try:
         folder = cache_folder() / "tables"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -84,7 +84,7 @@ def _path(key: str) -> Path | None:
 
 
 def _load(path: Path) -> pa.Table | None:
-    """The mapped table, or None when the file is missing or not what was written."""
+    """Return the mapped table, or None if the file is missing or not what was written."""
     try:
         with pa.memory_map(str(path)) as source:
             contents = source.read_buffer()

@@ -35,7 +35,7 @@ class LinesAt:
 
 
 def line_at(path: Path, position: int) -> int:
-    """The line (from 1) of a file that the byte at `position` (from 0) is part of."""
+    """Return the line (from 1) of a file that contains the byte at `position` (from 0)."""
     line = 1
     with path.open("rb") as file:
         while position > 0 and (data := file.read(min(position, _BYTES_TOGETHER))):
@@ -91,16 +91,16 @@ class Examples:
         return int(self.table.num_rows)
 
     def take(self, indices: Sequence[int] | Rows) -> Examples:
-        """The examples at these positions, in this order."""
+        """Return the examples at these positions, in this order."""
         positions = np.asarray(indices, dtype=np.int64)
         return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
 
     def slice(self, start: int, stop: int) -> Examples:
-        """The examples from one position up to another, without a copy."""
+        """Return the examples from one position up to another, without a copy."""
         return Examples(self.table.slice(start, stop - start), self.rows[start:stop], self.files, self.label_names)
 
     def values(self, column: str) -> Iterator[Any]:
-        """The column as Python objects, of which few are made at a time."""
+        """Yield the column as Python objects, of which few exist at a time."""
         for start in range(0, len(self), _ROWS_TOGETHER):
             yield from self.table.column(column).slice(start, _ROWS_TOGETHER).to_pylist()
 
@@ -110,7 +110,7 @@ class Examples:
         return file.where(original)
 
     def source(self, row: int) -> tuple[SourceFile, int]:
-        """The file of the example at position `row`, and its row number there."""
+        """Return the file of the example at position `row`, and its row number there."""
         original = int(self.rows[row])
         for file in self.files:
             if original < file.num_rows:
@@ -119,13 +119,13 @@ class Examples:
         raise IndexError(f"row {row} lies in none of the files")
 
     def file_numbers(self) -> Rows:
-        """Which of `files` each example is of; shape [len]."""
+        """Return which of `files` each example is from; shape [len]."""
         ends = np.cumsum([file.num_rows for file in self.files])
         return np.searchsorted(ends, self.rows, side="right")
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over column names, types and values in their order, whatever the file format and the chunking."""
+        """Return the SHA-256 of column names, types and values in order, whatever the file format and the chunking."""
         digest = hashlib.sha256()
         for name in sorted(self.table.column_names):
             column = self.table.column(name)

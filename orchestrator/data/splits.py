@@ -17,7 +17,7 @@ from orchestrator.recipe.schema import Limit, Split
 def cut_missing_splits(
     splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[str]
 ) -> dict[str, Examples]:
-    """All three splits (or *train* and *select*, when `split.test` is 0): those that are missing are cut from *train*.
+    """Return all three splits (or *train* and *select*, if `split.test` is 0), cutting missing ones from *train*.
 
     Each class gives its share (`stratify` names a column of text or whole numbers). Rows with the same text in the
     `group_by` columns, but for case, punctuation, digits and spaces, stay on one side. Every class keeps training
@@ -50,7 +50,7 @@ def cut_missing_splits(
 def limit_examples(
     splits: Mapping[str, Examples], limit: Limit, stratify: str | None, seed: int
 ) -> dict[str, Examples]:
-    """At most so many examples of each split, and of each class of *train*; the others are left as they are.
+    """Return at most `limit` examples of each split, and of each class of *train*; the others are left as they are.
 
     Draws are stratified and nested: with one seed, the 100 examples are among the 200. Every class has one first, then
     its share.
@@ -75,7 +75,7 @@ def limit_examples(
 
 
 def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
-    """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
+    """Return rows in an order whose every beginning is a stratified sample; at most `per_class` of a class."""
     ranks_by_hash = draw_ranks(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
     ranks = np.zeros(len(classes), dtype=np.int64)
@@ -93,7 +93,7 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
 
 
 def _classes(examples: Examples, stratify: str | None) -> Rows | None:
-    """A number for each row's class, shape [n]; None where the column holds no single classes."""
+    """Return a number for each row's class, shape [n]; None if the column does not hold single classes."""
     if stratify is None:
         return None
     values = examples.table.column(stratify)
@@ -104,7 +104,7 @@ def _classes(examples: Examples, stratify: str | None) -> Rows | None:
 
 
 def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], seed: int) -> list[list[list[int]]]:
-    """For each class its groups of rows that must stay together, in the order of the draw."""
+    """Return for each class its groups of rows that must stay together, in the order of the draw."""
     columns = [name for name in group_by if name in examples.table.column_names]
     numbers = list(range(len(examples)))
     exact = text_keys(examples, columns).to_pylist() if columns else numbers
@@ -124,7 +124,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
 
 
 def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
-    """Rows with the same key together; a row without a key is a group of its own. `keys` are those of all rows."""
+    """Group rows by key; a row without a key is a group of its own. `keys` are those of all rows."""
     groups: dict[object, list[int]] = {}
     for row in rows:
         groups.setdefault(("no key", row) if keys[row] is None else keys[row], []).append(row)
@@ -132,7 +132,7 @@ def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
 
 
 def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
-    """The rows of each part, by its share of all rows; the parts are disjoint."""
+    """Return the rows of each part, by its share of all rows; the parts are disjoint."""
     parts: list[Rows] = []
     next_group = [0] * len(strata)
     sizes = np.array([sum(map(len, stratum)) for stratum in strata], dtype=np.float64)
@@ -152,7 +152,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
 
 
 def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Rows:
-    """Whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
+    """Return integers near `exact` with the same sum (largest remainder), at least 1 in all."""
     quotas = np.floor(exact).astype(np.int64)
     total = max(1, round(float(exact.sum())))
     for number in np.argsort(quotas - exact, kind="stable")[: max(0, total - int(quotas.sum()))]:

@@ -78,7 +78,7 @@ def add_adapter(
 
 
 def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
-    """The blocks after `add_adapter`: parameters under their new names, each adapter in the block that it sits in."""
+    """Return the blocks after `add_adapter`, with the new names of parameters, each adapter in its module's block."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -143,7 +143,7 @@ def _is_renamed(name: str, model: Any) -> bool:
 
 
 def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter, reaches_experts: bool) -> list[str]:
-    """Full names of the linear modules, and of the experts' weights, that get an adapter."""
+    """Return the full names of the linear modules, and of the experts' weights, that get an adapter."""
     new = set(blocks.head.parameters)
     names = {module: name for name, module in model.named_modules()}
     experts = find_experts(model)
@@ -169,7 +169,7 @@ def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapt
 
 
 def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter) -> list[str]:
-    """Full names of the modules that the recipe has trained whole."""
+    """Return the full names of the modules that the recipe trains whole."""
     frozen = {module for block in frozen_blocks(blocks, depth) for module in block.modules}
     inside = {module for block in blocks.in_order() for module in block.modules}
     # What holds other modules with weights is no module that peft copies well.
@@ -183,7 +183,7 @@ def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter:
 
 
 def _matching(wanted: list[str], everywhere: list[str], above: list[str], kind: str, place: str) -> list[str]:
-    """The names above the boundary that end as is wanted; raises ModelError where any of what is wanted ends none."""
+    """Return the names above the boundary with a wanted last part; raises ModelError if one of them matches none."""
     problems = list(_check_names(wanted, everywhere, above, kind, place))
     if problems:
         raise ModelError(problems)
@@ -219,7 +219,7 @@ def _last_part(name: str) -> str:
 
 
 def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
-    """Full names of the outermost modules that hold only parameters of the head."""
+    """Return the full names of the outermost modules that hold only parameters of the head."""
     head = set(blocks.head.parameters)
     found: list[str] = []
     for name, module in model.named_modules():
@@ -282,7 +282,7 @@ def has_learned(
 
 
 def _check_trained(wrapped: Any, targets: list[str], experts: list[str], saved: list[str]) -> None:
-    """Exactly the adapters asked for, and the copies of what is saved whole, are trained."""
+    """Assert that exactly the requested adapters, and the copies of modules that are saved whole, are trained."""
     from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -27,7 +27,7 @@ class CallFailed(Exception):
 
     @property
     def reason(self) -> str:
-        """The name of the error."""
+        """Return the name of the error."""
         return type(self.__cause__).__name__
 
 

@@ -41,7 +41,7 @@ def set_batch_norm_momentum(model: nn.Module, num_updates: int) -> str | None:
 
 
 def running_norms(model: nn.Module) -> Iterator[Any]:
-    """Batch norms of all kinds, and instance norms, that keep running statistics."""
+    """Yield batch norms of all kinds, and instance norms, that keep running statistics."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             yield module

@@ -55,7 +55,7 @@ class Blocks:
     """Modules around layers, the body among them. Their own code may drop out features or layers in training mode."""
 
     def in_order(self) -> tuple[Block, ...]:
-        """Stem, layers, tail, head."""
+        """Return stem, layers, tail, head."""
         return (self.stem, *self.layers, self.tail, self.head)
 
 
@@ -101,7 +101,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
 
 
 def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
-    """When each module of the body is first called; modules that are not called have no entry."""
+    """Return when each module of the body is first called; modules that are not called have no entry."""
     calls: Calls = {}
 
     def note_call(module: nn.Module, _: Any) -> None:
@@ -142,7 +142,7 @@ def _find_layers(body: nn.Module, calls: Calls) -> Columns:
 
 
 def _find_lists(module: nn.Module) -> Iterator[list[list[nn.Module]]]:
-    """The outermost module lists, those of one parent together; a list of lists counts as one list."""
+    """Yield the outermost module lists, those of one parent together; a list of lists counts as one list."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     yield [list(_flatten(each)) for each in lists]
     for child in module.children():
@@ -166,7 +166,7 @@ def _is_run(modules: Sequence[nn.Module], calls: Calls) -> bool:
 
 
 def _align(lists: list[list[nn.Module]], calls: Calls) -> Columns:
-    """Layers out of the lists of one parent.
+    """Return the layers in the lists of one parent.
 
     Lists that take turns (attention 1, feed-forward 1, attention 2, ...) are the parts of the same layers; lists that
     follow one another are layers of their own.
@@ -179,7 +179,7 @@ def _align(lists: list[list[nn.Module]], calls: Calls) -> Columns:
 
 
 def _assign_modules(model: Any, columns: Columns, calls: Calls) -> tuple[Owners, list[nn.Module]]:
-    """The number of each module's block, and which modules are around layers."""
+    """Return the number of each module's block, and the modules around layers."""
     owners: Owners = {}
     for number, column in enumerate(columns, start=1):
         for element in column:
@@ -207,13 +207,13 @@ def _find_owner(module: nn.Module, calls: Calls, starts: Sequence[int]) -> int:
 
 
 def _find_wrappers(model: Any) -> list[nn.Module]:
-    """The model itself, and whatever else is around its body."""
+    """Return the model itself, and whatever else is around its body."""
     body = find_body(model)
     return [module for module in model.modules() if module is not body and body in set(module.modules())]
 
 
 def _assign_parameters(model: Any, owners: Owners, new_parameters: frozenset[str]) -> dict[nn.Parameter, int]:
-    """The number of each parameter's block: the earliest, where modules share it."""
+    """Return the number of each parameter's block: the earliest, where modules share it."""
     numbers: dict[nn.Parameter, int] = {}
     for module, owner in owners.items():
         for parameter in module.parameters(recurse=False):

@@ -46,7 +46,7 @@ def put_deep_head(model: Any, path: str, widths: list[int], dropout: float) -> D
 
 
 def with_deep_head(base_class: type[Any]) -> type[Any]:
-    """The model class whose output layer is replaced as `config.deep_head` says."""
+    """Return the model class whose output layer is replaced as `config.deep_head` says."""
 
     def build(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
         base_class.__init__(self, config, *arguments, **options)

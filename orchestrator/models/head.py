@@ -53,7 +53,7 @@ def set_head(model: Any, head: Head, new_parameters: frozenset[str]) -> frozense
 
 
 def head_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules outside the body: neither inside it nor around it. Where there are none, the output layer."""
+    """Return names and modules neither inside the body nor around it; if there are none, the output layer."""
     body = find_body(model)
     inside = set(body.modules())
     outside = [
@@ -65,7 +65,7 @@ def head_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of what has an output for each label, in a model whose body holds its head."""
+    """Return names and modules with an output for each label, in a model whose body contains its head."""
     deep = getattr(model.config, "deep_head", None)
     paths = _find_sized_by_labels(model) if deep is None else [deep["path"]]
     for path in paths:
@@ -73,7 +73,7 @@ def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find_sized_by_labels(model: Any) -> list[str]:
-    """Names of the modules whose own weights have another shape where there is one label more."""
+    """Return the names of modules whose own weights have another shape if there is one label more."""
     config = copy.deepcopy(model.config)
     shapes = []
     for _ in range(2):
@@ -90,7 +90,7 @@ def _outline(model: Any, config: Any) -> Any:
 
 
 def find_output_layer(model: Any) -> tuple[str, nn.Linear | DeepHead]:
-    """The head's last layer and its name: the one with an output for each label.
+    """Return the head's last layer and its name: the one with an output for each label.
 
     Raises:
         ModelError: there is none.
@@ -140,7 +140,7 @@ def _drop_features(rate: float, module: nn.Module, inputs: tuple[Tensor, ...]) -
 
 
 def _find_dropout_settings(model: Any) -> list[str]:
-    """Names of the config's values that set the head's dropout and nothing in the body.
+    """Return the names of config values that set the head's dropout and nothing in the body.
 
     Every architecture calls it differently. So each rate gets a number of its own, the model is built from them without
     memory for weights, and the numbers are looked for.

@@ -51,7 +51,7 @@ class HubModel:
 
 
 def find_hub_model(model: str, revision: str | None, where: str) -> HubModel:
-    """The commit that a revision stands for, so that every worker loads the same; from the cache without a network.
+    """Return the commit of a revision, so that every worker loads the same; from the cache without a network.
 
     Raises:
         ModelError: no such model or revision, no safetensors in it, or neither reachable nor cached.
@@ -73,7 +73,7 @@ def find_hub_model(model: str, revision: str | None, where: str) -> HubModel:
 
 
 def explain(error: BaseException, model: str, revision: str | None, where: str) -> Problem:
-    """What an error on the way to a model means for the person who named it."""
+    """Return what an error while loading a model means for the user."""
     unreachable = (
         f"the Hub cannot be reached, and {model!r} is not in the local cache",
         "connect to the internet once, or download the model elsewhere and name its folder (./folder)",

@@ -41,7 +41,7 @@ class ImagePreprocessor:
     """
 
     def __init__(self, processor: Any, source: SourceModel) -> None:
-        """Tries the processor out.
+        """Try the processor on sample images.
 
         Raises:
             ModelError: it makes pictures of uneven sizes, or does more than can be done in two parts.
@@ -72,7 +72,7 @@ class ImagePreprocessor:
 
     @property
     def settings(self) -> str:
-        """Everything that decides what is made of a picture, but for the libraries' versions."""
+        """Return everything that determines the output for an image, except for the versions of libraries."""
         text: str = self.processor.to_json_string()
         return text
 
@@ -81,7 +81,7 @@ class ImagePreprocessor:
         self.processor.save_pretrained(folder)
 
     def make(self, picture: Any) -> Pixels:
-        """The bytes that the processor makes of a picture before it normalises; [height, width, 3].
+        """Return the image as bytes before it is normalised; [height, width, 3].
 
         Args:
             picture: a PIL image in RGB.
@@ -95,7 +95,7 @@ class ImagePreprocessor:
         return np.stack(nearest, axis=-1)
 
     def numbers(self, pictures: Pixels) -> Numbers:
-        """What the model reads: bytes [n, height, width, 3] become float32 [n, 3, height, width]."""
+        """Normalise bytes [n, height, width, 3] to the model's input, float32 [n, 3, height, width]."""
         found = np.empty((len(pictures), 3, *pictures.shape[1:3]), dtype=np.float32)
         for picture, numbers in zip(pictures, found, strict=True):
             for colour, values in enumerate(self.values):
@@ -105,7 +105,7 @@ class ImagePreprocessor:
 
 
 def set_image_size(processor: Any, size: int, source: SourceModel) -> Any:
-    """The processor, made to give square pictures of this size; what it cuts off keeps its share.
+    """Set a processor to return square images of this size; the share that it crops stays the same.
 
     Raises:
         ModelError: it cannot be.
@@ -124,7 +124,7 @@ def set_image_size(processor: Any, size: int, source: SourceModel) -> Any:
 
 
 def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """Settings that may give pictures of this size, the closest to the present ones first."""
+    """Yield settings that may give images of this size, the closest to the present ones first."""
     square = {"height": size, "width": size}
     present, crop = settings.get("size") or {}, settings.get("crop_size") or {}
     share = size / crop["height"] if settings.get("do_center_crop") and "height" in crop else None
@@ -140,7 +140,7 @@ def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any
 
 
 def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
-    """What the processor makes of one picture; [3, height, width]."""
+    """Return the processor's output for one image; [3, height, width]."""
     made = processor(picture, **options)
     found = np.asarray(made["pixel_values"][0]) if "pixel_values" in made else None
     if found is None or found.ndim != 3 or found.shape[0] != 3:
@@ -150,7 +150,7 @@ def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
 
 
 def _find_values(processor: Any) -> Numbers:
-    """What each byte becomes, from a picture of all of them."""
+    """Return the value that each byte is converted to, from an image that contains all of them."""
     from PIL import Image
 
     row = np.arange(NUM_VALUES, dtype=np.uint8)

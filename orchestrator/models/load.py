@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 def load_config(source: SourceModel, **changes: Any) -> Any:
-    """The source's config with some of its values changed (label names, problem type).
+    """Load the source's config and change some of its values (label names, problem type).
 
     Raises:
         ModelError: it cannot be read, or its architecture is not known.
@@ -59,7 +59,7 @@ def load_config(source: SourceModel, **changes: Any) -> Any:
 
 
 def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
-    """The source's tokenizer, padding on the right, and notes on what was set for it (not fatal).
+    """Load the source's tokenizer, padding on the right; also return notes on what was set for it (not fatal).
 
     Where there is no padding token, the end-of-text token takes its place, or the unknown one; none is added, because
     the model has no embedding for it. Padding is masked, so the model does not read it.
@@ -112,7 +112,7 @@ def load_model(
     quantize: str | None = None,
     as_stored: bool = False,
 ) -> LoadedModel:
-    """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
+    """Load the source's weights under the head of a transformers auto class, in fp32 and in evaluation mode.
 
     What the source lacks, or has in another shape (a head for other labels), is drawn under `seed`; the caller's random
     streams stay as they are. The output layer of a source that was trained for other labels is drawn anew too, even
@@ -192,7 +192,7 @@ def add_embeddings(model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random draws inside follow `seed`; those after it go on as if nothing had been drawn."""
+    """Make random draws inside depend on `seed`; draws afterwards continue as if none had been made."""
     # Where CUDA was not started, seeding it would take effect only later, over whatever the caller seeded it with.
     is_started: Callable[[], bool] = torch.cuda.is_initialized
     devices = [torch.cuda.current_device()] if is_started() else []
@@ -204,7 +204,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _check_adapter(source: SourceModel, auto_class: str) -> None:
-    """A head of the adapter's own would not be that of its base."""
+    """Refuse an adapter with a head of its own, which its base model does not have."""
     if source.adapter is not None and auto_class != "AutoModelForCausalLM":
         what = f"{source.name!r} is an adapter, and only language models go on from one"
         raise ModelError(Problem(what, source.where, MERGE))
@@ -248,7 +248,7 @@ def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
 def _load_weights(
     loader: Any, config: Any, source: SourceModel, quantize: str | None, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers reports of its weights."""
+    """Return the model, and the loading report of transformers."""
 
     def load(**arguments: Any) -> tuple[Any, dict[str, Any]]:
         with _building(source):
@@ -279,7 +279,7 @@ def _load_weights(
 
 
 def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceModel) -> None:
-    """Have buffers in fp32. Those that are not stored, such as a scale, are made anew: bf16 has rounded them."""
+    """Convert buffers to fp32. Those that are not stored, such as scales, are computed again: bf16 rounded them."""
     narrow = {name for name, value in model.named_buffers() if value.dtype == torch.bfloat16}
     if not narrow:
         return
@@ -293,7 +293,7 @@ def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceMod
 
 
 def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
-    """The auto class; or, for a model that was saved with extra head layers, its class with room for them."""
+    """Return the auto class; or, for a model saved with extra head layers, its class with such a head."""
     loader = getattr(transformers, auto_class)
     if type(config) not in loader._model_mapping:
         if auto_class in (getattr(config, "auto_map", None) or {}) and source.trust_remote_code:
@@ -313,7 +313,7 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
 
 
 def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str]) -> None:
-    """The body must come from the source; only a head may be missing, or be of another shape."""
+    """Check that the body comes from the source; only a head may be missing, or have another shape."""
     head = {parameter for _, module in head_modules(model) for parameter in module.parameters()}
     inside = set(find_body(model).parameters()) - head
     body = {name for name, parameter in model.named_parameters() if parameter in inside}
@@ -355,7 +355,7 @@ def _files(source: SourceModel) -> dict[str, Any]:
 
 @contextmanager
 def _plain_errors(source: SourceModel) -> Iterator[None]:
-    """Errors of transformers in the words of the user; none of its warnings and progress bars."""
+    """Turn errors of transformers into messages for users, and hide its warnings and progress bars."""
     with quiet_transformers():
         try:
             yield
@@ -365,7 +365,7 @@ def _plain_errors(source: SourceModel) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Have transformers show none of its warnings and progress bars."""
+    """Hide warnings and progress bars of transformers."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -27,7 +27,7 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 16
 
 
 def read_lora_deltas(folder: Path) -> LoraDeltas:
-    """What a LoRA adapter of peft changes; other parts of it, such as modules saved whole, are left out.
+    """Return what a LoRA adapter of peft adds to weights; modules that it saves whole are left out.
 
     Raises:
         ModelError: it changes stacked weights of experts.
@@ -96,7 +96,7 @@ def extend_adapter(folder: Path, others: Sequence[LoraDeltas]) -> None:
 
 
 def init_pissa(model: Any) -> LoraDeltas:
-    """Have adapters begin with the largest singular values of the weights that they lie on, which keep the rest.
+    """Initialise adapters with the largest singular values of their weights, which keep the remainder (PiSSA).
 
     PiSSA (Meng et al. 2024): A = sqrt(S / s) V^T and B = U sqrt(S / s). What the model computes stays as it was. The
     decomposition (Halko et al. 2011) is drawn from the caller's random stream, and computed in fp64, so that one made

@@ -26,7 +26,7 @@ def check_quantization(source: SourceModel, where: str) -> None:
 
 
 def quantization(format_name: str, whole: list[str]) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: all linear weights in so many bits, but for those of the layers `whole`."""
+    """Return arguments for `from_pretrained` that quantize all linear weights but those of the layers `whole`."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -39,7 +39,7 @@ def quantization(format_name: str, whole: list[str]) -> dict[str, Any]:
 
 
 def layers_outside_body(model: Any) -> list[str]:
-    """Names of the linear layers of the head: it may be trained."""
+    """Return the names of the linear layers of the head, which may be trained."""
     return [name for name, module in head_modules(model) if isinstance(module, nn.Linear)]
 
 
@@ -52,13 +52,13 @@ def keep_quantized_weights(model: nn.Module) -> None:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have 4-bit weights multiplied in `dtype`. Otherwise it is fp32, whatever the format of their inputs is."""
+    """Set the dtype of products with 4-bit weights. By default it is fp32, whatever the dtype of their inputs."""
     for layer in quantized_layers(model).values():
         layer.compute_dtype = dtype
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers whose weights are quantized, by name."""
+    """Return the layers whose weights are quantized, by name."""
     if "bitsandbytes" not in sys.modules:
         return {}
     from bitsandbytes.nn import Linear4bit

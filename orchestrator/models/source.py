@@ -53,7 +53,7 @@ class SourceModel:
 
 
 def find_source(recipe: Recipe) -> SourceModel:
-    """The source model of a recipe; a local one is checked down to the headers of its weights.
+    """Return the source model of a recipe; a local one is checked down to the headers of its weights.
 
     Raises:
         ModelError: everything that is wrong with it.
@@ -81,7 +81,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _open_adapter(folder: Path, where: str, name: str, trust_remote_code: bool) -> SourceModel:
-    """The base model of an adapter, which is to be added to it.
+    """Return the base model of an adapter, to which the adapter will be added.
 
     Raises:
         ModelError: everything that is wrong with the adapter's folder, or with its base.
@@ -99,7 +99,7 @@ def _open_adapter(folder: Path, where: str, name: str, trust_remote_code: bool) 
 def open_folder(
     folder: Path, where: str, name: str | None = None, trust_remote_code: bool = False, package: str | None = None
 ) -> SourceModel:
-    """A checked model in a folder.
+    """Return the model in a folder, checked.
 
     Args:
         folder: holds config.json and the weights.
@@ -117,7 +117,7 @@ def open_folder(
 
 
 def fingerprint(source: SourceModel) -> str:
-    """What the model is, whatever it is called: runs are resumed, and results cached, only on the same one.
+    """Return what identifies a model whatever its name: runs resume, and results are cached, only on the same one.
 
     For a folder, SHA-256 of its config and its weights; for a Hub id, the id with its commit. With an adapter, both of
     it and its base.
@@ -159,7 +159,7 @@ def _split_package_text(text: str) -> tuple[str, str]:
 
 
 def _find_package_folder(text: str, where: str) -> Path:
-    """The folder inside an installed package, found without importing (running) the package."""
+    """Return a folder inside an installed package, found without importing (running) the package."""
     name, path = _split_package_text(text)
     parts = PurePosixPath(path).parts
     if not name.isidentifier():
@@ -189,7 +189,7 @@ def _check_stays_inside(folder: Path, root: Path, text: str, where: str) -> None
 
 
 def _read_licence(folder: Path, package: str | None) -> str | None:
-    """The licence in the card's front matter, which speaks of the weights; else that of the package around them."""
+    """Return the licence in the front matter of the card, or else that of the package around the weights."""
     licence = _read_front_matter(folder / "README.md").get("license")
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
@@ -204,7 +204,7 @@ def _read_licence(folder: Path, package: str | None) -> str | None:
 
 
 def _read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the `---` lines that a Hub model card starts with; empty where there is none."""
+    """Return the YAML between the `---` lines at the start of a Hub model card; empty if there is none."""
     if not card.is_file() or card.stat().st_size > LARGEST_CARD:
         return {}
     start, *rest = card.read_text(encoding="utf-8", errors="replace").splitlines() or [""]

@@ -28,7 +28,7 @@ class RecipeText:
     values: dict[str, Any]
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, or None."""
+        """Return the value at a dotted path, or None."""
         found: Any = self.values
         for key in path.split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -99,12 +99,12 @@ class Search:
 
     @property
     def space(self) -> dict[str, Any]:
-        """The space as it was searched: the record's, which has the defaults, or the recipe's."""
+        """Return the space as it was searched: the record's, which has the defaults, or the recipe's."""
         return as_dict(self.record.get("space")) or as_dict(self.recipe.get("search.space"))
 
     @cached_property
     def ranked(self) -> list[Trial]:
-        """Trials with a score, best first; of equal scores, the lower loss and then the trial with the lower id."""
+        """Return trials with a score, best first; of equal scores, the lower loss, then the lower id comes first."""
         sign = -1.0 if self.higher_is_better else 1.0
         scored = [trial for trial in self.trials if trial.score is not None]
 
@@ -115,7 +115,7 @@ class Search:
 
     @cached_property
     def leader(self) -> Trial | None:
-        """The winner's trial, or the best one so far."""
+        """Return the winner's trial, or the best one so far."""
         if self.winner is None:
             return next(iter(self.ranked), None)
         named = [trial for trial in self.trials if trial.id == self.winner.id]
@@ -123,7 +123,7 @@ class Search:
 
     @cached_property
     def searched(self) -> list[str]:
-        """Dotted paths of what was varied, in the order of the recipe's space, then of the trials."""
+        """Return dotted paths of the parameters that varied, in the order of the recipe's space, then of the trials."""
         paths = dict.fromkeys(path for trial in self.trials for path in trial.parameters)
         first = [path for path in self.space if path in paths]
         return list(dict.fromkeys([*first, *paths]))
@@ -147,7 +147,7 @@ class Run:
 
 
 def read_search(directory: Path) -> Search:
-    """Raises InputError where search.json cannot be read."""
+    """Read a search directory; raises InputError if search.json cannot be read."""
     record, recipe = read_record(directory / "search.json"), read_recipe(directory / "recipe.yaml")
     rows, num_damaged = read_rows(directory / "trials.jsonl")
     with_id = [row for row in rows if isinstance(row.get("id"), str | int)]
@@ -171,7 +171,7 @@ def read_search(directory: Path) -> Search:
 
 
 def read_run(directory: Path) -> Run:
-    """Raises InputError where run.json cannot be read."""
+    """Read a run directory; raises InputError if run.json cannot be read."""
     return Run(
         recipe=read_recipe(directory / "recipe.yaml"),
         record=read_record(directory / "run.json"),
@@ -187,7 +187,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError where the file holds no such thing."""
+    """Return the JSON object in a file; raises InputError if it holds none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -200,7 +200,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> tuple[Rows, int]:
-    """The JSON objects of a JSON Lines file, none where there is no file; and how many lines are something else."""
+    """Return the JSON objects of a JSON Lines file, if it exists, and the number of lines that hold something else."""
     rows: Rows = []
     num_damaged = 0
     # Not `splitlines`: texts in JSON may hold other line separators.
@@ -217,7 +217,7 @@ def read_rows(path: Path) -> tuple[Rows, int]:
 
 
 def read_recipe(path: Path) -> RecipeText:
-    """The recipe's text, and its values as far as it can be understood: it may be one of another version."""
+    """Return the recipe's text, and its values as far as they can be read: it may be of another version."""
     if not path.exists():
         return RecipeText("", {})
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -232,7 +232,7 @@ def names_in(directory: Path) -> frozenset[str]:
 
 
 def find_metric(record: dict[str, Any], recipe: RecipeText, rows: Rows) -> str:
-    """What the search went by; where nothing says it, the first metric of the trials besides the loss."""
+    """Return the metric of the search; if no record names it, the first metric of the trials besides the loss."""
     for named in (record.get("metric"), recipe.get("search.metric")):
         if isinstance(named, str):
             return named
@@ -259,7 +259,7 @@ def as_trial(name: str, row: dict[str, Any], metric: str) -> Trial:
 
 
 def set_reruns_apart(trials: list[Trial]) -> tuple[list[Trial], dict[str, list[Trial]]]:
-    """The trials of the space, and those that have the parameters of one of them and a seed of their own besides."""
+    """Return the trials of the space, and trials that repeat the parameters of one of them with another seed."""
     first = {repr(sorted(trial.parameters.items())): trial.id for trial in trials if SEED not in trial.parameters}
     kept, reruns = [], dict[str, list[Trial]]()
     for trial in trials:
@@ -292,10 +292,10 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 
 def finite_values(value: Any) -> dict[str, float]:
-    """The finite numbers of a JSON object."""
+    """Return the finite numbers of a JSON object."""
     return {key: amount for key, item in as_dict(value).items() if (amount := number(item)) is not None}
 
 
 def texts_of(value: Any) -> list[str]:
-    """A list of texts, such as notes."""
+    """Return a list of texts, such as notes."""
     return [str(item) for item in value] if isinstance(value, list) else []

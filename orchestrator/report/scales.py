@@ -83,7 +83,7 @@ class Log:
 
 
 def fit_scale(values: Sequence[float], start: float, end: float, log: bool | None = None) -> Scale:
-    """A scale that holds the values. `log` None: by magnitude where they differ widely and are spread so."""
+    """Return a scale for the values. If `log` is None, it is logarithmic where they differ widely and are spread so."""
     low, high = min(values), max(values)
     if high - low <= _SAME * max(abs(low), abs(high)):
         high = low
@@ -105,14 +105,14 @@ def _spread_by_magnitude(values: Sequence[float]) -> bool:
 
 
 def widen(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
-    """The range with some room at both ends, so that nothing sits on the frame."""
+    """Return the range with some room at both ends, so that nothing touches the frame."""
     largest = max(abs(low), abs(high))
     room = (high - low) * share if high - low > _SAME * largest else largest * 0.05 or 0.5
     return low - room, high + room
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Return the next of 1, 2, 5 times a power of ten."""
     power = float(f"1e{math.floor(math.log10(step))}")
     return next(lead * power for lead in (1, 2, 5, 10) if lead * power >= step * (1 - 1e-9))
 

@@ -21,7 +21,7 @@ _MOST_IDS_NAMED = 6
 
 
 def trial_table(view: View) -> Markup:
-    """All trials, those without a score last."""
+    """Return a table of all trials, those without a score last."""
     search = view.search
     names = short_names(search.searched)
     others = other_metrics(search)
@@ -59,7 +59,7 @@ def trial_table(view: View) -> Markup:
 
 
 def other_metrics(search: Search) -> list[str]:
-    """The loss and the most common other metrics."""
+    """Return the loss and the most common other metrics."""
     counts = Counter(name for trial in search.trials for name in trial.metrics if name != search.metric)
     common = [name for name, _ in counts.most_common() if name != "loss"][: _MOST_METRICS - 1]
     return [*(["loss"] if "loss" in counts else []), *common]
@@ -97,7 +97,7 @@ def parameter_cell(search: Search, trial: Trial, path: str, numeric: bool) -> Ce
 
 
 def parameter_table(search: Search) -> Markup:
-    """The leader's parameters, each beside the values that were tried."""
+    """Return a table of the leader's parameters, with the values that were tried."""
     leader = search.leader
     assert leader is not None
     parameters = leader.parameters or (search.winner.parameters if search.winner else {})
@@ -125,13 +125,13 @@ def parameter_table(search: Search) -> Markup:
 
 
 def dotted(path: str) -> Markup:
-    """A path that may break after its dots."""
+    """Return a path that may break after its dots."""
     first, *rest = path.split(".")
     return element("code", first, *(join([".", element("wbr"), part]) for part in rest))
 
 
 def tried(search: Search, path: str) -> Markup | str:
-    """`0, 2, 4, all`, or `1e-5 to 1e-3, 12 values`."""
+    """Return the values of a parameter like `0, 2, 4, all`, or `1e-5 to 1e-3, 12 values`."""
     values = [trial.parameters[path] for trial in search.trials if path in trial.parameters]
     distinct = {repr(value): value for value in values}
     if len(distinct) <= _MOST_VALUES_NAMED:
@@ -165,7 +165,7 @@ def at_edge(search: Search, leader: Trial, path: str) -> bool:
 
 
 def seed_scores(search: Search) -> dict[str, list[float]]:
-    """Scores on *select* of each trial that was trained with more than one seed, its own first."""
+    """Return scores on *select* of each trial that was trained with more than one seed, its own first."""
     found = {}
     for trial in search.ranked:
         again = [rerun.score for rerun in search.reruns.get(trial.id, []) if rerun.score is not None]
@@ -176,7 +176,7 @@ def seed_scores(search: Search) -> dict[str, list[float]]:
 
 
 def seed_table(search: Search, found: dict[str, list[float]]) -> Markup:
-    """The trials that were trained with several seeds, the best mean first."""
+    """Return a table of the trials that were trained with several seeds, the best mean first."""
     columns = [
         TableColumn("trial"),
         TableColumn("mean", numeric=True),
@@ -194,7 +194,7 @@ def seed_table(search: Search, found: dict[str, list[float]]) -> Markup:
 
 
 def failures(search: Search) -> Markup | None:
-    """Reasons with the trials that they ended, the most frequent first."""
+    """Return a table of reasons with the trials that failed, the most frequent first; None without failures."""
     reruns = [trial for trials in search.reruns.values() for trial in trials]
     failed = [trial for trial in [*search.trials, *reruns] if trial.status == "failed"]
     if not failed:

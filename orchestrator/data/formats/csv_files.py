@@ -96,7 +96,7 @@ def _check_header(header: tuple[str, ...], where: str) -> list[Problem]:
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """The csv module refuses fields above 128 KiB unless told; the limit is its global, so it is put back."""
+    """Allow fields above 128 KiB, and restore the limit afterwards, which is a global of the csv module."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -68,7 +68,7 @@ class View:
         return self.colours.step(trial.score or 0.0)
 
     def clamp(self, score: float) -> float:
-        """The score, or the end of the range that it lies beyond."""
+        """Return the score, or the end of the range that it exceeds."""
         return min(self.high, max(self.low, score))
 
     def is_beyond(self, score: float) -> bool:
@@ -76,11 +76,11 @@ class View:
 
     @property
     def radius(self) -> float:
-        """Of a trial's point."""
+        """Return the radius of a trial's point."""
         return 2.5 if self.many else 4.0
 
     def dot(self, trial: Trial) -> str:
-        """The class of a trial's point."""
+        """Return the class of a trial's point."""
         return f"dot{' tiny' if self.many else ''} c{self.step(trial)}"
 
     def tip(self, trial: Trial) -> str | None:
@@ -93,7 +93,7 @@ class View:
         return colour_key((sign if beyond else "") + worst, best, self.score_title)
 
     def beyond_note(self, scores: Iterable[float]) -> str:
-        """What to say about the scores that do not fit on the axis."""
+        """Return a sentence about the scores that do not fit on the axis; empty without any."""
         num_beyond = sum(self.is_beyond(score) for score in scores)
         if num_beyond == 0:
             return ""
@@ -112,26 +112,26 @@ def is_logarithmic(search: Search, path: str) -> bool | None:
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted path, or all of it where two end alike."""
+    """Return the last part of each dotted path, or all of it where two end alike."""
     endings = Counter(path.rsplit(".", 1)[-1] for path in paths)
     return {path: ending if endings[ending := path.rsplit(".", 1)[-1]] == 1 else path for path in paths}
 
 
 def describe_parameters(trial: Trial, search: Search) -> list[str]:
-    """`freeze 3`, `learning_rate 5e-5`, ..."""
+    """Return `freeze 3`, `learning_rate 5e-5`, ..."""
     names = short_names(search.searched)
     return [f"{names[path]} {plain(trial.parameters[path])}" for path in search.searched if path in trial.parameters]
 
 
 def describe(trial: Trial, search: Search) -> str:
-    """A trial in two lines, for tips."""
+    """Return a trial in two lines, for tooltips."""
     parameters = ", ".join(describe_parameters(trial, search))
     cost = f" in {duration(trial.seconds)}" if trial.seconds is not None else ""
     return f"trial {trial.id}: {search.metric} {metric(trial.score)}{cost}\n{parameters}"
 
 
 def trial_lines(view: View, trials: Sequence[Trial], shape: Callable[[Trial], str]) -> list[Markup]:
-    """A line for each trial (`shape` gives its path data), worst first so that the best lie on top.
+    """Return a line per trial (`shape` returns its path data), worst first so that the best ones are on top.
 
     Of many trials, only the best have a colour; the rest are one grey shape behind them.
     """
@@ -147,7 +147,7 @@ def trial_lines(view: View, trials: Sequence[Trial], shape: Callable[[Trial], st
 
 
 def lines_words(view: View) -> str:
-    """How lines tell their scores, for captions."""
+    """Return how lines are coloured, for captions."""
     if view.many:
         return f"coloured by {view.score_title}: the best {NUM_COLOURED}, all others grey"
     return f"coloured by {view.score_title}"

@@ -31,7 +31,7 @@ class Confusion:
 
     @classmethod
     def of(cls, details: dict[str, Any]) -> Confusion | None:
-        """None where the details hold no matrix, or one whose shape is not that of the labels."""
+        """Return the matrix of the details; None if they hold none, or one whose shape does not fit the labels."""
         labels, rows = details.get("labels"), details.get("confusion_matrix")
         if not isinstance(labels, list) or not isinstance(rows, list) or not labels:
             return None
@@ -42,11 +42,11 @@ class Confusion:
         return cls([str(label) for label in labels], counts)
 
     def share(self, truth: int, predicted: int) -> float:
-        """Of the examples of a class, the share that was taken for another; 0 for a class without examples."""
+        """Return the share of a class's examples that were predicted as another; 0 for a class without examples."""
         return self.counts[truth][predicted] / max(1, sum(self.counts[truth]))
 
     def confused_pairs(self) -> list[tuple[int, int]]:
-        """(true, predicted) of the errors, the most frequent first."""
+        """Return (true, predicted) of the errors, the most frequent first."""
         size = range(len(self.labels))
         errors = [(true, predicted) for true in size for predicted in size if true != predicted]
         found = [pair for pair in errors if self.counts[pair[0]][pair[1]] > 0]
@@ -54,7 +54,7 @@ class Confusion:
 
 
 def confusion_chart(details: dict[str, Any], split: str) -> Chart | None:
-    """Shown for single-label classification."""
+    """Return the chart for single-label classification; None for other tasks."""
     found = Confusion.of(details)
     if found is None:
         return None

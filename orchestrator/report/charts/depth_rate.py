@@ -51,13 +51,13 @@ def depth_of(trial: Trial) -> str:
 
 
 def rate_of(trial: Trial) -> float:
-    """The trial's rate, or 0 where it has none."""
+    """Return the trial's rate, or 0 if it has none."""
     rate = number(trial.parameters.get(RATE))
     return rate if rate is not None and rate > 0 else 0.0
 
 
 def depth_rate(view: View) -> Chart | None:
-    """Shown when depth and rate were both varied."""
+    """Return the chart; None unless depth and rate were both varied."""
     plane = Plane.of(view.search)
     if len(plane.depths) < 2 or len(plane.rates) < 2 or not view.search.ranked:
         return None
@@ -143,7 +143,7 @@ def draw_cell(view: View, trial: Trial | None, x: float, y: float, width: float,
 
 
 def cell_label(score: float, width: float) -> str:
-    """As many decimals as fit into a cell."""
+    """Return a score with as many decimals as fit into a cell."""
     choices = [metric(score)]
     if abs(score) < 10:
         choices += [f"{score:.3f}", f"{score:.2f}"]
@@ -152,7 +152,7 @@ def cell_label(score: float, width: float) -> str:
 
 
 def rate_labels(rates: list[float], column: float) -> list[str]:
-    """A label for each rate, every second or third left out where there is no room for all."""
+    """Return a label per rate; every second or third is empty where there is no room for all."""
     labels = [compact(rate) for rate in rates]
     widest = max(text_width(label, 11) for label in labels) + 4
     every = max(1, -int(-widest // column))

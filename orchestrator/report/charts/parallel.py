@@ -43,7 +43,7 @@ class Axis:
 
 
 def parallel(view: View) -> Chart | None:
-    """Shown when two parameters or more were varied."""
+    """Return the chart; None for fewer than two varied parameters."""
     search = view.search
     names, varied = short_names(search.searched), find_varied(search)
     if len(varied) < 2:
@@ -62,7 +62,7 @@ def parallel(view: View) -> Chart | None:
 
 
 def find_varied(search: Search) -> list[str]:
-    """The searched parameters that have more than one value among the trials with a score."""
+    """Return the searched parameters that have more than one value among the trials with a score."""
     values = {
         path: {plain(trial.parameters.get(path, _NOT_SET)) for trial in search.ranked} for path in search.searched
     }
@@ -70,7 +70,7 @@ def find_varied(search: Search) -> list[str]:
 
 
 def parameter_axis(view: View, path: str, name: str) -> Axis:
-    """Numbers to scale, where there are more than a few of them; else each value a place of its own."""
+    """Return an axis to scale for more than a few numbers, otherwise one with equal room for each value."""
     values = {trial.id: trial.parameters.get(path, _NOT_SET) for trial in view.search.ranked}
     numbers = {amount for value in values.values() if (amount := number(value)) is not None}
     words = {plain(value) for value in values.values() if number(value) is None}
@@ -89,7 +89,7 @@ def parameter_axis(view: View, path: str, name: str) -> Axis:
 
 
 def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axis:
-    """Values in order, with room between them in which the lines of equal trials spread."""
+    """Return an axis of values in order, with room for the lines of trials with the same value."""
 
     def order(value: Any) -> tuple[float, float, str]:
         if path == DEPTH and value != _NOT_SET:
@@ -110,7 +110,7 @@ def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axi
 
 
 def score_axis(view: View) -> Axis:
-    """Better is always further along."""
+    """Return the axis of scores; better is always further along."""
     ends = (0.0, 1.0) if view.search.higher_is_better else (1.0, 0.0)
     scale = fit_scale([view.low, view.high], *ends, log=False)
     labels = [(scale(tick.value), tick.label) for tick in scale.ticks(7)]
@@ -140,14 +140,14 @@ def column_width(axes: list[Axis], size: Size) -> float:
 
 
 def lay_beside(axes: list[Axis], size: Size) -> tuple[float, Spot]:
-    """Upright axes from left to right; returns the drawing's height and where (axis, share) is."""
+    """Lay out vertical axes from left to right; return the drawing's height and a function of (axis, share)."""
     top, height = 44.0, 400.0
     step = column_width(axes, size)
     return height, lambda index, share: (75 + index * step, height - 14 - share * (height - 14 - top))
 
 
 def lay_below(axes: list[Axis], size: Size) -> tuple[float, Spot]:
-    """Level axes from top to bottom."""
+    """Lay out horizontal axes from top to bottom."""
     step, margin = 92.0, 20.0
     length = size.width - 2 * margin
     return 60 + step * (len(axes) - 1), lambda index, share: (margin + share * length, 26 + index * step)

@@ -28,7 +28,7 @@ CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would 
 
 
 def boundary_of(parts: ModelParts) -> int | None:
-    """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
+    """Return the freeze boundary in frozen layers (one more than all with the tail); None if nothing is frozen."""
     depth = parts.frozen.depth
     # A pooler that the source lacks is trained with the head, though it is in the body.
     ends_body = depth.tail and not any(parameter.requires_grad for parameter in parts.body.parameters())
@@ -38,7 +38,7 @@ def boundary_of(parts: ModelParts) -> int | None:
 def extract_prefix_at_boundary(
     prepared: Prepared, parts: ModelParts, schedule: Schedule
 ) -> Prefix | PrefixUnavailable | None:
-    """Have the last layer compute only what the head reads, and make the frozen blocks replaceable by their output.
+    """Compute only what the head reads in the last layer, and prepare to replace the frozen blocks by their output.
 
     Returns:
         Why they cannot be replaced, where it is wanted; None where nothing is frozen or wanted.
@@ -61,7 +61,7 @@ def extract_prefix_at_boundary(
 
 
 def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
-    """A split on the model's device, and some of its rows."""
+    """Return the loader of a split on the model's device, and some of its rows."""
     order = np.argsort(encoded.lengths, kind="stable")
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     return SplitLoader(encoded, torch.device(parts.body.device)), some
@@ -70,7 +70,7 @@ def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, n
 def use_token_pooling(
     parts: ModelParts, loader: SplitLoader, some: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Tensor], models.TokenPooling | None]:
-    """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
+    """Compute only what the head reads in the last layer; return the inputs used to try that, and the pooling."""
     inputs = loader.batch(some).inputs
     pooling = models.find_token_pooling(parts.module, parts.blocks, inputs)
     if pooling is not None:
@@ -116,7 +116,7 @@ def make_loaders(
     boundaries: Sequence[int] = (),
     leads_node: bool = True,
 ) -> dict[str, SplitLoader]:
-    """Every split as it is fed to the model: with stored features where there can be any.
+    """Return the loader of every split, with stored features where they can be used.
 
     Args:
         tell: shows the phase; `note` keeps a sentence for the user.
@@ -152,7 +152,7 @@ def open_cache(
     report_phase: Callable[[str], None],
     leads_node: bool,
 ) -> PrefixCache | str:
-    """The cache of the frozen blocks' output; or why there is none."""
+    """Return the cache of the frozen blocks' output; or why there is none."""
     identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
     try:
         store = open_store(prepared.recipe)
@@ -163,7 +163,7 @@ def open_cache(
 
 
 def store_features(prepared: Prepared, cache: PrefixCache, boundaries: Sequence[int] = ()) -> dict[str, Any] | str:
-    """The stored features of each split that is read often; or why there are none. All workers call this."""
+    """Return the stored features of each split that is read often; or why there are none. All workers call this."""
     boundary = cache.prefix.boundary
     # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
     wanted = sorted({*(each for each in boundaries if each < boundary), boundary})

@@ -53,7 +53,7 @@ class PrefixCache:
     """What other machines have computed; None where there is none."""
 
     def key(self, examples: str, boundary: int) -> str:
-        """The name of an entry; `examples` is the key of the encoded split."""
+        """Return the name of an entry; `examples` is the key of the encoded split."""
         pooling = self.prefix.pooling
         pooled = pooling.position if pooling is not None and boundary >= self.prefix.num_layers else "all"
         return content_key(FEATURES_VERSION, *self.identity, examples, boundary, pooled)
@@ -62,12 +62,12 @@ class PrefixCache:
         return self.store.open(self.key(examples, boundary))
 
     def download(self, examples: Sequence[str], boundaries: Sequence[int]) -> None:
-        """Bring the entries of these splits that another machine has computed. All workers call this, and wait."""
+        """Download the entries of these splits that another machine has computed. All workers call this, and wait."""
         if self.shared is not None:
             self.shared.download(self.key(each, boundary) for each in examples for boundary in boundaries)
 
     def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, Rows] | str:
-        """The entries of a split at these boundaries, computed where they are missing; or why they cannot be stored.
+        """Return the entries of a split at these boundaries, computing missing ones; or why they cannot be stored.
 
         Raises:
             OSError: the disk failed or filled up on the way.
@@ -91,7 +91,7 @@ class PrefixCache:
         return {boundary: rows for boundary, rows in found.items() if rows is not None}
 
     def sizes(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, int]:
-        """Bytes that a split's entries take at these boundaries."""
+        """Return the bytes that a split's entries take at these boundaries."""
         return {boundary: layout.num_bytes for boundary, (layout, _) in self._layouts(encoded, boundaries).items()}
 
     def _bytes_to_come(self, examples: str, layouts: dict[int, tuple[Layout, str]]) -> int:
@@ -100,7 +100,7 @@ class PrefixCache:
         )
 
     def _layouts(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, tuple[Layout, str]]:
-        """The form of each boundary's rows, and the name of their number format, from one small batch."""
+        """Return the layout of each boundary's rows, and the name of their dtype, from one small batch."""
         some = shortest_and_longest(encoded)
         layouts = {}
         for boundary, values in self._forward(encoded, some, boundaries).items():
@@ -174,7 +174,7 @@ class PrefixCache:
                     writers[boundary].write(int(row), line)
 
     def _nearest(self, examples: str, boundary: int) -> tuple[int | None, Rows | None]:
-        """The deepest stored boundary below this one, to go on from."""
+        """Return the highest stored boundary below this one, with its rows."""
         for shallower in range(min(boundary - 1, self.prefix.num_layers), -1, -1):
             stored = self.open(examples, shallower)
             if stored is not None:
@@ -199,31 +199,31 @@ class PrefixCache:
 
 
 def shortest_and_longest(encoded: Encoded) -> Indices:
-    """Two rows of a split, or one where there are no more."""
+    """Return two rows of a split, or one if it has no more."""
     return np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
 
 
 def shards(lengths: Indices) -> list[Indices]:
-    """The rows of a split, longest first, in stretches that one process computes at a time."""
+    """Return the rows of a split, longest first, in shards that one process computes at a time."""
     order = np.argsort(-lengths, kind="stable")
     return np.split(order, range(ROWS_PER_SHARD, len(order), ROWS_PER_SHARD))
 
 
 def passes(lengths: Indices, rows: Indices, cost_of_pass: int) -> list[Indices]:
-    """A stretch in forward passes of limited size, the longest rows first, with little padding."""
+    """Divide a shard into forward passes of limited size with little padding, the longest rows first."""
     size = max(1, min(EXAMPLES_IN_PASS, TOKENS_IN_PASS // int(lengths[rows[0]])))
     cuts = cheapest_cuts(lengths[rows[::-1]], 1, size, cost_of_pass)
     return np.split(rows, [len(rows) - cut for cut in reversed(cuts)])
 
 
 def open_store(recipe: Recipe) -> FeatureStore:
-    """The machine's store of features; raises OSError where there can be none."""
+    """Return the machine's store of features; raises OSError if it cannot be opened."""
     budget = recipe.scale.cache_gigabytes
     return FeatureStore(cache_folder() / "features", None if budget == "auto" else int(budget * 1e9))
 
 
 def open_shared(recipe: Recipe, store: FeatureStore, engine: Engine, leads_node: bool) -> SharedFeatures | None:
-    """Those of all machines, where the recipe's runs are kept in an object store."""
+    """Return the features of all machines, if the recipe's runs are kept in an object store."""
     storage = recipe.scale.storage
     if not is_url(storage):
         return None
@@ -232,7 +232,7 @@ def open_shared(recipe: Recipe, store: FeatureStore, engine: Engine, leads_node:
 
 
 def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) -> list[str]:
-    """What the frozen blocks' output depends on, besides the examples."""
+    """Return what the frozen blocks' output depends on, besides the examples."""
     seed = f"from scratch {recipe.train.seed}" if recipe.transfer.from_scratch else "pre-trained"
     adapter = recipe.transfer.adapter
     weights = [adapter.quantize] if adapter is not None and adapter.quantize is not None else []

@@ -41,7 +41,7 @@ class SharedFeatures:
         self.agree = agree
 
     def download(self, keys: Iterable[str]) -> None:
-        """Have the entries here that are whole there; all workers call this. Where that fails, they are computed."""
+        """Download entries that are complete in the object store. All workers call this. Failed ones are computed."""
         for key in keys:
             if self.brings and self.store.open(key) is None:
                 with contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ class SharedFeatures:
         self.agree(None)
 
     def upload(self, keys: Iterable[str]) -> None:
-        """Have the entries there that are whole here. Where that fails, others compute them too."""
+        """Upload entries that are complete here. If that fails, other machines compute them too."""
         for key in keys:
             if self.sends and self.store.open(key) is not None:
                 with contextlib.suppress(OSError):
