@@ -1,7 +1,7 @@
-"""Folders that are reached by a URL: `s3://`, `gs://`, `abfs://`. Arrow's file systems do the work.
+"""Folders in object stores, by URL: `s3://`, `gs://`, `abfs://`, through Arrow's file systems.
 
-Credentials are found as each provider's own tools find them (environment, files, the machine's role); an S3 server of
-one's own is named by AWS_ENDPOINT_URL.
+Credentials are found as the tools of each provider find them (environment, files, the machine's role).
+AWS_ENDPOINT_URL sets the address of another S3 server.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from orchestrator.errors import InputError, Problem
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 SECONDS_OF_PATIENCE = 30
 CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
-"""How variables begin that the providers' libraries read."""
+"""Prefixes of the environment variables that the providers' libraries read."""
 
 
 def is_url(text: str) -> bool:
-    """Whether it names a folder of an object store."""
+    """Whether a text is the URL of a folder in an object store."""
     return text.partition("://")[0] in SCHEMES and "://" in text
 
 
 def holds_secrets(url: str) -> bool:
-    """Whether a URL has a key written into it, which would be kept and shown wherever the URL is."""
+    """Whether a URL contains a key, which would be stored and shown wherever the URL is."""
     user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
     return bool(found) and user != "anonymous" and (":" in user or not url.startswith("abfs"))
 
@@ -57,15 +57,15 @@ def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 class RemoteFolder:
-    """A folder of an object store. Objects appear whole or not at all, and are replaced at once.
+    """A folder of an object store. Objects are written and replaced atomically.
 
-    Every method raises OSError where the store cannot be reached, or refuses.
+    Every method raises OSError if the store cannot be reached, or refuses.
     """
 
     def __init__(self, url: str) -> None:
         """
         Raises:
-            InputError: it is no such URL.
+            InputError: the URL is not valid.
         """
         from pyarrow import ArrowInvalid, fs
 
@@ -76,7 +76,7 @@ class RemoteFolder:
             remedy = (
                 "write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER"
             )
-            raise InputError(Problem(f"{url!r} names no folder: {error}", remedy=remedy)) from error
+            raise InputError(Problem(f"{url!r} is not the URL of a folder: {error}", remedy=remedy)) from error
         self._path = str(path).rstrip("/")
 
     def child(self, name: str) -> RemoteFolder:
@@ -132,17 +132,17 @@ class RemoteFolder:
         return True
 
     def delete(self, name: str, first: Sequence[str] = ()) -> None:
-        """Delete a file, or a folder with what is in it; nothing where there is none.
+        """Delete a file, or a folder with its content, if it exists.
 
         Args:
-            first: files of the folder that go before all others.
+            first: files of the folder to delete before all others.
         """
         from pyarrow import fs
 
         for each in first:
             self._delete_file(f"{self._at(name)}/{each}")
         if self._files.get_file_info(self._at(name)).type == fs.FileType.Directory:
-            with contextlib.suppress(FileNotFoundError):  # Not every store has something in a folder's own name.
+            with contextlib.suppress(FileNotFoundError):  # Not every store has objects for folders.
                 self._files.delete_dir(self._at(name))
         self._delete_file(self._at(name))
 

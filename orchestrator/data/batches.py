@@ -1,7 +1,7 @@
-"""Which examples go into which batch: a pure function of seed and epoch, so that a resumed run sees the same order.
+"""The assignment of examples to batches: a function of seed and epoch alone, so that a resumed run has the same order.
 
-A *global batch* is what one optimizer step learns from. It is dealt to workers and micro batches afterwards, and since
-the loss is the mean over the global batch, the way it is dealt does not change what is learned.
+A *global batch* holds the examples of one optimizer step. It is divided among workers and micro batches afterwards.
+Since the loss is the mean over the global batch, this division does not change what is learned.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-# Examples are sorted by length within shuffled stretches of this many global batches: wide enough to leave little
-# padding, narrow enough that every epoch pairs examples anew.
+# Examples are sorted by length within megabatches of this many global batches: enough to leave little padding, and few
+# enough that examples are combined differently in every epoch.
 BATCHES_SORTED_TOGETHER = 32
 
 
@@ -45,13 +45,13 @@ class BatchOrder:
         order = generator.permutation(len(self.lengths))
         if not self.group_by_length:
             return self._cut(order)
-        stretch = self.global_batch_size * BATCHES_SORTED_TOGETHER
-        sorted_stretches = [
+        megabatch = self.global_batch_size * BATCHES_SORTED_TOGETHER
+        megabatches = [
             part[np.argsort(self.lengths[part], kind="stable")]
-            for part in np.split(order, range(stretch, len(order), stretch))
+            for part in np.split(order, range(megabatch, len(order), megabatch))
         ]
-        # Each stretch is cut by itself, so that only the very last batch can be short and no batch spans two stretches.
-        batches = [batch for part in sorted_stretches for batch in self._cut(part)]
+        # Each megabatch is cut separately, so that only the last batch can be short and no batch spans two of them.
+        batches = [batch for part in megabatches for batch in self._cut(part)]
         return [batches[position] for position in generator.permutation(len(batches))]
 
     def _cut(self, order: Indices) -> list[Indices]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 IMAGE = pa.struct(
     [pa.field("bytes", pa.large_binary()), pa.field("path", pa.string()), pa.field("digest", pa.string())]
 )
@@ -28,7 +28,7 @@ class LinesAt:
     """Lines (from 1) of rows of which only the bytes are known at which they begin; counted when asked for."""
 
     path: Path
-    starts: Rows
+    starts: Indices
 
     def __getitem__(self, row: int) -> int:
         return line_at(self.path, int(self.starts[row]))
@@ -51,7 +51,7 @@ class SourceFile:
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
     num_rows: int
-    lines: Rows | LinesAt | None
+    lines: Indices | LinesAt | None
     """Line (from 1) on which each row begins, for formats that have lines."""
     row_places: tuple[str, ...] | None = None
     """The place of each row, for data that lie in a file each."""
@@ -61,7 +61,7 @@ class SourceFile:
     """Which entry of the recipe's list it belongs to."""
     count: int | None = None
     """How many examples of that entry are drawn; None for all."""
-    row_numbers: Rows | None = None
+    row_numbers: Indices | None = None
     """The number of each row in the file, where only some of its rows were read."""
     columns: tuple[str, ...] | None = None
     """The task's columns that it has; None for all that the table has."""
@@ -81,16 +81,16 @@ class Examples:
 
     table: pa.Table
     """The task's columns are string, int64, float64, lists of string or int64, or IMAGE."""
-    rows: Rows
+    rows: Indices
     """Shape [len]: original row number of each example, counted through `files` in their order."""
     files: tuple[SourceFile, ...]
     label_names: tuple[str, ...] | None = None
-    """Class names that the data bring along, in order of their numbers."""
+    """Class names that the data contain, in the order of their numbers."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def take(self, indices: Sequence[int] | Rows) -> Examples:
+    def take(self, indices: Sequence[int] | Indices) -> Examples:
         """Return the examples at these positions, in this order."""
         positions = np.asarray(indices, dtype=np.int64)
         return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
@@ -118,7 +118,7 @@ class Examples:
             original -= file.num_rows
         raise IndexError(f"row {row} lies in none of the files")
 
-    def file_numbers(self) -> Rows:
+    def file_numbers(self) -> Indices:
         """Return which of `files` each example is from; shape [len]."""
         ends = np.cumsum([file.num_rows for file in self.files])
         return np.searchsorted(ends, self.rows, side="right")

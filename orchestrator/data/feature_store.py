@@ -1,11 +1,11 @@
-"""Rows of numbers that are costly to compute, kept on disk: several processes compute them together, all map them.
+"""Arrays on disk whose rows are expensive to compute: several processes compute them together, and all map them.
 
-An entry is a folder named by the hash of what its rows are made from, with `values.bin` (the rows one after another,
-without padding) and `layout.json`. While it is computed it is called `<key>.partial`: processes that want the same one
-claim stretches of rows by locks that end with the process, so that a killed one leaves its stretch to the others, and a
-later command goes on with what is there. It gets its final name when every row is on the disk.
+An entry is a folder, named by the hash of everything its rows depend on, with `values.bin` (the rows one after another,
+without padding) and `layout.json`. While it is computed its name is `<key>.partial`. Processes claim shards of rows by
+locks that end with the process, so that others compute the shard of a killed process, and a later command continues.
+The entry gets its final name when every row is on the disk.
 
-The folder is kept under a budget: entries that were read longest ago and are not in use go first.
+The folder has a limited size. Entries that are not in use are removed, those that were read longest ago first.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ import numpy as np
 import numpy.typing as npt
 
 VALUES, LAYOUT, CLAIMS, DONE, IN_USE = "values.bin", "layout.json", "claims", "done", "in-use"
-LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or goes.
+LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or is removed.
 SECONDS_BETWEEN_LOOKS = 0.02
-KEPT_FREE = 0.05  # Share of the disk that is left to others.
+KEPT_FREE = 0.05  # Share of the disk that stays free.
 
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The form of an entry's rows."""
+    """The shape and dtype of an entry's rows."""
 
     shape: tuple[int, ...]
-    """Shape of a row; of one position of it, where rows are of uneven length."""
+    """Shape of a row; of one position in a row, if rows have different lengths."""
     dtype: str
-    """NumPy's name of the number format."""
+    """NumPy's name of the dtype."""
     num_rows: int
     lengths: tuple[int, ...] | None = None
-    """Positions of each row; None where all rows have the same shape."""
+    """Number of positions in each row; None if all rows have the same shape."""
 
     @property
     def offsets(self) -> Indices:
@@ -59,16 +59,16 @@ class Layout:
         return np.memmap(path, self.dtype, mode, shape=(int(self.offsets[-1]), *self.shape))
 
 
-class Rows:
-    """A whole entry, mapped into memory: processes that read the same one share it."""
+class StoredFeatures:
+    """A complete entry, mapped into memory, which all processes that read it share."""
 
     def __init__(self, folder: Path) -> None:
-        # The lock keeps the entry from being removed for as long as somebody reads it.
+        # The lock keeps the entry from being removed while it is read.
         self._lock = (folder / IN_USE).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         described = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         self.note: str = described.pop("note")
-        """What the writer noted about the rows."""
+        """The writer's note about the rows."""
         lengths = described.pop("lengths")
         self.layout = Layout(**{**described, "shape": tuple(described["shape"])}, lengths=lengths and tuple(lengths))
         self._values = self.layout.map(folder / VALUES, "r")
@@ -102,12 +102,12 @@ class Rows:
 class Writer:
     """An entry that is being computed, perhaps by several processes."""
 
-    def __init__(self, folder: Path, layout: Layout, num_stretches: int, note: str) -> None:
+    def __init__(self, folder: Path, layout: Layout, num_shards: int, note: str) -> None:
         self.folder = folder
-        self.num_stretches = num_stretches
+        self.num_shards = num_shards
         folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            # The lock keeps the entry from being removed between the stretches, when nothing is claimed.
+            # The lock keeps the entry from being removed between shards, when nothing is claimed.
             fcntl.flock(stack.enter_context((folder / IN_USE).open("w")), fcntl.LOCK_SH)
             self._claims = stack.enter_context((folder / CLAIMS).open("a+b"))
             self._done = _open(folder / DONE, stack)
@@ -122,35 +122,35 @@ class Writer:
         temporary.write_text(json.dumps({**described, "note": note}), encoding="utf-8")
         temporary.replace(folder / LAYOUT)
 
-    def is_done(self, stretch: int) -> bool:
-        return os.pread(self._done, 1, stretch) == b"\1"
+    def is_done(self, shard: int) -> bool:
+        return os.pread(self._done, 1, shard) == b"\1"
 
     @property
     def is_complete(self) -> bool:
-        return os.pread(self._done, self.num_stretches, 0) == b"\1" * self.num_stretches
+        return os.pread(self._done, self.num_shards, 0) == b"\1" * self.num_shards
 
     @contextlib.contextmanager
-    def claim(self, stretch: int) -> Iterator[bool]:
-        """Try to be the only process that computes a stretch; whether that is so."""
+    def claim(self, shard: int) -> Iterator[bool]:
+        """Yield whether this is the only process that computes a shard."""
         try:
-            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, stretch)
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
         except OSError:
             yield False
             return
         try:
             yield True
         finally:
-            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, stretch)
+            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, shard)
 
     def write(self, row: int, values: npt.NDArray[Any]) -> None:
         """Put one row where it belongs; `values` is [positions or more, *shape], or [*shape] for even rows."""
         start, end = self._offsets[row], self._offsets[row + 1]
         self._values[start:end] = values[: end - start] if values.ndim == self._values.ndim else values
 
-    def mark_done(self, stretch: int) -> None:
+    def mark_done(self, shard: int) -> None:
         """Flush a complete shard to the disk, then mark it as complete."""
         os.fdatasync(self._file)
-        os.pwrite(self._done, b"\1", stretch)
+        os.pwrite(self._done, b"\1", shard)
 
     def close(self) -> None:
         self._files.close()
@@ -174,14 +174,14 @@ class FeatureStore:
         """Return the bytes for all entries: as given, or half of the disk space that is free or used by entries."""
         return (shutil.disk_usage(self.folder).free + self.num_bytes()) // 2 if self._budget is None else self._budget
 
-    def open(self, key: str) -> Rows | None:
+    def open(self, key: str) -> StoredFeatures | None:
         """Return the entry, if it exists and is complete."""
         try:
-            return Rows(self.folder / key)
+            return StoredFeatures(self.folder / key)
         except FileNotFoundError:
             return None
 
-    def writer(self, key: str, layout: Layout, num_stretches: int, note: str = "") -> Writer:
+    def writer(self, key: str, layout: Layout, num_shards: int, note: str = "") -> Writer:
         """Begin an entry, or join in computing it; an entry that is complete meanwhile has nothing left to compute.
 
         Raises:
@@ -189,23 +189,23 @@ class FeatureStore:
         """
         with self._alone():
             whole = self.folder / key
-            return Writer(whole if whole.exists() else self._partial(key), layout, num_stretches, note)
+            return Writer(whole if whole.exists() else self._partial(key), layout, num_shards, note)
 
-    def finish(self, key: str) -> Rows:
+    def finish(self, key: str) -> StoredFeatures:
         """Give a complete entry its final name; whoever of its writers comes first does it."""
         with self._alone():
             if not (self.folder / key).exists():  # Another process may have been first.
                 self._partial(key).rename(self.folder / key)
-        return Rows(self.folder / key)
+        return StoredFeatures(self.folder / key)
 
     def adopt(self, key: str, folder: Path) -> None:
-        """Take in a whole entry that lies in a folder on the same disk, unless there is one."""
+        """Move a complete entry from a folder on the same disk into the store, unless it has the entry."""
         with self._alone():
             if not (self.folder / key).exists():
                 folder.rename(self.folder / key)
 
     def make_room(self, num_bytes: int, but: frozenset[str] = frozenset()) -> str | None:
-        """Remove what was read longest ago until so many bytes fit; why they cannot, or None when they do.
+        """Remove entries that were read longest ago until `num_bytes` fit; return why they do not fit, or None.
 
         Args:
             but: keys of entries that stay, though nobody has opened them yet.

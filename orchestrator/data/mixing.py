@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.examples import Examples, Indices
 
 
 def draw_ranks(keys: Sequence[object], seed: int) -> list[bytes]:
@@ -38,11 +38,11 @@ def apply_weights(examples: Examples, weights: Sequence[float], seed: int) -> Ex
     return examples.take(np.sort(np.concatenate(taken)))
 
 
-def parts_of(examples: Examples) -> Rows:
+def parts_of(examples: Examples) -> Indices:
     """Return the part that each example is from; shape [len]."""
     return np.array([file.part for file in examples.files], np.int64)[examples.file_numbers()]
 
 
-def shuffled(rows: Rows, seed: int) -> Rows:
+def shuffled(rows: Indices, seed: int) -> Indices:
     ranks = draw_ranks(rows.tolist(), seed)
     return rows[np.array(sorted(range(len(rows)), key=ranks.__getitem__), dtype=np.int64)]

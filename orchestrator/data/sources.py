@@ -223,7 +223,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _with_names(raw: RawFile, file: Path) -> RawFile:
-    """Add label names from beside the file, for every column that has none of its own."""
+    """Add label names from a file next to it, for every column that has none of its own."""
     names = find_label_list(file)
     return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names}) if names else raw
 

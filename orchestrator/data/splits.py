@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.examples import Examples, Indices
 from orchestrator.data.mixing import draw_ranks
 from orchestrator.data.overlap import near_keys, text_keys
 from orchestrator.errors import DataError, Problem
@@ -67,14 +67,14 @@ def limit_examples(
             continue
         classes = _classes(examples, stratify)
         if per_class is not None and classes is None:
-            what = "there are no classes to take so many examples of each"
+            what = "there are no classes to limit the examples of"
             raise DataError(Problem(what, "target.limit.per_class", "set target.limit.train instead"))
         rows = _nested_order(np.zeros(len(examples), np.int64) if classes is None else classes, per_class, seed)
         limited[split] = examples.take(np.sort(rows[:total]))
     return limited
 
 
-def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
+def _nested_order(classes: Indices, per_class: int | None, seed: int) -> Indices:
     """Return rows in an order whose every beginning is a stratified sample; at most `per_class` of a class."""
     ranks_by_hash = draw_ranks(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
@@ -92,7 +92,7 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
     return ordered if per_class is None else ordered[ranks[ordered] < per_class]
 
 
-def _classes(examples: Examples, stratify: str | None) -> Rows | None:
+def _classes(examples: Examples, stratify: str | None) -> Indices | None:
     """Return a number for each row's class, shape [n]; None if the column does not hold single classes."""
     if stratify is None:
         return None
@@ -115,7 +115,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
         strata.setdefault(0 if classes is None else int(classes[rows[0]]), []).append(rows)
     drawn = []
     for groups in strata.values():
-        # A quarter of a class that differs in digits alone is a template: told apart by them, or little could be cut.
+        # Where a quarter of a class differs only in digits, digits count, because little could be cut otherwise.
         most = sum(map(len, groups)) / 4
         units = [unit for group in groups for unit in (_group(group, exact) if len(group) > most else [group])]
         ranks = draw_ranks([exact[unit[0]] for unit in units], seed)
@@ -131,9 +131,9 @@ def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
+def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Indices]:
     """Return the rows of each part, by its share of all rows; the parts are disjoint."""
-    parts: list[Rows] = []
+    parts: list[Indices] = []
     next_group = [0] * len(strata)
     sizes = np.array([sum(map(len, stratum)) for stratum in strata], dtype=np.float64)
     for share in shares:
@@ -151,7 +151,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
     return parts
 
 
-def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Rows:
+def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Indices:
     """Return integers near `exact` with the same sum (largest remainder), at least 1 in all."""
     quotas = np.floor(exact).astype(np.int64)
     total = max(1, round(float(exact.sum())))

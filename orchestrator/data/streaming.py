@@ -1,4 +1,4 @@
-"""Reading a part of data that may be larger than memory: so many examples, from many places of the files."""
+"""Read a sample of data that may be larger than memory, from many places of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from orchestrator.data.examples import Rows
+from orchestrator.data.examples import Indices
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.formats.raw import RawFile
 from orchestrator.data.mixing import draw_ranks
@@ -19,7 +19,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
 
 T = TypeVar("T")
-Chunk: TypeAlias = tuple[Rows, Any]
+Chunk: TypeAlias = tuple[Indices, Any]
 """Rows that stand together in a file: the position of each, ascending, and the rows, in something that has slices."""
 
 NUM_TOGETHER = 64
@@ -30,7 +30,7 @@ MAX_TURN = 1024
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What is read of a split that is streamed."""
+    """The sample to read of a split that is streamed."""
 
     count: int
     """Examples, in all."""

@@ -17,7 +17,7 @@ from orchestrator.report.numbers import number
 
 SEED = "train.seed"
 
-Rows = list[dict[str, Any]]
+MetricRows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Run:
     """run.json."""
     result: dict[str, Any]
     """result.json; empty where the run has not finished."""
-    rows: Rows
+    rows: MetricRows
     """metrics.jsonl."""
     files: frozenset[str]
 
@@ -199,9 +199,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_rows(path: Path) -> tuple[Rows, int]:
+def read_rows(path: Path) -> tuple[MetricRows, int]:
     """Return the JSON objects of a JSON Lines file, if it exists, and the number of lines that hold something else."""
-    rows: Rows = []
+    rows: MetricRows = []
     num_damaged = 0
     # Not `splitlines`: texts in JSON may hold other line separators.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
@@ -231,7 +231,7 @@ def names_in(directory: Path) -> frozenset[str]:
     return frozenset(path.name for path in directory.iterdir())
 
 
-def find_metric(record: dict[str, Any], recipe: RecipeText, rows: Rows) -> str:
+def find_metric(record: dict[str, Any], recipe: RecipeText, rows: MetricRows) -> str:
     """Return the metric of the search; if no record names it, the first metric of the trials besides the loss."""
     for named in (record.get("metric"), recipe.get("search.metric")):
         if isinstance(named, str):

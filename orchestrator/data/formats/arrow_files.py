@@ -121,11 +121,11 @@ def _check_size(path: Path) -> None:
         what = f"the file cannot be read: {error.strerror}"
         raise DataError(Problem(what, show_path(path), "make it readable")) from error
     if not size:
-        raise DataError(Problem("the file is empty (0 bytes)", show_path(path), "write the file anew"))
+        raise DataError(Problem("the file is empty (0 bytes)", show_path(path), "write the file again"))
 
 
 def damaged(path: Path, format_: str, error: Exception) -> Problem:
     """Return the problem of a file that Arrow cannot read."""
     detail = show_name(str(error).splitlines()[0] if str(error) else type(error).__name__)
     what = f"the file is not whole {format_}: cut off, damaged or of another format ({detail})"
-    return Problem(what, show_path(path), "copy or write the file anew")
+    return Problem(what, show_path(path), "copy or write the file again")

@@ -60,7 +60,7 @@ def _read(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> RawF
             remedy = 'double each quote inside a quoted value: "She said ""no"""'
             raise DataError(Problem(what, f"{place}:{end + 1}", remedy)) from None
     if not rows:
-        raise DataError(Problem("the file holds blank lines only", place, "write the file anew, with a header line"))
+        raise DataError(Problem("the file holds blank lines only", place, "write the file again, with a header line"))
     header = tuple(rows.pop(0))
     header_line = lines.pop(0)
     problems = _check_header(header, f"{place}:{header_line}")

@@ -99,7 +99,7 @@ def find_label_list(path: Path) -> tuple[str, ...] | None:
             try:
                 names = json.loads(file.read_bytes())
             except ValueError:
-                what = "the label names beside the data are not valid JSON"
+                what = "the label names next to the data are not valid JSON"
                 remedy = 'write a list of names, such as ["negative", "positive"], or remove the file'
                 raise DataError(Problem(what, show_path(file), remedy)) from None
             if isinstance(names, list) and names and all(isinstance(name, str) for name in names):

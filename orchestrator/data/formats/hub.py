@@ -41,7 +41,7 @@ def stream_hub(
 ) -> dict[str, Callable[[SamplePlan | None], list[RawFile]]]:
     """Open the same splits, reading as far as a plan says, or all; only what is read is downloaded.
 
-    Rows come from the beginnings of the split's shards (its files on the Hub), in turns: there is no reading from
+    Rows come from the beginnings of the split's shards (its files on the Hub), in turns: the Hub offers no reading from
     anywhere else without all that stands before.
 
     Raises:
@@ -188,5 +188,5 @@ def _with_bytes(values: pa.ChunkedArray, feature: Any, place: str) -> pa.Chunked
         chunks = [feature.embed_storage(chunk, remote_files=False) for chunk in values.chunks]
     except OSError as error:
         what = f"a downloaded picture cannot be read: {error}"
-        raise DataError(Problem(what, place, "download the data set anew")) from None
+        raise DataError(Problem(what, place, "download the data set again")) from None
     return pa.chunked_array(chunks)

@@ -40,7 +40,7 @@ def read_class_folders(folder: Path) -> RawFile:
         raise DataError(Problem(what, show_path(folder), "put the pictures of each class into a folder of its name"))
     if loose:
         shown = show_some([show_name(name) for name in loose[:NUM_SHOWN]], len(loose))
-        what = f"{len(loose)} pictures lie beside the folders of the classes, so they have no class: {shown}"
+        what = f"{len(loose)} pictures are next to the folders of the classes, so they have no class: {shown}"
         problems.append(Problem(what, show_path(folder), "move each into the folder of its class"))
     empty = [name for name, found in pictures.items() if not found]
     if empty:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.examples import LinesAt, Rows
+from orchestrator.data.examples import Indices, LinesAt
 from orchestrator.data.formats.raw import RawFile, bad_lines, read_utf8
 from orchestrator.data.messages import show_name, show_value
 from orchestrator.errors import DataError, Problem
@@ -125,9 +125,9 @@ def read_json(path: Path) -> RawFile:
     except json.JSONDecodeError as error:
         remedy = "rename it to .jsonl if each line is an object of its own" if error.msg == "Extra data" else None
         what = f"the file is not valid JSON: {_explain(error)}"
-        raise DataError(Problem(what, f"{place}:{error.lineno}", remedy or "mend it, or write it anew")) from None
+        raise DataError(Problem(what, f"{place}:{error.lineno}", remedy or "correct it, or write it again")) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(f"the file is not valid JSON: {_explain(error)}", place, "write it anew")) from None
+        raise DataError(Problem(f"the file is not valid JSON: {_explain(error)}", place, "write it again")) from None
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         shape = f"an object with {', '.join(map(show_name, content))}" if isinstance(content, dict) else "one value"
@@ -149,7 +149,7 @@ def _explain(error: ValueError | RecursionError) -> str:
 
 
 def raw_rows(
-    path: Path, rows: Sequence[Mapping[str, Any]], lines: Rows | LinesAt | None, names: Iterable[str]
+    path: Path, rows: Sequence[Mapping[str, Any]], lines: Indices | LinesAt | None, names: Iterable[str]
 ) -> RawFile:
     """Return a RawFile with objects as its rows.
 

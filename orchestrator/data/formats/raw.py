@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from orchestrator.data.examples import LinesAt, Rows, SourceFile
+from orchestrator.data.examples import Indices, LinesAt, SourceFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
@@ -27,10 +27,10 @@ class RawFile:
     num_rows: int
     fetch: Callable[[str], pa.ChunkedArray]
     """The column of that name, in the file's own type. Raises DataError."""
-    lines: Rows | LinesAt | None = None
+    lines: Indices | LinesAt | None = None
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Class names that the file brings along, by column."""
+    """Class names that the file contains, by column."""
     labels_are_names: bool = False
     """Labels are names and stay as they are written, also where they could be read as numbers."""
     row_places: tuple[str, ...] | None = None
@@ -41,7 +41,7 @@ class RawFile:
     """Which entry of the recipe's list it belongs to."""
     count: int | None = None
     """How many examples of that entry are drawn; None for all."""
-    row_numbers: Rows | None = None
+    row_numbers: Indices | None = None
     """The number of each row in the file, where only some of its rows were read."""
 
     @property
@@ -72,7 +72,7 @@ def read_utf8(path: Path) -> str:
     nul = data.find(b"\0")
     if nul >= 0:
         what = f"the file holds {data.count(0)} NUL bytes, so it is damaged or not text"
-        raise DataError(Problem(what, f"{place}:{_line_of(data, nul)}", "remove them, or write the file anew"))
+        raise DataError(Problem(what, f"{place}:{_line_of(data, nul)}", "remove them, or write the file again"))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -96,7 +96,7 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
     except OSError as error:
         raise DataError(Problem(f"the file cannot be read: {error.strerror}", place, "make it readable")) from error
     if not data:
-        raise DataError(Problem("the file is empty (0 bytes)", place, "write the file anew"))
+        raise DataError(Problem("the file is empty (0 bytes)", place, "write the file again"))
     return data
 
 

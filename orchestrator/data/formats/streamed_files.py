@@ -1,4 +1,4 @@
-"""The formats that can be read in pieces: JSON Lines by stretches of bytes, Parquet by row groups, Arrow by rows."""
+"""The formats that can be read in pieces: JSON Lines by ranges of bytes, Parquet by row groups, Arrow by rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from orchestrator.recipe.paths import show_path
 _MAX_BYTES = 2**20  # of a piece of JSON Lines
 
 ReadTables = Callable[[int, int], Iterator[pa.Table]]
-"""The rows of a piece, up to so many at a time."""
+"""Returns the rows of a piece, up to this number at a time."""
 
 
 class StreamedLines(Streamed):
-    """A file of one JSON object a line. Rows of faulty lines are None, and told by `raw`."""
+    """A file with one JSON object per line. Rows of faulty lines are None, and `raw` reports them."""
 
     def __init__(self, path: Path, wanted: frozenset[str], names: dict[str, None]) -> None:
         """
@@ -92,7 +92,7 @@ class StreamedTables(Streamed):
     ) -> None:
         """
         Args:
-            schema: of all columns; None where only the rows tell it.
+            schema: of all columns; None if only the rows have it.
         """
         self.place = place
         self.sizes = sizes
@@ -107,7 +107,7 @@ class StreamedTables(Streamed):
 
     def raw(self, chunks: Sequence[Chunk]) -> RawFile:
         numbers = np.concatenate([np.zeros(0, np.int64), *(positions for positions, _ in chunks)])
-        # Pieces of JSON on the Hub may differ in what they are taken for: whole numbers, numbers, nothing.
+        # Pieces of JSON on the Hub may have different types: integers, floats, null.
         table = pa.concat_tables([rows for _, rows in chunks], promote_options="permissive") if chunks else pa.table({})
         raw = raw_table(self.place, self._schema or table.schema, len(table), table.column)
         return replace(raw, row_numbers=numbers)
