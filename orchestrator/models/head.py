@@ -1,4 +1,4 @@
-"""The head: the modules outside a model's body. Its dropout, its extra layers, and the code that goes with those."""
+"""The head, which is the modules outside a model's body: its dropout, its extra layers, and the code of these."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from orchestrator.models.folder import CONFIG_FILE
 from orchestrator.recipe import Head
 
 CODE_FILE = "modeling_deep_head.py"
-LOWEST_MARK, MARK_STEP = 0.25, 1e-4  # stand-ins for dropout rates, each told from every other
+LOWEST_MARK, MARK_STEP = 0.25, 1e-4  # placeholders for dropout rates, each different from all others
 
 
 def set_head(model: Any, head: Head, new_parameters: frozenset[str]) -> frozenset[str]:
-    """Give the head its extra layers and its dropout. New layers are drawn from the caller's random stream.
+    """Add extra layers to the head, and set its dropout. New layers use the caller's random stream.
 
     Dropout goes to every dropout module of the head and to the config's value for it, where it has one; a head without
     any gets it before its output layer, in training only.
@@ -84,7 +84,7 @@ def _find_sized_by_labels(model: Any) -> list[str]:
 
 
 def _outline(model: Any, config: Any) -> Any:
-    """Return a model of the same class by another config, without memory for weights."""
+    """Return a model of the same class with another config, without memory for weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
@@ -113,7 +113,7 @@ def _replace_output(model: Any, path: str, output: nn.Linear | DeepHead, head: H
         plain = nn.Linear(output.in_features, output.out_features, bias=last.bias is not None)
         model.set_submodule(path, plain.to(last.weight.device, last.weight.dtype).train(output.training))
         del model.config.deep_head
-        # What it is again, and what config.json is to say.
+        # Its value again, which is also saved in config.json.
         model.__class__ = getattr(type(model), "plain_class", type(model))
     if head.layers:
         return put_deep_head(model, path, list(head.layers), head.dropout)
@@ -150,7 +150,7 @@ def _find_dropout_settings(model: Any) -> list[str]:
     names = [name for name, value in settings if "drop" in name and (value is None or isinstance(value, float | int))]
     marks = {name: LOWEST_MARK + MARK_STEP * index for index, name in enumerate(names)}
     for name, mark in marks.items():
-        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is no rate, but a flag or a count.
+        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is not a rate, but a flag or a count.
             setattr(config, name, mark)
     try:
         with calling_model("finding the dropout settings"):

