@@ -56,8 +56,10 @@ def split(family: Family, pooling: TokenPooling | None) -> Prefix | PrefixUnavai
     return extract_prefix(family.model, body, family.blocks, 1, family.inputs, family.extra_inputs, pooling)
 
 
-@pytest.mark.parametrize("good_calls", range(4))
-@pytest.mark.parametrize("error", ERRORS)
+# Any error in the first call, and any call with one of the errors.
+@pytest.mark.parametrize(
+    ("error", "good_calls"), [*((error, 0) for error in ERRORS), *((ERRORS[0], calls) for calls in (1, 2, 3))]
+)
 def test_a_model_that_fails_where_a_shortcut_is_tried_out_goes_on_without_it(
     error: type[Exception], good_calls: int, caplog: pytest.LogCaptureFixture
 ) -> None:
