@@ -1,6 +1,6 @@
-"""What is read out of trials: Pareto front, best so far, order of depths, ranges that an outlier cannot stretch.
+"""Statistics of trials: Pareto front, best so far, order of depths, ranges without outliers.
 
-Scores are compared with `higher_is_better`; nothing here knows what a score means.
+Scores are compared with `higher_is_better`; nothing here depends on what a score means.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from orchestrator.recipe import FreezeDepth
 
-# A score is drawn at the edge of a chart, not to scale, when it is this many times further from the best than the
-# median is, and among the worst tenth.
+# A score is drawn at the edge of a chart, not to scale, if it is this many times further from the best one than the
+# median, and among the worst tenth.
 FURTHEST = 4.0
 _FEWEST_FOR_A_CUT = 8
 

@@ -1,4 +1,4 @@
-"""One scale of colours from worst to best, for light and for dark pages, and which step of it a score has.
+"""A colour scale from worst to best, for light and for dark pages, and the step of a score on it.
 
 It runs from pale yellow-green over blue to navy, and the other way on dark pages, so the best always stands out most.
 Lightness falls evenly along it, so it reads the same to colour-blind eyes and in grey print.
@@ -16,7 +16,7 @@ _INK, _PAPER = "#090c0f", "#ffffff"
 
 @dataclass(frozen=True)
 class Colours:
-    """Steps of the scale for scores between two ends; scores beyond an end have its colour."""
+    """Maps scores between two ends to steps of the scale; scores beyond an end have its colour."""
 
     worst: float
     best: float

@@ -1,4 +1,4 @@
-"""The parts of a drawing in SVG: shapes, text, a frame with axes, a key to the colours.
+"""The parts of an SVG drawing: shapes, text, a frame with axes, a colour key.
 
 Colours and fonts come from the page's style sheet, by class, so one drawing serves light and dark pages and print.
 """
@@ -15,14 +15,14 @@ from orchestrator.report.colours import NUM_STEPS
 from orchestrator.report.markup import clean, coordinate, element, join
 from orchestrator.report.scales import Scale, Tick
 
-# Width of a character of the widest usual sans-serif, as a share of its size.
+# Width of a character in the widest common sans-serif font, as a share of its size.
 _CHARACTER = 0.62
 TEXT_SIZE = 12.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a drawing is to be, in CSS pixels."""
+    """The size of a drawing in CSS pixels."""
 
     width: float
     narrow: bool
@@ -33,7 +33,7 @@ Draw = Callable[[Size], Markup]
 
 @dataclass
 class Frame:
-    """The rectangle that values are drawn in, and what is drawn."""
+    """The rectangle that values are drawn in, and the drawn parts."""
 
     size: Size
     height: float

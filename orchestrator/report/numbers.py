@@ -1,4 +1,4 @@
-"""Numbers and values as a reader wants them: rounded to what matters, with their units."""
+"""Numbers and values as text: rounded to significant digits, with units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def number(value: Any) -> float | None:
     """Return a value as a number if it can be drawn, otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # False for NaN too.
+    # Also False for NaN.
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 

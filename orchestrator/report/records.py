@@ -1,4 +1,4 @@
-"""What a run or a search left in its directory, read forgivingly: whatever is missing or damaged is None or empty."""
+"""Read the records of a run or a search. Whatever is missing or damaged is None or empty."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MetricRows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RecipeText:
-    """recipe.yaml as it stands, and what it says."""
+    """The text of recipe.yaml, and its values."""
 
     text: str
     values: dict[str, Any]
@@ -57,7 +57,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Winner:
-    """The trial that the search named."""
+    """The trial that the search has named."""
 
     id: str
     parameters: dict[str, Any]
@@ -67,7 +67,7 @@ class Winner:
     """(seed, score on *select*) of the reruns."""
 
     def as_trial(self, metric: str) -> Trial:
-        """What is known of the trial where its line is lost."""
+        """Return what is known of the trial if its line is lost."""
         row = {"parameters": self.parameters, "metrics": self.select}
         return as_trial(self.id, row, metric)
 
@@ -81,16 +81,16 @@ class Search:
     metric: str
     higher_is_better: bool
     trials: tuple[Trial, ...]
-    """In the order of the file, which is that in which they ended; without the reruns."""
+    """In the order of the file, in which they ended; without reruns."""
     reruns: dict[str, list[Trial]]
     """Trials that repeat another (the key) with other seeds."""
     result: dict[str, Any]
-    """result.json: the winner's scores in full; empty where there is none."""
+    """result.json: all scores of the winner; empty if it is missing."""
     winner: Winner | None
     num_unread: int
     """Lines of trials.jsonl that are not JSON objects with an id."""
     files: frozenset[str]
-    """Names of what lies in the directory."""
+    """Names of files and folders in the directory."""
 
     @property
     def num_layers(self) -> int | None:
@@ -140,7 +140,7 @@ class Run:
     record: dict[str, Any]
     """run.json."""
     result: dict[str, Any]
-    """result.json; empty where the run has not finished."""
+    """result.json; empty if the run has not finished."""
     rows: MetricRows
     """metrics.jsonl."""
     files: frozenset[str]
@@ -151,7 +151,7 @@ def read_search(directory: Path) -> Search:
     record, recipe = read_record(directory / "search.json"), read_recipe(directory / "recipe.yaml")
     rows, num_damaged = read_rows(directory / "trials.jsonl")
     with_id = [row for row in rows if isinstance(row.get("id"), str | int)]
-    # A trial that was run again has a later line, which counts.
+    # A trial that was run again has a later line, which replaces the first.
     named = {str(row["id"]): row for row in with_id}
     metric = find_metric(record, recipe, list(named.values()))
     trials, reruns = set_reruns_apart([as_trial(name, row, metric) for name, row in named.items()])
@@ -203,7 +203,7 @@ def read_rows(path: Path) -> tuple[MetricRows, int]:
     """Return the JSON objects of a JSON Lines file, if it exists, and the number of lines that hold something else."""
     rows: MetricRows = []
     num_damaged = 0
-    # Not `splitlines`: texts in JSON may hold other line separators.
+    # Not `splitlines`: texts in JSON may contain other line separators.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     for line in lines:
         row = None

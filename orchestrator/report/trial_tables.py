@@ -1,4 +1,4 @@
-"""The tables of a search: all trials, the winner's parameters, its seeds, what failed and why."""
+"""The tables of a search: all trials, the winner's parameters, its seeds, failures with their reasons."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def parameter_cell(search: Search, trial: Trial, path: str, numeric: bool) -> Ce
         return Cell(MISSING, None)
     value = trial.parameters[path]
     if path == DEPTH:
-        # JSON's numbers know no infinity, but JavaScript's do.
+        # A finite number, which the page's script can sort.
         return Cell(plain(value), min(1e9, depth_order(value, search.num_layers)))
     amount = number(value)
     return Cell(plain(value), amount if numeric else plain(value))
@@ -151,7 +151,7 @@ def value_order(search: Search, path: str, value: object) -> tuple[float, str]:
 
 
 def at_edge(search: Search, leader: Trial, path: str) -> bool:
-    """Whether the leader has the least or the greatest of a grid's values of a number, among trials of its depth."""
+    """Whether the leader has the lowest or highest value of a numeric grid, among trials of its depth."""
     value = number(leader.parameters.get(path))
     if value is None or path == DEPTH:
         return False
@@ -159,7 +159,7 @@ def at_edge(search: Search, leader: Trial, path: str) -> bool:
     peers = [trial for trial in search.ranked if plain(trial.parameters.get(DEPTH)) == depth]
     amounts = {amount for trial in peers if (amount := number(trial.parameters.get(path))) is not None}
     everywhere = [number(trial.parameters.get(path)) for trial in search.trials]
-    # A value drawn at random comes once, and being the largest of a few of those says nothing.
+    # A random value occurs once, and says nothing by being the largest of a few.
     on_grid = everywhere.count(value) > 1 or len(search.searched) == 1
     return on_grid and len(amounts) >= 3 and value in (min(amounts), max(amounts))
 

@@ -1,4 +1,4 @@
-"""What the charts share: their shape, how a search's scores are coloured, names and tips."""
+"""Common parts of charts: the chart itself, the colours of a search's scores, names and tooltips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.report.drawing import colour_key, curve
 from orchestrator.report.numbers import duration, metric, plain
 from orchestrator.report.records import Search, Trial
 
-# Above this many trials there are no tips and most lines are grey: the page stays small and quick, and readable.
+# With more trials there are no tooltips and most lines are grey, so that the page stays small, fast and readable.
 MOST_SINGLE_SHAPES = 300
 NUM_COLOURED = 60
 HALF_WIDTH, FULL_WIDTH = 500.0, 1040.0
@@ -23,7 +23,7 @@ HALF_WIDTH, FULL_WIDTH = 500.0, 1040.0
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its title and what one has to know to read it."""
+    """A drawing with its title and caption."""
 
     title: str
     drawing: Markup
@@ -31,12 +31,12 @@ class Chart:
     full_width: bool = False
     key: Markup | None = None
     below: Markup | None = None
-    """A table that belongs to the picture."""
+    """A table that belongs to the drawing."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A search as its charts see it: which scores are drawn to scale, and in which colour."""
+    """A search with the range of scores that are drawn to scale, and their colours."""
 
     search: Search
     low: float
@@ -50,7 +50,7 @@ class View:
         low, high = readable_range(scores, search.higher_is_better) if scores else (0.0, 1.0)
         if not scores:
             return cls(search, low, high, Colours(low, high))
-        # The median has the middle colour, so that the better half, where the choice is, shows its differences.
+        # The median has the middle colour, so that differences within the better half are visible.
         best, middle = scores[0], median(scores)
         worst = 2 * middle - best if middle != best else scores[-1]
         worst = max(low, worst) if search.higher_is_better else min(high, worst)
@@ -102,7 +102,7 @@ class View:
 
 
 def is_logarithmic(search: Search, path: str) -> bool | None:
-    """Whether the recipe drew a parameter by magnitude; None where it does not say."""
+    """Whether the recipe draws a parameter from a logarithmic range; None if it does not say."""
     domain = search.space.get(path)
     cases = [case for case in (domain if isinstance(domain, list) else [domain]) if isinstance(case, dict)]
     kinds = {kind for case in cases for kind, value in case.items() if value is not None}

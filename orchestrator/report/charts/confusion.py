@@ -1,4 +1,4 @@
-"""Which class is taken for which: the confusion matrix, and the pairs that are confused most."""
+"""The confusion matrix, and the pairs of classes that are confused most."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def confusion_chart(details: dict[str, Any], split: str) -> Chart | None:
     found = Confusion.of(details)
     if found is None:
         return None
-    # Without names a matrix needs less room than with many.
+    # A matrix without names needs less room.
     small = not _MOST_OF_HALF < len(found.labels) <= _MOST_WITH_NAMES
     words = f"Rows are the true classes of {split}, columns the predicted ones; colours are shares of a row."
     if len(found.labels) > _MOST_WITH_NAMES:
@@ -128,7 +128,7 @@ def draw_cell(
 ) -> list[Markup]:
     amount, share = found.counts[true][predicted], found.share(true, predicted)
     step, gap = colours.step(share), 1.0 if cell > 12 else 0.0
-    # Tips for the errors: those of the diagonal would double the page of a large matrix and say little.
+    # Only errors have tooltips: those of the diagonal would double the page of a large matrix and say little.
     tip = (
         f"{found.labels[true]} taken for {found.labels[predicted]}: {amount:,} ({share:.0%})"
         if true != predicted

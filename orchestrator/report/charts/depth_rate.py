@@ -1,4 +1,4 @@
-"""Freeze depth against learning rate: cells where rates come again, points where each trial has a rate of its own."""
+"""Freeze depth against learning rate: cells if trials share rates, points if each trial has its own rate."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def draw_points(view: View, plane: Plane, size: Size) -> Markup:
         frame.add(text(left - 8, y + row / 2 + 4, depth, "tick end"))
     scale = fit_scale(plane.rates, left + 12, frame.end - 12, log=True)
     frame.axis_x(scale, "learning rate (logarithmic)", 4 if size.narrow else 10)
-    # A place of its own within the row for each trial keeps equal rates apart; the golden ratio spreads them evenly.
+    # Each trial has its own height within the row, so that equal rates do not overlap; the golden ratio spreads them.
     rows = {trial.id: (index * 0.618 % 1 - 0.5) * 0.6 for index, trial in enumerate(plane.trials)}
     for trial in reversed(plane.trials):
         y = frame.floor - (plane.depths.index(depth_of(trial)) + 0.5 + rows[trial.id]) * row

@@ -1,6 +1,6 @@
-"""Parallel coordinates: every searched parameter is an axis, the score the last one, every trial a line across them.
+"""Parallel coordinates: each searched parameter is an axis, the score is the last one, each trial a line across them.
 
-On narrow pages the axes lie one below the other, so that their labels stay readable.
+On narrow pages the axes are one below the other, so that their labels stay readable.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from orchestrator.report.scales import fit_scale
 
 _NOT_SET = "not set"
 _MOST_LABELS = 14
-# Where an axis has both numbers and words, the words have this share of it, at its beginning.
+# On an axis with numbers and words, each word has this share of it, at its beginning.
 _SHARE_OF_WORDS = 0.16
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One parameter; places are shares of the axis, 0 at its beginning."""
+    """The axis of one parameter; positions are shares of the axis, 0 at its beginning."""
 
     name: str
     place: Callable[[Trial], float]
@@ -101,7 +101,7 @@ def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axi
     listed = sorted(known, key=lambda word: known[word])
     room = 1 / len(listed)
     middles = {word: (index + 0.5) * room for index, word in enumerate(listed)}
-    # Where every trial has a place of its own, nothing needs to be kept apart.
+    # No room is needed if every trial has its own value.
     width = 0.5 * room if len(values) > len(listed) else 0.0
     offsets = {trial.id: (index * 0.618 % 1 - 0.5) * width for index, trial in enumerate(view.search.ranked)}
     every = -(-len(listed) // _MOST_LABELS)
@@ -158,7 +158,7 @@ def draw_axis(axis: Axis, index: int, last: int, size: Size, spot: Spot, room: f
     parts = [line(*start, *end, "axis")]
     if not size.narrow:
         parts.append(text(start[0], 16, shortened(axis.name, room - 10), "title middle", axis.name))
-        # Right of the last axis there are no lines, and neither are there left of the first.
+        # There are no lines right of the last axis and left of the first.
         aside, class_ = (7, "tick halo") if index == last else (-7, "tick end halo")
         for share, label in axis.labels:
             x, y = spot(index, share)

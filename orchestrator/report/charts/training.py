@@ -18,7 +18,7 @@ from orchestrator.report.scales import Linear, Log, Scale, fit_scale, widen
 
 _MOST_POINTS = 500
 _MOST_DOTS = 40
-# A spike this many times further from the least than the median is, is cut off; a loss that falls is not one.
+# A spike is cut off if it is this many times further from the minimum than the median; a falling loss is not one.
 _FURTHEST = 20.0
 _RATIO_BY_MAGNITUDE = 100.0
 
