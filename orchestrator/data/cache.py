@@ -1,4 +1,4 @@
-"""Tables that are costly to build, kept on disk by the hash of what they are made from."""
+"""Tables that are expensive to build, stored on disk by the hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import pyarrow as pa
 
 Built: TypeAlias = pa.Table | pa.RecordBatchReader
-"""A table, or its batches one after the other where it would be large."""
+"""A table, or its batches one after the other if it is large."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -58,7 +58,7 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
         stored = _load(path)
     if stored is not None:
         return stored
-    # The batches of a reader are used up.
+    # The reader has no more batches to return.
     return built if isinstance(built, pa.Table) else as_table(build())
 
 
@@ -78,7 +78,7 @@ def _path(key: str) -> Path | None:
     try:
         folder = cache_folder() / "tables"
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder.
         return None
     return folder / f"{key}.arrow"
 
@@ -98,7 +98,7 @@ def _load(path: Path) -> pa.Table | None:
 
 
 def _store(built: Built, path: Path) -> None:
-    """Write Arrow's file format and the SHA-256 of it: Arrow itself notices a cut-off file but no flipped byte."""
+    """Write Arrow's file format and its SHA-256: Arrow itself detects a truncated file, but not a changed byte."""
     descriptor, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)

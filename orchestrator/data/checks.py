@@ -1,4 +1,4 @@
-"""What can be wrong with single columns and sizes. Each check groups all rows of a kind into one problem."""
+"""Checks of single columns and of sizes. Each one groups all rows with the same problem."""
 
 from __future__ import annotations
 

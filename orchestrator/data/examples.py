@@ -1,4 +1,4 @@
-"""One split of the target data, and where each of its rows came from."""
+"""A split of the target data, and the origin of each of its rows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Indices = npt.NDArray[np.int64]
 IMAGE = pa.struct(
     [pa.field("bytes", pa.large_binary()), pa.field("path", pa.string()), pa.field("digest", pa.string())]
 )
-"""A picture: its bytes, or the full path of its file where there are none; and the SHA-256 of its content."""
+"""An image: its bytes, or else the full path of its file; and the SHA-256 of its content."""
 _BYTES_TOGETHER = 2**20
 _ROWS_TOGETHER = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class LinesAt:
-    """Lines (from 1) of rows of which only the bytes are known at which they begin; counted when asked for."""
+    """Lines (from 1) of rows whose positions in bytes are known; they are counted when they are needed."""
 
     path: Path
     starts: Indices
@@ -46,7 +46,7 @@ def line_at(path: Path, position: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SourceFile:
-    """What a row number means in one file (or one split on the Hub)."""
+    """The origin of rows in one file (or one split on the Hub)."""
 
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
@@ -54,20 +54,20 @@ class SourceFile:
     lines: Indices | LinesAt | None
     """Line (from 1) on which each row begins, for formats that have lines."""
     row_places: tuple[str, ...] | None = None
-    """The place of each row, for data that lie in a file each."""
+    """The place of each row, for data with one file per row."""
     folder: Path | None = None
-    """What paths in the data are relative to, and may not lead out of; None where they may name no files."""
+    """The folder that paths in the data are relative to, and must stay in; None if they must not name files."""
     part: int = 0
-    """Which entry of the recipe's list it belongs to."""
+    """The index of its entry in the recipe's list."""
     count: int | None = None
-    """How many examples of that entry are drawn; None for all."""
+    """The number of examples to draw from that entry; None for all."""
     row_numbers: Indices | None = None
-    """The number of each row in the file, where only some of its rows were read."""
+    """The number of each row in the file, if only some of its rows were read."""
     columns: tuple[str, ...] | None = None
-    """The task's columns that it has; None for all that the table has."""
+    """The task's columns in it; None for all columns of the table."""
 
     def where(self, row: int) -> str:
-        """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        """Return `data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
         if self.row_places is not None:
             return self.row_places[row]
         if self.lines is not None:
@@ -77,7 +77,7 @@ class SourceFile:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """One split: an Arrow table whose columns carry the task's names, and where each row came from."""
+    """A split: an Arrow table whose columns have the task's names, and the origin of each row."""
 
     table: pa.Table
     """The task's columns are string, int64, float64, lists of string or int64, or IMAGE."""
@@ -105,7 +105,7 @@ class Examples:
             yield from self.table.column(column).slice(start, _ROWS_TOGETHER).to_pylist()
 
     def where(self, row: int) -> str:
-        """The place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""
+        """Return the place of the example at position `row`, such as `data/train.jsonl:40`."""
         file, original = self.source(row)
         return file.where(original)
 
@@ -135,13 +135,13 @@ class Examples:
 
 
 def _add(digest: hashlib._Hash, data: bytes | memoryview) -> None:
-    # The length goes first, so that no two different sequences of parts hash alike.
+    # The length comes first, so that different sequences of parts have different hashes.
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
 def _add_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
-    """Hash lengths and contents rather than Arrow's buffers, which depend on offsets and on what lies under nulls."""
+    """Hash lengths and contents instead of Arrow's buffers, which depend on offsets and on values under nulls."""
     _add(digest, column.is_valid().combine_chunks().to_numpy(zero_copy_only=False).tobytes())
     if column.type == IMAGE:
         _add_values(digest, pc.struct_field(column, "digest"))

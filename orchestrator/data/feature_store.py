@@ -143,7 +143,7 @@ class Writer:
             fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, shard)
 
     def write(self, row: int, values: npt.NDArray[Any]) -> None:
-        """Put one row where it belongs; `values` is [positions or more, *shape], or [*shape] for even rows."""
+        """Write one row; `values` is [positions or more, *shape], or [*shape] for even rows."""
         start, end = self._offsets[row], self._offsets[row + 1]
         self._values[start:end] = values[: end - start] if values.ndim == self._values.ndim else values
 
@@ -192,9 +192,9 @@ class FeatureStore:
             return Writer(whole if whole.exists() else self._partial(key), layout, num_shards, note)
 
     def finish(self, key: str) -> StoredFeatures:
-        """Give a complete entry its final name; whoever of its writers comes first does it."""
+        """Rename a complete entry to its final name, which the first of its writers does."""
         with self._alone():
-            if not (self.folder / key).exists():  # Another process may have been first.
+            if not (self.folder / key).exists():  # Another process may have done it.
                 self._partial(key).rename(self.folder / key)
         return StoredFeatures(self.folder / key)
 
@@ -214,7 +214,7 @@ class FeatureStore:
         spare = min(self.budget - self.num_bytes(), disk.free - int(KEPT_FREE * disk.total))
         entries = sorted(self._entries(), key=_last_use)
         others = [entry for entry in entries if entry.name.removesuffix(".partial") not in but]
-        # Where even all of them would not do, none has to go.
+        # If removing all of them is not enough, none is removed.
         possible = spare + sum(map(_size, others))
         for entry in others if possible >= num_bytes else ():
             if spare >= num_bytes:
@@ -260,7 +260,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> int:
 
 
 def _reserve(file: int, num_bytes: int) -> None:
-    """Make a file so large at once: a full disk is noticed here, not when a page of the map is written."""
+    """Allocate the file's size at once: a full disk is noticed here, not when a page of the map is written."""
     before = os.fstat(file).st_size
     try:
         os.posix_fallocate(file, 0, num_bytes)

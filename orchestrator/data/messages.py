@@ -1,4 +1,4 @@
-"""Values from data, made fit for a message: shortened, and with nothing in them that a terminal would obey."""
+"""Values from data in messages: shortened, and without control characters for terminals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several sources in one split: how many examples of each, and what share of an epoch they make up."""
+"""Mix several sources in one split: the number of examples of each, and its share of an epoch."""
 
 from __future__ import annotations
 

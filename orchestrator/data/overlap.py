@@ -1,4 +1,4 @@
-"""The same text or picture in two places: in two splits, or in *train* with two labels."""
+"""Find the same text or image in two splits, or in *train* with two labels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_overlap(
 
 @dataclass(frozen=True)
 class _Found:
-    """Texts of the split `second` that are in `first` as well."""
+    """Texts of the split `second` that are also in `first`."""
 
     splits: Mapping[str, Examples]
     first: str
@@ -75,7 +75,7 @@ class _Found:
 def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], label: str) -> list[Problem]:
     """Return a warning about the same text (or image) with two labels, which no model can learn."""
     if pa.types.is_floating(examples.table.column(label).type):
-        return []  # A score of the same text may well differ.
+        return []  # Scores of the same text may differ.
     keys = text_keys(examples, text_columns).to_pylist()
     firsts: dict[str, int] = {}
     clashes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Lists of uneven length in flat arrays, read from Arrow without copies, padded when a batch is made."""
+"""Lists of different lengths in flat arrays, read from Arrow without copies, padded when a batch is made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of numbers of uneven length: row i is `chunks[k][starts[i] : starts[i] + lengths[i]]` with k `owners[i]`."""
+    """Rows of numbers of different lengths: row i is `chunks[k][starts[i] : starts[i] + lengths[i]]` with k `owners[i]`."""
 
     chunks: tuple[npt.NDArray[np.generic], ...]
     owners: npt.NDArray[np.int32]

@@ -158,7 +158,7 @@ def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
 
 def _written_out(split: str, value: str | list[str], origin: Origin) -> _Open:
     texts = [value] if isinstance(value, str) else value
-    # Without `path` these are files, also where they do not look like one.
+    # Without `path` these are files, even if they do not look like one.
     paths = [resolve_path(text, origin) or origin.folder / text for text in texts]
     return partial(_read_files, paths)
 

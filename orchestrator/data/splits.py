@@ -1,4 +1,4 @@
-"""Cutting the splits that the data lack, and drawing fewer examples. Neither depends on `train.seed`."""
+"""Cut the splits that the data lack, and limit examples. Neither depends on `train.seed`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _nested_order(classes: Indices, per_class: int | None, seed: int) -> Indices
         ranks[row] = seen.get(int(classes[row]), 0)
         seen[int(classes[row])] = int(ranks[row]) + 1
     sizes = np.array([seen[int(number)] for number in classes], dtype=np.float64)
-    # Spreads the members of a class evenly over the order.
+    # Spreads the examples of a class evenly over the order.
     places = (ranks + 0.5) / sizes
     places_drawn = np.empty(len(classes), dtype=np.int64)
     places_drawn[order] = np.arange(len(classes))
@@ -141,7 +141,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Indices
         taken: list[int] = []
         for number, stratum in enumerate(strata):
             count = 0
-            # The last group of a class is left in train.
+            # The last group of a class stays in train.
             while count < quotas[number] and next_group[number] < len(stratum) - 1:
                 group = stratum[next_group[number]]
                 taken.extend(group)

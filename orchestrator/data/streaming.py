@@ -20,12 +20,12 @@ from orchestrator.recipe.schema import Data
 
 T = TypeVar("T")
 Chunk: TypeAlias = tuple[Indices, Any]
-"""Rows that stand together in a file: the position of each, ascending, and the rows, in something that has slices."""
+"""Rows of a file: their positions, ascending, and the rows themselves, in a type with slices."""
 
 NUM_TOGETHER = 64
-"""Pieces of files that are read at a time, a few rows from each in turn."""
+"""Number of pieces that are read at a time, a few rows from each in turn."""
 MAX_TURN = 1024
-"""Rows that are read from a piece at once."""
+"""Number of rows that are read from a piece at once."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SamplePlan:
     """The sample to read of a split that is streamed."""
 
     count: int
-    """Examples, in all."""
+    """Number of examples in total."""
     seed: int
     names: frozenset[str]
     """Columns that a task may ask for; no others are kept."""
@@ -42,12 +42,12 @@ class SamplePlan:
 
 
 class Streamed(ABC):
-    """A file that can be read in pieces, beginning with any of them."""
+    """A file that can be read in pieces, starting at any of them."""
 
     place: str
     """As shown in messages."""
     sizes: Sequence[float]
-    """Of each piece, in a unit that all files share."""
+    """Size of each piece, in a unit that all files share."""
 
     @abstractmethod
     def read(self, piece: int, turn: int) -> Iterator[Chunk]:
@@ -104,7 +104,7 @@ def draw_files(
     problems: list[Problem] = []
     for file in files:
         try:
-            # In the order of the file: who reads on to its end has what is read without streaming.
+            # In the order of the file, so that reading all of it gives the same as without streaming.
             raws.append(file.raw(sorted(kept[file], key=lambda chunk: int(chunk[0][0]))))
         except DataError as error:
             problems.extend(error.problems)

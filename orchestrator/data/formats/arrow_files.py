@@ -105,7 +105,7 @@ def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
         return {}
     found = {}
     for column, feature in features.items():
-        # Lists have their items' feature under this name, or are lists of one feature.
+        # Lists have the feature of their items under this name, or are lists of one feature.
         inner = feature.get("feature", feature) if isinstance(feature, dict) else feature
         inner = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
         names = inner.get("names") if isinstance(inner, dict) else None

@@ -1,4 +1,4 @@
-"""CSV and TSV with a header line. All values are text: nothing is guessed to be a number, a date or a null."""
+"""CSV and TSV with a header line. All values are text: numbers, dates and nulls are not guessed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _read(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> RawF
 
 def _check_header(header: tuple[str, ...], where: str) -> list[Problem]:
     problems = []
-    # A column without a name is an index that pandas wrote; nobody asks for it.
+    # A column without a name is an index that pandas wrote; no task asks for it.
     twice = [show_name(name) for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         what = f"the header has {', '.join(twice)} more than once"

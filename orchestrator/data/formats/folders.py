@@ -1,4 +1,4 @@
-"""Which files of a folder are which split."""
+"""Find the files of each split in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.recipe.paths import show_path
 SPLIT_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"train": ("train",), "select": ("select", "validation", "valid", "val", "dev"), "test": ("test",)}
 )
-"""What data sets call each split."""
+"""Names of each split in data sets."""
 
 _NOT_DATA = frozenset({"labels.json", "state.json", "dataset_info.json", "dataset_dict.json"})
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})")

@@ -1,4 +1,4 @@
-"""Data sets from the Hugging Face Hub, through `datasets`. Loading scripts are never run."""
+"""Data sets from the Hugging Face Hub, with `datasets`. Loading scripts are never run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.data.streaming import MAX_TURN, SamplePlan, draw_files
 from orchestrator.errors import DataError, Problem
 
 _REACH_SECONDS = 3.0
-_SHARDS_TOGETHER = 8  # Each is a connection, and the first rows of one may be a large download.
+_SHARDS_TOGETHER = 8  # Each one is a connection, and its first rows may be a large download.
 
 
 def open_hub(
@@ -160,7 +160,7 @@ def _reaches(endpoint: str) -> bool:
     parts = urlsplit(endpoint)
     proxies = getproxies()
     if parts.scheme in proxies or "all" in proxies or "ALL_PROXY" in os.environ:
-        return True  # Behind a proxy, the host's own address says nothing.
+        return True  # Behind a proxy, the address of the host says nothing.
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_REACH_SECONDS).close()

@@ -1,4 +1,4 @@
-"""Pictures that lie in folders: a folder for each class, or just pictures."""
+"""Images in folders: a folder for each class, or only images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pbm")
-"""Names of pictures end so, in lower or upper case."""
+"""Suffixes of images, in lower or upper case."""
 
 
 def holds_pictures(folder: Path) -> bool:

@@ -22,7 +22,7 @@ _TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "tru
 
 
 class _Repeated(dict[str, Any]):
-    """An object in which a key stood twice; `json` would silently keep the last."""
+    """An object with a repeated key, of which `json` would silently keep the last."""
 
     key: str
 
@@ -48,7 +48,7 @@ _FAULTS = {
 
 
 class LineReader:
-    """Turns lines into objects, and notes those that hold none."""
+    """Parses lines as objects, and records those that hold none."""
 
     def __init__(self) -> None:
         self._faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in _FAULTS}
@@ -77,7 +77,7 @@ class LineReader:
             return None
 
     def check(self, path: Path, line_of: Callable[[int], int] = int) -> None:
-        """Raise DataError where lines of the file held no object, each kind counted and shown by line.
+        """Raise DataError if lines of the file hold no object, each kind counted and shown by line.
 
         Args:
             line_of: the line (from 1) of what a line went by.
@@ -100,7 +100,7 @@ def read_jsonl(path: Path) -> RawFile:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     reader = LineReader()
-    # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+    # Not splitlines(): JSON strings may contain U+2028 and other line separators.
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line or line.isspace():
             continue

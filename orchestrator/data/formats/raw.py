@@ -1,4 +1,4 @@
-"""A data file as read, before its columns are chosen and typed; and the checks that all text formats share."""
+"""A data file before its columns are chosen and typed, and the checks of all text formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, eq=False)
 class RawFile:
-    """Only the columns that a task asks for are fetched, so what is odd in the others does not matter."""
+    """A data file. Only the columns of a task are fetched, so that faults in others do not matter."""
 
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
@@ -26,23 +26,23 @@ class RawFile:
     """Column names, each once."""
     num_rows: int
     fetch: Callable[[str], pa.ChunkedArray]
-    """The column of that name, in the file's own type. Raises DataError."""
+    """Returns the column with a name, in the file's own type. Raises DataError."""
     lines: Indices | LinesAt | None = None
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names that the file contains, by column."""
     labels_are_names: bool = False
-    """Labels are names and stay as they are written, also where they could be read as numbers."""
+    """Whether labels are names, which are not converted even if they look like numbers."""
     row_places: tuple[str, ...] | None = None
-    """The place of each row, for data that lie in a file each."""
+    """The place of each row, for data with one file per row."""
     folder: Path | None = None
-    """What paths in the data are relative to, and may not lead out of."""
+    """The folder that paths in the data are relative to, and must stay in."""
     part: int = 0
-    """Which entry of the recipe's list it belongs to."""
+    """The index of its entry in the recipe's list."""
     count: int | None = None
-    """How many examples of that entry are drawn; None for all."""
+    """The number of examples to draw from that entry; None for all."""
     row_numbers: Indices | None = None
-    """The number of each row in the file, where only some of its rows were read."""
+    """The number of each row in the file, if only some of its rows were read."""
 
     @property
     def source(self) -> SourceFile:

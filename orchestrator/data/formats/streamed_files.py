@@ -66,7 +66,7 @@ class StreamedLines(Streamed):
         """Yield the lines that begin between two bytes, and where; blank ones are skipped."""
         with self._path.open("rb") as file:
             if start:
-                # Only after a line's end does another begin, and that may be the byte before.
+                # A line begins only after the end of another, which may be the byte before.
                 file.seek(start - 1)
                 file.readline(stop - start + 1)
             position = file.tell()
@@ -85,7 +85,7 @@ class StreamedLines(Streamed):
 
 
 class StreamedTables(Streamed):
-    """Rows that come as Arrow tables, each piece with the number of its first row."""
+    """A file whose rows are read as Arrow tables, each piece with the number of its first row."""
 
     def __init__(
         self, place: str, schema: pa.Schema | None, firsts: Sequence[int], sizes: Sequence[float], read: ReadTables
@@ -121,7 +121,7 @@ def stream_parquet(path: Path, wanted: frozenset[str], _names: dict[str, None]) 
     firsts = np.cumsum([0, *(group.num_rows for group in groups)])[:-1].tolist()
 
     def read(piece: int, turn: int) -> Iterator[pa.Table]:
-        # So neither a row group nor a column of it is in memory as a whole.
+        # So that neither a row group nor one of its columns is in memory as a whole.
         file = open_parquet(path, metadata=metadata, memory_map=True, pre_buffer=False)
         with file, _telling_damage(path, "Parquet"):
             for batch in file.iter_batches(turn, [piece], _choose(schema, wanted)):
