@@ -12,7 +12,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of numbers of different lengths: row i is `chunks[k][starts[i] : starts[i] + lengths[i]]` with k `owners[i]`."""
+    """Rows of different lengths: row i is `chunks[k][starts[i] : starts[i] + lengths[i]]` with k `owners[i]`."""
 
     chunks: tuple[npt.NDArray[np.generic], ...]
     owners: npt.NDArray[np.int32]
