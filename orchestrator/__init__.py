@@ -44,7 +44,7 @@ def train(
 def search(
     recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
 ) -> SearchRun:
-    """Search as the recipe says; see `orchestrator.search.run.search`."""
+    """Run a search; see `orchestrator.search.run.search`."""
     from orchestrator.search.run import search as run_search
 
     return run_search(recipe, output, fresh, strict, screen)
@@ -73,7 +73,7 @@ def submit(
     variables: Sequence[str] = (),
     insecure: bool = False,
 ) -> Submitted:
-    """Send a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `orchestrator.jobs.client.connect`."""
+    """Submit a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `.client.connect`."""
     from orchestrator.jobs import connect
     from orchestrator.jobs import submit as submit_recipe
     from orchestrator.training.pictures import named_pictures

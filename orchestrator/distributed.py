@@ -1,8 +1,8 @@
-"""The exchange of Python objects between the workers of a run: values, and the errors that one of them alone has met.
+"""The exchange of Python objects between the workers of a run: values, and errors that only one of them has met.
 
-Objects go over a gloo group of their own, not over the group that sums up gradients. There a worker that waits for
-another fails after some minutes, because collectives of a step that take so long hang; here the first worker may hash
-or export a large model meanwhile.
+Objects use a gloo group of their own, not the group that sums gradients. In that group a worker that waits for another
+fails after some minutes, because a collective of a step that takes longer is stuck. Here the first worker may hash or
+export a large model while the others wait.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.distributed import distributed_c10d
 
 from orchestrator.errors import OrchestratorError, RunFailed
 
-WAIT_AT_BEGIN, LONGEST_WAIT = timedelta(minutes=10), timedelta(days=1)
+START_TIMEOUT, TIMEOUT = timedelta(minutes=10), timedelta(days=1)
 T = TypeVar("T")
 
 
 class Exchange:
-    """The workers of the default process group; this process alone where there is none.
+    """The workers of the default process group; only this process if there is none.
 
-    Every method is called by all workers, in the same order. Each first tells how the workers fared since the last: an
-    error that one of them left the block with, or met where it worked for all, is raised on all. So nobody waits for a
-    worker that has given up.
+    All workers call every method, in the same order. Each call first shares whether a worker has failed since the last
+    one: an error that a worker left the block with, or met while the others waited for it, is raised on all workers. So
+    no worker waits for one that has failed.
 
-    Only errors meant for users are told when the block is left. After others a worker dies, and Ray ends the rest,
+    Only errors for users are shared when the block is left. After other errors a worker dies, and Ray ends the others,
     which may be waiting for it elsewhere.
     """
 
@@ -38,9 +38,9 @@ class Exchange:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._group: Any = None
         if self.size > 1:
-            # Here nobody is busy: a worker that does not come has failed.
-            self._group = dist.new_group(backend="gloo", timeout=WAIT_AT_BEGIN)
-            distributed_c10d._set_pg_timeout(LONGEST_WAIT, self._group)
+            # All workers come here at the same time: one that does not has failed.
+            self._group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+            distributed_c10d._set_pg_timeout(TIMEOUT, self._group)
         self._has_failed = False
 
     def __enter__(self) -> Self:
@@ -51,13 +51,13 @@ class Exchange:
             return
         found = None
         if not self._has_failed and (error is None or isinstance(error, OrchestratorError)):
-            found = self._meet(error)
+            found = self._gather_errors(error)
         dist.destroy_process_group(self._group)
         if error is None and found is not None:
             raise found
 
     def agree(self, trouble: str | None) -> str | None:
-        """Return the first trouble that any worker has, on all of them; None where there is none."""
+        """Return the first trouble that any worker has, on all of them; None if no worker has any."""
         return next((found for found in self._all(trouble) if found is not None), None)
 
     def broadcast(self, value: Any) -> Any:
@@ -79,20 +79,20 @@ class Exchange:
         return values or []
 
     def run_on_first(self, action: Callable[[], T]) -> T:
-        """Return what `action` returns on worker 0, on every worker; the others wait for it.
+        """Run `action` on worker 0 while the others wait, and return its result on every worker.
 
         Args:
-            action: works for all workers, and needs none of the others.
+            action: a function that does not need the other workers.
 
         Raises:
-            RunFailed: on the other workers, where `action` raised an error; on worker 0 too where that is an OSError,
-                which would come again if the workers were started again.
+            RunFailed: on the other workers, if `action` raised an error; also on worker 0 if that is an OSError, which
+                starting the workers again would not solve.
         """
         if self._group is None:
             return action()
         value: Any = None
         with contextlib.ExitStack() as stack:
-            stack.push(self._tell)
+            stack.push(self._share_outcome)
             if self.rank == 0:
                 value = action()
         box = [value]
@@ -110,19 +110,21 @@ class Exchange:
         return values
 
     def _check(self) -> None:
-        """Raise the error that a worker has come with, if there is one."""
-        found = self._meet(None)
+        """Raise the error of a worker, if there is one."""
+        found = self._gather_errors(None)
         if found is not None:
             raise found
 
-    def _tell(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Have all workers know how a block ended."""
-        found = self._meet(error)
+    def _share_outcome(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Share with all workers how a block ended."""
+        found = self._gather_errors(error)
         if found is not None and (error is None or isinstance(error, OSError)):
             raise found from error
 
-    def _meet(self, error: BaseException | None) -> OrchestratorError | None:
-        """Wait for all workers; returns the first error that any of them has come with."""
+    def _gather_errors(self, error: BaseException | None) -> OrchestratorError | None:
+        """Wait for all workers, and return the first error that any of them has."""
         mine = None
         if error is not None:
             mine = error if isinstance(error, OrchestratorError) else RunFailed(self._describe(error))

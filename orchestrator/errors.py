@@ -1,7 +1,7 @@
-"""One family of errors, each with its exit code.
+"""The errors of this package, each with an exit code.
 
-Whatever a user can cause is an `OrchestratorError`: it prints as plain sentences, without a traceback.
-Mistakes in input are collected as `Problem`s and raised once, all together.
+Errors that a user can cause are `OrchestratorError`s, which print as plain sentences without a traceback. Problems of
+the input are collected as `Problem`s and raised once, all together.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user gave, and how to mend it."""
+    """Something wrong in the user's input, and how to correct it."""
 
     what: str
     """What is wrong, as a clause with the value found: `learning rate is -1, must be above 0`."""
     where: str | None = None
     """Place in the user's terms: `recipes/mine.yaml:12 (train.learning_rate)` or `data/train.jsonl:40`."""
     remedy: str | None = None
-    """What to do about it, as an imperative: `set train.learning_rate to about 5e-5`."""
+    """How to correct it, as an imperative: `set train.learning_rate to about 5e-5`."""
     fatal: bool = True
-    """False for what is a warning by nature; `--strict` makes it fatal."""
+    """False for warnings, which `--strict` makes fatal."""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -31,7 +31,7 @@ class Problem:
 
 
 class OrchestratorError(Exception):
-    """Base of all errors meant for users; `exit_code` is what the command returns."""
+    """Base class of all errors for users; `exit_code` is the exit code of the command."""
 
     exit_code: ClassVar[int] = 1
 
@@ -80,13 +80,13 @@ class ClusterError(OrchestratorError):
 
 
 def raise_if_fatal(problems: Sequence[Problem], error: type[InputError], strict: bool = False) -> list[Problem]:
-    """Raise `error` with all problems if any is fatal (or any at all when `strict`); else return the warnings."""
+    """Raise `error` with all problems if one is fatal (or if there is any and `strict` is set); else return them."""
     if any(problem.fatal or strict for problem in problems):
         raise error(problems)
     return list(problems)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name closest to a mistyped one, or None when nothing is close."""
+    """Return the valid name closest to a mistyped one, or None if nothing is close."""
     matches = get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return matches[0] if matches else None

@@ -1,7 +1,7 @@
-"""Folders that are reached by a URL: `s3://`, `gs://`, `abfs://`. Arrow's file systems do the work.
+"""Folders in object stores, by URL: `s3://`, `gs://`, `abfs://`, through Arrow's file systems.
 
-Credentials are found as each provider's own tools find them (environment, files, the machine's role); an S3 server of
-one's own is named by AWS_ENDPOINT_URL.
+Credentials are found as the tools of each provider find them (environment, files, the machine's role).
+AWS_ENDPOINT_URL sets the address of another S3 server.
 """
 
 from __future__ import annotations
@@ -17,55 +17,55 @@ from orchestrator.errors import InputError, Problem
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 SECONDS_OF_PATIENCE = 30
 CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
-"""How variables begin that the providers' libraries read."""
+"""Prefixes of the environment variables that the providers' libraries read."""
 
 
 def is_url(text: str) -> bool:
-    """Whether it names a folder of an object store."""
+    """Whether a text is the URL of a folder in an object store."""
     return text.partition("://")[0] in SCHEMES and "://" in text
 
 
 def holds_secrets(url: str) -> bool:
-    """Whether a URL has a key written into it, which would be kept and shown wherever the URL is."""
+    """Whether a URL contains a key, which would be stored and shown wherever the URL is."""
     user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
     return bool(found) and user != "anonymous" and (":" in user or not url.startswith("abfs"))
 
 
 def join(place: str, name: str) -> str:
-    """Something in a folder, by a path or a URL; what follows a `?` in a URL stays at its end."""
+    """Return the path or URL of a name in a folder; what follows a `?` in a URL stays at its end."""
     base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
 def split(place: str) -> tuple[str, str]:
-    """The folder that something is in, and its name there."""
+    """Return the folder of a path or URL, and the name in it."""
     base, mark, query = place.partition("?") if is_url(place) else (place, "", "")
     folder, _, name = base.rstrip("/").rpartition("/")
     return f"{folder}{mark}{query}", name
 
 
 def _with_patience(url: str) -> str:
-    """Google's library tries for a quarter of an hour to reach a store, unless it is told otherwise."""
+    """Limit how long Google's library tries to reach a store, by default a quarter of an hour."""
     if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in url:
         return url
     return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={SECONDS_OF_PATIENCE}"
 
 
 def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of the environment that reach an object store; secrets, so never to be shown."""
+    """Return the environment variables that give access to an object store; secrets, never to be shown."""
     return {name: value for name, value in environment.items() if name.startswith(CREDENTIALS)}
 
 
 class RemoteFolder:
-    """A folder of an object store. Objects appear whole or not at all, and are replaced at once.
+    """A folder of an object store. Objects are written and replaced atomically.
 
-    Every method raises OSError where the store cannot be reached, or refuses.
+    Every method raises OSError if the store cannot be reached, or refuses.
     """
 
     def __init__(self, url: str) -> None:
         """
         Raises:
-            InputError: it is no such URL.
+            InputError: the URL is not valid.
         """
         from pyarrow import ArrowInvalid, fs
 
@@ -76,14 +76,14 @@ class RemoteFolder:
             remedy = (
                 "write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER"
             )
-            raise InputError(Problem(f"{url!r} names no folder: {error}", remedy=remedy)) from error
+            raise InputError(Problem(f"{url!r} is not the URL of a folder: {error}", remedy=remedy)) from error
         self._path = str(path).rstrip("/")
 
     def child(self, name: str) -> RemoteFolder:
         return RemoteFolder(join(self.url, name))
 
     def names(self, folder: str = "") -> dict[str, int]:
-        """The files in a folder and below, by their path within it, with their sizes in bytes; {} where it is not."""
+        """Return the files in a folder and below by their path in it, with sizes in bytes; {} if it is missing."""
         from pyarrow import fs
 
         base = self._at(folder)
@@ -91,11 +91,11 @@ class RemoteFolder:
         return {info.path[len(base) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
 
     def folders(self, folder: str = "") -> list[str]:
-        """The names of the folders in a folder."""
+        """Return the names of the folders in a folder."""
         return sorted({name.partition("/")[0] for name in self.names(folder) if "/" in name})
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None where there is none."""
+        """Return a file's content; None if it does not exist."""
         try:
             with self._files.open_input_stream(self._at(name)) as file:
                 data: bytes = file.read()
@@ -108,12 +108,12 @@ class RemoteFolder:
             file.write(data)
 
     def upload(self, source: Path, name: str = "") -> None:
-        """A file, or all files of a folder, several at a time; nothing where there is none."""
+        """Upload a file, or all files of a folder, several at a time; nothing if the source does not exist."""
         if source.exists():
             self._copy(str(source), self._at(name), up=True)
 
     def download(self, name: str, target: Path) -> bool:
-        """The other way; False where there is nothing of that name."""
+        """Download a file or a folder; return False if it does not exist."""
         from pyarrow import fs
 
         kind = self._files.get_file_info(self._at(name)).type
@@ -132,22 +132,22 @@ class RemoteFolder:
         return True
 
     def delete(self, name: str, first: Sequence[str] = ()) -> None:
-        """Delete a file, or a folder with what is in it; nothing where there is none.
+        """Delete a file, or a folder with its content, if it exists.
 
         Args:
-            first: files of the folder that go before all others.
+            first: files of the folder to delete before all others.
         """
         from pyarrow import fs
 
         for each in first:
             self._delete_file(f"{self._at(name)}/{each}")
         if self._files.get_file_info(self._at(name)).type == fs.FileType.Directory:
-            with contextlib.suppress(FileNotFoundError):  # Not every store has something in a folder's own name.
+            with contextlib.suppress(FileNotFoundError):  # Not every store has objects for folders.
                 self._files.delete_dir(self._at(name))
         self._delete_file(self._at(name))
 
     def move(self, target: RemoteFolder) -> None:
-        """Everything in it to another folder of the same store."""
+        """Move all files to another folder of the same store."""
         for name in self.names():
             self._files.copy_file(self._at(name), target._at(name))
         self.delete("")

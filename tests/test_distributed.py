@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from orchestrator.distributed import LONGEST_WAIT, Exchange
+from orchestrator.distributed import TIMEOUT, Exchange
 from orchestrator.errors import ModelError, OrchestratorError, Problem, RunFailed
 
 WORKERS = 2
@@ -50,7 +50,7 @@ def work(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     with Exchange() as exchange:
         backend = exchange._group._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
-        found["waits long"] = backend.options._timeout == LONGEST_WAIT
+        found["waits long"] = backend.options._timeout == TIMEOUT
         found["agree"] = [exchange.agree(None), exchange.agree("here" if rank == 1 else None)]
         found["broadcast"] = exchange.broadcast(f"of {rank}")
         found["gather"] = exchange.gather(f"of {rank}")

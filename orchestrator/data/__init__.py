@@ -1,4 +1,4 @@
-"""Where examples come from: files, folders and the Hub; their columns, splits, checks, labels and cache. No torch."""
+"""Examples from files, folders and the Hub: their columns, splits, checks, labels and cache. Does not import torch."""
 
 from orchestrator.data.cache import cache_folder, cached_table, content_key
 from orchestrator.data.checks import check_class_labels, check_regression_targets, check_sizes, check_text

@@ -1,7 +1,7 @@
-"""Which examples go into which batch: a pure function of seed and epoch, so that a resumed run sees the same order.
+"""The assignment of examples to batches: a function of seed and epoch alone, so that a resumed run has the same order.
 
-A *global batch* is what one optimizer step learns from. It is dealt to workers and micro batches afterwards, and since
-the loss is the mean over the global batch, the way it is dealt does not change what is learned.
+A *global batch* holds the examples of one optimizer step. It is divided among workers and micro batches afterwards.
+Since the loss is the mean over the global batch, this division does not change what is learned.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-# Examples are sorted by length within shuffled stretches of this many global batches: wide enough to leave little
-# padding, narrow enough that every epoch pairs examples anew.
+# Examples are sorted by length within megabatches of this many global batches: enough to leave little padding, and few
+# enough that examples are combined differently in every epoch.
 BATCHES_SORTED_TOGETHER = 32
 
 
@@ -40,18 +40,18 @@ class BatchOrder:
         return -(-len(self.lengths) // self.global_batch_size)
 
     def epoch(self, epoch: int) -> list[Indices]:
-        """The global batches of one epoch (counted from 0); every example stands in exactly one of them."""
+        """Return the global batches of one epoch (counted from 0); every example is in exactly one of them."""
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         if not self.group_by_length:
             return self._cut(order)
-        stretch = self.global_batch_size * BATCHES_SORTED_TOGETHER
-        sorted_stretches = [
+        megabatch = self.global_batch_size * BATCHES_SORTED_TOGETHER
+        megabatches = [
             part[np.argsort(self.lengths[part], kind="stable")]
-            for part in np.split(order, range(stretch, len(order), stretch))
+            for part in np.split(order, range(megabatch, len(order), megabatch))
         ]
-        # Each stretch is cut by itself, so that only the very last batch can be short and no batch spans two stretches.
-        batches = [batch for part in sorted_stretches for batch in self._cut(part)]
+        # Each megabatch is cut separately, so that only the last batch can be short and no batch spans two of them.
+        batches = [batch for part in megabatches for batch in self._cut(part)]
         return [batches[position] for position in generator.permutation(len(batches))]
 
     def _cut(self, order: Indices) -> list[Indices]:
@@ -66,7 +66,7 @@ def assign(
     cost_of_pass: int,
     tokens_per_pass: int | None = None,
 ) -> list[list[Indices]]:
-    """Deal a global batch: `result[i][rank]` are the examples of worker `rank` in the i-th forward pass.
+    """Assign the examples of a global batch: `result[i][rank]` are those of worker `rank` in the i-th forward pass.
 
     Sorted by length first and cut where padding would cost more than another pass; and dealt like cards, so that the
     workers of one pass wait little for each other. A worker may come away empty in a short pass; it still has to take
@@ -85,7 +85,7 @@ def assign(
 def cheapest_cuts(
     ascending: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int, tokens_per_pass: int | None = None
 ) -> list[int]:
-    """Where to cut sorted examples into passes so that padded tokens and passes cost least.
+    """Return where to cut sorted examples into passes so that padded tokens and passes cost least.
 
     A pass costs `cost_of_pass` and, on its busiest worker, its number of examples times its longest one. The cheapest
     way to pass the first `end` examples goes over the cheapest ways to pass fewer (dynamic programming).
@@ -127,7 +127,7 @@ def evaluation_batches(
     cost_of_pass: int,
     tokens_per_pass: int | None = None,
 ) -> Iterator[Indices]:
-    """This worker's share of a split, each example once over all workers, longest first (memory fails early, not late).
+    """Return a worker's share of a split, longest first (so that memory fails early); each example on one worker only.
 
     Every worker gets the same number of batches, the last ones possibly empty: sharded models need all workers in
     every forward pass.

@@ -1,4 +1,4 @@
-"""Tables that are costly to build, kept on disk by the hash of what they are made from."""
+"""Tables that are expensive to build, stored on disk by the hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TypeAlias
 import pyarrow as pa
 
 Built: TypeAlias = pa.Table | pa.RecordBatchReader
-"""A table, or its batches one after the other where it would be large."""
+"""A table, or its batches one after the other if it is large."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """Our folder for what can be built again; it is $ORCHESTRATOR_CACHE where that is set.
+    """Return the folder for what can be built again, which $ORCHESTRATOR_CACHE may set.
 
     Else it is `transfer-orchestrator` in $XDG_CACHE_HOME or ~/.cache. It is created without access for others.
 
@@ -34,13 +34,13 @@ def cache_folder() -> Path:
 
 
 def content_key(*parts: object) -> str:
-    """SHA-256 of JSON-able parts: the name under which `cached_table` keeps what is made from them."""
+    """Return the SHA-256 of JSON-able parts: the name under which `cached_table` stores what is built from them."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
-    """The table kept under `key` (see `content_key`), memory-mapped; built and kept when it is not there or damaged.
+    """Return the table stored under `key` (see `content_key`), memory-mapped; a missing or damaged one is built.
 
     Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
     cannot be written or is full, the table is built in memory; one that comes in batches is in memory only then.
@@ -58,33 +58,33 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
         stored = _load(path)
     if stored is not None:
         return stored
-    # The batches of a reader are used up.
+    # The reader has no more batches to return.
     return built if isinstance(built, pa.Table) else as_table(build())
 
 
 def find_cached_table(key: str) -> pa.Table | None:
-    """The table that `cached_table` keeps under `key`; None where there is none."""
+    """Return the table that `cached_table` has stored under `key`; None if there is none."""
     path = _path(key)
     return None if path is None else _load(path)
 
 
 def as_table(built: Built) -> pa.Table:
-    """All batches as one table."""
+    """Return all batches as one table."""
     return built if isinstance(built, pa.Table) else built.read_all()
 
 
 def _path(key: str) -> Path | None:
-    """Where a table is kept; None where none can be."""
+    """Return where a table is stored; None if none can be."""
     try:
         folder = cache_folder() / "tables"
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder.
         return None
     return folder / f"{key}.arrow"
 
 
 def _load(path: Path) -> pa.Table | None:
-    """The mapped table, or None when the file is missing or not what was written."""
+    """Return the mapped table, or None if the file is missing or not what was written."""
     try:
         with pa.memory_map(str(path)) as source:
             contents = source.read_buffer()
@@ -98,7 +98,7 @@ def _load(path: Path) -> pa.Table | None:
 
 
 def _store(built: Built, path: Path) -> None:
-    """Write Arrow's file format and the SHA-256 of it: Arrow itself notices a cut-off file but no flipped byte."""
+    """Write Arrow's file format and its SHA-256: Arrow itself detects a truncated file, but not a changed byte."""
     descriptor, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)

@@ -1,4 +1,4 @@
-"""What can be wrong with single columns and sizes. Each check groups all rows of a kind into one problem."""
+"""Checks of single columns and of sizes. Each one groups all rows with the same problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["check_class_labels", "check_overlap", "check_regression_targets", "c
 
 
 def check_sizes(splits: Mapping[str, Examples], global_batch_size: int, origin: Origin) -> list[Problem]:
-    """Splits without examples, and fewer training examples than one global batch."""
+    """Return problems of splits without examples, or with fewer training examples than one global batch."""
     problems = []
     for split, examples in splits.items():
         if not len(examples):
@@ -38,7 +38,7 @@ def check_sizes(splits: Mapping[str, Examples], global_batch_size: int, origin: 
 
 
 def check_text(examples: Examples, column: str) -> list[Problem]:
-    """Texts that are null, blank, or hold NUL characters."""
+    """Return problems of texts that are null, blank, or hold NUL characters."""
     values = examples.table.column(column)
     blank = pc.equal(pc.utf8_trim_whitespace(values), "")
     nul = pc.match_substring(values, "\0")
@@ -54,7 +54,7 @@ def check_text(examples: Examples, column: str) -> list[Problem]:
 def check_class_labels(
     splits: Mapping[str, Examples], column: str, given: Sequence[str] | None = None
 ) -> list[Problem]:
-    """Missing labels, and classes that cannot be learned or scored; for single labels and lists of labels.
+    """Return problems of missing labels, and of classes that cannot be learned or scored; single labels and lists.
 
     Fatal: missing labels, a single class, classes that only *select* or *test* have, `given` names without a training
     example. Warnings: classes with one training example, names that the data bring along and never use, multi-hot
@@ -95,7 +95,7 @@ def check_class_labels(
 
 
 def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
-    """Targets that are null, NaN, infinite, or no numbers."""
+    """Return problems of targets that are null, NaN, infinite, or not numbers."""
     values = examples.table.column(column)
     null = values.is_null()
     bad = pc.and_not(pa.chunked_array([pa.array(np.isnan(encode_targets(examples, column)))]), null)
@@ -108,7 +108,7 @@ def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
 
 
 def group_rows(examples: Examples, column: str, mask: pa.ChunkedArray, what: str, remedy: str) -> Problem | None:
-    """One problem for all rows where the mask is true, with up to three of them; None when there are none."""
+    """Return one problem for all rows where the mask is true, with up to three of them; None without any."""
     rows = np.flatnonzero(pc.fill_null(mask, False).to_numpy())
     if not len(rows):
         return None
@@ -119,7 +119,7 @@ def group_rows(examples: Examples, column: str, mask: pa.ChunkedArray, what: str
 
 
 def _show_row(where: str, value: Any) -> str:
-    """Place and value; the place alone where that is the picture's own file."""
+    """Return place and value; only the place where that is the image's own file."""
     if value is None:
         return f"{where} (null)"
     shown = show_picture(value) if isinstance(value, dict) else show_value(value)
@@ -139,7 +139,7 @@ def _missing_labels(examples: Examples, column: str) -> Problem | None:
 
 
 def _count_labels(examples: Examples, column: str) -> dict[str, int]:
-    """Rows of each label (text), most frequent first."""
+    """Return the number of rows of each label (text), most frequent first."""
     flat = flat_labels(examples.table.column(column))
     counted = pc.value_counts(pc.drop_null(flat)) if len(flat) else []
     counts = {item["values"].as_py(): item["counts"].as_py() for item in counted}
@@ -152,13 +152,13 @@ def _first_row(examples: Examples, column: str, text: str) -> int:
 
 
 def _texts(examples: Examples, column: str) -> list[str]:
-    """The distinct labels that are text in the data."""
+    """Return the distinct labels that are text in the data."""
     flat = flat_labels(examples.table.column(column))
     return pc.unique(flat).drop_null().to_pylist() if pa.types.is_string(flat.type) else []
 
 
 def _lists_in_text(train: Examples, column: str) -> list[Problem]:
-    """A warning where text looks like lists, as CSV files hold them, each of which is a class of its own."""
+    """Return a warning if text looks like lists, as CSV files hold them, each of which is a class of its own."""
     texts = [] if pa.types.is_list(train.table.column(column).type) else _texts(train, column)
     if not texts or not all(re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) for text in texts):
         return []
@@ -168,7 +168,7 @@ def _lists_in_text(train: Examples, column: str) -> list[Problem]:
 
 
 def _places_problem(splits: Mapping[str, Examples], column: str, are_codes: bool) -> list[Problem]:
-    """A warning where lists are taken for multi-hot ones, and nothing names their places."""
+    """Return a warning if lists are taken for multi-hot ones, and nothing names their positions."""
     places = None if are_codes else count_places(splits, column)
     if places is None:
         return []
@@ -179,7 +179,7 @@ def _places_problem(splits: Mapping[str, Examples], column: str, are_codes: bool
 
 
 def _unused_names(names: Sequence[str], used: set[str], is_given: bool, place: str | None) -> list[Problem]:
-    """Class names that no example has."""
+    """Return a warning about class names that no example has."""
     unused = [name for name in names if name not in used]
     if not unused or not used:
         return []

@@ -1,4 +1,4 @@
-"""One split of the target data, and where each of its rows came from."""
+"""A split of the target data, and the origin of each of its rows."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 IMAGE = pa.struct(
     [pa.field("bytes", pa.large_binary()), pa.field("path", pa.string()), pa.field("digest", pa.string())]
 )
-"""A picture: its bytes, or the full path of its file where there are none; and the SHA-256 of its content."""
+"""An image: its bytes, or else the full path of its file; and the SHA-256 of its content."""
 _BYTES_TOGETHER = 2**20
 _ROWS_TOGETHER = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class LinesAt:
-    """Lines (from 1) of rows of which only the bytes are known at which they begin; counted when asked for."""
+    """Lines (from 1) of rows whose positions in bytes are known; they are counted when they are needed."""
 
     path: Path
-    starts: Rows
+    starts: Indices
 
     def __getitem__(self, row: int) -> int:
         return line_at(self.path, int(self.starts[row]))
 
 
 def line_at(path: Path, position: int) -> int:
-    """The line (from 1) of a file that the byte at `position` (from 0) is part of."""
+    """Return the line (from 1) of a file that contains the byte at `position` (from 0)."""
     line = 1
     with path.open("rb") as file:
         while position > 0 and (data := file.read(min(position, _BYTES_TOGETHER))):
@@ -46,28 +46,28 @@ def line_at(path: Path, position: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SourceFile:
-    """What a row number means in one file (or one split on the Hub)."""
+    """The origin of rows in one file (or one split on the Hub)."""
 
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
     num_rows: int
-    lines: Rows | LinesAt | None
+    lines: Indices | LinesAt | None
     """Line (from 1) on which each row begins, for formats that have lines."""
     row_places: tuple[str, ...] | None = None
-    """The place of each row, for data that lie in a file each."""
+    """The place of each row, for data with one file per row."""
     folder: Path | None = None
-    """What paths in the data are relative to, and may not lead out of; None where they may name no files."""
+    """The folder that paths in the data are relative to, and must stay in; None if they must not name files."""
     part: int = 0
-    """Which entry of the recipe's list it belongs to."""
+    """The index of its entry in the recipe's list."""
     count: int | None = None
-    """How many examples of that entry are drawn; None for all."""
-    row_numbers: Rows | None = None
-    """The number of each row in the file, where only some of its rows were read."""
+    """The number of examples to draw from that entry; None for all."""
+    row_numbers: Indices | None = None
+    """The number of each row in the file, if only some of its rows were read."""
     columns: tuple[str, ...] | None = None
-    """The task's columns that it has; None for all that the table has."""
+    """The task's columns in it; None for all columns of the table."""
 
     def where(self, row: int) -> str:
-        """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        """Return `data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
         if self.row_places is not None:
             return self.row_places[row]
         if self.lines is not None:
@@ -77,40 +77,40 @@ class SourceFile:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """One split: an Arrow table whose columns carry the task's names, and where each row came from."""
+    """A split: an Arrow table whose columns have the task's names, and the origin of each row."""
 
     table: pa.Table
     """The task's columns are string, int64, float64, lists of string or int64, or IMAGE."""
-    rows: Rows
+    rows: Indices
     """Shape [len]: original row number of each example, counted through `files` in their order."""
     files: tuple[SourceFile, ...]
     label_names: tuple[str, ...] | None = None
-    """Class names that the data bring along, in order of their numbers."""
+    """Class names that the data contain, in the order of their numbers."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def take(self, indices: Sequence[int] | Rows) -> Examples:
-        """The examples at these positions, in this order."""
+    def take(self, indices: Sequence[int] | Indices) -> Examples:
+        """Return the examples at these positions, in this order."""
         positions = np.asarray(indices, dtype=np.int64)
         return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
 
     def slice(self, start: int, stop: int) -> Examples:
-        """The examples from one position up to another, without a copy."""
+        """Return the examples from one position up to another, without a copy."""
         return Examples(self.table.slice(start, stop - start), self.rows[start:stop], self.files, self.label_names)
 
     def values(self, column: str) -> Iterator[Any]:
-        """The column as Python objects, of which few are made at a time."""
+        """Yield the column as Python objects, of which few exist at a time."""
         for start in range(0, len(self), _ROWS_TOGETHER):
             yield from self.table.column(column).slice(start, _ROWS_TOGETHER).to_pylist()
 
     def where(self, row: int) -> str:
-        """The place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""
+        """Return the place of the example at position `row`, such as `data/train.jsonl:40`."""
         file, original = self.source(row)
         return file.where(original)
 
     def source(self, row: int) -> tuple[SourceFile, int]:
-        """The file of the example at position `row`, and its row number there."""
+        """Return the file of the example at position `row`, and its row number there."""
         original = int(self.rows[row])
         for file in self.files:
             if original < file.num_rows:
@@ -118,14 +118,14 @@ class Examples:
             original -= file.num_rows
         raise IndexError(f"row {row} lies in none of the files")
 
-    def file_numbers(self) -> Rows:
-        """Which of `files` each example is of; shape [len]."""
+    def file_numbers(self) -> Indices:
+        """Return which of `files` each example is from; shape [len]."""
         ends = np.cumsum([file.num_rows for file in self.files])
         return np.searchsorted(ends, self.rows, side="right")
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over column names, types and values in their order, whatever the file format and the chunking."""
+        """Return the SHA-256 of column names, types and values in order, whatever the file format and the chunking."""
         digest = hashlib.sha256()
         for name in sorted(self.table.column_names):
             column = self.table.column(name)
@@ -135,13 +135,13 @@ class Examples:
 
 
 def _add(digest: hashlib._Hash, data: bytes | memoryview) -> None:
-    # The length goes first, so that no two different sequences of parts hash alike.
+    # The length comes first, so that different sequences of parts have different hashes.
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
 def _add_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
-    """Hash lengths and contents rather than Arrow's buffers, which depend on offsets and on what lies under nulls."""
+    """Hash lengths and contents instead of Arrow's buffers, which depend on offsets and on values under nulls."""
     _add(digest, column.is_valid().combine_chunks().to_numpy(zero_copy_only=False).tobytes())
     if column.type == IMAGE:
         _add_values(digest, pc.struct_field(column, "digest"))

@@ -1,11 +1,11 @@
-"""Rows of numbers that are costly to compute, kept on disk: several processes compute them together, all map them.
+"""Arrays on disk whose rows are expensive to compute: several processes compute them together, and all map them.
 
-An entry is a folder named by the hash of what its rows are made from, with `values.bin` (the rows one after another,
-without padding) and `layout.json`. While it is computed it is called `<key>.partial`: processes that want the same one
-claim stretches of rows by locks that end with the process, so that a killed one leaves its stretch to the others, and a
-later command goes on with what is there. It gets its final name when every row is on the disk.
+An entry is a folder, named by the hash of everything its rows depend on, with `values.bin` (the rows one after another,
+without padding) and `layout.json`. While it is computed its name is `<key>.partial`. Processes claim shards of rows by
+locks that end with the process, so that others compute the shard of a killed process, and a later command continues.
+The entry gets its final name when every row is on the disk.
 
-The folder is kept under a budget: entries that were read longest ago and are not in use go first.
+The folder has a limited size. Entries that are not in use are removed, those that were read longest ago first.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import numpy as np
 import numpy.typing as npt
 
 VALUES, LAYOUT, CLAIMS, DONE, IN_USE = "values.bin", "layout.json", "claims", "done", "in-use"
-LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or goes.
+LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or is removed.
 SECONDS_BETWEEN_LOOKS = 0.02
-KEPT_FREE = 0.05  # Share of the disk that is left to others.
+KEPT_FREE = 0.05  # Share of the disk that stays free.
 
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The form of an entry's rows."""
+    """The shape and dtype of an entry's rows."""
 
     shape: tuple[int, ...]
-    """Shape of a row; of one position of it, where rows are of uneven length."""
+    """Shape of a row; of one position in a row, if rows have different lengths."""
     dtype: str
-    """NumPy's name of the number format."""
+    """NumPy's name of the dtype."""
     num_rows: int
     lengths: tuple[int, ...] | None = None
-    """Positions of each row; None where all rows have the same shape."""
+    """Number of positions in each row; None if all rows have the same shape."""
 
     @property
     def offsets(self) -> Indices:
-        """Where each row begins, and the last one ends, in positions; shape [num_rows + 1]."""
+        """Return where each row begins, and the last one ends, in positions; shape [num_rows + 1]."""
         lengths = np.ones(self.num_rows, np.int64) if self.lengths is None else np.asarray(self.lengths, np.int64)
         return np.concatenate([[0], np.cumsum(lengths)])
 
@@ -55,20 +55,20 @@ class Layout:
         return int(self.offsets[-1]) * int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     def map(self, path: Path, mode: Any) -> npt.NDArray[Any]:
-        """The file as an array of shape [positions, *shape]."""
+        """Return the file as an array of shape [positions, *shape]."""
         return np.memmap(path, self.dtype, mode, shape=(int(self.offsets[-1]), *self.shape))
 
 
-class Rows:
-    """A whole entry, mapped into memory: processes that read the same one share it."""
+class StoredFeatures:
+    """A complete entry, mapped into memory, which all processes that read it share."""
 
     def __init__(self, folder: Path) -> None:
-        # The lock keeps the entry from being removed for as long as somebody reads it.
+        # The lock keeps the entry from being removed while it is read.
         self._lock = (folder / IN_USE).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         described = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         self.note: str = described.pop("note")
-        """What the writer noted about the rows."""
+        """The writer's note about the rows."""
         lengths = described.pop("lengths")
         self.layout = Layout(**{**described, "shape": tuple(described["shape"])}, lengths=lengths and tuple(lengths))
         self._values = self.layout.map(folder / VALUES, "r")
@@ -76,7 +76,7 @@ class Rows:
         os.utime(folder / LAYOUT)
 
     def take(self, rows: Indices, length: int | None = None) -> npt.NDArray[Any]:
-        """These rows, those of uneven length padded with zeros on the right.
+        """Return these rows, those of uneven length padded with zeros on the right.
 
         Returns:
             Shape [len(rows), *shape]; where lengths differ [len(rows), length or that of the longest, *shape].
@@ -92,7 +92,7 @@ class Rows:
         return padded
 
     def join(self, rows: Indices) -> npt.NDArray[Any]:
-        """These rows, of uneven length, one after the other; shape [1, sum of their lengths, *shape]."""
+        """Return these rows, of uneven length, one after the other; shape [1, sum of their lengths, *shape]."""
         found = [
             self._values[start:end] for start, end in zip(self._offsets[rows], self._offsets[rows + 1], strict=True)
         ]
@@ -102,12 +102,12 @@ class Rows:
 class Writer:
     """An entry that is being computed, perhaps by several processes."""
 
-    def __init__(self, folder: Path, layout: Layout, num_stretches: int, note: str) -> None:
+    def __init__(self, folder: Path, layout: Layout, num_shards: int, note: str) -> None:
         self.folder = folder
-        self.num_stretches = num_stretches
+        self.num_shards = num_shards
         folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            # The lock keeps the entry from being removed between the stretches, when nothing is claimed.
+            # The lock keeps the entry from being removed between shards, when nothing is claimed.
             fcntl.flock(stack.enter_context((folder / IN_USE).open("w")), fcntl.LOCK_SH)
             self._claims = stack.enter_context((folder / CLAIMS).open("a+b"))
             self._done = _open(folder / DONE, stack)
@@ -122,35 +122,35 @@ class Writer:
         temporary.write_text(json.dumps({**described, "note": note}), encoding="utf-8")
         temporary.replace(folder / LAYOUT)
 
-    def is_done(self, stretch: int) -> bool:
-        return os.pread(self._done, 1, stretch) == b"\1"
+    def is_done(self, shard: int) -> bool:
+        return os.pread(self._done, 1, shard) == b"\1"
 
     @property
     def is_complete(self) -> bool:
-        return os.pread(self._done, self.num_stretches, 0) == b"\1" * self.num_stretches
+        return os.pread(self._done, self.num_shards, 0) == b"\1" * self.num_shards
 
     @contextlib.contextmanager
-    def claim(self, stretch: int) -> Iterator[bool]:
-        """Try to be the only process that computes a stretch; whether that is so."""
+    def claim(self, shard: int) -> Iterator[bool]:
+        """Yield whether this is the only process that computes a shard."""
         try:
-            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, stretch)
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
         except OSError:
             yield False
             return
         try:
             yield True
         finally:
-            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, stretch)
+            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, shard)
 
     def write(self, row: int, values: npt.NDArray[Any]) -> None:
-        """Put one row where it belongs; `values` is [positions or more, *shape], or [*shape] for even rows."""
+        """Write one row; `values` is [positions or more, *shape], or [*shape] for even rows."""
         start, end = self._offsets[row], self._offsets[row + 1]
         self._values[start:end] = values[: end - start] if values.ndim == self._values.ndim else values
 
-    def mark_done(self, stretch: int) -> None:
-        """The stretch is whole; it is made durable first."""
+    def mark_done(self, shard: int) -> None:
+        """Flush a complete shard to the disk, then mark it as complete."""
         os.fdatasync(self._file)
-        os.pwrite(self._done, b"\1", stretch)
+        os.pwrite(self._done, b"\1", shard)
 
     def close(self) -> None:
         self._files.close()
@@ -171,41 +171,41 @@ class FeatureStore:
 
     @property
     def budget(self) -> int:
-        """Bytes for all entries: as given; or half of the disk that is free or theirs already."""
+        """Return the bytes for all entries: as given, or half of the disk space that is free or used by entries."""
         return (shutil.disk_usage(self.folder).free + self.num_bytes()) // 2 if self._budget is None else self._budget
 
-    def open(self, key: str) -> Rows | None:
-        """The entry, if it is there and whole."""
+    def open(self, key: str) -> StoredFeatures | None:
+        """Return the entry, if it exists and is complete."""
         try:
-            return Rows(self.folder / key)
+            return StoredFeatures(self.folder / key)
         except FileNotFoundError:
             return None
 
-    def writer(self, key: str, layout: Layout, num_stretches: int, note: str = "") -> Writer:
-        """Begin an entry, or take part in computing it; one that got whole meanwhile has nothing left to compute.
+    def writer(self, key: str, layout: Layout, num_shards: int, note: str = "") -> Writer:
+        """Begin an entry, or join in computing it; an entry that is complete meanwhile has nothing left to compute.
 
         Raises:
             OSError: the disk is full, or cannot be written.
         """
         with self._alone():
             whole = self.folder / key
-            return Writer(whole if whole.exists() else self._partial(key), layout, num_stretches, note)
+            return Writer(whole if whole.exists() else self._partial(key), layout, num_shards, note)
 
-    def finish(self, key: str) -> Rows:
-        """Give a complete entry its final name; whoever of its writers comes first does it."""
+    def finish(self, key: str) -> StoredFeatures:
+        """Rename a complete entry to its final name, which the first of its writers does."""
         with self._alone():
-            if not (self.folder / key).exists():  # Another process may have been first.
+            if not (self.folder / key).exists():  # Another process may have done it.
                 self._partial(key).rename(self.folder / key)
-        return Rows(self.folder / key)
+        return StoredFeatures(self.folder / key)
 
     def adopt(self, key: str, folder: Path) -> None:
-        """Take in a whole entry that lies in a folder on the same disk, unless there is one."""
+        """Move a complete entry from a folder on the same disk into the store, unless it has the entry."""
         with self._alone():
             if not (self.folder / key).exists():
                 folder.rename(self.folder / key)
 
     def make_room(self, num_bytes: int, but: frozenset[str] = frozenset()) -> str | None:
-        """Remove what was read longest ago until so many bytes fit; why they cannot, or None when they do.
+        """Remove entries that were read longest ago until `num_bytes` fit; return why they do not fit, or None.
 
         Args:
             but: keys of entries that stay, though nobody has opened them yet.
@@ -214,7 +214,7 @@ class FeatureStore:
         spare = min(self.budget - self.num_bytes(), disk.free - int(KEPT_FREE * disk.total))
         entries = sorted(self._entries(), key=_last_use)
         others = [entry for entry in entries if entry.name.removesuffix(".partial") not in but]
-        # Where even all of them would not do, none has to go.
+        # If removing all of them is not enough, none is removed.
         possible = spare + sum(map(_size, others))
         for entry in others if possible >= num_bytes else ():
             if spare >= num_bytes:
@@ -227,11 +227,11 @@ class FeatureStore:
         return f"it needs {needed} of disk in {self.folder}, and {left} are left for it"
 
     def bytes_to_come(self, key: str, layout: Layout) -> int:
-        """What an entry that is not whole will take beyond what those who began it have reserved."""
+        """Return what an incomplete entry will take beyond the space that its writers have reserved."""
         return max(0, layout.num_bytes - _size(self._partial(key)))
 
     def num_bytes(self) -> int:
-        """Bytes that all entries take."""
+        """Return the bytes that all entries take."""
         return sum(_size(entry) for entry in self._entries())
 
     @contextlib.contextmanager
@@ -248,19 +248,19 @@ class FeatureStore:
 
 
 def wait_for_others() -> None:
-    """Until other processes may have got on with their stretches."""
+    """Sleep until other processes may have computed more of their shards."""
     time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> int:
-    """A file to read and write, made if it is not there, closed with the stack."""
+    """Open a file to read and write, creating it if it is missing; the stack closes it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     stack.callback(os.close, descriptor)
     return descriptor
 
 
 def _reserve(file: int, num_bytes: int) -> None:
-    """Make a file so large at once: a full disk is noticed here, not when a page of the map is written."""
+    """Allocate the file's size at once: a full disk is noticed here, not when a page of the map is written."""
     before = os.fstat(file).st_size
     try:
         os.posix_fallocate(file, 0, num_bytes)

@@ -1,4 +1,4 @@
-"""Values from data, made fit for a message: shortened, and with nothing in them that a terminal would obey."""
+"""Values from data in messages: shortened, and without control characters for terminals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NUM_SHOWN = 3
 
 
 def show_value(value: object) -> str:
-    """The value as one short printable line; text stands in double quotes.
+    """Return the value as one short printable line; text is in double quotes.
 
     Control characters, terminal escapes and invisible ones are written as `\\x1b`, so that they cannot act.
     """
@@ -19,18 +19,18 @@ def show_value(value: object) -> str:
 
 
 def show_name(name: str) -> str:
-    """A column, class or file name from data, without quotes."""
+    """Return a column, class or file name from data, without quotes."""
     return _neutralise(name)
 
 
 def show_names(names: Iterable[str]) -> str:
-    """Names in a row, cut off after a dozen: `text, label, id and 30 more`."""
+    """Return names separated by commas, cut off after a dozen: `text, label, id and 30 more`."""
     every = [show_name(name) for name in names]
     return _join(every[:12], len(every))
 
 
 def show_some(shown: Sequence[str], count: int) -> str:
-    """Up to three of `count` things: `a, b, c and 7 more`. `shown` holds at least the first three."""
+    """Return up to three of `count` things: `a, b, c and 7 more`. `shown` holds at least the first three."""
     return _join(list(shown[:NUM_SHOWN]), count)
 
 

@@ -1,4 +1,4 @@
-"""Several sources in one split: how many examples of each, and what share of an epoch they make up."""
+"""Mix several sources in one split: the number of examples of each, and its share of an epoch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from hashlib import blake2b
 
 import numpy as np
 
-from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.examples import Examples, Indices
 
 
 def draw_ranks(keys: Sequence[object], seed: int) -> list[bytes]:
-    """A random-looking rank for each key, the same with every version of every library."""
+    """Return a pseudorandom rank for each key, the same with every version of every library."""
     return [blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
 
 
 def draw_counts(examples: Examples, seed: int) -> Examples:
-    """The examples of each part that its files ask for (`SourceFile.count`). Draws are nested: 100 are among 200."""
+    """Return the examples of each part that its files ask for (`SourceFile.count`). 100 drawn are among 200 drawn."""
     counts = {file.part: file.count for file in examples.files}
     if all(count is None for count in counts.values()):
         return examples
@@ -26,7 +26,7 @@ def draw_counts(examples: Examples, seed: int) -> Examples:
 
 
 def apply_weights(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
-    """As many examples in all, each part with its share of them: whole passes over the part, and a draw for the rest.
+    """Return the same number of examples, each part with its share: all of a part repeatedly, then a draw.
 
     Args:
         weights: of each part, in order; those of parts without examples count for nothing.
@@ -38,11 +38,11 @@ def apply_weights(examples: Examples, weights: Sequence[float], seed: int) -> Ex
     return examples.take(np.sort(np.concatenate(taken)))
 
 
-def parts_of(examples: Examples) -> Rows:
-    """The part that each example is of; shape [len]."""
+def parts_of(examples: Examples) -> Indices:
+    """Return the part that each example is from; shape [len]."""
     return np.array([file.part for file in examples.files], np.int64)[examples.file_numbers()]
 
 
-def shuffled(rows: Rows, seed: int) -> Rows:
+def shuffled(rows: Indices, seed: int) -> Indices:
     ranks = draw_ranks(rows.tolist(), seed)
     return rows[np.array(sorted(range(len(rows)), key=ranks.__getitem__), dtype=np.int64)]

@@ -1,4 +1,4 @@
-"""The same text or picture in two places: in two splits, or in *train* with two labels."""
+"""Find the same text or image in two splits, or in *train* with two labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_LETTERS = r"[\pP\pS\pN\pZ\s\x{00}-\x{1f}]+"
 def check_overlap(
     splits: Mapping[str, Examples], text_columns: Sequence[str], label: str | None = None
 ) -> list[Problem]:
-    """Texts that stand in two splits, exactly or nearly (the same but for case, punctuation, digits and spaces).
+    """Return problems of texts that are in two splits, exactly or but for case, punctuation, digits and spaces.
 
     Warnings; but fatal when half or more of *select* or *test* stands in *train* word for word. With a `label`, texts
     that stand in *train* with two labels too. Pictures are compared by their files' content: the same one, saved anew,
@@ -47,7 +47,7 @@ def check_overlap(
 
 @dataclass(frozen=True)
 class _Found:
-    """Texts of the split `second` that are in `first` as well."""
+    """Texts of the split `second` that are also in `first`."""
 
     splits: Mapping[str, Examples]
     first: str
@@ -55,7 +55,7 @@ class _Found:
     columns: Sequence[str]
 
     def report(self, keys: Mapping[str, pa.ChunkedArray], mask: _Mask, how: str, fatal: bool) -> list[Problem]:
-        """One problem for the rows of the mask, with up to three of them beside their twins."""
+        """Return one problem for the rows of the mask, with up to three of them and their duplicates."""
         rows = np.flatnonzero(mask).tolist()
         if not rows:
             return []
@@ -73,9 +73,9 @@ class _Found:
 
 
 def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], label: str) -> list[Problem]:
-    """The same text (or picture) with two labels; a warning, since no model can learn both."""
+    """Return a warning about the same text (or image) with two labels, which no model can learn."""
     if pa.types.is_floating(examples.table.column(label).type):
-        return []  # A score of the same text may well differ.
+        return []  # Scores of the same text may differ.
     keys = text_keys(examples, text_columns).to_pylist()
     firsts: dict[str, int] = {}
     clashes: dict[str, int] = {}
@@ -100,7 +100,7 @@ def check_conflicting_labels(examples: Examples, text_columns: Sequence[str], la
 
 
 def text_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
-    """What makes two rows the same text: the values of their text columns together; null where all are null.
+    """Return keys that are equal for equal text columns; null where all columns are null.
 
     For pictures, the hashes of their content. Columns that are not there count as null, since another split may have
     them.
@@ -114,7 +114,7 @@ def text_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArra
 
 
 def near_keys(examples: Examples, text_columns: Sequence[str]) -> pa.ChunkedArray:
-    """What makes two rows nearly the same text: their lower-case letters, or all of a text without letters.
+    """Return keys that are equal for nearly equal texts: their lower-case letters, or all of a text without letters.
 
     Pictures have nothing of the kind: they are the same or not.
     """

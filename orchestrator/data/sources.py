@@ -41,7 +41,7 @@ _Open = Callable[[SamplePlan | None], list[RawFile]]
 
 
 def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples]:
-    """The splits that the recipe's data have: `train`, and `select` and `test` where present.
+    """Open the splits of the recipe's data: `train`, and `select` and `test` if they exist.
 
     Raises:
         DataError: all that is wrong with the files and their columns, in all splits at once.
@@ -66,7 +66,7 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
 
 
 def open_files(paths: Sequence[Path], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
-    """One split from local files, in their order.
+    """Open one split from local files, in their order.
 
     Raises:
         DataError: what is wrong with the files and their columns.
@@ -75,7 +75,7 @@ def open_files(paths: Sequence[Path], columns: Sequence[Column], mapping: Mappin
 
 
 def open_file(path: Path) -> Examples:
-    """All columns of one file under their own names, but for those that Arrow cannot hold (values of several types).
+    """Return all columns of one file under their own names, but for those that Arrow cannot hold (mixed types).
 
     Raises:
         DataError: what is wrong with the file.
@@ -95,7 +95,7 @@ def open_file(path: Path) -> Examples:
 
 
 def open_pictures(path: Path) -> Examples:
-    """The column `image` of a picture, or of all pictures of a folder, as paths; as `open_file` gives other data.
+    """Return the column `image` of an image, or of all images of a folder, as paths.
 
     Raises:
         DataError: the folder holds no pictures.
@@ -105,7 +105,7 @@ def open_pictures(path: Path) -> Examples:
 
 
 def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
-    """The task's columns among those of `open_file`, under the task's names.
+    """Return the task's columns among those of `open_file`, under the task's names.
 
     Raises:
         DataError: a column is missing or of the wrong type.
@@ -127,7 +127,7 @@ def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[
 
 
 def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
-    """How to open each split. Splits that `data` names are the only ones taken; else those that are found."""
+    """Return how to open each split: only the splits that `data` names, if it names any, else those that are found."""
     if isinstance(data, str):
         data = Data(path=data)
         place = "target.data"
@@ -158,7 +158,7 @@ def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
 
 def _written_out(split: str, value: str | list[str], origin: Origin) -> _Open:
     texts = [value] if isinstance(value, str) else value
-    # Without `path` these are files, also where they do not look like one.
+    # Without `path` these are files, even if they do not look like one.
     paths = [resolve_path(text, origin) or origin.folder / text for text in texts]
     return partial(_read_files, paths)
 
@@ -170,7 +170,7 @@ def _as_it_is(raw: RawFile, _plan: SamplePlan | None) -> list[RawFile]:
 def _read_named(
     folder: Path, value: str | list[str], origin: Origin, split: str, plan: SamplePlan | None
 ) -> list[RawFile]:
-    """The splits of a local folder that go by these names."""
+    """Read the splits of a local folder with these names."""
     paths: list[Path] = []
     for name in [value] if isinstance(value, str) else value:
         found = find_split(folder, (name.lower(),))
@@ -223,13 +223,13 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _with_names(raw: RawFile, file: Path) -> RawFile:
-    """Label names beside the file, for every column that brings none along itself."""
+    """Add label names from a file next to it, for every column that has none of its own."""
     names = find_label_list(file)
     return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names}) if names else raw
 
 
 def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
-    """The task's columns of some files, one after the other."""
+    """Read the task's columns of some files, one after the other."""
     problems: list[Problem] = []
     tables: list[dict[str, pa.ChunkedArray]] = []
     label_names: list[tuple[str, ...] | None] = []
@@ -274,7 +274,7 @@ def _varying(columns: Sequence[Column]) -> set[str]:
 
 
 def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """The converted values, and the class names that the file declares for them, which take the place of codes."""
+    """Return the converted values, and the class names that the file declares for them, which replace codes."""
     values = raw.fetch(source)
     names = raw.label_names.get(source)
     converted = convert_column(values, column, source, raw.source)
@@ -306,7 +306,7 @@ def _name_others(
 def _concatenate(
     places: Sequence[str], tables: Sequence[Mapping[str, pa.ChunkedArray]], may_vary: Collection[str]
 ) -> pa.Table:
-    """Tables of one split on end; whole numbers and numbers become numbers, other types must agree.
+    """Concatenate tables of one split; integers and floats become floats, other types must agree.
 
     Where one of `may_vary` is lacking, its rows are null.
     """
@@ -330,7 +330,7 @@ def _concatenate(
 
 
 def _nulls(table: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-    """As many as the table has rows."""
+    """Return a column of nulls as long as the table."""
     return pa.chunked_array([pa.nulls(len(next(iter(table.values()))), pa.string())])
 
 
@@ -339,7 +339,7 @@ def _cast(part: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
 
 
 def _uneven_columns(splits: Mapping[str, Examples], may_vary: Collection[str]) -> list[Problem]:
-    """Optional columns that one split has and another lacks."""
+    """Yield problems of optional columns that one split has and another lacks."""
     problems = []
     train = splits.get("train")
     for split, examples in splits.items():

@@ -1,4 +1,4 @@
-"""Cutting the splits that the data lack, and drawing fewer examples. Neither depends on `train.seed`."""
+"""Cut the splits that the data lack, and limit examples. Neither depends on `train.seed`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.examples import Examples, Indices
 from orchestrator.data.mixing import draw_ranks
 from orchestrator.data.overlap import near_keys, text_keys
 from orchestrator.errors import DataError, Problem
@@ -17,7 +17,7 @@ from orchestrator.recipe.schema import Limit, Split
 def cut_missing_splits(
     splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[str]
 ) -> dict[str, Examples]:
-    """All three splits (or *train* and *select*, when `split.test` is 0): those that are missing are cut from *train*.
+    """Return all three splits (or *train* and *select*, if `split.test` is 0), cutting missing ones from *train*.
 
     Each class gives its share (`stratify` names a column of text or whole numbers). Rows with the same text in the
     `group_by` columns, but for case, punctuation, digits and spaces, stay on one side. Every class keeps training
@@ -50,7 +50,7 @@ def cut_missing_splits(
 def limit_examples(
     splits: Mapping[str, Examples], limit: Limit, stratify: str | None, seed: int
 ) -> dict[str, Examples]:
-    """At most so many examples of each split, and of each class of *train*; the others are left as they are.
+    """Return at most `limit` examples of each split, and of each class of *train*; the others are left as they are.
 
     Draws are stratified and nested: with one seed, the 100 examples are among the 200. Every class has one first, then
     its share.
@@ -67,15 +67,15 @@ def limit_examples(
             continue
         classes = _classes(examples, stratify)
         if per_class is not None and classes is None:
-            what = "there are no classes to take so many examples of each"
+            what = "there are no classes to limit the examples of"
             raise DataError(Problem(what, "target.limit.per_class", "set target.limit.train instead"))
         rows = _nested_order(np.zeros(len(examples), np.int64) if classes is None else classes, per_class, seed)
         limited[split] = examples.take(np.sort(rows[:total]))
     return limited
 
 
-def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
-    """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
+def _nested_order(classes: Indices, per_class: int | None, seed: int) -> Indices:
+    """Return rows in an order whose every beginning is a stratified sample; at most `per_class` of a class."""
     ranks_by_hash = draw_ranks(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
     ranks = np.zeros(len(classes), dtype=np.int64)
@@ -84,7 +84,7 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
         ranks[row] = seen.get(int(classes[row]), 0)
         seen[int(classes[row])] = int(ranks[row]) + 1
     sizes = np.array([seen[int(number)] for number in classes], dtype=np.float64)
-    # Spreads the members of a class evenly over the order.
+    # Spreads the examples of a class evenly over the order.
     places = (ranks + 0.5) / sizes
     places_drawn = np.empty(len(classes), dtype=np.int64)
     places_drawn[order] = np.arange(len(classes))
@@ -92,8 +92,8 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
     return ordered if per_class is None else ordered[ranks[ordered] < per_class]
 
 
-def _classes(examples: Examples, stratify: str | None) -> Rows | None:
-    """A number for each row's class, shape [n]; None where the column holds no single classes."""
+def _classes(examples: Examples, stratify: str | None) -> Indices | None:
+    """Return a number for each row's class, shape [n]; None if the column does not hold single classes."""
     if stratify is None:
         return None
     values = examples.table.column(stratify)
@@ -104,7 +104,7 @@ def _classes(examples: Examples, stratify: str | None) -> Rows | None:
 
 
 def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], seed: int) -> list[list[list[int]]]:
-    """For each class its groups of rows that must stay together, in the order of the draw."""
+    """Return for each class its groups of rows that must stay together, in the order of the draw."""
     columns = [name for name in group_by if name in examples.table.column_names]
     numbers = list(range(len(examples)))
     exact = text_keys(examples, columns).to_pylist() if columns else numbers
@@ -115,7 +115,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
         strata.setdefault(0 if classes is None else int(classes[rows[0]]), []).append(rows)
     drawn = []
     for groups in strata.values():
-        # A quarter of a class that differs in digits alone is a template: told apart by them, or little could be cut.
+        # Where a quarter of a class differs only in digits, digits count, because little could be cut otherwise.
         most = sum(map(len, groups)) / 4
         units = [unit for group in groups for unit in (_group(group, exact) if len(group) > most else [group])]
         ranks = draw_ranks([exact[unit[0]] for unit in units], seed)
@@ -124,16 +124,16 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
 
 
 def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
-    """Rows with the same key together; a row without a key is a group of its own. `keys` are those of all rows."""
+    """Group rows by key; a row without a key is a group of its own. `keys` are those of all rows."""
     groups: dict[object, list[int]] = {}
     for row in rows:
         groups.setdefault(("no key", row) if keys[row] is None else keys[row], []).append(row)
     return list(groups.values())
 
 
-def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
-    """The rows of each part, by its share of all rows; the parts are disjoint."""
-    parts: list[Rows] = []
+def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Indices]:
+    """Return the rows of each part, by its share of all rows; the parts are disjoint."""
+    parts: list[Indices] = []
     next_group = [0] * len(strata)
     sizes = np.array([sum(map(len, stratum)) for stratum in strata], dtype=np.float64)
     for share in shares:
@@ -141,7 +141,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
         taken: list[int] = []
         for number, stratum in enumerate(strata):
             count = 0
-            # The last group of a class is left in train.
+            # The last group of a class stays in train.
             while count < quotas[number] and next_group[number] < len(stratum) - 1:
                 group = stratum[next_group[number]]
                 taken.extend(group)
@@ -151,8 +151,8 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
     return parts
 
 
-def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Rows:
-    """Whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
+def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Indices:
+    """Return integers near `exact` with the same sum (largest remainder), at least 1 in all."""
     quotas = np.floor(exact).astype(np.int64)
     total = max(1, round(float(exact.sum())))
     for number in np.argsort(quotas - exact, kind="stable")[: max(0, total - int(quotas.sum()))]:

@@ -1,4 +1,4 @@
-"""Reading a part of data that may be larger than memory: so many examples, from many places of the files."""
+"""Read a sample of data that may be larger than memory, from many places of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from orchestrator.data.examples import Rows
+from orchestrator.data.examples import Indices
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.formats.raw import RawFile
 from orchestrator.data.mixing import draw_ranks
@@ -19,21 +19,21 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
 
 T = TypeVar("T")
-Chunk: TypeAlias = tuple[Rows, Any]
-"""Rows that stand together in a file: the position of each, ascending, and the rows, in something that has slices."""
+Chunk: TypeAlias = tuple[Indices, Any]
+"""Rows of a file: their positions, ascending, and the rows themselves, in a type with slices."""
 
 NUM_TOGETHER = 64
-"""Pieces of files that are read at a time, a few rows from each in turn."""
+"""Number of pieces that are read at a time, a few rows from each in turn."""
 MAX_TURN = 1024
-"""Rows that are read from a piece at once."""
+"""Number of rows that are read from a piece at once."""
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What is read of a split that is streamed."""
+    """The sample to read of a split that is streamed."""
 
     count: int
-    """Examples, in all."""
+    """Number of examples in total."""
     seed: int
     names: frozenset[str]
     """Columns that a task may ask for; no others are kept."""
@@ -42,24 +42,24 @@ class SamplePlan:
 
 
 class Streamed(ABC):
-    """A file that can be read in pieces, beginning with any of them."""
+    """A file that can be read in pieces, starting at any of them."""
 
     place: str
     """As shown in messages."""
     sizes: Sequence[float]
-    """Of each piece, in a unit that all files share."""
+    """Size of each piece, in a unit that all files share."""
 
     @abstractmethod
     def read(self, piece: int, turn: int) -> Iterator[Chunk]:
-        """The rows of a piece, up to `turn` at a time. Raises DataError where the file is damaged."""
+        """Yield the rows of a piece, up to `turn` at a time. Raises DataError if the file is damaged."""
 
     @abstractmethod
     def raw(self, chunks: Sequence[Chunk]) -> RawFile:
-        """A file of these rows alone. Raises DataError where some of them are faulty."""
+        """Return a file of these rows alone. Raises DataError if some of them are faulty."""
 
 
 def num_streamed(recipe: Recipe) -> int | None:
-    """Training examples that the recipe asks for where its data are streamed; None where they are read whole."""
+    """Return the training examples that the recipe asks for if its data are streamed; None if they are read whole."""
     data = recipe.target.data
     if isinstance(data, str) or not data.stream:
         return None
@@ -67,7 +67,7 @@ def num_streamed(recipe: Recipe) -> int | None:
 
 
 def plan_sample(recipe: Recipe, columns: Sequence[Column], present: Iterable[str]) -> SamplePlan | None:
-    """What is read of *train*: what the recipe asks for, and what missing splits are cut from; None for all.
+    """Return how much of *train* to read, including what missing splits are cut from; None for all.
 
     Args:
         columns: the task's.
@@ -88,7 +88,7 @@ def plan_sample(recipe: Recipe, columns: Sequence[Column], present: Iterable[str
 def draw_files(
     files: Sequence[Streamed], parts: Sequence[int], plan: SamplePlan, num_together: int = NUM_TOGETHER
 ) -> list[RawFile]:
-    """So many rows of the files; of each entry of the recipe's list (`parts`), its share.
+    """Return rows drawn from the files; of each entry of the recipe's list (`parts`), its share.
 
     Raises:
         DataError: what is wrong with the rows that were read, in all files.
@@ -104,7 +104,7 @@ def draw_files(
     problems: list[Problem] = []
     for file in files:
         try:
-            # In the order of the file: who reads on to its end has what is read without streaming.
+            # In the order of the file, so that reading all of it gives the same as without streaming.
             raws.append(file.raw(sorted(kept[file], key=lambda chunk: int(chunk[0][0]))))
         except DataError as error:
             problems.extend(error.problems)
@@ -114,7 +114,7 @@ def draw_files(
 
 
 def draw_rows(files: Sequence[Streamed], count: int, seed: int, num_together: int) -> Iterator[tuple[Streamed, Chunk]]:
-    """Up to `count` rows of all files, from pieces in drawn order; the larger a piece, the more of it at once.
+    """Return up to `count` rows of all files, from pieces in random order; more at once from larger pieces.
 
     A file that is sorted, or one of several, is thus read in many places, and no further than needed.
     """
@@ -133,7 +133,7 @@ def draw_rows(files: Sequence[Streamed], count: int, seed: int, num_together: in
 
 
 def round_robin(iterators: Iterator[Iterator[T]], num_together: int) -> Iterator[T]:
-    """One item of each of so many iterators in turn; the next one takes the place of one that ends."""
+    """Yield one item of each of `num_together` iterators in turn; the next iterator replaces one that ends."""
     active = deque(islice(iterators, num_together))
     while active:
         iterator = active.popleft()

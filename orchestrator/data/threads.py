@@ -1,4 +1,4 @@
-"""Work on many items by all cores at once, where the work lets go of Python's lock: reading, hashing, decoding."""
+"""Run work on all cores that releases Python's global lock: reading, hashing, decoding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ITEMS_TOGETHER = 32  # Handing over a single small item costs more than the work on it.
-_PARTS_AHEAD = 4  # For each core; so that results do not pile up where they are used slowly.
+_ITEMS_TOGETHER = 32  # Passing a single small item to a thread costs more than the work on it.
+_PARTS_AHEAD = 4  # For each core; limits the results in memory if they are used slowly.
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`work(item)` of each item, in their order."""
+    """Return `work(item)` of each item, in their order."""
 
     def work_on(part: Sequence[Item]) -> list[Result]:
         return [work(item) for item in part]

@@ -1,4 +1,4 @@
-"""Put low-rank adapters into the blocks above the freeze boundary, through peft."""
+"""Add low-rank adapters to the blocks above the freeze boundary, with peft."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.models.freeze import frozen_blocks
 from orchestrator.recipe import Adapter, FrozenRange
 
 ADAPTER_NAME = "default"
-# Where it is installed, peft imports it, and it warns that a faster kernel for 4 bits is not.
+# peft imports it if it is installed, and it warns that a faster kernel for 4 bits is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -78,7 +78,7 @@ def add_adapter(
 
 
 def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
-    """The blocks after `add_adapter`: parameters under their new names, each adapter in the block that it sits in."""
+    """Return the blocks after `add_adapter`, with the new names of parameters, each adapter in its module's block."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -87,11 +87,11 @@ def adapted_blocks(model: Any, blocks: Blocks) -> Blocks:
     for wrapper, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             prefix = f"{wrapper}."
-            # None: what is tied to another module has its parameters there.
+            # None: a module tied to another one has no parameters of its own.
             owner = next((owners[name] for name in list(owners) if name.startswith(prefix)), None)
             if owner is not None:
                 owners.update({f"{prefix}{name}": owner for name, _ in module.named_parameters()})
-    # The wrapper around the whole model puts a prefix of its own before each name.
+    # The wrapper of the whole model adds a prefix to each name.
     names = [name for name, _ in model.get_base_model().named_parameters()]
     prefixed = dict(zip(names, (name for name, _ in model.named_parameters()), strict=True))
     stem, *layers, tail, head = (
@@ -121,7 +121,7 @@ def find_experts(model: Any) -> list[str]:
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear function, which the routers of some mixtures of experts are made from."""
+    """Whether a module is linear. Routers of some mixtures of experts are subclasses of `nn.Linear` that are not."""
     if not isinstance(module, nn.Linear):
         return False
     if type(module).forward is nn.Linear.forward or not module.weight.is_floating_point():
@@ -130,20 +130,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_renamed(name: str, model: Any) -> bool:
-    """Whether peft puts something else in the place of a target whose name ends so."""
+    """Whether peft replaces a target with this name by another one."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # Several such names become one.
+    except ValueError:  # It joins several such names into one.
         return True
     return name not in (config.target_modules or ())
 
 
 def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter, reaches_experts: bool) -> list[str]:
-    """Full names of the linear modules, and of the experts' weights, that get an adapter."""
+    """Return the full names of the linear modules, and of the experts' weights, that get an adapter."""
     new = set(blocks.head.parameters)
     names = {module: name for name, module in model.named_modules()}
     experts = find_experts(model)
@@ -169,10 +169,10 @@ def _find_targets(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapt
 
 
 def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter: Adapter) -> list[str]:
-    """Full names of the modules that the recipe has trained whole."""
+    """Return the full names of the modules that the recipe trains whole."""
     frozen = {module for block in frozen_blocks(blocks, depth) for module in block.modules}
     inside = {module for block in blocks.in_order() for module in block.modules}
-    # What holds other modules with weights is no module that peft copies well.
+    # peft does not copy modules that contain other modules with weights well.
     everywhere = {
         name: module
         for name, module in model.named_modules()
@@ -183,7 +183,7 @@ def _find_named_modules(model: Any, blocks: Blocks, depth: FrozenRange, adapter:
 
 
 def _matching(wanted: list[str], everywhere: list[str], above: list[str], kind: str, place: str) -> list[str]:
-    """The names above the boundary that end as is wanted; raises ModelError where any of what is wanted ends none."""
+    """Return the names above the boundary with a wanted last part; raises ModelError if one of them matches none."""
     problems = list(_check_names(wanted, everywhere, above, kind, place))
     if problems:
         raise ModelError(problems)
@@ -219,7 +219,7 @@ def _last_part(name: str) -> str:
 
 
 def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
-    """Full names of the outermost modules that hold only parameters of the head."""
+    """Return the full names of the outermost modules that hold only parameters of the head."""
     head = set(blocks.head.parameters)
     found: list[str] = []
     for name, module in model.named_modules():
@@ -234,7 +234,7 @@ def _find_saved_modules(model: Any, blocks: Blocks) -> list[str]:
 
 
 def trained_modules(model: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the modules of a `PeftModel` that learn, each with those of its parameters that get a gradient at once.
+    """Return the trained modules of a `PeftModel`, each with its parameters that get a gradient from the start.
 
     A module that is adapted counts by its second factor: as long as that one is zero, the first gets no gradient.
 
@@ -254,17 +254,17 @@ def trained_modules(model: Any) -> dict[str, dict[str, nn.Parameter]]:
         else:
             continue
         parts[name] = {names[id(value)]: value for value in found if value.requires_grad}
-    # What shares its weights with another module may have none of its own.
+    # A module that shares its weights with another one may have none of its own.
     return {name: values for name, values in parts.items() if values}
 
 
 def has_learned(
     model: Any, initial_factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]
 ) -> bool:
-    """Whether any module of a `PeftModel` is other than before training. Modules trained whole are taken to be.
+    """Whether any module of a `PeftModel` has changed in training. Modules trained whole are assumed to have.
 
     Args:
-        taken: the factors that the adapter began with, where the second was not zero.
+        initial_factors: the factors that the adapter began with, if the second was not zero.
         weights: the trained ones, by their names in `model`.
     """
     from peft.utils import ModulesToSaveWrapper
@@ -282,13 +282,13 @@ def has_learned(
 
 
 def _check_trained(wrapped: Any, targets: list[str], experts: list[str], saved: list[str]) -> None:
-    """Exactly the adapters asked for, and the copies of what is saved whole, are trained."""
+    """Assert that exactly the requested adapters, and the copies of modules that are saved whole, are trained."""
     from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = wrapped.get_base_model()
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    # Several weights of one module have a wrapper each, one inside the other.
+    # Several weights of one module have nested wrappers.
     around = [name for name, module in tuned.items() if isinstance(module, ParamWrapper)]
     adapted = {name for name in tuned if name not in around}
     adapted |= {f"{name.removesuffix('.base_layer')}.{tuned[name].parameter_name}" for name in around}

@@ -1,7 +1,7 @@
-"""Call a model in a way that its code may not be made for, to find out whether a shortcut can be used.
+"""Call a model in a way that its code may not support, to find out whether a shortcut can be used.
 
-A shortcut that is not possible is not used: the run goes on without it, and the log says why. Only the model's forward
-and backward pass are guarded. An error anywhere else is a mistake of this package, and is raised.
+A shortcut that is not possible is not used: the run continues without it, and the log says why. Only errors of the
+model's forward and backward pass are caught. An error anywhere else is a bug of this package, and is raised.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-# What a model's code may raise when it is given other shapes than it expects.
+# Raised by a model's code for shapes that it does not expect.
 _ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, NameError)
 
 BODY_OUTPUTS = {"loss", "last_hidden_state", "encoder_last_hidden_state", "pooler_output", "image_hidden_states"}
-"""Parts of transformers' outputs that no head has computed."""
+"""Parts of transformers' outputs that the body computes, not the head."""
 
 
 class CallFailed(Exception):
-    """The model raised an error, which is the cause of this one."""
+    """The model raised an error, which is the cause of this error."""
 
     @property
     def reason(self) -> str:
-        """The name of the error."""
+        """Return the name of the error."""
         return type(self.__cause__).__name__
 
 
 @contextmanager
 def calling_model(what: str) -> Iterator[None]:
-    """Guard a call of a model.
+    """Turn errors of a model's code into CallFailed.
 
     Args:
-        what: names the attempt in the log.
+        what: name of the attempt in the log.
 
     Raises:
         CallFailed: the call raised an error, which is in the log with its traceback.
@@ -49,7 +49,7 @@ def calling_model(what: str) -> Iterator[None]:
 
 
 def try_forward(model: Callable[..., Any], inputs: dict[str, Any], what: str) -> Tensor:
-    """Return what a model's head computes, as `head_output`.
+    """Call a model, and return the output of its head, as `head_output`.
 
     Raises:
         CallFailed: as `calling_model`, or the head computes nothing.
@@ -59,7 +59,7 @@ def try_forward(model: Callable[..., Any], inputs: dict[str, Any], what: str) ->
 
 
 def head_output(output: Any) -> Tensor:
-    """Return what the head has computed: `logits` (or `token_losses`); where there are none, all of its numbers in one
+    """Return the output of the head: `logits` or `token_losses`; otherwise all of its floating-point numbers in one
     tensor of shape [batch, numbers], such as the start and end logits of question answering.
 
     Args:

@@ -1,4 +1,4 @@
-"""Running statistics: how fast those of tuned norms follow the batches of a run, and that those of others stay."""
+"""Running statistics of norms: their momentum in tuned norms, and norms that keep theirs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 LOWEST_MOMENTUM, HIGHEST_MOMENTUM = 0.01, 0.1
 UPDATES_TO_FORGET = 3.0
-"""Averages of the batches: after this many times 1 / momentum updates, 5 % of the earlier statistics are left."""
+"""After this many times 1 / momentum updates, 5 % of the earlier statistics are left."""
 
 
 def set_batch_norm_momentum(model: nn.Module, num_updates: int) -> str | None:
-    """Give tuned batch norms a momentum that fits the run; return a sentence about those that were changed, or None.
+    """Set a momentum of tuned batch norms that fits the run; return a sentence about changed ones, or None.
 
-    The momentum is the share of the last batch in the running statistics, which evaluation uses. Where it is too high
-    they follow the last batch: TensorFlow means the opposite by the word, so models that came from there have 0.997 and
-    more. Where it is too low for a short run they are those of the source, with weights that have changed. In between
-    the model's own is kept. None, an average over all batches that the source has seen, is too low for any run.
+    The momentum is the share of the last batch in the running statistics, which evaluation uses. With a high one they
+    follow the last batch: in TensorFlow the word has the opposite meaning, so models converted from it have 0.997 and
+    more. With a low one they stay those of the source in a short run, while the weights change. In between the model's
+    own momentum is kept. None, an average over all batches of the source, is too low for any run.
 
     Args:
         num_updates: training passes between two evaluations.
@@ -41,14 +41,14 @@ def set_batch_norm_momentum(model: nn.Module, num_updates: int) -> str | None:
 
 
 def running_norms(model: nn.Module) -> Iterator[Any]:
-    """Batch norms of all kinds, and instance norms, that keep running statistics."""
+    """Yield batch norms of all kinds, and instance norms, that keep running statistics."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             yield module
 
 
 def frozen_norms(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return those whose parameters are not trained, as beneath an adapter: what is exported has the source's."""
+    """Return norms whose parameters are not trained, as under an adapter: the export has the source's statistics."""
     return tuple(norm for norm in running_norms(model) if not _is_tuned(norm))
 
 

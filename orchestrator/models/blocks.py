@@ -1,4 +1,4 @@
-"""Find the blocks of a model, in the order in which data pass them, from its structure and one tiny forward pass."""
+"""Find the blocks of a model, in the order of data, from its structure and one small forward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.models.body import find_body
 from orchestrator.models.head import head_modules
 from orchestrator.models.outline import is_outline, run_outline
 
-Columns = list[tuple[nn.Module, ...]]  # a layer is mostly one module; some models spread it over parallel lists
+Layers = list[tuple[nn.Module, ...]]  # mostly one module per layer; some models keep its parts in parallel lists
 Calls = dict[nn.Module, int]  # when each module was first called
 Owners = dict[nn.Module, int]  # the number of each module's block: 0 is the stem, k the k-th layer, one more the tail
 HEAD = sys.maxsize  # the head's number, after all others
@@ -32,30 +32,30 @@ class Block:
     name: str
     """`stem`, `layer 1`, ..., `tail` or `head`."""
     modules: tuple[nn.Module, ...]
-    """Every module of the block, those inside other ones too; a layer's outermost comes first."""
+    """All modules of the block, nested ones included; a layer's outermost comes first."""
     parameters: tuple[str, ...]
     """Names as in `model.named_parameters()`."""
     elements: tuple[nn.Module, ...] = ()
-    """A layer's outermost modules in the order of data: mostly one; a model that spreads its layers has several."""
+    """A layer's outermost modules in the order of data: mostly one, several in models with parallel lists."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """All of a model: each parameter is in exactly one block."""
+    """All blocks of a model: each parameter is in exactly one."""
 
     stem: Block
-    """What runs before the first layer, and all embeddings."""
+    """The modules that run before the first layer, and all embeddings."""
     layers: tuple[Block, ...]
-    """In the order of data; an encoder's before its decoder's. With each goes what runs between it and the next."""
+    """In the order of data, an encoder's before its decoder's; each with the modules that run before the next one."""
     tail: Block
-    """What of the source's body runs after the last layer has started: a final norm, a pooler."""
+    """The modules of the body that run after the last layer has started: a final norm, a pooler."""
     head: Block
-    """What is outside the body, and every parameter that the source did not have."""
+    """The modules outside the body, and every parameter that the source did not have."""
     containers: tuple[nn.Module, ...]
-    """Modules around layers, the body among them. Their own code may drop out features or layers in training mode."""
+    """Modules around layers, including the body. Their code may drop out features or layers in training mode."""
 
     def in_order(self) -> tuple[Block, ...]:
-        """Stem, layers, tail, head."""
+        """Return stem, layers, tail, head."""
         return (self.stem, *self.layers, self.tail, self.head)
 
 
@@ -75,12 +75,12 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
         CallFailed: the model cannot read the inputs.
     """
     calls = _trace(model, example_inputs)
-    columns = _find_layers(find_body(model), calls)
-    if not columns:
+    layers = _find_layers(find_body(model), calls)
+    if not layers:
         remedy = "use a source model built of layers, such as a transformer"
         raise ModelError(Problem(f"no layers were found in {type(model).__name__}", remedy=remedy))
-    names = ["stem", *(f"layer {number}" for number in range(1, len(columns) + 1)), "tail", "head"]
-    owners, containers = _assign_modules(model, columns, calls)
+    names = ["stem", *(f"layer {number}" for number in range(1, len(layers) + 1)), "tail", "head"]
+    owners, containers = _assign_modules(model, layers, calls)
     parameters = _assign_parameters(model, owners, new_parameters)
     for module in owners:
         own = [parameters[parameter] for parameter in module.parameters(recurse=False)]
@@ -92,7 +92,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
             name,
             tuple(module for module, owner in owners.items() if owner == index and module not in around),
             tuple(named for named, parameter in model.named_parameters() if parameters[parameter] == index),
-            columns[index - 1] if 0 < index <= len(columns) else (),
+            layers[index - 1] if 0 < index <= len(layers) else (),
         )
         for index, name in zip([*range(len(names) - 1), HEAD], names, strict=True)
     ]
@@ -101,7 +101,7 @@ def find_blocks(model: Any, example_inputs: dict[str, Tensor], new_parameters: f
 
 
 def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
-    """When each module of the body is first called; modules that are not called have no entry."""
+    """Return when each module of the body is first called; modules that are not called have no entry."""
     calls: Calls = {}
 
     def note_call(module: nn.Module, _: Any) -> None:
@@ -125,7 +125,7 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
     except TypeError as error:
         remedy = "use a source model of another architecture"
         raise ModelError(Problem(f"{type(model).__name__} returns no logits", remedy=remedy)) from error
-    # Some models call `layer.forward(...)`, which no hook sees; then the first call inside counts.
+    # Some models call `layer.forward(...)`, which triggers no hook; then the first call inside counts.
     inside = {
         module: [calls[part] for part in module.modules() if part in calls]
         for module in find_body(model).modules()
@@ -134,15 +134,13 @@ def _trace(model: Any, example_inputs: dict[str, Tensor]) -> Calls:
     return calls | {module: min(times) for module, times in inside.items() if times}
 
 
-def _find_layers(body: nn.Module, calls: Calls) -> Columns:
-    columns = [
-        column for lists in _find_lists(body) for column in _align([x for x in lists if _is_run(x, calls)], calls)
-    ]
-    return sorted(columns, key=lambda column: calls[column[0]])
+def _find_layers(body: nn.Module, calls: Calls) -> Layers:
+    layers = [layer for lists in _find_lists(body) for layer in _align([x for x in lists if _is_run(x, calls)], calls)]
+    return sorted(layers, key=lambda layer: calls[layer[0]])
 
 
 def _find_lists(module: nn.Module) -> Iterator[list[list[nn.Module]]]:
-    """The outermost module lists, those of one parent together; a list of lists counts as one list."""
+    """Yield the outermost module lists, those of one parent together; a list of lists counts as one list."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     yield [list(_flatten(each)) for each in lists]
     for child in module.children():
@@ -151,7 +149,7 @@ def _find_lists(module: nn.Module) -> Iterator[list[list[nn.Module]]]:
 
 
 def _flatten(modules: nn.ModuleList) -> Iterator[nn.Module]:
-    for module in dict.fromkeys(modules):  # a layer that is used many times is one layer
+    for module in dict.fromkeys(modules):  # a layer that is used several times counts once
         if isinstance(module, nn.ModuleList):
             yield from _flatten(module)
         else:
@@ -159,34 +157,34 @@ def _flatten(modules: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _is_run(modules: Sequence[nn.Module], calls: Calls) -> bool:
-    """Whether these are weights that data pass one after the other."""
+    """Whether these are modules with weights that run one after the other."""
     if not modules or not all(module in calls and any(True for _ in module.parameters()) for module in modules):
         return False
     return all(calls[one] < calls[next_one] for one, next_one in pairwise(modules))
 
 
-def _align(lists: list[list[nn.Module]], calls: Calls) -> Columns:
-    """Layers out of the lists of one parent.
+def _align(lists: list[list[nn.Module]], calls: Calls) -> Layers:
+    """Return the layers in the lists of one parent.
 
-    Lists that take turns (attention 1, feed-forward 1, attention 2, ...) are the parts of the same layers; lists that
-    follow one another are layers of their own.
+    Lists that alternate (attention 1, feed-forward 1, attention 2, ...) are parts of the same layers; lists that follow
+    one another are separate layers.
     """
     if len(lists) > 1 and len(lists[0]) > 1 and len({len(each) for each in lists}) == 1:
-        columns = [tuple(sorted(parts, key=calls.__getitem__)) for parts in zip(*lists, strict=True)]
-        if all(calls[one[-1]] < calls[next_one[0]] for one, next_one in pairwise(columns)):
-            return columns
+        layers = [tuple(sorted(parts, key=calls.__getitem__)) for parts in zip(*lists, strict=True)]
+        if all(calls[one[-1]] < calls[next_one[0]] for one, next_one in pairwise(layers)):
+            return layers
     return [(module,) for each in lists for module in each]
 
 
-def _assign_modules(model: Any, columns: Columns, calls: Calls) -> tuple[Owners, list[nn.Module]]:
-    """The number of each module's block, and which modules are around layers."""
+def _assign_modules(model: Any, layers: Layers, calls: Calls) -> tuple[Owners, list[nn.Module]]:
+    """Return the number of each module's block, and the modules around layers."""
     owners: Owners = {}
-    for number, column in enumerate(columns, start=1):
-        for element in column:
+    for number, layer in enumerate(layers, start=1):
+        for element in layer:
             for module in element.modules():
                 owners.setdefault(module, number)
-    elements = {element for column in columns for element in column}
-    starts = [calls[column[0]] for column in columns]
+    elements = {element for layer in layers for element in layer}
+    starts = [calls[layer[0]] for layer in layers]
     containers = []
     for module in find_body(model).modules():
         if module in owners:
@@ -200,20 +198,20 @@ def _assign_modules(model: Any, columns: Columns, calls: Calls) -> tuple[Owners,
 
 def _find_owner(module: nn.Module, calls: Calls, starts: Sequence[int]) -> int:
     if isinstance(module, nn.Embedding) or module not in calls:
-        # Embeddings of a decoder are called late, but stand before all layers; what is never called is only read.
+        # Embeddings of a decoder are called late, but precede all layers; weights of modules never called are read.
         return 0
     num_started = bisect_right(starts, calls[module])
     return num_started if num_started < len(starts) else len(starts) + 1
 
 
 def _find_wrappers(model: Any) -> list[nn.Module]:
-    """The model itself, and whatever else is around its body."""
+    """Return the model itself, and whatever else is around its body."""
     body = find_body(model)
     return [module for module in model.modules() if module is not body and body in set(module.modules())]
 
 
 def _assign_parameters(model: Any, owners: Owners, new_parameters: frozenset[str]) -> dict[nn.Parameter, int]:
-    """The number of each parameter's block: the earliest, where modules share it."""
+    """Return the number of each parameter's block: the earliest, where modules share it."""
     numbers: dict[nn.Parameter, int] = {}
     for module, owner in owners.items():
         for parameter in module.parameters(recurse=False):

@@ -1,7 +1,7 @@
 """A classification head with extra hidden layers, for any model of transformers.
 
-This file is written beside the weights of a model that has such a head, so that `from_pretrained` with
-`trust_remote_code=True` can build it. It needs torch and transformers, and nothing else.
+This file is saved with the weights of a model that has such a head, so that `from_pretrained` with
+`trust_remote_code=True` can build it. It needs only torch and transformers.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class DeepHead(nn.Module):
-    """In the place of a model's output layer: hidden layers with GELU and dropout, then the output layer.
+    """Replacement of a model's output layer: hidden layers with GELU and dropout, then the output layer.
 
     Maps [..., in_features] to [..., out_features].
     """
@@ -27,8 +27,8 @@ class DeepHead(nn.Module):
         self.out_features = out_features
         self.hidden_layers = nn.Sequential(*layers)
         self.output_layer = nn.Linear(widths[-1], out_features, bias=bias)
-        # Stands where the plain output layer has its matrix. A program that does not know this class then stops at the
-        # wrong shape, instead of going on with a head of random numbers.
+        # Has the name of the plain output layer's matrix. A program that does not know this class then stops at the
+        # wrong shape, instead of using a head of random numbers.
         self.register_buffer("weight", torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class DeepHead(nn.Module):
 
 
 def put_deep_head(model: Any, path: str, widths: list[int], dropout: float) -> DeepHead:
-    """Replace the output layer (an `nn.Linear`) at the dotted `path`, and note in the config how."""
+    """Replace the output layer (an `nn.Linear`) at the dotted `path`, and record that in the config."""
     plain = model.get_submodule(path)
     head = DeepHead(plain.in_features, widths, plain.out_features, dropout, plain.bias is not None)
     model.set_submodule(path, head.to(plain.weight.device, plain.weight.dtype).train(plain.training))
@@ -46,7 +46,7 @@ def put_deep_head(model: Any, path: str, widths: list[int], dropout: float) -> D
 
 
 def with_deep_head(base_class: type[Any]) -> type[Any]:
-    """The model class whose output layer is replaced as `config.deep_head` says."""
+    """Return the model class whose output layer is replaced as `config.deep_head` says."""
 
     def build(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
         base_class.__init__(self, config, *arguments, **options)

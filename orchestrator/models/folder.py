@@ -18,14 +18,14 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 MERGE = "fold it into its model with `orchestrator export --merge` and name the result"
-# What other tools write; all but .gguf can hold code that runs on loading.
+# Formats of other tools; all but .gguf can hold code that runs when they are loaded.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 def check_model_folder(folder: Path, where: str) -> list[Problem]:
-    """Everything that keeps a folder from being loaded as a model. Only headers of the weights are read."""
+    """Return every problem that prevents loading a folder as a model. Only the headers of weights are read."""
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        # Transformers would put the adapter into it.
+        # transformers would load the adapter into it.
         what = f"{show_path(folder)} holds a whole model and an adapter ({ADAPTER_CONFIG_FILE})"
         return [Problem(what, where, "keep each in a folder of its own")]
     found = [Problem(what, where, remedy) for what, remedy in _check_config(folder / CONFIG_FILE)]
@@ -33,7 +33,7 @@ def check_model_folder(folder: Path, where: str) -> list[Problem]:
 
 
 def check_adapter_folder(folder: Path, where: str) -> list[Problem]:
-    """Everything that keeps a folder's adapter from being added to its model's weights as a plain LoRA."""
+    """Return every problem that prevents adding a folder's adapter to its model's weights as a plain LoRA."""
     config, findings = _read_json_object(folder / ADAPTER_CONFIG_FILE)
     if not (folder / ADAPTER_FILE).is_file():
         findings.append((f"{show_path(folder)} has no {ADAPTER_FILE}", "name the folder that an adapter was saved to"))
@@ -46,7 +46,7 @@ def check_adapter_folder(folder: Path, where: str) -> list[Problem]:
             part = f"holds {others[0]}" if others else f"is of the type {config.get('peft_type')}"
             findings.append(
                 (
-                    f"the adapter in {show_path(folder)} {part}, so it is no plain LoRA to go on from",
+                    f"the adapter in {show_path(folder)} {part}, so it is not a plain LoRA, which could be continued",
                     MERGE,
                 )
             )
@@ -58,7 +58,7 @@ def check_adapter_folder(folder: Path, where: str) -> list[Problem]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checked folder, sorted by name."""
+    """Return the safetensors files of a checked folder, sorted by name."""
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
@@ -114,7 +114,7 @@ def _check_shards(folder: Path) -> Iterator[Finding]:
 
 
 def _check_file(path: Path, expected: frozenset[str]) -> Iterator[Finding]:
-    """Opening reads the header alone, and compares the length that it promises with the file's."""
+    """Open the file, which reads only the header and compares the length that it states with the file's."""
     try:
         with safe_open(path, framework="numpy") as weights:
             names = frozenset(weights.keys())
@@ -135,7 +135,7 @@ def _read_json_object(path: Path) -> tuple[dict[str, Any] | None, list[Finding]]
         return None, [(f"{show_path(path)} does not exist", "name the folder that a model was saved to")]
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # Also what is not UTF-8.
+    except ValueError as error:  # Also raised for text that is not UTF-8.
         return None, [(f"{show_path(path)} is not valid JSON ({error})", "download or save the file again")]
     if not isinstance(value, dict):
         return None, [(f"{show_path(path)} is not a JSON object", "download or save the file again")]

@@ -1,4 +1,4 @@
-"""The head: the modules outside a model's body. Its dropout, its extra layers, and the code that goes with those."""
+"""The head, which is the modules outside a model's body: its dropout, its extra layers, and the code of these."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from orchestrator.models.folder import CONFIG_FILE
 from orchestrator.recipe import Head
 
 CODE_FILE = "modeling_deep_head.py"
-LOWEST_MARK, MARK_STEP = 0.25, 1e-4  # stand-ins for dropout rates, each told from every other
+LOWEST_MARK, MARK_STEP = 0.25, 1e-4  # placeholders for dropout rates, each different from all others
 
 
 def set_head(model: Any, head: Head, new_parameters: frozenset[str]) -> frozenset[str]:
-    """Give the head its extra layers and its dropout. New layers are drawn from the caller's random stream.
+    """Add extra layers to the head, and set its dropout. New layers use the caller's random stream.
 
     Dropout goes to every dropout module of the head and to the config's value for it, where it has one; a head without
     any gets it before its output layer, in training only.
@@ -53,7 +53,7 @@ def set_head(model: Any, head: Head, new_parameters: frozenset[str]) -> frozense
 
 
 def head_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules outside the body: neither inside it nor around it. Where there are none, the output layer."""
+    """Return names and modules neither inside the body nor around it; if there are none, the output layer."""
     body = find_body(model)
     inside = set(body.modules())
     outside = [
@@ -65,7 +65,7 @@ def head_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of what has an output for each label, in a model whose body holds its head."""
+    """Return names and modules with an output for each label, in a model whose body contains its head."""
     deep = getattr(model.config, "deep_head", None)
     paths = _find_sized_by_labels(model) if deep is None else [deep["path"]]
     for path in paths:
@@ -73,7 +73,7 @@ def _output_layers_inside(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find_sized_by_labels(model: Any) -> list[str]:
-    """Names of the modules whose own weights have another shape where there is one label more."""
+    """Return the names of modules whose own weights have another shape if there is one label more."""
     config = copy.deepcopy(model.config)
     shapes = []
     for _ in range(2):
@@ -84,13 +84,13 @@ def _find_sized_by_labels(model: Any) -> list[str]:
 
 
 def _outline(model: Any, config: Any) -> Any:
-    """Return a model of the same class by another config, without memory for weights."""
+    """Return a model of the same class with another config, without memory for weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
 
 def find_output_layer(model: Any) -> tuple[str, nn.Linear | DeepHead]:
-    """The head's last layer and its name: the one with an output for each label.
+    """Return the head's last layer and its name: the one with an output for each label.
 
     Raises:
         ModelError: there is none.
@@ -113,7 +113,7 @@ def _replace_output(model: Any, path: str, output: nn.Linear | DeepHead, head: H
         plain = nn.Linear(output.in_features, output.out_features, bias=last.bias is not None)
         model.set_submodule(path, plain.to(last.weight.device, last.weight.dtype).train(output.training))
         del model.config.deep_head
-        # What it is again, and what config.json is to say.
+        # Its value again, which is also saved in config.json.
         model.__class__ = getattr(type(model), "plain_class", type(model))
     if head.layers:
         return put_deep_head(model, path, list(head.layers), head.dropout)
@@ -140,7 +140,7 @@ def _drop_features(rate: float, module: nn.Module, inputs: tuple[Tensor, ...]) -
 
 
 def _find_dropout_settings(model: Any) -> list[str]:
-    """Names of the config's values that set the head's dropout and nothing in the body.
+    """Return the names of config values that set the head's dropout and nothing in the body.
 
     Every architecture calls it differently. So each rate gets a number of its own, the model is built from them without
     memory for weights, and the numbers are looked for.
@@ -150,7 +150,7 @@ def _find_dropout_settings(model: Any) -> list[str]:
     names = [name for name, value in settings if "drop" in name and (value is None or isinstance(value, float | int))]
     marks = {name: LOWEST_MARK + MARK_STEP * index for index, name in enumerate(names)}
     for name, mark in marks.items():
-        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is no rate, but a flag or a count.
+        with contextlib.suppress(StrictDataclassFieldValidationError):  # It is not a rate, but a flag or a count.
             setattr(config, name, mark)
     try:
         with calling_model("finding the dropout settings"):

@@ -1,4 +1,4 @@
-"""Ask the Hugging Face Hub about a model, and say in plain words what went wrong."""
+"""Look up a model on the Hugging Face Hub, and explain errors in plain words."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from orchestrator.errors import ModelError, Problem
 from orchestrator.models.folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
 
 HUB_TIMEOUT = 5.0  # seconds
-LONGEST_MESSAGE = 300  # characters that are shown of another library's message
-# An error of the Hub is an OSError and an error of the HTTP library, whichever that is; a failed connection only one.
+LONGEST_MESSAGE = 300  # characters shown of another library's message
+# Errors of the Hub are OSErrors and errors of its HTTP library; failed connections may be only one of them.
 CONNECTION_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)
 )
@@ -37,21 +37,21 @@ LOADING_ERRORS: tuple[type[Exception], ...] = (
     StrictDataclassError,
     SafetensorError,
 )
-"""What transformers raises where a model, config or tokenizer cannot be loaded."""
+"""Raised by transformers if a model, config or tokenizer cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """What the Hub (or its local cache) says of a model."""
+    """The Hub's (or its local cache's) information about a model."""
 
     commit: str
     licence: str | None
     is_reachable: bool
-    """False where only the local cache answered."""
+    """False if only the local cache was used."""
 
 
 def find_hub_model(model: str, revision: str | None, where: str) -> HubModel:
-    """The commit that a revision stands for, so that every worker loads the same; from the cache without a network.
+    """Return the commit of a revision, so that every worker loads the same; from the cache without a network.
 
     Raises:
         ModelError: no such model or revision, no safetensors in it, or neither reachable nor cached.
@@ -73,7 +73,7 @@ def find_hub_model(model: str, revision: str | None, where: str) -> HubModel:
 
 
 def explain(error: BaseException, model: str, revision: str | None, where: str) -> Problem:
-    """What an error on the way to a model means for the person who named it."""
+    """Return what an error while loading a model means for the user."""
     unreachable = (
         f"the Hub cannot be reached, and {model!r} is not in the local cache",
         "connect to the internet once, or download the model elsewhere and name its folder (./folder)",
@@ -88,7 +88,7 @@ def explain(error: BaseException, model: str, revision: str | None, where: str) 
             f"the Hub has no model {model!r}, or it is private",
             "check the id (owner/name); for a folder write ./folder; for a private model set HF_TOKEN",
         ),
-        HFValidationError: (f"{model!r} is no Hub id", "write owner/name, or ./folder for a folder"),
+        HFValidationError: (f"{model!r} is not a Hub id", "write owner/name, or ./folder for a folder"),
         LocalEntryNotFoundError: unreachable,
         OfflineModeIsEnabled: unreachable,
         EntryNotFoundError: (f"{model!r} lacks a file that it should have on the Hub", "use another model or revision"),

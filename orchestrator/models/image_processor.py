@@ -1,8 +1,8 @@
-"""What an image processor of transformers does, in two parts: what is costly and can be stored, and the rest.
+"""An image processor of transformers in two parts: the expensive one, whose result can be stored, and the rest.
 
-A processor decodes, resizes and crops a picture, which gives bytes; then it rescales and normalises each colour by
-itself, which maps each of 256 values to a number. The bytes are stored. The map is asked of the processor itself, so
-the numbers are its own, to the last bit.
+A processor decodes, resizes and crops an image, which gives bytes. Then it rescales and normalises each channel, which
+maps each of 256 values to a number. The bytes are stored. The map is read from the processor itself, so that numbers
+are the same as its own to the last bit.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ Numbers = npt.NDArray[np.float32]
 
 NUM_VALUES = 256
 EXACT = 1e-6
-# A processor that resizes numbers with fractions is met within half a step between two of the 256 values; one that is
-# further off does something else besides.
+# The error of a processor that resizes floating-point numbers is at most half a step between two of the 256 values.
+# One with a larger error does something else.
 FARTHEST_OFF = 0.6
-_TRIED_SIZES = ((48, 64), (67, 41))  # height and width of the pictures on which a processor is tried out
-# What processors raise when they meet options that they do not know.
+_SAMPLE_SIZES = ((48, 64), (67, 41))  # height and width of the sample images
+# Raised by processors for options that they do not know.
 _FAILURES = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 class ImagePreprocessor:
-    """Makes bytes of pictures as an image processor would, and numbers of the bytes.
+    """Preprocesses images as an image processor does, in two steps.
 
     Attributes:
         processor: the image processor of transformers.
-        values: what each byte becomes; float32, [3, 256]: colour, byte.
-        height: of the pictures that it makes, in pixels; likewise `width`.
-        error: how far its numbers are from the processor's own, at most, in tried-out pictures.
+        values: the number for each byte; float32, [3, 256]: channel, byte.
+        height: height of its output in pixels; likewise `width`.
+        error: the largest difference from the processor's own numbers, in the sample images.
     """
 
     def __init__(self, processor: Any, source: SourceModel) -> None:
-        """Tries the processor out.
+        """Try the processor on sample images.
 
         Raises:
-            ModelError: it makes pictures of uneven sizes, or does more than can be done in two parts.
+            ModelError: its images have different sizes, or it does more than these two steps.
         """
         self.processor = processor
         try:
-            _process(processor, _tried_pictures()[0])
+            _process(processor, _sample_images()[0])
             self.values = _find_values(processor)
-            made = [self.make(picture) for picture in _tried_pictures()]
-            own = [_process(processor, picture) for picture in _tried_pictures()]
+            made = [self.make(picture) for picture in _sample_images()]
+            own = [_process(processor, picture) for picture in _sample_images()]
         except _FAILURES as error:
             raise ModelError(_unusable(source, f": {error}")) from error
         sizes = {picture.shape[:2] for picture in made}
         if len(sizes) > 1:
-            what = f"the image processor of {source.name!r} makes pictures of different sizes"
+            what = f"the image processor of {source.name!r} returns images of different sizes"
             raise ModelError(Problem(what, source.where, "set target.options.image_size, such as 224"))
         ((self.height, self.width),) = sizes
         steps = float(np.diff(self.values, axis=1).max())
@@ -67,21 +67,21 @@ class ImagePreprocessor:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the numbers are the processor's own."""
+        """Whether the numbers are those of the processor."""
         return self.error <= EXACT
 
     @property
     def settings(self) -> str:
-        """Everything that decides what is made of a picture, but for the libraries' versions."""
+        """Return everything that determines the output for an image, except for the versions of libraries."""
         text: str = self.processor.to_json_string()
         return text
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the image processor as transformers does."""
+        """Save the image processor as transformers does."""
         self.processor.save_pretrained(folder)
 
     def make(self, picture: Any) -> Pixels:
-        """The bytes that the processor makes of a picture before it normalises; [height, width, 3].
+        """Return the image as bytes before it is normalised; [height, width, 3].
 
         Args:
             picture: a PIL image in RGB.
@@ -89,32 +89,32 @@ class ImagePreprocessor:
         found = _process(self.processor, picture, do_rescale=False, do_normalize=False)
         if found.dtype == np.uint8:
             return np.ascontiguousarray(found.transpose(1, 2, 0))
-        # It normalises all the same, or resizes what it has normalised: the bytes whose numbers come nearest.
+        # It normalises regardless, or resizes after normalising: use the bytes whose numbers are nearest.
         numbers = _process(self.processor, picture)
         nearest = [_nearest(values, colour) for values, colour in zip(self.values, numbers, strict=True)]
         return np.stack(nearest, axis=-1)
 
     def numbers(self, pictures: Pixels) -> Numbers:
-        """What the model reads: bytes [n, height, width, 3] become float32 [n, 3, height, width]."""
+        """Normalise bytes [n, height, width, 3] to the model's input, float32 [n, 3, height, width]."""
         found = np.empty((len(pictures), 3, *pictures.shape[1:3]), dtype=np.float32)
         for picture, numbers in zip(pictures, found, strict=True):
             for colour, values in enumerate(self.values):
-                # Into contiguous memory, and unchecked: a byte is always within the table. Four times as fast.
+                # Into contiguous memory and without bounds checks, which a byte does not need: four times as fast.
                 values.take(picture[..., colour], out=numbers[colour], mode="clip")
         return found
 
 
 def set_image_size(processor: Any, size: int, source: SourceModel) -> Any:
-    """The processor, made to give square pictures of this size; what it cuts off keeps its share.
+    """Set a processor to return square images of this size; the share that it crops stays the same.
 
     Raises:
-        ModelError: it cannot be.
+        ModelError: the processor does not support it.
     """
     settings = processor.to_dict()
     for changes in _size_changes(settings, size):
         try:
             changed = type(processor).from_dict({**settings, **changes})
-            shapes = {_process(changed, picture).shape for picture in _tried_pictures()}
+            shapes = {_process(changed, picture).shape for picture in _sample_images()}
         except _FAILURES:
             continue
         if shapes == {(3, size, size)}:
@@ -124,7 +124,7 @@ def set_image_size(processor: Any, size: int, source: SourceModel) -> Any:
 
 
 def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """Settings that may give pictures of this size, the closest to the present ones first."""
+    """Yield settings that may give images of this size, the closest to the present ones first."""
     square = {"height": size, "width": size}
     present, crop = settings.get("size") or {}, settings.get("crop_size") or {}
     share = size / crop["height"] if settings.get("do_center_crop") and "height" in crop else None
@@ -140,7 +140,7 @@ def _size_changes(settings: dict[str, Any], size: int) -> Iterator[dict[str, Any
 
 
 def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
-    """What the processor makes of one picture; [3, height, width]."""
+    """Return the processor's output for one image; [3, height, width]."""
     made = processor(picture, **options)
     found = np.asarray(made["pixel_values"][0]) if "pixel_values" in made else None
     if found is None or found.ndim != 3 or found.shape[0] != 3:
@@ -150,14 +150,14 @@ def _process(processor: Any, picture: Any, **options: Any) -> npt.NDArray[Any]:
 
 
 def _find_values(processor: Any) -> Numbers:
-    """What each byte becomes, from a picture of all of them."""
+    """Return the value that each byte is converted to, from an image that contains all of them."""
     from PIL import Image
 
     row = np.arange(NUM_VALUES, dtype=np.uint8)
     picture = Image.fromarray(np.broadcast_to(row[None, :, None], (2, NUM_VALUES, 3)).copy())
     found = _process(processor, picture, do_resize=False, do_center_crop=False)
     if found.shape != (3, 2, NUM_VALUES):
-        raise ValueError("it resizes or crops pictures even when it is told not to")
+        raise ValueError("it resizes or crops images even if it should not")
     values: Numbers = np.ascontiguousarray(found[:, 0], dtype=np.float32)
     if not (np.diff(values, axis=1) > 0).all():
         raise ValueError("it does not keep the order of brightness")
@@ -169,11 +169,11 @@ def _nearest(values: Numbers, numbers: npt.NDArray[Any]) -> Pixels:
     return np.searchsorted(between, numbers).astype(np.uint8)
 
 
-def _tried_pictures() -> list[Any]:
+def _sample_images() -> list[Any]:
     from PIL import Image
 
     generator = np.random.default_rng(0)
-    sizes = ((*size, 3) for size in _TRIED_SIZES)
+    sizes = ((*size, 3) for size in _SAMPLE_SIZES)
     return [Image.fromarray(generator.integers(0, NUM_VALUES, size, dtype=np.uint8)) for size in sizes]
 
 

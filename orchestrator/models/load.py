@@ -35,15 +35,15 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and which of its parameters the source did not have."""
+    """A model, and the names of parameters that the source did not have."""
 
     model: Any
     new_parameters: frozenset[str]
-    """Names (as in `named_parameters`) of the freshly initialised ones; empty for a model from scratch."""
+    """Names (as in `named_parameters`) of newly initialised parameters; empty for a model from scratch."""
 
 
 def load_config(source: SourceModel, **changes: Any) -> Any:
-    """The source's config with some of its values changed (label names, problem type).
+    """Load the source's config and change some of its values (label names, problem type).
 
     Raises:
         ModelError: it cannot be read, or its architecture is not known.
@@ -59,7 +59,7 @@ def load_config(source: SourceModel, **changes: Any) -> Any:
 
 
 def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
-    """The source's tokenizer, padding on the right, and notes on what was set for it (not fatal).
+    """Load the source's tokenizer, padding on the right; also return notes on what was set for it (not fatal).
 
     Where there is no padding token, the end-of-text token takes its place, or the unknown one; none is added, because
     the model has no embedding for it. Padding is masked, so the model does not read it.
@@ -71,7 +71,7 @@ def load_tokenizer(source: SourceModel) -> tuple[Any, list[Problem]]:
         source = replace(source, location=source.adapter, is_local=True, revision=None)
     with _plain_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source))
-    # Without its files some tokenizers are built empty, and every word is unknown to them.
+    # Without their files some tokenizers are built empty, and know no word.
     names = tokenizer.vocab_files_names.values()
     if names and not any(_has_file(source, name) for name in (TOKENIZER_FILE, *names)):
         remedy = f"copy {TOKENIZER_FILE} from where the model is from"
@@ -112,7 +112,7 @@ def load_model(
     quantize: str | None = None,
     as_stored: bool = False,
 ) -> LoadedModel:
-    """The source's weights under the head that `auto_class` of transformers gives it, in fp32 and in evaluation mode.
+    """Load the source's weights under the head of a transformers auto class, in fp32 and in evaluation mode.
 
     What the source lacks, or has in another shape (a head for other labels), is drawn under `seed`; the caller's random
     streams stay as they are. The output layer of a source that was trained for other labels is drawn anew too, even
@@ -135,7 +135,7 @@ def load_model(
     with _plain_errors(source), seeded(seed):
         if from_scratch:
             return LoadedModel(_build(loader, config, source).eval(), frozenset())
-        # What an adapter adds is added in fp32: a weight that is trained afterwards keeps its digits.
+        # An adapter is added in fp32, so that weights that are trained afterwards keep their digits.
         is_narrow = as_stored and source.adapter is None and is_stored_in_bf16(source, config)
         dtype = torch.bfloat16 if is_narrow else torch.float32
         model, report = _load_weights(loader, config, source, quantize, dtype)
@@ -152,7 +152,7 @@ def load_model(
 
 
 def set_padding_token(model: Any, tokenizer: Any, source: SourceModel) -> None:
-    """Tell the model which token is padding, as models that classify at the last token need to know.
+    """Set the padding token of a model, which models that classify at the last token need.
 
     Raises:
         ModelError: the tokenizer has tokens that the model has no embedding for.
@@ -161,14 +161,14 @@ def set_padding_token(model: Any, tokenizer: Any, source: SourceModel) -> None:
     if num_embedded is not None and len(tokenizer) > num_embedded:
         what = f"the tokenizer of {source.name!r} has {len(tokenizer)} tokens, its model embeds {num_embedded}"
         raise ModelError(Problem(what, source.where, "use the tokenizer that the model was trained with"))
-    # Not before the model is built: an embedding does not learn the token that it was told is padding, and where the
-    # end-of-text token pads, it is to be learned like any other.
+    # Not before the model is built: an embedding does not learn its padding token, but an end-of-text token that is
+    # used for padding has to be learned.
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
 
 
 def _count_embedded(model: Any) -> int | None:
-    """Return how many tokens a model tells apart; None where that is any number (CANINE hashes characters)."""
+    """Return the number of tokens that a model has embeddings for; None if there is no limit (CANINE hashes)."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -178,7 +178,7 @@ def _count_embedded(model: Any) -> int | None:
 
 
 def add_embeddings(model: Any, tokenizer: Any) -> None:
-    """Give tokens that the model has no embedding for the mean of all others (Hewitt 2021); so in its output layer."""
+    """Add embeddings of tokens that the model lacks, as the mean of all others (Hewitt 2021); also output weights."""
     num_known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= num_known:
         return
@@ -192,8 +192,8 @@ def add_embeddings(model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random draws inside follow `seed`; those after it go on as if nothing had been drawn."""
-    # Where CUDA was not started, seeding it would take effect only later, over whatever the caller seeded it with.
+    """Make random draws inside depend on `seed`; draws afterwards continue as if none had been made."""
+    # If CUDA is not initialised, seeding it would take effect later, and replace a seed of the caller.
     is_started: Callable[[], bool] = torch.cuda.is_initialized
     devices = [torch.cuda.current_device()] if is_started() else []
     with torch.random.fork_rng(devices=devices):
@@ -204,7 +204,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _check_adapter(source: SourceModel, auto_class: str) -> None:
-    """A head of the adapter's own would not be that of its base."""
+    """Refuse an adapter with a head of its own, which its base model does not have."""
     if source.adapter is not None and auto_class != "AutoModelForCausalLM":
         what = f"{source.name!r} is an adapter, and only language models go on from one"
         raise ModelError(Problem(what, source.where, MERGE))
@@ -219,7 +219,7 @@ def _build(loader: Any, config: Any, source: SourceModel) -> Any:
 
 @contextmanager
 def _building(source: SourceModel) -> Iterator[None]:
-    """Turn what a model's own code raises, while nothing but it runs, into words of the user."""
+    """Turn errors of a model's own code, while only that code runs, into messages for users."""
     try:
         yield
     except (ImportError, AttributeError, KeyError, TypeError, AssertionError) as error:
@@ -233,7 +233,7 @@ def _building(source: SourceModel) -> Iterator[None]:
 
 
 def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
-    """Whether a source's weights are all in bf16, by its config and, where they lie here, by their own word."""
+    """Whether a source's weights are all in bf16, by its config and, if they are local, by their files."""
     if config.get_text_config().dtype != torch.bfloat16:
         return False
     if not source.is_local:
@@ -248,7 +248,7 @@ def is_stored_in_bf16(source: SourceModel, config: Any) -> bool:
 def _load_weights(
     loader: Any, config: Any, source: SourceModel, quantize: str | None, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers reports of its weights."""
+    """Return the model, and the loading report of transformers."""
 
     def load(**arguments: Any) -> tuple[Any, dict[str, Any]]:
         with _building(source):
@@ -257,7 +257,7 @@ def _load_weights(
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                # The shapes are checked by the caller, where head and body are told apart.
+                # The caller checks the shapes, of head and body separately.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 adapter_kwargs={"local_files_only": source.is_offline},
@@ -274,12 +274,12 @@ def _load_weights(
     new = [
         name for name, layer in quantized_layers(model).items() if getattr(layer.weight, "quant_state", None) is None
     ]
-    # What the source does not have is drawn, and not quantized afterwards.
+    # Weights that the source does not have are drawn, and not quantized afterwards.
     return load(**quantization(quantize, [*whole, *new])) if new else (model, report)
 
 
 def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceModel) -> None:
-    """Have buffers in fp32. Those that are not stored, such as a scale, are made anew: bf16 has rounded them."""
+    """Convert buffers to fp32. Those that are not stored, such as scales, are computed again: bf16 rounded them."""
     narrow = {name for name, value in model.named_buffers() if value.dtype == torch.bfloat16}
     if not narrow:
         return
@@ -293,7 +293,7 @@ def _widen_buffers(model: nn.Module, loader: Any, config: Any, source: SourceMod
 
 
 def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
-    """The auto class; or, for a model that was saved with extra head layers, its class with room for them."""
+    """Return the auto class; or, for a model saved with extra head layers, its class with such a head."""
     loader = getattr(transformers, auto_class)
     if type(config) not in loader._model_mapping:
         if auto_class in (getattr(config, "auto_map", None) or {}) and source.trust_remote_code:
@@ -302,7 +302,7 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
         raise ModelError(Problem(what, source.where, "use a source model of another type"))
     found = loader._model_mapping[type(config)]
     model_class = found[0] if isinstance(found, tuple) else found
-    # Of a model of several kinds of input the part for texts is loaded, and saved with a config of its own.
+    # Of a multimodal model the text model is loaded, and saved with its own config.
     own: Any = type(config).sub_configs.get("text_config")
     is_part = own is not None and getattr(model_class, "config_class", None) is own
     if is_part and own not in loader._model_mapping:
@@ -313,7 +313,7 @@ def _find_loader(auto_class: str, config: Any, source: SourceModel) -> Any:
 
 
 def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str]) -> None:
-    """The body must come from the source; only a head may be missing, or be of another shape."""
+    """Check that the body comes from the source; only a head may be missing, or have another shape."""
     head = {parameter for _, module in head_modules(model) for parameter in module.parameters()}
     inside = set(find_body(model).parameters()) - head
     body = {name for name, parameter in model.named_parameters() if parameter in inside}
@@ -330,7 +330,7 @@ def _check_body(model: Any, source: SourceModel, mismatched: Any, new: set[str])
 def _draw_output_layer(model: Any) -> list[nn.Parameter]:
     found = find_output_layer(model)[1]
     output = found.output_layer if isinstance(found, DeepHead) else found
-    # transformers leaves alone what carries this mark of having been loaded.
+    # transformers does not initialise parameters with this mark.
     for part in (output, *output.parameters()):
         vars(part).pop("_is_hf_initialized", None)
     with torch.no_grad():
@@ -345,7 +345,7 @@ def _has_file(source: SourceModel, name: str) -> bool:
 
 
 def _hub_arguments(source: SourceModel) -> dict[str, Any]:
-    # An explicit False: unset, transformers would ask on the terminal.
+    # An explicit False: otherwise transformers would ask on the terminal.
     return {**_files(source), "trust_remote_code": source.trust_remote_code}
 
 
@@ -355,7 +355,7 @@ def _files(source: SourceModel) -> dict[str, Any]:
 
 @contextmanager
 def _plain_errors(source: SourceModel) -> Iterator[None]:
-    """Errors of transformers in the words of the user; none of its warnings and progress bars."""
+    """Turn errors of transformers into messages for users, and hide its warnings and progress bars."""
     with quiet_transformers():
         try:
             yield
@@ -365,7 +365,7 @@ def _plain_errors(source: SourceModel) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Have transformers show none of its warnings and progress bars."""
+    """Hide warnings and progress bars of transformers."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

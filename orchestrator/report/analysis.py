@@ -1,6 +1,6 @@
-"""What is read out of trials: Pareto front, best so far, order of depths, ranges that an outlier cannot stretch.
+"""Statistics of trials: Pareto front, best so far, order of depths, ranges without outliers.
 
-Scores are compared with `higher_is_better`; nothing here knows what a score means.
+Scores are compared with `higher_is_better`; nothing here depends on what a score means.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from orchestrator.recipe import FreezeDepth
 
-# A score is drawn at the edge of a chart, not to scale, when it is this many times further from the best than the
-# median is, and among the worst tenth.
+# A score is drawn at the edge of a chart, not to scale, if it is this many times further from the best one than the
+# median, and among the worst tenth.
 FURTHEST = 4.0
 _FEWEST_FOR_A_CUT = 8
 
@@ -23,7 +23,7 @@ def better(first: float, second: float, higher_is_better: bool) -> bool:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[int]:
-    """Indices of the points (cost, score) that no cheaper or equally cheap point equals or beats, cheapest first."""
+    """Return the indices of points (cost, score) that no point of the same or a lower cost equals, cheapest first."""
     sign = -1.0 if higher_is_better else 1.0
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda index: (points[index][0], sign * points[index][1], index)):
@@ -33,7 +33,7 @@ def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool) 
 
 
 def best_so_far(scores: Sequence[float], higher_is_better: bool) -> list[float]:
-    """For each score, the best of it and those before it."""
+    """Return for each score the best of it and those before it."""
     found: list[float] = []
     for score in scores:
         found.append(score if not found or better(score, found[-1], higher_is_better) else found[-1])
@@ -43,7 +43,7 @@ def best_so_far(scores: Sequence[float], higher_is_better: bool) -> list[float]:
 def best_over_time(
     curves: Sequence[Sequence[tuple[float, float]]], higher_is_better: bool
 ) -> list[tuple[float, float]]:
-    """The best score that any curve of (time, score) has reached by each time at which that improves."""
+    """Return (time, score) where any curve of (time, score) improves on the best score of all curves so far."""
     found: list[tuple[float, float]] = []
     for time, score in sorted(point for curve in curves for point in curve):
         if found and not better(score, found[-1][1], higher_is_better):
@@ -55,7 +55,7 @@ def best_over_time(
 
 
 def readable_range(scores: Sequence[float], higher_is_better: bool, furthest: float = FURTHEST) -> tuple[float, float]:
-    """(lowest, highest) score to draw to scale. A few far worse than the rest (diverged trials) are left out of it."""
+    """Return the lowest and highest score to draw to scale, without a few that are far worse (diverged trials)."""
     low, high = min(scores), max(scores)
     best = high if higher_is_better else low
     middle = median(scores)
@@ -85,7 +85,7 @@ def depth_order(freeze: Any, num_layers: int | None) -> float:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample (n - 1); 0 for a single value."""
+    """Return the standard deviation of a sample (n - 1); 0 for a single value."""
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)

@@ -1,4 +1,4 @@
-"""One scale of colours from worst to best, for light and for dark pages, and which step of it a score has.
+"""A colour scale from worst to best, for light and for dark pages, and the step of a score on it.
 
 It runs from pale yellow-green over blue to navy, and the other way on dark pages, so the best always stands out most.
 Lightness falls evenly along it, so it reads the same to colour-blind eyes and in grey print.
@@ -16,7 +16,7 @@ _INK, _PAPER = "#090c0f", "#ffffff"
 
 @dataclass(frozen=True)
 class Colours:
-    """Steps of the scale for scores between two ends; scores beyond an end have its colour."""
+    """Maps scores between two ends to steps of the scale; scores beyond an end have its colour."""
 
     worst: float
     best: float
@@ -29,25 +29,25 @@ class Colours:
 
 
 def colour_rules() -> str:
-    """CSS: `.c0` to `.c11` set `--c`, the colour of a step, and `--on`, that of text on it."""
+    """Return CSS in which `.c0` to `.c11` set `--c`, the colour of a step, and `--on`, the colour of text on it."""
     light, dark = _rules(_LIGHT), _rules(_DARK)
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
 def contrast(first: str, second: str) -> float:
-    """Contrast of two colours (`#rrggbb`), 1 to 21 (WCAG 2.2, relative luminance)."""
+    """Return the contrast of two colours (`#rrggbb`), from 1 to 21 (WCAG 2.2, relative luminance)."""
     brighter, darker = sorted((_luminance(first), _luminance(second)), reverse=True)
     return (brighter + 0.05) / (darker + 0.05)
 
 
 def scale_steps(dark: bool) -> list[str]:
-    """The colours of all steps, worst first."""
+    """Return the colours of all steps, worst first."""
     stops = _DARK if dark else _LIGHT
     return [_mix(stops, step / (NUM_STEPS - 1)) for step in range(NUM_STEPS)]
 
 
 def text_colour(background: str) -> str:
-    """Ink or paper, whichever reads better on a colour."""
+    """Return the colour of text, dark or light, that is easier to read on a background."""
     return max(_INK, _PAPER, key=lambda colour: contrast(colour, background))
 
 

@@ -1,4 +1,4 @@
-"""The parts of a drawing in SVG: shapes, text, a frame with axes, a key to the colours.
+"""The parts of an SVG drawing: shapes, text, a frame with axes, a colour key.
 
 Colours and fonts come from the page's style sheet, by class, so one drawing serves light and dark pages and print.
 """
@@ -15,14 +15,14 @@ from orchestrator.report.colours import NUM_STEPS
 from orchestrator.report.markup import clean, coordinate, element, join
 from orchestrator.report.scales import Scale, Tick
 
-# Width of a character of the widest usual sans-serif, as a share of its size.
+# Width of a character in the widest common sans-serif font, as a share of its size.
 _CHARACTER = 0.62
 TEXT_SIZE = 12.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a drawing is to be, in CSS pixels."""
+    """The size of a drawing in CSS pixels."""
 
     width: float
     narrow: bool
@@ -33,7 +33,7 @@ Draw = Callable[[Size], Markup]
 
 @dataclass
 class Frame:
-    """The rectangle that values are drawn in, and what is drawn."""
+    """The rectangle that values are drawn in, and the drawn parts."""
 
     size: Size
     height: float
@@ -55,7 +55,7 @@ class Frame:
         self.parts.extend(parts)
 
     def axis_x(self, scale: Scale, title: str, most: int | None = None) -> None:
-        """Ticks and title below; as many ticks as have room for their labels."""
+        """Draw ticks and title below; as many ticks as there is room for labels."""
         ticks = spaced(scale, most or max(2, int((self.end - self.left) / 60)))
         for tick in ticks:
             at = scale(tick.value)
@@ -66,14 +66,14 @@ class Frame:
         self.add(text((self.left + self.end) / 2, self.height - 6, title, "title middle"))
 
     def axis_y(self, scale: Scale, title: str, most: int = 6) -> None:
-        """Ticks at the left, the title above them, where it can be read without turning the head."""
+        """Draw ticks at the left, and the title above them, where it is horizontal."""
         for tick in scale.ticks(most):
             at = scale(tick.value)
             self.add(line(self.left, at, self.end, at, "grid"), text(self.left - 8, at + 4, tick.label, "tick end"))
         self.add(text(0, 14, title, "title"))
 
     def inside(self, parts: Iterable[Markup]) -> Markup:
-        """Parts of which nothing shows beyond the frame's sides."""
+        """Return drawn parts, clipped at the frame's sides."""
         width, height = self.end - self.left, self.floor - self.top
         box = " ".join(coordinate(value) for value in (self.left, self.top - 6, width + 6, height + 12))
         return element(
@@ -105,7 +105,7 @@ def drawing(size: Size, height: float, parts: Sequence[Markup], description: str
 
 
 def both_sizes(draw: Draw, width: float, narrow_width: float = 360.0) -> Markup:
-    """The same drawing for wide pages and for telephones; the style sheet shows one of them."""
+    """Return the drawing for wide pages and for phones; the style sheet shows one of them."""
     return join([draw(Size(width, narrow=False)), draw(Size(narrow_width, narrow=True))])
 
 
@@ -134,12 +134,12 @@ def rectangle(x: float, y: float, width: float, height: float, class_: str, tip:
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """Path data of a line through the points."""
+    """Return the path data of a line through the points."""
     return "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y in points)
 
 
 def steps(points: Sequence[tuple[float, float]], until: float) -> str:
-    """Path data of a line that keeps its height until the next point, and the last until `until`."""
+    """Return the path data of a line that keeps its height until the next point, and the last one until `until`."""
     data = f"M{coordinate(points[0][0])} {coordinate(points[0][1])}"
     data += "".join(f"H{coordinate(x)}V{coordinate(y)}" for x, y in points[1:])
     return f"{data}H{coordinate(until)}"
@@ -150,18 +150,18 @@ def curve(data: str, class_: str, tip: str | None = None) -> Markup:
 
 
 def title(words: str) -> Markup:
-    """What shows when the pointer rests on the shape."""
+    """Return the text to show when the pointer rests on a shape."""
     return element("title", words)
 
 
 def text_width(words: str, size: float = TEXT_SIZE) -> float:
-    """About how wide the words are, in pixels; on the safe side."""
+    """Return an upper estimate of the width of text, in pixels."""
     units = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in words)
     return units * _CHARACTER * size
 
 
 def shortened(words: str, width: float, size: float = TEXT_SIZE) -> str:
-    """The words on one line, cut at the end to fit the width."""
+    """Return text on one line, cut at the end to fit the width."""
     words = " ".join(clean(words).split())
     if text_width(words, size) <= width:
         return words
@@ -171,7 +171,7 @@ def shortened(words: str, width: float, size: float = TEXT_SIZE) -> str:
 
 
 def spaced(scale: Scale, most: int) -> list[Tick]:
-    """Ticks whose labels do not touch."""
+    """Return ticks whose labels do not touch."""
     kept: list[Tick] = []
     for tick in scale.ticks(most):
         room = (text_width(tick.label, 11) + text_width(kept[-1].label, 11)) / 2 + 6 if kept else 0.0
@@ -181,7 +181,7 @@ def spaced(scale: Scale, most: int) -> list[Tick]:
 
 
 def colour_key(worst: str, best: str, words: str) -> Markup:
-    """A strip of all colours with what its ends mean."""
+    """Return a strip of all colours with labels at its ends."""
     left, step = text_width(worst, 11) + 6, 9.0
     width = left + NUM_STEPS * step + 6 + text_width(best, 11)
     strips = [rectangle(left + index * step, 2, step + 0.3, 11, f"cell c{index}") for index in range(NUM_STEPS)]

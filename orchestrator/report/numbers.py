@@ -1,4 +1,4 @@
-"""Numbers and values as a reader wants them: rounded to what matters, with their units."""
+"""Numbers and values as text: rounded to significant digits, with units."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _EXPONENT = re.compile(r"e([+-])0*(\d)")
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number of a size that can be drawn, else None."""
+    """Return a value as a number if it can be drawn, otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # False for NaN too.
+    # Also False for NaN.
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def compact(value: float) -> str:
-    """Three significant digits: `5e-5`, `0.1`, `128`, `12,000`."""
+    """Return a number with three significant digits: `5e-5`, `0.1`, `128`, `12,000`."""
     if value != 0 and abs(value) < 0.01:
         lead, power = f"{value:.2e}".split("e")
         return f"{lead.rstrip('0').rstrip('.')}e{int(power)}"
@@ -33,12 +33,12 @@ def compact(value: float) -> str:
 
 
 def shorten_exponent(text: str) -> str:
-    """`5e-05` as `5e-5`."""
+    """Return `5e-05` as `5e-5`."""
     return _EXPONENT.sub(lambda match: f"e{match[1].replace('+', '')}{match[2]}", text)
 
 
 def metric(value: float | None) -> str:
-    """A metric's value: four decimals where it is small, fewer where it is large."""
+    """Return a metric's value: four decimals where it is small, fewer where it is large."""
     if value is None:
         return MISSING
     size = abs(value)
@@ -48,13 +48,13 @@ def metric(value: float | None) -> str:
 
 
 def difference(value: float) -> str:
-    """A difference of two metrics, always with its sign."""
+    """Return a difference of two metrics, always with its sign."""
     sign = "+" if value >= 0 else "\N{MINUS SIGN}"
     return f"{sign}{metric(abs(value))}"
 
 
 def duration(seconds: float | None) -> str:
-    """`0.42 s`, `8.3 s`, `2 min 5 s`, `3 h 20 min`."""
+    """Return seconds as `0.42 s`, `8.3 s`, `2 min 5 s`, `3 h 20 min`."""
     if seconds is None:
         return MISSING
     if seconds < 59.95:
@@ -66,19 +66,19 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(seconds: float | None) -> str | None:
-    """Seconds since 1970 as `2026-09-21 14:13 UTC`; None where that is no date."""
+    """Return seconds since 1970 as `2026-09-21 14:13 UTC`; None if they are not a valid date."""
     if seconds is None or not 0 <= seconds < _LATEST_MOMENT:
         return None
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def tenths(seconds: float) -> str:
-    """Seconds in a column: `9.7`, `1,204.0`."""
+    """Return seconds for a column: `9.7`, `1,204.0`."""
     return f"{seconds:,.1f}"
 
 
 def file_size(num_bytes: float) -> str:
-    """`512 bytes`, `1.2 GB`; thousands, as disks are sold."""
+    """Return `512 bytes`, `1.2 GB`; in powers of 1000."""
     size, unit = num_bytes, "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 999.5 or unit == "TB":
@@ -88,12 +88,12 @@ def file_size(num_bytes: float) -> str:
 
 
 def count(amount: int, noun: str) -> str:
-    """`1 trial`, `2,000 trials`."""
+    """Return `1 trial`, `2,000 trials`."""
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def plain(value: Any) -> str:
-    """A recipe's value as one would write it: `none`, `5e-5`, `50%`, `type: lora, r: 16`."""
+    """Return a recipe's value as a user would write it: `none`, `5e-5`, `50%`, `type: lora, r: 16`."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -18,7 +18,7 @@ from orchestrator.report.records import RecipeText
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading of its own."""
+    """A part of the page with a heading."""
 
     heading: str
     content: Markup
@@ -43,7 +43,7 @@ class Page:
     facts: Sequence[tuple[str, Child]]
     """Names and values that describe how it was run."""
     recipe: str
-    """The text of the recipe; empty where there is none."""
+    """The text of the recipe; empty if there is none."""
 
     def render(self) -> str:
         """Return the HTML text."""

@@ -1,4 +1,4 @@
-"""What a run or a search left in its directory, read forgivingly: whatever is missing or damaged is None or empty."""
+"""Read the records of a run or a search. Whatever is missing or damaged is None or empty."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from orchestrator.report.numbers import number
 
 SEED = "train.seed"
 
-Rows = list[dict[str, Any]]
+MetricRows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class RecipeText:
-    """recipe.yaml as it stands, and what it says."""
+    """The text of recipe.yaml, and its values."""
 
     text: str
     values: dict[str, Any]
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, or None."""
+        """Return the value at a dotted path, or None."""
         found: Any = self.values
         for key in path.split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -57,7 +57,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Winner:
-    """The trial that the search named."""
+    """The trial that the search has named."""
 
     id: str
     parameters: dict[str, Any]
@@ -67,7 +67,7 @@ class Winner:
     """(seed, score on *select*) of the reruns."""
 
     def as_trial(self, metric: str) -> Trial:
-        """What is known of the trial where its line is lost."""
+        """Return what is known of the trial if its line is lost."""
         row = {"parameters": self.parameters, "metrics": self.select}
         return as_trial(self.id, row, metric)
 
@@ -81,16 +81,16 @@ class Search:
     metric: str
     higher_is_better: bool
     trials: tuple[Trial, ...]
-    """In the order of the file, which is that in which they ended; without the reruns."""
+    """In the order of the file, in which they ended; without reruns."""
     reruns: dict[str, list[Trial]]
     """Trials that repeat another (the key) with other seeds."""
     result: dict[str, Any]
-    """result.json: the winner's scores in full; empty where there is none."""
+    """result.json: all scores of the winner; empty if it is missing."""
     winner: Winner | None
     num_unread: int
     """Lines of trials.jsonl that are not JSON objects with an id."""
     files: frozenset[str]
-    """Names of what lies in the directory."""
+    """Names of files and folders in the directory."""
 
     @property
     def num_layers(self) -> int | None:
@@ -99,12 +99,12 @@ class Search:
 
     @property
     def space(self) -> dict[str, Any]:
-        """The space as it was searched: the record's, which has the defaults, or the recipe's."""
+        """Return the space as it was searched: the record's, which has the defaults, or the recipe's."""
         return as_dict(self.record.get("space")) or as_dict(self.recipe.get("search.space"))
 
     @cached_property
     def ranked(self) -> list[Trial]:
-        """Trials with a score, best first; of equal scores, the lower loss and then the trial with the lower id."""
+        """Return trials with a score, best first; of equal scores, the lower loss, then the lower id comes first."""
         sign = -1.0 if self.higher_is_better else 1.0
         scored = [trial for trial in self.trials if trial.score is not None]
 
@@ -115,7 +115,7 @@ class Search:
 
     @cached_property
     def leader(self) -> Trial | None:
-        """The winner's trial, or the best one so far."""
+        """Return the winner's trial, or the best one so far."""
         if self.winner is None:
             return next(iter(self.ranked), None)
         named = [trial for trial in self.trials if trial.id == self.winner.id]
@@ -123,7 +123,7 @@ class Search:
 
     @cached_property
     def searched(self) -> list[str]:
-        """Dotted paths of what was varied, in the order of the recipe's space, then of the trials."""
+        """Return dotted paths of the parameters that varied, in the order of the recipe's space, then of the trials."""
         paths = dict.fromkeys(path for trial in self.trials for path in trial.parameters)
         first = [path for path in self.space if path in paths]
         return list(dict.fromkeys([*first, *paths]))
@@ -140,18 +140,18 @@ class Run:
     record: dict[str, Any]
     """run.json."""
     result: dict[str, Any]
-    """result.json; empty where the run has not finished."""
-    rows: Rows
+    """result.json; empty if the run has not finished."""
+    rows: MetricRows
     """metrics.jsonl."""
     files: frozenset[str]
 
 
 def read_search(directory: Path) -> Search:
-    """Raises InputError where search.json cannot be read."""
+    """Read a search directory; raises InputError if search.json cannot be read."""
     record, recipe = read_record(directory / "search.json"), read_recipe(directory / "recipe.yaml")
     rows, num_damaged = read_rows(directory / "trials.jsonl")
     with_id = [row for row in rows if isinstance(row.get("id"), str | int)]
-    # A trial that was run again has a later line, which counts.
+    # A trial that was run again has a later line, which replaces the first.
     named = {str(row["id"]): row for row in with_id}
     metric = find_metric(record, recipe, list(named.values()))
     trials, reruns = set_reruns_apart([as_trial(name, row, metric) for name, row in named.items()])
@@ -171,7 +171,7 @@ def read_search(directory: Path) -> Search:
 
 
 def read_run(directory: Path) -> Run:
-    """Raises InputError where run.json cannot be read."""
+    """Read a run directory; raises InputError if run.json cannot be read."""
     return Run(
         recipe=read_recipe(directory / "recipe.yaml"),
         record=read_record(directory / "run.json"),
@@ -187,7 +187,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError where the file holds no such thing."""
+    """Return the JSON object in a file; raises InputError if it holds none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -199,11 +199,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_rows(path: Path) -> tuple[Rows, int]:
-    """The JSON objects of a JSON Lines file, none where there is no file; and how many lines are something else."""
-    rows: Rows = []
+def read_rows(path: Path) -> tuple[MetricRows, int]:
+    """Return the JSON objects of a JSON Lines file, if it exists, and the number of lines that hold something else."""
+    rows: MetricRows = []
     num_damaged = 0
-    # Not `splitlines`: texts in JSON may hold other line separators.
+    # Not `splitlines`: texts in JSON may contain other line separators.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     for line in lines:
         row = None
@@ -217,7 +217,7 @@ def read_rows(path: Path) -> tuple[Rows, int]:
 
 
 def read_recipe(path: Path) -> RecipeText:
-    """The recipe's text, and its values as far as it can be understood: it may be one of another version."""
+    """Return the recipe's text, and its values as far as they can be read: it may be of another version."""
     if not path.exists():
         return RecipeText("", {})
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -231,8 +231,8 @@ def names_in(directory: Path) -> frozenset[str]:
     return frozenset(path.name for path in directory.iterdir())
 
 
-def find_metric(record: dict[str, Any], recipe: RecipeText, rows: Rows) -> str:
-    """What the search went by; where nothing says it, the first metric of the trials besides the loss."""
+def find_metric(record: dict[str, Any], recipe: RecipeText, rows: MetricRows) -> str:
+    """Return the metric of the search; if no record names it, the first metric of the trials besides the loss."""
     for named in (record.get("metric"), recipe.get("search.metric")):
         if isinstance(named, str):
             return named
@@ -259,7 +259,7 @@ def as_trial(name: str, row: dict[str, Any], metric: str) -> Trial:
 
 
 def set_reruns_apart(trials: list[Trial]) -> tuple[list[Trial], dict[str, list[Trial]]]:
-    """The trials of the space, and those that have the parameters of one of them and a seed of their own besides."""
+    """Return the trials of the space, and trials that repeat the parameters of one of them with another seed."""
     first = {repr(sorted(trial.parameters.items())): trial.id for trial in trials if SEED not in trial.parameters}
     kept, reruns = [], dict[str, list[Trial]]()
     for trial in trials:
@@ -292,10 +292,10 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 
 def finite_values(value: Any) -> dict[str, float]:
-    """The finite numbers of a JSON object."""
+    """Return the finite numbers of a JSON object."""
     return {key: amount for key, item in as_dict(value).items() if (amount := number(item)) is not None}
 
 
 def texts_of(value: Any) -> list[str]:
-    """A list of texts, such as notes."""
+    """Return a list of texts, such as notes."""
     return [str(item) for item in value] if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""From values to positions, and the ticks to name along the way."""
+"""Scales: from values to positions, with ticks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 
 from orchestrator.report.numbers import compact, shorten_exponent
 
-# A range this wide, in a quantity that is never 0 or less, is easier to read as magnitudes.
+# A range this wide, of positive values, is easier to read on a logarithmic scale.
 _WIDE_RATIO = 20.0
-# Ends closer than this share of their size are the same to any reader, and too close for ticks.
+# Ends closer than this share of their size look the same, and are too close for ticks.
 _SAME = 1e-9
 
 
@@ -22,7 +22,7 @@ class Tick(NamedTuple):
 
 
 class Scale(Protocol):
-    """`scale(value)` is a position in the drawing; values beyond the ends fall beyond the positions."""
+    """`scale(value)` is a position in the drawing; values beyond the ends are beyond its positions."""
 
     @property
     def low(self) -> float: ...
@@ -34,7 +34,7 @@ class Scale(Protocol):
 
 @dataclass(frozen=True)
 class Linear:
-    """`low` stands at `start`, `high` at `end`; both differ."""
+    """A linear scale with `low` at `start` and `high` at `end`, which differ."""
 
     low: float
     high: float
@@ -53,7 +53,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Log:
-    """The same by magnitude; both ends are above 0."""
+    """A logarithmic scale; both ends are above 0."""
 
     low: float
     high: float
@@ -77,13 +77,13 @@ class Log:
 
     def _at(self, leads: Sequence[int]) -> list[float]:
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        # Read from text: 3 * 10**-5 is not the float that one writes as 3e-5.
+        # Parsed from text: 3 * 10**-5 is not the float 3e-5.
         values = [float(f"{lead}e{power}") for power in range(first, last + 1) for lead in leads]
         return [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
 
 
 def fit_scale(values: Sequence[float], start: float, end: float, log: bool | None = None) -> Scale:
-    """A scale that holds the values. `log` None: by magnitude where they differ widely and are spread so."""
+    """Return a scale for the values. If `log` is None, it is logarithmic where they differ widely and are spread so."""
     low, high = min(values), max(values)
     if high - low <= _SAME * max(abs(low), abs(high)):
         high = low
@@ -98,21 +98,21 @@ def fit_scale(values: Sequence[float], start: float, end: float, log: bool | Non
 
 
 def _spread_by_magnitude(values: Sequence[float]) -> bool:
-    """Whether the median lies nearer to the middle of the magnitudes than to that of the range."""
+    """Whether the median is nearer to the geometric middle of the range than to the arithmetic one."""
     low, high, middle = min(values), max(values), median(values)
     by_magnitude = (math.log(middle) - math.log(low)) / (math.log(high) - math.log(low))
     return abs(by_magnitude - 0.5) < abs((middle - low) / (high - low) - 0.5)
 
 
 def widen(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
-    """The range with some room at both ends, so that nothing sits on the frame."""
+    """Return the range with some room at both ends, so that nothing touches the frame."""
     largest = max(abs(low), abs(high))
     room = (high - low) * share if high - low > _SAME * largest else largest * 0.05 or 0.5
     return low - room, high + room
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Return the next of 1, 2, 5 times a power of ten."""
     power = float(f"1e{math.floor(math.log10(step))}")
     return next(lead * power for lead in (1, 2, 5, 10) if lead * power >= step * (1 - 1e-9))
 

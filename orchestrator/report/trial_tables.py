@@ -1,4 +1,4 @@
-"""The tables of a search: all trials, the winner's parameters, its seeds, what failed and why."""
+"""The tables of a search: all trials, the winner's parameters, its seeds, failures with their reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_IDS_NAMED = 6
 
 
 def trial_table(view: View) -> Markup:
-    """All trials, those without a score last."""
+    """Return a table of all trials, those without a score last."""
     search = view.search
     names = short_names(search.searched)
     others = other_metrics(search)
@@ -59,7 +59,7 @@ def trial_table(view: View) -> Markup:
 
 
 def other_metrics(search: Search) -> list[str]:
-    """The loss and the most common other metrics."""
+    """Return the loss and the most common other metrics."""
     counts = Counter(name for trial in search.trials for name in trial.metrics if name != search.metric)
     common = [name for name, _ in counts.most_common() if name != "loss"][: _MOST_METRICS - 1]
     return [*(["loss"] if "loss" in counts else []), *common]
@@ -90,14 +90,14 @@ def parameter_cell(search: Search, trial: Trial, path: str, numeric: bool) -> Ce
         return Cell(MISSING, None)
     value = trial.parameters[path]
     if path == DEPTH:
-        # JSON's numbers know no infinity, but JavaScript's do.
+        # A finite number, which the page's script can sort.
         return Cell(plain(value), min(1e9, depth_order(value, search.num_layers)))
     amount = number(value)
     return Cell(plain(value), amount if numeric else plain(value))
 
 
 def parameter_table(search: Search) -> Markup:
-    """The leader's parameters, each beside the values that were tried."""
+    """Return a table of the leader's parameters, with the values that were tried."""
     leader = search.leader
     assert leader is not None
     parameters = leader.parameters or (search.winner.parameters if search.winner else {})
@@ -125,13 +125,13 @@ def parameter_table(search: Search) -> Markup:
 
 
 def dotted(path: str) -> Markup:
-    """A path that may break after its dots."""
+    """Return a path that may break after its dots."""
     first, *rest = path.split(".")
     return element("code", first, *(join([".", element("wbr"), part]) for part in rest))
 
 
 def tried(search: Search, path: str) -> Markup | str:
-    """`0, 2, 4, all`, or `1e-5 to 1e-3, 12 values`."""
+    """Return the values of a parameter like `0, 2, 4, all`, or `1e-5 to 1e-3, 12 values`."""
     values = [trial.parameters[path] for trial in search.trials if path in trial.parameters]
     distinct = {repr(value): value for value in values}
     if len(distinct) <= _MOST_VALUES_NAMED:
@@ -151,7 +151,7 @@ def value_order(search: Search, path: str, value: object) -> tuple[float, str]:
 
 
 def at_edge(search: Search, leader: Trial, path: str) -> bool:
-    """Whether the leader has the least or the greatest of a grid's values of a number, among trials of its depth."""
+    """Whether the leader has the lowest or highest value of a numeric grid, among trials of its depth."""
     value = number(leader.parameters.get(path))
     if value is None or path == DEPTH:
         return False
@@ -159,13 +159,13 @@ def at_edge(search: Search, leader: Trial, path: str) -> bool:
     peers = [trial for trial in search.ranked if plain(trial.parameters.get(DEPTH)) == depth]
     amounts = {amount for trial in peers if (amount := number(trial.parameters.get(path))) is not None}
     everywhere = [number(trial.parameters.get(path)) for trial in search.trials]
-    # A value drawn at random comes once, and being the largest of a few of those says nothing.
+    # A random value occurs once, and says nothing by being the largest of a few.
     on_grid = everywhere.count(value) > 1 or len(search.searched) == 1
     return on_grid and len(amounts) >= 3 and value in (min(amounts), max(amounts))
 
 
 def seed_scores(search: Search) -> dict[str, list[float]]:
-    """Scores on *select* of each trial that was trained with more than one seed, its own first."""
+    """Return scores on *select* of each trial that was trained with more than one seed, its own first."""
     found = {}
     for trial in search.ranked:
         again = [rerun.score for rerun in search.reruns.get(trial.id, []) if rerun.score is not None]
@@ -176,7 +176,7 @@ def seed_scores(search: Search) -> dict[str, list[float]]:
 
 
 def seed_table(search: Search, found: dict[str, list[float]]) -> Markup:
-    """The trials that were trained with several seeds, the best mean first."""
+    """Return a table of the trials that were trained with several seeds, the best mean first."""
     columns = [
         TableColumn("trial"),
         TableColumn("mean", numeric=True),
@@ -194,7 +194,7 @@ def seed_table(search: Search, found: dict[str, list[float]]) -> Markup:
 
 
 def failures(search: Search) -> Markup | None:
-    """Reasons with the trials that they ended, the most frequent first."""
+    """Return a table of reasons with the trials that failed, the most frequent first; None without failures."""
     reruns = [trial for trials in search.reruns.values() for trial in trials]
     failed = [trial for trial in [*search.trials, *reruns] if trial.status == "failed"]
     if not failed:

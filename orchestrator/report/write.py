@@ -1,4 +1,4 @@
-"""Which page a directory gets, and writing it."""
+"""Write the page of a run or search directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.report.search_page import search_page
 def write_report(directory: Path) -> Path:
     """Write `report.html` into a search or run directory, and return its path. The same input gives the same bytes.
 
-    It may be called at any time, also while the search or run goes on; an earlier page is replaced in one step.
+    It may be called at any time, even during the search or run. An earlier page is replaced atomically.
 
     Raises:
         InputError: it is neither a search nor a run directory, or its main record is damaged.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.batches import BatchOrder, assign
-from orchestrator.data.examples import Rows
+from orchestrator.data.examples import Indices
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.training.engine.base import TOKENS_PER_PASS_ON_CPU
@@ -75,7 +75,7 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
     return Preview(prepared, examples, lengths, padding_share(recipe, train))
 
 
-def first_of_each_file(numbers: Rows, count: int) -> list[int]:
+def first_of_each_file(numbers: Indices, count: int) -> list[int]:
     """Positions of the first examples, from each file in its turn.
 
     Args:

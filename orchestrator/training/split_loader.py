@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data.feature_store import Rows
+from orchestrator.data.feature_store import StoredFeatures
 from orchestrator.models.shortcuts.prefix import FEATURES
 from orchestrator.tasks import Encoded
 from orchestrator.tasks.base import Arrays, Batch
@@ -23,7 +23,7 @@ class SplitLoader:
     device: torch.device
     input_dtype: torch.dtype | None = None
     """What floating inputs are turned into; None leaves them."""
-    features: Rows | None = None
+    features: StoredFeatures | None = None
     """Stored output of the frozen blocks, one row an example."""
     packs: bool = False
     """Whether training batches hold several examples in one row."""

@@ -19,7 +19,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.feature_store import IN_USE, LAYOUT, VALUES, FeatureStore, Layout, Rows, Writer, wait_for_others
+from orchestrator.data.feature_store import (
+    IN_USE,
+    LAYOUT,
+    VALUES,
+    FeatureStore,
+    Layout,
+    StoredFeatures,
+    Writer,
+    wait_for_others,
+)
 
 KEY = "a" * 64
 ROWS, ROWS_PER_SHARD = 40, 5
@@ -36,41 +45,41 @@ def row_of(layout: Layout, row: int) -> npt.NDArray[Any]:
 
 
 def compute(folder: Path, layout: Layout, log: Path, die_at: int | None = None, seconds: float = 0.0) -> None:
-    """Take part in computing an entry, as a training does; each stretch that is written is noted in the log.
+    """Take part in computing an entry, as a training does; each shard that is written is noted in the log.
 
     Args:
-        die_at: the stretch in the middle of which the process ends; None for none.
-        seconds: that a stretch takes.
+        die_at: the shard in the middle of which the process ends; None for none.
+        seconds: that a shard takes.
     """
     store = FeatureStore(folder)
     writer = store.writer(KEY, layout, NUM_STRETCHES, "float32")
     while not writer.is_complete:
         idle = True
-        for stretch in range(NUM_STRETCHES):
-            if writer.is_done(stretch):
+        for shard in range(NUM_STRETCHES):
+            if writer.is_done(shard):
                 continue
-            with writer.claim(stretch) as mine:
-                if mine and not writer.is_done(stretch):
+            with writer.claim(shard) as mine:
+                if mine and not writer.is_done(shard):
                     idle = False
-                    write_stretch(writer, layout, stretch, die_at, seconds)
+                    write_shard(writer, layout, shard, die_at, seconds)
                     with log.open("a") as file:
-                        file.write(f"{stretch}\n")
-                    writer.mark_done(stretch)
+                        file.write(f"{shard}\n")
+                    writer.mark_done(shard)
         if idle:
             wait_for_others()
     writer.close()
     check_rows(store.finish(KEY), layout)
 
 
-def write_stretch(writer: Writer, layout: Layout, stretch: int, die_at: int | None, seconds: float) -> None:
-    for row in range(stretch * ROWS_PER_SHARD, (stretch + 1) * ROWS_PER_SHARD):
-        if stretch == die_at and row % ROWS_PER_SHARD == 2:
+def write_shard(writer: Writer, layout: Layout, shard: int, die_at: int | None, seconds: float) -> None:
+    for row in range(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD):
+        if shard == die_at and row % ROWS_PER_SHARD == 2:
             os._exit(9)
         writer.write(row, row_of(layout, row))
         time.sleep(seconds / ROWS_PER_SHARD)
 
 
-def check_rows(rows: Rows, layout: Layout) -> None:
+def check_rows(rows: StoredFeatures, layout: Layout) -> None:
     for row in range(layout.num_rows):
         found = rows.take(np.array([row]))[0]
         expected = row_of(layout, row)
@@ -85,7 +94,7 @@ def start(*arguments: Any) -> Any:
 
 
 def fill(store: FeatureStore, key: str, layout: Layout = MEGABYTE) -> None:
-    """An entry of one stretch, written at once."""
+    """An entry of one shard, written at once."""
     writer = store.writer(key, layout, 1)
     for row in range(layout.num_rows):
         writer.write(row, row_of(layout, row))
@@ -143,7 +152,7 @@ def test_any_rows_in_any_order_are_padded_with_zeros_and_written_from_padded_one
 
 
 @pytest.mark.parametrize("layout", [RAGGED, EVEN], ids=["ragged", "even"])
-def test_processes_compute_an_entry_together_each_stretch_once(layout: Layout, tmp_path: Path) -> None:
+def test_processes_compute_an_entry_together_each_shard_once(layout: Layout, tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [start(tmp_path / "store", layout, log, None, 0.1) for _ in range(3)]
     for process in processes:
@@ -170,7 +179,7 @@ def test_a_process_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> N
     dying = start(tmp_path / "store", RAGGED, log, 0, 2.0)
     values = tmp_path / "store" / f"{KEY}.partial" / VALUES
     until = time.monotonic() + 30
-    while not (values.exists() and np.fromfile(values, "float32")[:3].any()):  # It is in the middle of its stretch.
+    while not (values.exists() and np.fromfile(values, "float32")[:3].any()):  # It is in the middle of its shard.
         assert time.monotonic() < until
         time.sleep(0.01)
     assert dying.is_alive()
@@ -183,11 +192,11 @@ def test_a_process_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> N
 def test_an_entry_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     writer = store.writer(KEY, EVEN, NUM_STRETCHES)
-    for stretch in range(NUM_STRETCHES):
+    for shard in range(NUM_STRETCHES):
         assert store.open(KEY) is None
         assert not writer.is_complete
-        write_stretch(writer, EVEN, stretch, None, 0.0)
-        writer.mark_done(stretch)
+        write_shard(writer, EVEN, shard, None, 0.0)
+        writer.mark_done(shard)
     assert writer.is_complete
     assert store.open(KEY) is None
     writer.close()
@@ -219,9 +228,9 @@ def test_who_comes_when_an_entry_has_just_got_whole_has_nothing_to_compute(tmp_p
 def test_whoever_finishes_second_finds_the_entry_of_the_first(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     first, second = (store.writer(KEY, EVEN, NUM_STRETCHES) for _ in range(2))
-    for stretch in range(NUM_STRETCHES):
-        write_stretch(first, EVEN, stretch, None, 0.0)
-        first.mark_done(stretch)
+    for shard in range(NUM_STRETCHES):
+        write_shard(first, EVEN, shard, None, 0.0)
+        first.mark_done(shard)
     assert second.is_complete
     check_rows(store.finish(KEY), EVEN)
     check_rows(store.finish(KEY), EVEN)
@@ -272,7 +281,7 @@ def test_entries_in_use_stay_here_and_in_other_processes(full_store: FeatureStor
     assert held.take(np.array([0])).shape == (1, 250_000)
 
 
-def test_an_entry_that_is_being_written_stays_also_between_its_stretches(tmp_path: Path) -> None:
+def test_an_entry_that_is_being_written_stays_also_between_its_shards(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store", budget=1_200_000)
     writer = store.writer(KEY, MEGABYTE, 2)
     writer.mark_done(0)

@@ -100,7 +100,7 @@ def test_a_processor_of_uneven_sizes_needs_one(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessorPil(size={"shortest_edge": 40})
     processor.save_pretrained(tmp_path)
     source = source_of(tmp_path)
-    with pytest.raises(ModelError, match=r"pictures of different sizes\n.*set target\.options\.image_size") as refused:
+    with pytest.raises(ModelError, match=r"images of different sizes\n.*set target\.options\.image_size") as refused:
         ImagePreprocessor(load_image_processor(source), source)
     assert refused.value.problems[0].where == source.where
     maker = ImagePreprocessor(set_image_size(processor, 40, source), source)

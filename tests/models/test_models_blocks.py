@@ -12,44 +12,57 @@ from orchestrator.errors import ModelError
 from orchestrator.models import find_blocks
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_is_in_exactly_one_block(name):
-    model = build(name)
-    blocks = find_blocks(model, EXAMPLE, frozenset())
-    counts = Counter(parameter for block in blocks.in_order() for parameter in block.parameters)
-    assert counts == Counter(parameter for parameter, _ in model.named_parameters())
+@pytest.fixture(scope="module")
+def divided():
+    """Every tiny model with its blocks."""
+    models = {name: build(name).eval() for name in CONFIGS}
+    return {name: (model, find_blocks(model, EXAMPLE, frozenset())) for name, model in models.items()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_layers_are_found_in_the_order_of_data(name):
-    model = build(name).eval()
-    blocks = find_blocks(model, EXAMPLE, frozenset())
-    assert [block.name for block in blocks.layers] == [f"layer {number + 1}" for number in range(num_layers(name))]
-    called = []
-    for block in blocks.layers:
-        block.modules[0].register_forward_pre_hook(lambda *_, name=block.name: called.append(name))
-    with torch.no_grad():
-        model(**EXAMPLE)
-    assert list(dict.fromkeys(called)) == [block.name for block in blocks.layers]
+def offenders(divided, holds):
+    return [name for name, (model, blocks) in divided.items() if not holds(name, model, blocks)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_embeddings_are_in_the_stem_and_the_classifier_in_the_head(name):
-    model = build(name)
-    blocks = find_blocks(model, EXAMPLE, frozenset())
-    assert model.get_input_embeddings() in blocks.stem.modules
-    body = {id(parameter) for parameter in model.base_model.parameters()}
-    outside = {named for named, parameter in model.named_parameters() if id(parameter) not in body}
-    assert set(blocks.head.parameters) == outside
+def test_every_parameter_is_in_exactly_one_block(divided):
+    def holds(_, model, blocks):
+        counts = Counter(parameter for block in blocks.in_order() for parameter in block.parameters)
+        return counts == Counter(parameter for parameter, _ in model.named_parameters())
+
+    assert offenders(divided, holds) == []
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_module_is_in_one_block_or_around_blocks(name):
-    model = build(name)
-    blocks = find_blocks(model, EXAMPLE, frozenset())
-    counts = Counter(module for block in blocks.in_order() for module in block.modules)
-    counts.update(blocks.containers)
-    assert counts == Counter(module for module in model.modules() if module is not model)
+def test_layers_are_found_in_the_order_of_data(divided):
+    def holds(name, model, blocks):
+        called, names = [], [block.name for block in blocks.layers]
+        hooks = [
+            block.modules[0].register_forward_pre_hook(lambda *_, name=block.name: called.append(name))
+            for block in blocks.layers
+        ]
+        with torch.no_grad():
+            model(**EXAMPLE)
+        for hook in hooks:
+            hook.remove()
+        return names == [f"layer {number + 1}" for number in range(num_layers(name))] == list(dict.fromkeys(called))
+
+    assert offenders(divided, holds) == []
+
+
+def test_embeddings_are_in_the_stem_and_the_classifier_in_the_head(divided):
+    def holds(_, model, blocks):
+        body = {id(parameter) for parameter in model.base_model.parameters()}
+        outside = {named for named, parameter in model.named_parameters() if id(parameter) not in body}
+        return model.get_input_embeddings() in blocks.stem.modules and set(blocks.head.parameters) == outside
+
+    assert offenders(divided, holds) == []
+
+
+def test_every_module_is_in_one_block_or_around_blocks(divided):
+    def holds(_, model, blocks):
+        counts = Counter(module for block in blocks.in_order() for module in block.modules)
+        counts.update(blocks.containers)
+        return counts == Counter(module for module in model.modules() if module is not model)
+
+    assert offenders(divided, holds) == []
 
 
 def test_bert_is_divided_at_the_familiar_places():

@@ -200,7 +200,7 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(tmp_path
 
 def test_a_missing_folder_in_a_package_and_a_dotted_package_are_refused(package):
     assert "has no folder 'models'" in refusal("package:tiny_package_of_weights/models", package)
-    assert "no top-level Python package" in refusal("package:os.path/model", package)
+    assert "not a top-level Python package" in refusal("package:os.path/model", package)
 
 
 def test_the_demo_model_is_found_with_the_licence_of_its_card(tmp_path):

@@ -114,7 +114,7 @@ def test_an_adapter_that_cannot_be_gone_on_from_is_refused(
     with pytest.raises(InputError, match=r"4 bits cannot hold[\s\S]*export --merge"):
         train_on(source, write, tmp_path / "run", {**LORA, "quantize": "nf4"})
     dora = train_on(tiny_of(source), write, tmp_path / "dora", {**LORA, "variant": "dora"})
-    with pytest.raises(InputError, match=r"lora_magnitude_vector.*no plain LoRA[\s\S]*export --merge"):
+    with pytest.raises(InputError, match=r"lora_magnitude_vector.*not a plain LoRA[\s\S]*export --merge"):
         train_on(dora.directory / "model", write, tmp_path / "run", LORA)
     lost = tmp_path / "lost"
     shutil.copytree(source, lost)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from orchestrator.data.examples import Examples, Rows, SourceFile
+from orchestrator.data.examples import Examples, Indices, SourceFile
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.messages import show_names
 from orchestrator.errors import Problem
@@ -82,7 +82,7 @@ def check_forms(examples: Examples, form: Form | None, find: Find = find_form) -
     return [_no_form(file, examples.table.column_names) for file, found in forms if found is None]
 
 
-def by_form(examples: Examples, form: Form | None, find: Find) -> Iterator[tuple[Form, Rows, Examples]]:
+def by_form(examples: Examples, form: Form | None, find: Find) -> Iterator[tuple[Form, Indices, Examples]]:
     """The examples of each form, and their positions. All files are of one."""
     forms = forms_of(examples, form, find)
     numbers = examples.file_numbers()

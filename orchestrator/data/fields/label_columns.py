@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.examples import Rows
+from orchestrator.data.examples import Indices
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_value
 from orchestrator.errors import DataError, Problem
 
@@ -156,7 +156,7 @@ def flat_labels(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.list_flatten(values) if pa.types.is_list(values.type) else values
 
 
-def owners(values: pa.ChunkedArray) -> Rows:
+def owners(values: pa.ChunkedArray) -> Indices:
     """The row of each label of `flat_labels`."""
     if not pa.types.is_list(values.type):
         return np.arange(len(values))
@@ -171,7 +171,7 @@ def with_items(values: pa.ChunkedArray, flat: pa.ChunkedArray) -> pa.ChunkedArra
     return _as_lists(flat.combine_chunks(), lengths, values.is_null().combine_chunks())
 
 
-def _as_lists(flat: pa.Array, lengths: Rows, is_null: pa.Array) -> pa.ChunkedArray:
+def _as_lists(flat: pa.Array, lengths: Indices, is_null: pa.Array) -> pa.ChunkedArray:
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     return pa.chunked_array([pa.ListArray.from_arrays(offsets, flat, mask=is_null)])
 
@@ -201,7 +201,7 @@ def _are_whole(values: pa.ChunkedArray | pa.Array) -> bool:
     return bool(len(numbers)) and bool(np.all((np.abs(numbers) <= _LARGEST_WHOLE) & (numbers == np.floor(numbers))))
 
 
-def _out_of_range(number: int, rows: Rows, num_rows: int, num_names: int, where: Callable[[int], str]) -> Problem:
+def _out_of_range(number: int, rows: Indices, num_rows: int, num_names: int, where: Callable[[int], str]) -> Problem:
     what = f"the label {number} (in {len(rows)} of {num_rows} rows) is out of range: {num_names} classes are numbered "
     what += f"0 to {num_names - 1}"
     remedy = "number the classes from 0, or name every class in the list of label names"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.examples import Examples, Indices
 from orchestrator.data.fields.label_columns import (
     NUMBER,
     WHOLE,
@@ -149,7 +149,7 @@ def encode_labels(
     is_list = pa.types.is_list(labels.type)
     flat, rows = flat_labels(labels), owners(labels)
     found = pc.index_in(flat, pa.array(names, pa.string()), skip_nulls=True)
-    codes: Rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    codes: Indices = pc.fill_null(found, -1).to_numpy().astype(np.int64)
     bad = np.flatnonzero(codes < 0)
     nulls = np.flatnonzero(labels.is_null().to_numpy()) if is_list else np.zeros(0, np.int64)
     if len(bad) or len(nulls):

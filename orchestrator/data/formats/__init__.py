@@ -1,1 +1,1 @@
-"""The file formats that examples are read from, one module a format."""
+"""The file formats of examples, one module per format."""

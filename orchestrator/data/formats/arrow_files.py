@@ -38,7 +38,7 @@ def read_parquet(path: Path) -> RawFile:
 
 
 def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    """The file, of which only the metadata are read; `options` are pyarrow's.
+    """Open a Parquet file, reading only its metadata; `options` are pyarrow's.
 
     Raises:
         DataError: the file is empty, cut off or damaged.
@@ -63,7 +63,7 @@ def read_arrow(path: Path) -> RawFile:
 
 
 def map_arrow(path: Path) -> pa.Table:
-    """The table of an Arrow IPC file or stream, memory-mapped.
+    """Return the table of an Arrow IPC file or stream, memory-mapped.
 
     Raises:
         DataError: the file is empty, cut off or damaged.
@@ -80,7 +80,7 @@ def map_arrow(path: Path) -> pa.Table:
 
 
 def raw_table(place: str, schema: pa.Schema, num_rows: int, fetch: Callable[[str], pa.ChunkedArray]) -> RawFile:
-    """A RawFile with Arrow's columns, and the class names that the schema holds."""
+    """Return a RawFile with Arrow's columns, and the class names that the schema holds."""
     twice = [show_name(name) for name, count in Counter(schema.names).items() if count > 1]
     if twice:
         what = f"the file has the columns {', '.join(twice)} more than once"
@@ -98,14 +98,14 @@ def _validated(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Names of `ClassLabel` columns, which `datasets` writes into the schema's metadata."""
+    """Return the names of `ClassLabel` columns, which `datasets` writes into the schema's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
     found = {}
     for column, feature in features.items():
-        # Lists have their items' feature under this name, or are lists of one feature.
+        # Lists have the feature of their items under this name, or are lists of one feature.
         inner = feature.get("feature", feature) if isinstance(feature, dict) else feature
         inner = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
         names = inner.get("names") if isinstance(inner, dict) else None
@@ -121,11 +121,11 @@ def _check_size(path: Path) -> None:
         what = f"the file cannot be read: {error.strerror}"
         raise DataError(Problem(what, show_path(path), "make it readable")) from error
     if not size:
-        raise DataError(Problem("the file is empty (0 bytes)", show_path(path), "write the file anew"))
+        raise DataError(Problem("the file is empty (0 bytes)", show_path(path), "write the file again"))
 
 
 def damaged(path: Path, format_: str, error: Exception) -> Problem:
-    """What to say of a file that Arrow cannot read."""
+    """Return the problem of a file that Arrow cannot read."""
     detail = show_name(str(error).splitlines()[0] if str(error) else type(error).__name__)
     what = f"the file is not whole {format_}: cut off, damaged or of another format ({detail})"
-    return Problem(what, show_path(path), "copy or write the file anew")
+    return Problem(what, show_path(path), "copy or write the file again")

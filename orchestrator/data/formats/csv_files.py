@@ -1,4 +1,4 @@
-"""CSV and TSV with a header line. All values are text: nothing is guessed to be a number, a date or a null."""
+"""CSV and TSV with a header line. All values are text: numbers, dates and nulls are not guessed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _read(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> RawF
             remedy = 'double each quote inside a quoted value: "She said ""no"""'
             raise DataError(Problem(what, f"{place}:{end + 1}", remedy)) from None
     if not rows:
-        raise DataError(Problem("the file holds blank lines only", place, "write the file anew, with a header line"))
+        raise DataError(Problem("the file holds blank lines only", place, "write the file again, with a header line"))
     header = tuple(rows.pop(0))
     header_line = lines.pop(0)
     problems = _check_header(header, f"{place}:{header_line}")
@@ -80,7 +80,7 @@ def _read(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> RawF
 
 def _check_header(header: tuple[str, ...], where: str) -> list[Problem]:
     problems = []
-    # A column without a name is an index that pandas wrote; nobody asks for it.
+    # A column without a name is an index that pandas wrote; no task asks for it.
     twice = [show_name(name) for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         what = f"the header has {', '.join(twice)} more than once"
@@ -96,7 +96,7 @@ def _check_header(header: tuple[str, ...], where: str) -> list[Problem]:
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """The csv module refuses fields above 128 KiB unless told; the limit is its global, so it is put back."""
+    """Allow fields above 128 KiB, and restore the limit afterwards, which is a global of the csv module."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which files of a folder are which split."""
+"""Find the files of each split in a folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orchestrator.recipe.paths import show_path
 SPLIT_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"train": ("train",), "select": ("select", "validation", "valid", "val", "dev"), "test": ("test",)}
 )
-"""What data sets call each split."""
+"""Names of each split in data sets."""
 
 _NOT_DATA = frozenset({"labels.json", "state.json", "dataset_info.json", "dataset_dict.json"})
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})")
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split: `train.*` or a subfolder `train`, likewise `select`/`validation`/`dev` and `test`.
+    """Return the files of each split: `train.*` or a subfolder `train`, `select`/`validation`/`dev` and `test`.
 
     Shards (`train-00000-of-00002.parquet`) make one split. A folder that `datasets` saved one split into is all train.
     A split of pictures is a folder with a subfolder for each class; one that is no split itself is all train.
@@ -49,7 +49,7 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
-    """The files (or the folder of pictures) of the split that goes by one of these words; empty when there is none."""
+    """Return the files (or the folder of images) of the split with one of these names; empty without any."""
     candidates: dict[tuple[str, str], list[Path]] = {}
     for path in _data_files(folder):
         stem = _stem(path)
@@ -69,7 +69,7 @@ def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """All data files of one split's folder, which are of one format; the folder itself where it holds only pictures.
+    """Return all data files of one split's folder, which have one format; the folder itself if it holds only images.
 
     Raises:
         DataError: there are none, or of several formats.
@@ -87,7 +87,7 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def find_label_list(path: Path) -> tuple[str, ...] | None:
-    """Class names from a `labels.json` (a list of names) beside a data file, or beside its split's folder.
+    """Return class names from a `labels.json` (a list of names) next to a data file, or to its split's folder.
 
     A `labels.json` that holds something else is none of ours.
     """
@@ -99,7 +99,7 @@ def find_label_list(path: Path) -> tuple[str, ...] | None:
             try:
                 names = json.loads(file.read_bytes())
             except ValueError:
-                what = "the label names beside the data are not valid JSON"
+                what = "the label names next to the data are not valid JSON"
                 remedy = 'write a list of names, such as ["negative", "positive"], or remove the file'
                 raise DataError(Problem(what, show_path(file), remedy)) from None
             if isinstance(names, list) and names and all(isinstance(name, str) for name in names):

@@ -1,4 +1,4 @@
-"""Data sets from the Hugging Face Hub, through `datasets`. Loading scripts are never run."""
+"""Data sets from the Hugging Face Hub, with `datasets`. Loading scripts are never run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from orchestrator.data.streaming import MAX_TURN, SamplePlan, draw_files
 from orchestrator.errors import DataError, Problem
 
 _REACH_SECONDS = 3.0
-_SHARDS_TOGETHER = 8  # Each is a connection, and the first rows of one may be a large download.
+_SHARDS_TOGETHER = 8  # Each one is a connection, and its first rows may be a large download.
 
 
 def open_hub(
     path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
 ) -> dict[str, RawFile]:
-    """The splits of a Hub data set: those `named` (split -> the Hub's name for it), or else all that are found.
+    """Open the splits of a Hub data set: those `named` (split -> the Hub's name for it), or else all that are found.
 
     Raises:
         DataError: no such data set, configuration or split; a gated one; no network and no local copy.
@@ -39,9 +39,9 @@ def open_hub(
 def stream_hub(
     path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
 ) -> dict[str, Callable[[SamplePlan | None], list[RawFile]]]:
-    """The same splits, each to be read as far as a draw says, or whole; nothing is downloaded but what is read.
+    """Open the same splits, reading as far as a plan says, or all; only what is read is downloaded.
 
-    Rows come from the beginnings of the split's shards (its files on the Hub), in turns: there is no reading from
+    Rows come from the beginnings of the split's shards (its files on the Hub), in turns: the Hub offers no reading from
     anywhere else without all that stands before.
 
     Raises:
@@ -53,7 +53,7 @@ def stream_hub(
 
 
 def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: str) -> dict[str, tuple[str, Any]]:
-    """For each split the Hub's name for it, and what `datasets` has loaded."""
+    """Return for each split the Hub's name for it, and what `datasets` has loaded."""
     if named:
         return {split: (hub_split, _load(options, hub_split, where)) for split, hub_split in named.items()}
     every = _load(options, None, where)
@@ -70,7 +70,7 @@ def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: st
 
 
 def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: SamplePlan | None) -> list[RawFile]:
-    """The rows of a streamed split, of each shard by itself, so that its rows can be counted."""
+    """Read the rows of a streamed split, each shard separately, so that its rows can be counted."""
     number = data.num_shards
     files = []
     for index in range(number):
@@ -160,7 +160,7 @@ def _reaches(endpoint: str) -> bool:
     parts = urlsplit(endpoint)
     proxies = getproxies()
     if parts.scheme in proxies or "all" in proxies or "ALL_PROXY" in os.environ:
-        return True  # Behind a proxy, the host's own address says nothing.
+        return True  # Behind a proxy, the address of the host says nothing.
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_REACH_SECONDS).close()
@@ -179,7 +179,7 @@ def _raw_split(place: str, data: Any) -> RawFile:
 
 
 def _with_bytes(values: pa.ChunkedArray, feature: Any, place: str) -> pa.ChunkedArray:
-    """Pictures that were downloaded as files of their own (their paths are those of the local cache), read in."""
+    """Read images that were downloaded as separate files (their paths are those of the local cache)."""
     import datasets
 
     if not isinstance(feature, datasets.Image) or not pc.any(pc.is_null(pc.struct_field(values, "bytes"))).as_py():
@@ -188,5 +188,5 @@ def _with_bytes(values: pa.ChunkedArray, feature: Any, place: str) -> pa.Chunked
         chunks = [feature.embed_storage(chunk, remote_files=False) for chunk in values.chunks]
     except OSError as error:
         what = f"a downloaded picture cannot be read: {error}"
-        raise DataError(Problem(what, place, "download the data set anew")) from None
+        raise DataError(Problem(what, place, "download the data set again")) from None
     return pa.chunked_array(chunks)

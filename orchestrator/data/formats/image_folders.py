@@ -1,4 +1,4 @@
-"""Pictures that lie in folders: a folder for each class, or just pictures."""
+"""Images in folders: a folder for each class, or only images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pbm")
-"""Names of pictures end so, in lower or upper case."""
+"""Suffixes of images, in lower or upper case."""
 
 
 def holds_pictures(folder: Path) -> bool:
@@ -23,7 +23,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def read_class_folders(folder: Path) -> RawFile:
-    """The pictures (`image`) of a folder that has a subfolder for each class, whose name is the `label`.
+    """Read the images (`image`) of a folder with a subfolder for each class, whose name is the `label`.
 
     Pictures may lie deeper in a class's folder. Files that are no pictures by their suffix are passed over, and so are
     hidden ones.
@@ -40,7 +40,7 @@ def read_class_folders(folder: Path) -> RawFile:
         raise DataError(Problem(what, show_path(folder), "put the pictures of each class into a folder of its name"))
     if loose:
         shown = show_some([show_name(name) for name in loose[:NUM_SHOWN]], len(loose))
-        what = f"{len(loose)} pictures lie beside the folders of the classes, so they have no class: {shown}"
+        what = f"{len(loose)} pictures are next to the folders of the classes, so they have no class: {shown}"
         problems.append(Problem(what, show_path(folder), "move each into the folder of its class"))
     empty = [name for name, found in pictures.items() if not found]
     if empty:
@@ -54,7 +54,7 @@ def read_class_folders(folder: Path) -> RawFile:
 
 
 def read_pictures(path: Path) -> RawFile:
-    """One picture, or all pictures of a folder at whatever depth, as the column `image`.
+    """Read one image, or all images of a folder at any depth, as the column `image`.
 
     Raises:
         DataError: the folder holds none.
@@ -89,7 +89,7 @@ def _raw_pictures(folder: Path, paths: list[str], others: dict[str, list[str]]) 
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Paths of the pictures in a folder, relative to it."""
+    """Yield paths of the images in a folder, relative to it."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         inside = Path(root).relative_to(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.examples import LinesAt, Rows
+from orchestrator.data.examples import Indices, LinesAt
 from orchestrator.data.formats.raw import RawFile, bad_lines, read_utf8
 from orchestrator.data.messages import show_name, show_value
 from orchestrator.errors import DataError, Problem
@@ -22,7 +22,7 @@ _TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "tru
 
 
 class _Repeated(dict[str, Any]):
-    """An object in which a key stood twice; `json` would silently keep the last."""
+    """An object with a repeated key, of which `json` would silently keep the last."""
 
     key: str
 
@@ -48,13 +48,13 @@ _FAULTS = {
 
 
 class LineReader:
-    """Turns lines into objects, and notes those that hold none."""
+    """Parses lines as objects, and records those that hold none."""
 
     def __init__(self) -> None:
         self._faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in _FAULTS}
 
     def read(self, line: str, number: int) -> dict[str, Any] | None:
-        """The object of a line; None where it holds none. `number` is what the line goes by."""
+        """Return the object of a line; None if it holds none. `number` identifies the line."""
         try:
             row = _decode(line)
         except (ValueError, RecursionError) as error:
@@ -69,7 +69,7 @@ class LineReader:
         return None
 
     def read_bytes(self, line: bytes, number: int) -> dict[str, Any] | None:
-        """The same of a line that was not decoded yet."""
+        """Return the same of a line that is not decoded yet."""
         try:
             return self.read(line.decode("utf-8"), number)
         except UnicodeDecodeError as error:
@@ -77,7 +77,7 @@ class LineReader:
             return None
 
     def check(self, path: Path, line_of: Callable[[int], int] = int) -> None:
-        """Raise DataError where lines of the file held no object, each kind counted and shown by line.
+        """Raise DataError if lines of the file hold no object, each kind counted and shown by line.
 
         Args:
             line_of: the line (from 1) of what a line went by.
@@ -100,7 +100,7 @@ def read_jsonl(path: Path) -> RawFile:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     reader = LineReader()
-    # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+    # Not splitlines(): JSON strings may contain U+2028 and other line separators.
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line or line.isspace():
             continue
@@ -125,9 +125,9 @@ def read_json(path: Path) -> RawFile:
     except json.JSONDecodeError as error:
         remedy = "rename it to .jsonl if each line is an object of its own" if error.msg == "Extra data" else None
         what = f"the file is not valid JSON: {_explain(error)}"
-        raise DataError(Problem(what, f"{place}:{error.lineno}", remedy or "mend it, or write it anew")) from None
+        raise DataError(Problem(what, f"{place}:{error.lineno}", remedy or "correct it, or write it again")) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(f"the file is not valid JSON: {_explain(error)}", place, "write it anew")) from None
+        raise DataError(Problem(f"the file is not valid JSON: {_explain(error)}", place, "write it again")) from None
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         shape = f"an object with {', '.join(map(show_name, content))}" if isinstance(content, dict) else "one value"
@@ -149,9 +149,9 @@ def _explain(error: ValueError | RecursionError) -> str:
 
 
 def raw_rows(
-    path: Path, rows: Sequence[Mapping[str, Any]], lines: Rows | LinesAt | None, names: Iterable[str]
+    path: Path, rows: Sequence[Mapping[str, Any]], lines: Indices | LinesAt | None, names: Iterable[str]
 ) -> RawFile:
-    """A RawFile with objects as its rows.
+    """Return a RawFile with objects as its rows.
 
     Args:
         names: of the columns, in their order; each may come several times.
@@ -168,7 +168,7 @@ def raw_rows(
 
 
 def arrow_column(values: list[Any], name: str, where: Callable[[int], str]) -> pa.ChunkedArray:
-    """Python values as an Arrow column of one type: null, text, whole numbers, numbers, true/false, lists, objects.
+    """Return Python values as an Arrow column of one type: null, text, integers, floats, booleans, lists, objects.
 
     Raises:
         DataError: values of several types, whole numbers beyond 64 bits, text that is not Unicode.

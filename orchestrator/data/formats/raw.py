@@ -1,4 +1,4 @@
-"""A data file as read, before its columns are chosen and typed; and the checks that all text formats share."""
+"""A data file before its columns are chosen and typed, and the checks of all text formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from orchestrator.data.examples import LinesAt, Rows, SourceFile
+from orchestrator.data.examples import Indices, LinesAt, SourceFile
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.paths import show_path
 
@@ -18,7 +18,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, eq=False)
 class RawFile:
-    """Only the columns that a task asks for are fetched, so what is odd in the others does not matter."""
+    """A data file. Only the columns of a task are fetched, so that faults in others do not matter."""
 
     place: str
     """As shown in messages: `data/train.jsonl`, `nyu-mll/glue train`."""
@@ -26,27 +26,27 @@ class RawFile:
     """Column names, each once."""
     num_rows: int
     fetch: Callable[[str], pa.ChunkedArray]
-    """The column of that name, in the file's own type. Raises DataError."""
-    lines: Rows | LinesAt | None = None
+    """Returns the column with a name, in the file's own type. Raises DataError."""
+    lines: Indices | LinesAt | None = None
     """Line (from 1) on which each row begins, for formats that have lines."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Class names that the file brings along, by column."""
+    """Class names that the file contains, by column."""
     labels_are_names: bool = False
-    """Labels are names and stay as they are written, also where they could be read as numbers."""
+    """Whether labels are names, which are not converted even if they look like numbers."""
     row_places: tuple[str, ...] | None = None
-    """The place of each row, for data that lie in a file each."""
+    """The place of each row, for data with one file per row."""
     folder: Path | None = None
-    """What paths in the data are relative to, and may not lead out of."""
+    """The folder that paths in the data are relative to, and must stay in."""
     part: int = 0
-    """Which entry of the recipe's list it belongs to."""
+    """The index of its entry in the recipe's list."""
     count: int | None = None
-    """How many examples of that entry are drawn; None for all."""
-    row_numbers: Rows | None = None
-    """The number of each row in the file, where only some of its rows were read."""
+    """The number of examples to draw from that entry; None for all."""
+    row_numbers: Indices | None = None
+    """The number of each row in the file, if only some of its rows were read."""
 
     @property
     def source(self) -> SourceFile:
-        """What is kept of the file once its columns are read."""
+        """Return what is kept of the file once its columns are read."""
         return SourceFile(
             place=self.place,
             num_rows=self.num_rows,
@@ -60,7 +60,7 @@ class RawFile:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file without its byte-order mark.
+    """Return the text of a file without its byte-order mark.
 
     Raises:
         DataError: the file is empty, unreadable, not UTF-8, or holds NUL bytes.
@@ -72,7 +72,7 @@ def read_utf8(path: Path) -> str:
     nul = data.find(b"\0")
     if nul >= 0:
         what = f"the file holds {data.count(0)} NUL bytes, so it is damaged or not text"
-        raise DataError(Problem(what, f"{place}:{_line_of(data, nul)}", "remove them, or write the file anew"))
+        raise DataError(Problem(what, f"{place}:{_line_of(data, nul)}", "remove them, or write the file again"))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def refuse_utf16(beginning: bytes, place: str) -> None:
 
 
 def read_bytes(path: Path, count: int = -1) -> bytes:
-    """The contents of a file that has some, or the first `count` bytes of them."""
+    """Return the contents of a file that is not empty, or its first `count` bytes."""
     place = show_path(path)
     try:
         with path.open("rb") as file:
@@ -96,14 +96,14 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
     except OSError as error:
         raise DataError(Problem(f"the file cannot be read: {error.strerror}", place, "make it readable")) from error
     if not data:
-        raise DataError(Problem("the file is empty (0 bytes)", place, "write the file anew"))
+        raise DataError(Problem("the file is empty (0 bytes)", place, "write the file again"))
     return data
 
 
 def bad_lines(
     path: Path, kind: str, faults: Sequence[tuple[int, str]], remedy: str, line_of: Callable[[int], int] = int
 ) -> Problem:
-    """One problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has.
+    """Return one problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has.
 
     Args:
         line_of: turns what the faults have for a line into one.

@@ -1,4 +1,4 @@
-"""The formats that can be read in pieces: JSON Lines by stretches of bytes, Parquet by row groups, Arrow by rows."""
+"""The formats that can be read in pieces: JSON Lines by ranges of bytes, Parquet by row groups, Arrow by rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from orchestrator.recipe.paths import show_path
 _MAX_BYTES = 2**20  # of a piece of JSON Lines
 
 ReadTables = Callable[[int, int], Iterator[pa.Table]]
-"""The rows of a piece, up to so many at a time."""
+"""Returns the rows of a piece, up to this number at a time."""
 
 
 class StreamedLines(Streamed):
-    """A file of one JSON object a line. Rows of faulty lines are None, and told by `raw`."""
+    """A file with one JSON object per line. Rows of faulty lines are None, and `raw` reports them."""
 
     def __init__(self, path: Path, wanted: frozenset[str], names: dict[str, None]) -> None:
         """
@@ -63,10 +63,10 @@ class StreamedLines(Streamed):
             yield np.array(starts, np.int64), rows
 
     def _lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        """The lines that begin between two bytes, and where; blank ones are passed over."""
+        """Yield the lines that begin between two bytes, and where; blank ones are skipped."""
         with self._path.open("rb") as file:
             if start:
-                # Only after a line's end does another begin, and that may be the byte before.
+                # A line begins only after the end of another, which may be the byte before.
                 file.seek(start - 1)
                 file.readline(stop - start + 1)
             position = file.tell()
@@ -85,14 +85,14 @@ class StreamedLines(Streamed):
 
 
 class StreamedTables(Streamed):
-    """Rows that come as Arrow tables, each piece with the number of its first row."""
+    """A file whose rows are read as Arrow tables, each piece with the number of its first row."""
 
     def __init__(
         self, place: str, schema: pa.Schema | None, firsts: Sequence[int], sizes: Sequence[float], read: ReadTables
     ) -> None:
         """
         Args:
-            schema: of all columns; None where only the rows tell it.
+            schema: of all columns; None if only the rows have it.
         """
         self.place = place
         self.sizes = sizes
@@ -107,21 +107,21 @@ class StreamedTables(Streamed):
 
     def raw(self, chunks: Sequence[Chunk]) -> RawFile:
         numbers = np.concatenate([np.zeros(0, np.int64), *(positions for positions, _ in chunks)])
-        # Pieces of JSON on the Hub may differ in what they are taken for: whole numbers, numbers, nothing.
+        # Pieces of JSON on the Hub may have different types: integers, floats, null.
         table = pa.concat_tables([rows for _, rows in chunks], promote_options="permissive") if chunks else pa.table({})
         raw = raw_table(self.place, self._schema or table.schema, len(table), table.column)
         return replace(raw, row_numbers=numbers)
 
 
 def stream_parquet(path: Path, wanted: frozenset[str], _names: dict[str, None]) -> StreamedTables:
-    """Parquet, in which a row group is a piece."""
+    """Open a Parquet file, in which a row group is a piece."""
     with open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     firsts = np.cumsum([0, *(group.num_rows for group in groups)])[:-1].tolist()
 
     def read(piece: int, turn: int) -> Iterator[pa.Table]:
-        # So neither a row group nor a column of it is in memory as a whole.
+        # So that neither a row group nor one of its columns is in memory as a whole.
         file = open_parquet(path, metadata=metadata, memory_map=True, pre_buffer=False)
         with file, _telling_damage(path, "Parquet"):
             for batch in file.iter_batches(turn, [piece], _choose(schema, wanted)):
@@ -132,7 +132,7 @@ def stream_parquet(path: Path, wanted: frozenset[str], _names: dict[str, None]) 
 
 
 def stream_arrow(path: Path, wanted: frozenset[str], _names: dict[str, None]) -> StreamedTables:
-    """Arrow's formats, memory-mapped, in which any rows can be a piece."""
+    """Open a file in one of Arrow's formats, memory-mapped, in which any range of rows can be a piece."""
     table = map_arrow(path)
     chosen = table.select(_choose(table.schema, wanted))
     edges = [*range(0, len(table), min(MAX_TURN, -(-len(table) // NUM_TOGETHER)) or 1), len(table)]
@@ -172,7 +172,7 @@ def stream_file(path: Path, wanted: frozenset[str], names: dict[str, None]) -> S
 
 
 def _choose(schema: pa.Schema, wanted: frozenset[str]) -> list[str]:
-    """The wanted columns; where there are none, the first one, so that there are rows to tell it of."""
+    """Return the wanted columns; if there are none, the first one, so that rows can be counted."""
     return [name for name in schema.names if name in wanted] or schema.names[:1]
 
 

@@ -1,1 +1,1 @@
-"""The pictures of a report, one file each: a function from what was read to a `Chart`, or None with nothing to show."""
+"""The charts of a report, one file each: a function that returns a `Chart`, or None if there is nothing to show."""

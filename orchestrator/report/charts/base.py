@@ -1,4 +1,4 @@
-"""What the charts share: their shape, how a search's scores are coloured, names and tips."""
+"""Common parts of charts: the chart itself, the colours of a search's scores, names and tooltips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.report.drawing import colour_key, curve
 from orchestrator.report.numbers import duration, metric, plain
 from orchestrator.report.records import Search, Trial
 
-# Above this many trials there are no tips and most lines are grey: the page stays small and quick, and readable.
+# With more trials there are no tooltips and most lines are grey, so that the page stays small, fast and readable.
 MOST_SINGLE_SHAPES = 300
 NUM_COLOURED = 60
 HALF_WIDTH, FULL_WIDTH = 500.0, 1040.0
@@ -23,7 +23,7 @@ HALF_WIDTH, FULL_WIDTH = 500.0, 1040.0
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its title and what one has to know to read it."""
+    """A drawing with its title and caption."""
 
     title: str
     drawing: Markup
@@ -31,12 +31,12 @@ class Chart:
     full_width: bool = False
     key: Markup | None = None
     below: Markup | None = None
-    """A table that belongs to the picture."""
+    """A table that belongs to the drawing."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A search as its charts see it: which scores are drawn to scale, and in which colour."""
+    """A search with the range of scores that are drawn to scale, and their colours."""
 
     search: Search
     low: float
@@ -50,7 +50,7 @@ class View:
         low, high = readable_range(scores, search.higher_is_better) if scores else (0.0, 1.0)
         if not scores:
             return cls(search, low, high, Colours(low, high))
-        # The median has the middle colour, so that the better half, where the choice is, shows its differences.
+        # The median has the middle colour, so that differences within the better half are visible.
         best, middle = scores[0], median(scores)
         worst = 2 * middle - best if middle != best else scores[-1]
         worst = max(low, worst) if search.higher_is_better else min(high, worst)
@@ -68,7 +68,7 @@ class View:
         return self.colours.step(trial.score or 0.0)
 
     def clamp(self, score: float) -> float:
-        """The score, or the end of the range that it lies beyond."""
+        """Return the score, or the end of the range that it exceeds."""
         return min(self.high, max(self.low, score))
 
     def is_beyond(self, score: float) -> bool:
@@ -76,11 +76,11 @@ class View:
 
     @property
     def radius(self) -> float:
-        """Of a trial's point."""
+        """Return the radius of a trial's point."""
         return 2.5 if self.many else 4.0
 
     def dot(self, trial: Trial) -> str:
-        """The class of a trial's point."""
+        """Return the class of a trial's point."""
         return f"dot{' tiny' if self.many else ''} c{self.step(trial)}"
 
     def tip(self, trial: Trial) -> str | None:
@@ -93,7 +93,7 @@ class View:
         return colour_key((sign if beyond else "") + worst, best, self.score_title)
 
     def beyond_note(self, scores: Iterable[float]) -> str:
-        """What to say about the scores that do not fit on the axis."""
+        """Return a sentence about the scores that do not fit on the axis; empty without any."""
         num_beyond = sum(self.is_beyond(score) for score in scores)
         if num_beyond == 0:
             return ""
@@ -102,7 +102,7 @@ class View:
 
 
 def is_logarithmic(search: Search, path: str) -> bool | None:
-    """Whether the recipe drew a parameter by magnitude; None where it does not say."""
+    """Whether the recipe draws a parameter from a logarithmic range; None if it does not say."""
     domain = search.space.get(path)
     cases = [case for case in (domain if isinstance(domain, list) else [domain]) if isinstance(case, dict)]
     kinds = {kind for case in cases for kind, value in case.items() if value is not None}
@@ -112,26 +112,26 @@ def is_logarithmic(search: Search, path: str) -> bool | None:
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted path, or all of it where two end alike."""
+    """Return the last part of each dotted path, or all of it where two end alike."""
     endings = Counter(path.rsplit(".", 1)[-1] for path in paths)
     return {path: ending if endings[ending := path.rsplit(".", 1)[-1]] == 1 else path for path in paths}
 
 
 def describe_parameters(trial: Trial, search: Search) -> list[str]:
-    """`freeze 3`, `learning_rate 5e-5`, ..."""
+    """Return `freeze 3`, `learning_rate 5e-5`, ..."""
     names = short_names(search.searched)
     return [f"{names[path]} {plain(trial.parameters[path])}" for path in search.searched if path in trial.parameters]
 
 
 def describe(trial: Trial, search: Search) -> str:
-    """A trial in two lines, for tips."""
+    """Return a trial in two lines, for tooltips."""
     parameters = ", ".join(describe_parameters(trial, search))
     cost = f" in {duration(trial.seconds)}" if trial.seconds is not None else ""
     return f"trial {trial.id}: {search.metric} {metric(trial.score)}{cost}\n{parameters}"
 
 
 def trial_lines(view: View, trials: Sequence[Trial], shape: Callable[[Trial], str]) -> list[Markup]:
-    """A line for each trial (`shape` gives its path data), worst first so that the best lie on top.
+    """Return a line per trial (`shape` returns its path data), worst first so that the best ones are on top.
 
     Of many trials, only the best have a colour; the rest are one grey shape behind them.
     """
@@ -147,7 +147,7 @@ def trial_lines(view: View, trials: Sequence[Trial], shape: Callable[[Trial], st
 
 
 def lines_words(view: View) -> str:
-    """How lines tell their scores, for captions."""
+    """Return how lines are coloured, for captions."""
     if view.many:
         return f"coloured by {view.score_title}: the best {NUM_COLOURED}, all others grey"
     return f"coloured by {view.score_title}"

@@ -1,4 +1,4 @@
-"""Which class is taken for which: the confusion matrix, and the pairs that are confused most."""
+"""The confusion matrix, and the pairs of classes that are confused most."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Confusion:
 
     @classmethod
     def of(cls, details: dict[str, Any]) -> Confusion | None:
-        """None where the details hold no matrix, or one whose shape is not that of the labels."""
+        """Return the matrix of the details; None if they hold none, or one whose shape does not fit the labels."""
         labels, rows = details.get("labels"), details.get("confusion_matrix")
         if not isinstance(labels, list) or not isinstance(rows, list) or not labels:
             return None
@@ -42,11 +42,11 @@ class Confusion:
         return cls([str(label) for label in labels], counts)
 
     def share(self, truth: int, predicted: int) -> float:
-        """Of the examples of a class, the share that was taken for another; 0 for a class without examples."""
+        """Return the share of a class's examples that were predicted as another; 0 for a class without examples."""
         return self.counts[truth][predicted] / max(1, sum(self.counts[truth]))
 
     def confused_pairs(self) -> list[tuple[int, int]]:
-        """(true, predicted) of the errors, the most frequent first."""
+        """Return (true, predicted) of the errors, the most frequent first."""
         size = range(len(self.labels))
         errors = [(true, predicted) for true in size for predicted in size if true != predicted]
         found = [pair for pair in errors if self.counts[pair[0]][pair[1]] > 0]
@@ -54,11 +54,11 @@ class Confusion:
 
 
 def confusion_chart(details: dict[str, Any], split: str) -> Chart | None:
-    """Shown for single-label classification."""
+    """Return the chart for single-label classification; None for other tasks."""
     found = Confusion.of(details)
     if found is None:
         return None
-    # Without names a matrix needs less room than with many.
+    # A matrix without names needs less room.
     small = not _MOST_OF_HALF < len(found.labels) <= _MOST_WITH_NAMES
     words = f"Rows are the true classes of {split}, columns the predicted ones; colours are shares of a row."
     if len(found.labels) > _MOST_WITH_NAMES:
@@ -128,7 +128,7 @@ def draw_cell(
 ) -> list[Markup]:
     amount, share = found.counts[true][predicted], found.share(true, predicted)
     step, gap = colours.step(share), 1.0 if cell > 12 else 0.0
-    # Tips for the errors: those of the diagonal would double the page of a large matrix and say little.
+    # Only errors have tooltips: those of the diagonal would double the page of a large matrix and say little.
     tip = (
         f"{found.labels[true]} taken for {found.labels[predicted]}: {amount:,} ({share:.0%})"
         if true != predicted

@@ -1,4 +1,4 @@
-"""Freeze depth against learning rate: cells where rates come again, points where each trial has a rate of its own."""
+"""Freeze depth against learning rate: cells if trials share rates, points if each trial has its own rate."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def depth_of(trial: Trial) -> str:
 
 
 def rate_of(trial: Trial) -> float:
-    """The trial's rate, or 0 where it has none."""
+    """Return the trial's rate, or 0 if it has none."""
     rate = number(trial.parameters.get(RATE))
     return rate if rate is not None and rate > 0 else 0.0
 
 
 def depth_rate(view: View) -> Chart | None:
-    """Shown when depth and rate were both varied."""
+    """Return the chart; None unless depth and rate were both varied."""
     plane = Plane.of(view.search)
     if len(plane.depths) < 2 or len(plane.rates) < 2 or not view.search.ranked:
         return None
@@ -143,7 +143,7 @@ def draw_cell(view: View, trial: Trial | None, x: float, y: float, width: float,
 
 
 def cell_label(score: float, width: float) -> str:
-    """As many decimals as fit into a cell."""
+    """Return a score with as many decimals as fit into a cell."""
     choices = [metric(score)]
     if abs(score) < 10:
         choices += [f"{score:.3f}", f"{score:.2f}"]
@@ -152,7 +152,7 @@ def cell_label(score: float, width: float) -> str:
 
 
 def rate_labels(rates: list[float], column: float) -> list[str]:
-    """A label for each rate, every second or third left out where there is no room for all."""
+    """Return a label per rate; every second or third is empty where there is no room for all."""
     labels = [compact(rate) for rate in rates]
     widest = max(text_width(label, 11) for label in labels) + 4
     every = max(1, -int(-widest // column))
@@ -170,7 +170,7 @@ def draw_points(view: View, plane: Plane, size: Size) -> Markup:
         frame.add(text(left - 8, y + row / 2 + 4, depth, "tick end"))
     scale = fit_scale(plane.rates, left + 12, frame.end - 12, log=True)
     frame.axis_x(scale, "learning rate (logarithmic)", 4 if size.narrow else 10)
-    # A place of its own within the row for each trial keeps equal rates apart; the golden ratio spreads them evenly.
+    # Each trial has its own height within the row, so that equal rates do not overlap; the golden ratio spreads them.
     rows = {trial.id: (index * 0.618 % 1 - 0.5) * 0.6 for index, trial in enumerate(plane.trials)}
     for trial in reversed(plane.trials):
         y = frame.floor - (plane.depths.index(depth_of(trial)) + 0.5 + rows[trial.id]) * row

@@ -1,6 +1,6 @@
-"""Parallel coordinates: every searched parameter is an axis, the score the last one, every trial a line across them.
+"""Parallel coordinates: each searched parameter is an axis, the score is the last one, each trial a line across them.
 
-On narrow pages the axes lie one below the other, so that their labels stay readable.
+On narrow pages the axes are one below the other, so that their labels stay readable.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from orchestrator.report.scales import fit_scale
 
 _NOT_SET = "not set"
 _MOST_LABELS = 14
-# Where an axis has both numbers and words, the words have this share of it, at its beginning.
+# On an axis with numbers and words, each word has this share of it, at its beginning.
 _SHARE_OF_WORDS = 0.16
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One parameter; places are shares of the axis, 0 at its beginning."""
+    """The axis of one parameter; positions are shares of the axis, 0 at its beginning."""
 
     name: str
     place: Callable[[Trial], float]
@@ -43,7 +43,7 @@ class Axis:
 
 
 def parallel(view: View) -> Chart | None:
-    """Shown when two parameters or more were varied."""
+    """Return the chart; None for fewer than two varied parameters."""
     search = view.search
     names, varied = short_names(search.searched), find_varied(search)
     if len(varied) < 2:
@@ -62,7 +62,7 @@ def parallel(view: View) -> Chart | None:
 
 
 def find_varied(search: Search) -> list[str]:
-    """The searched parameters that have more than one value among the trials with a score."""
+    """Return the searched parameters that have more than one value among the trials with a score."""
     values = {
         path: {plain(trial.parameters.get(path, _NOT_SET)) for trial in search.ranked} for path in search.searched
     }
@@ -70,7 +70,7 @@ def find_varied(search: Search) -> list[str]:
 
 
 def parameter_axis(view: View, path: str, name: str) -> Axis:
-    """Numbers to scale, where there are more than a few of them; else each value a place of its own."""
+    """Return an axis to scale for more than a few numbers, otherwise one with equal room for each value."""
     values = {trial.id: trial.parameters.get(path, _NOT_SET) for trial in view.search.ranked}
     numbers = {amount for value in values.values() if (amount := number(value)) is not None}
     words = {plain(value) for value in values.values() if number(value) is None}
@@ -89,7 +89,7 @@ def parameter_axis(view: View, path: str, name: str) -> Axis:
 
 
 def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axis:
-    """Values in order, with room between them in which the lines of equal trials spread."""
+    """Return an axis of values in order, with room for the lines of trials with the same value."""
 
     def order(value: Any) -> tuple[float, float, str]:
         if path == DEPTH and value != _NOT_SET:
@@ -101,7 +101,7 @@ def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axi
     listed = sorted(known, key=lambda word: known[word])
     room = 1 / len(listed)
     middles = {word: (index + 0.5) * room for index, word in enumerate(listed)}
-    # Where every trial has a place of its own, nothing needs to be kept apart.
+    # No room is needed if every trial has its own value.
     width = 0.5 * room if len(values) > len(listed) else 0.0
     offsets = {trial.id: (index * 0.618 % 1 - 0.5) * width for index, trial in enumerate(view.search.ranked)}
     every = -(-len(listed) // _MOST_LABELS)
@@ -110,7 +110,7 @@ def listed_axis(view: View, path: str, name: str, values: dict[str, Any]) -> Axi
 
 
 def score_axis(view: View) -> Axis:
-    """Better is always further along."""
+    """Return the axis of scores; better is always further along."""
     ends = (0.0, 1.0) if view.search.higher_is_better else (1.0, 0.0)
     scale = fit_scale([view.low, view.high], *ends, log=False)
     labels = [(scale(tick.value), tick.label) for tick in scale.ticks(7)]
@@ -140,14 +140,14 @@ def column_width(axes: list[Axis], size: Size) -> float:
 
 
 def lay_beside(axes: list[Axis], size: Size) -> tuple[float, Spot]:
-    """Upright axes from left to right; returns the drawing's height and where (axis, share) is."""
+    """Lay out vertical axes from left to right; return the drawing's height and a function of (axis, share)."""
     top, height = 44.0, 400.0
     step = column_width(axes, size)
     return height, lambda index, share: (75 + index * step, height - 14 - share * (height - 14 - top))
 
 
 def lay_below(axes: list[Axis], size: Size) -> tuple[float, Spot]:
-    """Level axes from top to bottom."""
+    """Lay out horizontal axes from top to bottom."""
     step, margin = 92.0, 20.0
     length = size.width - 2 * margin
     return 60 + step * (len(axes) - 1), lambda index, share: (margin + share * length, 26 + index * step)
@@ -158,7 +158,7 @@ def draw_axis(axis: Axis, index: int, last: int, size: Size, spot: Spot, room: f
     parts = [line(*start, *end, "axis")]
     if not size.narrow:
         parts.append(text(start[0], 16, shortened(axis.name, room - 10), "title middle", axis.name))
-        # Right of the last axis there are no lines, and neither are there left of the first.
+        # There are no lines right of the last axis and left of the first.
         aside, class_ = (7, "tick halo") if index == last else (-7, "tick end halo")
         for share, label in axis.labels:
             x, y = spot(index, share)

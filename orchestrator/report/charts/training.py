@@ -13,12 +13,12 @@ from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, line, path, text, text_width
 from orchestrator.report.numbers import count, number
 from orchestrator.report.numbers import metric as show_metric
-from orchestrator.report.records import Rows, Run
+from orchestrator.report.records import MetricRows, Run
 from orchestrator.report.scales import Linear, Log, Scale, fit_scale, widen
 
 _MOST_POINTS = 500
 _MOST_DOTS = 40
-# A spike this many times further from the least than the median is, is cut off; a loss that falls is not one.
+# A spike is cut off if it is this many times further from the minimum than the median; a falling loss is not one.
 _FURTHEST = 20.0
 _RATIO_BY_MAGNITUDE = 100.0
 
@@ -69,11 +69,11 @@ def best_words(best: tuple[float, float] | None) -> str:
     return f"After each evaluation; the ring is the best, step {best[0]:,.0f}, whose weights were kept."
 
 
-def rows_of(rows: Rows, split: str) -> Rows:
+def rows_of(rows: MetricRows, split: str) -> MetricRows:
     return [row for row in rows if row.get("split") == split]
 
 
-def points(rows: Rows, name: str) -> Points:
+def points(rows: MetricRows, name: str) -> Points:
     """Return (step, value) of the rows that have both, ordered by step."""
     pairs = [(number(row.get("step")), number(row.get(name))) for row in rows]
     return sorted((step, value) for step, value in pairs if step is not None and value is not None)

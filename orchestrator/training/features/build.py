@@ -1,4 +1,4 @@
-"""Whether a run stores the output of its frozen blocks, and the splits as they are then fed to the model."""
+"""Decide whether a run stores the output of its frozen blocks, and load the splits accordingly."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from orchestrator.training.loop import Schedule
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.split_loader import SplitLoader
 
-TRIED = (0.0, 0.1, 0.25)  # Examples on which a model's split is tried out, as shares of all by length: short ones.
+TRIED = (0.0, 0.1, 0.25)  # Ranks by length, as shares of all examples, of those used for trying shortcuts: short ones.
 CACHED_SPLITS = ("train", "select")  # *test* is read once, so storing it would save nothing.
 
 
 def boundary_of(parts: ModelParts) -> int | None:
-    """The freeze boundary in frozen layers (one more than there are with the tail); None where nothing is frozen."""
+    """Return the freeze boundary in frozen layers (one more than all with the tail); None if nothing is frozen."""
     depth = parts.frozen.depth
     # A pooler that the source lacks is trained with the head, though it is in the body.
     ends_body = depth.tail and not any(parameter.requires_grad for parameter in parts.body.parameters())
@@ -38,15 +38,15 @@ def boundary_of(parts: ModelParts) -> int | None:
 def extract_prefix_at_boundary(
     prepared: Prepared, parts: ModelParts, schedule: Schedule
 ) -> Prefix | PrefixUnavailable | None:
-    """Have the last layer compute only what the head reads, and make the frozen blocks replaceable by their output.
+    """Compute only what the head reads in the last layer, and prepare to replace the frozen blocks by their output.
 
     Returns:
-        Why they cannot be replaced, where it is wanted; None where nothing is frozen or wanted.
+        The prefix; the reason why there is none although it is wanted; None if nothing is frozen or wanted.
     """
     boundary = boundary_of(parts)
     is_asked = boundary is not None and is_wanted(prepared, parts, schedule, boundary)
     if prepared.recipe.scale.zero_stage == 3:
-        return PrefixUnavailable("ZeRO-3 spreads its weights over the workers") if is_asked else None
+        return PrefixUnavailable("ZeRO-3 shards its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
     loader, some = examples_to_try(encoded, parts)
     inputs, pooling = use_token_pooling(parts, loader, some)
@@ -55,13 +55,13 @@ def extract_prefix_at_boundary(
     if encoded.rows_per_example > 1:
         return PrefixUnavailable("an example is several texts")
     if encoded.augments:
-        return PrefixUnavailable("training examples are changed at random")
+        return PrefixUnavailable("training examples are augmented at random")
     extra_inputs = loader.extra_inputs(some).inputs
     return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, extra_inputs, pooling)
 
 
 def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
-    """A split on the model's device, and some of its rows."""
+    """Return the loader of a split on the model's device, and some of its rows."""
     order = np.argsort(encoded.lengths, kind="stable")
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     return SplitLoader(encoded, torch.device(parts.body.device)), some
@@ -70,7 +70,7 @@ def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, n
 def use_token_pooling(
     parts: ModelParts, loader: SplitLoader, some: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Tensor], models.TokenPooling | None]:
-    """Have the last layer compute only what the head reads; returns the inputs that it was tried on too."""
+    """Compute only what the head reads in the last layer; return the inputs used to try that, and the pooling."""
     inputs = loader.batch(some).inputs
     pooling = models.find_token_pooling(parts.module, parts.blocks, inputs)
     if pooling is not None:
@@ -79,18 +79,18 @@ def use_token_pooling(
 
 
 def can_pack(loader: SplitLoader, module: nn.Module) -> bool:
-    """Whether the model keeps examples apart that stand in one row, tried out on a few."""
+    """Whether the model computes examples independently that are packed into one row, tried on a few."""
     if not (loader.encoded.packs and models.takes_packed_sequences(module)):
         return False
     order = np.argsort(loader.encoded.lengths, kind="stable")
-    # The short ones share a row beside the longest.
+    # The short ones are packed into one row, the longest is in another.
     some = np.unique(order[[0, len(order) // 10, len(order) // 4, len(order) // 2]])
     found = []
     with torch.no_grad(), eval_mode(module):
         for arrays in (loader.encoded.batch(some), loader.encoded.packed_batch(some)):
             inputs = {name: torch.from_numpy(values).to(loader.device) for name, values in arrays.inputs.items()}
             try:
-                logits = try_forward(module, inputs, "putting several examples in one row")
+                logits = try_forward(module, inputs, "packing several examples into one row")
             except CallFailed:
                 return False
             found.append(logits.sum((0, 1))[:1])
@@ -98,7 +98,7 @@ def can_pack(loader: SplitLoader, module: nn.Module) -> bool:
 
 
 def is_wanted(prepared: Prepared, parts: ModelParts, schedule: Schedule, boundary: int) -> bool:
-    """Whether stored features are asked for, or save something: more than one pass over blocks that compute."""
+    """Whether the recipe asks for stored features, or they save time: several passes over blocks that compute."""
     wanted = prepared.recipe.train.cache_prefix
     if wanted != "auto":
         return bool(wanted)
@@ -116,17 +116,18 @@ def make_loaders(
     boundaries: Sequence[int] = (),
     leads_node: bool = True,
 ) -> dict[str, SplitLoader]:
-    """Every split as it is fed to the model: with stored features where there can be any.
+    """Return the loader of every split, with stored features where they can be used.
 
     Args:
-        tell: shows the phase; `note` keeps a sentence for the user.
-        boundaries: others to store in the same pass, for later runs.
-        leads_node: whether this worker does for its node what is done there once.
+        report_phase: shows the current phase.
+        note: records a sentence for the user.
+        boundaries: further boundaries to store in the same pass, for later runs.
+        leads_node: whether this worker does what is done once per node.
     """
     loaders = {name: SplitLoader(prepared.encoded(name), engine.device, engine.input_dtype) for name in prepared.tables}
     if split is None:
         return loaders
-    # Machines that differ may find out different things, but all workers of a run do the same.
+    # Different machines may come to different results, but all workers of a run must do the same.
     cache = (
         open_cache(prepared, split, engine, precision, report_phase, leads_node)
         if isinstance(split, Prefix)
@@ -152,7 +153,7 @@ def open_cache(
     report_phase: Callable[[str], None],
     leads_node: bool,
 ) -> PrefixCache | str:
-    """The cache of the frozen blocks' output; or why there is none."""
+    """Return the cache of the frozen blocks' output; or why there is none."""
     identity = model_identity(prepared.recipe, prepared.identity["source"], precision, engine)
     try:
         store = open_store(prepared.recipe)
@@ -163,9 +164,9 @@ def open_cache(
 
 
 def store_features(prepared: Prepared, cache: PrefixCache, boundaries: Sequence[int] = ()) -> dict[str, Any] | str:
-    """The stored features of each split that is read often; or why there are none. All workers call this."""
+    """Return the stored features of each split that is read often; or why there are none. All workers call this."""
     boundary = cache.prefix.boundary
-    # Deeper blocks are trained here, so what they make of an example is not what other runs start from.
+    # Blocks above it are trained here, so other runs cannot start from their output.
     wanted = sorted({*(each for each in boundaries if each < boundary), boundary})
     cache.download([prepared.keys[name] for name in CACHED_SPLITS], wanted)
     found = {}
@@ -187,5 +188,5 @@ def _cannot_store(error: OSError) -> str:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module costs more than reading its output from a disk would."""
+    """Whether running a module takes longer than reading its output from a disk."""
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)

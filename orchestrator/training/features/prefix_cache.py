@@ -1,7 +1,8 @@
-"""Compute the frozen prefix once: what the frozen blocks make of each example is stored, and later epochs start there.
+"""Compute the frozen prefix once: the output of the frozen blocks for each example is stored, and later epochs start
+there.
 
-One forward pass writes all boundaries that are wanted; a deeper one goes on from the deepest that is stored. Workers
-and trials on one machine compute an entry together, each other stretch of examples.
+One forward pass writes all wanted boundaries, starting at the highest boundary below them that is stored. Workers and
+trials on one machine compute an entry together, each of them other shards of its examples.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from orchestrator.data.batches import cheapest_cuts
 from orchestrator.data.cache import cache_folder, content_key
-from orchestrator.data.feature_store import FeatureStore, Layout, Rows, Writer, wait_for_others
+from orchestrator.data.feature_store import FeatureStore, Layout, StoredFeatures, Writer, wait_for_others
 from orchestrator.models import Prefix
 from orchestrator.models.shortcuts.token_pooling import is_close
 from orchestrator.recipe import Recipe
@@ -28,12 +29,12 @@ from orchestrator.training.engine.base import Engine
 from orchestrator.training.features.shared import SharedFeatures
 from orchestrator.training.split_loader import SplitLoader, as_array, as_tensor
 
-FEATURES_VERSION = 1  # Part of each key: raise it when the same model and data are stored otherwise.
+FEATURES_VERSION = 1  # Part of each key. Increase it when the same model and data are stored differently.
 ROWS_PER_SHARD = 256
 TOKENS_IN_PASS = 4096
 EXAMPLES_IN_PASS = 64
-BATCH_MATTERS = "what they make of an example depends on the other examples of its batch"
-BATCH_TOLERANCE = 3e-2  # Relative: bf16 and TF32 round otherwise in a batch of another size.
+BATCH_MATTERS = "their output for an example depends on the other examples of its batch"
+BATCH_TOLERANCE = 3e-2  # Relative. bf16 and TF32 round differently in a batch of another size.
 
 ReportPhase = Callable[[str], None]
 Indices = npt.NDArray[np.int64]
@@ -47,31 +48,31 @@ class PrefixCache:
     prefix: Prefix
     engine: Engine
     identity: Sequence[str]
-    """What the frozen blocks' output depends on, besides the examples and the boundary."""
+    """Everything that the frozen blocks' output depends on, besides the examples and the boundary."""
     report_phase: ReportPhase
     shared: SharedFeatures | None = None
-    """What other machines have computed; None where there is none."""
+    """The features of other machines; None without an object store."""
 
     def key(self, examples: str, boundary: int) -> str:
-        """The name of an entry; `examples` is the key of the encoded split."""
+        """Return the name of an entry; `examples` is the key of the encoded split."""
         pooling = self.prefix.pooling
         pooled = pooling.position if pooling is not None and boundary >= self.prefix.num_layers else "all"
         return content_key(FEATURES_VERSION, *self.identity, examples, boundary, pooled)
 
-    def open(self, examples: str, boundary: int) -> Rows | None:
+    def open(self, examples: str, boundary: int) -> StoredFeatures | None:
         return self.store.open(self.key(examples, boundary))
 
     def download(self, examples: Sequence[str], boundaries: Sequence[int]) -> None:
-        """Bring the entries of these splits that another machine has computed. All workers call this, and wait."""
+        """Download the entries of these splits that another machine has computed. All workers call this, and wait."""
         if self.shared is not None:
             self.shared.download(self.key(each, boundary) for each in examples for boundary in boundaries)
 
-    def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, Rows] | str:
-        """The entries of a split at these boundaries, computed where they are missing; or why they cannot be stored.
+    def rows(self, examples: str, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, StoredFeatures] | str:
+        """Return the entries of a split at these boundaries, computing missing ones; or why they cannot be stored.
 
         Raises:
             OSError: the disk failed or filled up on the way.
-            CallFailed, NotSeen: as `Prefix.compute`.
+            CallFailed, BoundaryNotReached: as `Prefix.compute`.
         """
         found = {boundary: self.open(examples, boundary) for boundary in boundaries}
         missing = [boundary for boundary, rows in found.items() if rows is None]
@@ -91,7 +92,7 @@ class PrefixCache:
         return {boundary: rows for boundary, rows in found.items() if rows is not None}
 
     def sizes(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, int]:
-        """Bytes that a split's entries take at these boundaries."""
+        """Return the bytes that a split's entries take at these boundaries."""
         return {boundary: layout.num_bytes for boundary, (layout, _) in self._layouts(encoded, boundaries).items()}
 
     def _bytes_to_come(self, examples: str, layouts: dict[int, tuple[Layout, str]]) -> int:
@@ -100,7 +101,7 @@ class PrefixCache:
         )
 
     def _layouts(self, encoded: Encoded, boundaries: Sequence[int]) -> dict[int, tuple[Layout, str]]:
-        """The form of each boundary's rows, and the name of their number format, from one small batch."""
+        """Return the layout of each boundary's rows, and the name of their dtype, from one small batch."""
         some = shortest_and_longest(encoded)
         layouts = {}
         for boundary, values in self._forward(encoded, some, boundaries).items():
@@ -113,9 +114,9 @@ class PrefixCache:
         return layouts
 
     def _depends_on_batch(self, encoded: Encoded, layouts: dict[int, tuple[Layout, str]]) -> bool:
-        """Whether an example alone and beside another one gives different features, in shape or in values.
+        """Whether an example has other features, in shape or in values, alone than in a batch.
 
-        Some models pad texts to whole windows, or have the examples of a batch share something.
+        Some models pad texts to whole windows, or mix the examples of a batch.
         """
         some = shortest_and_longest(encoded)
         shortest = some[np.argsort(encoded.lengths[some], kind="stable")[:1]]
@@ -132,9 +133,9 @@ class PrefixCache:
     def _writers(
         self, examples: str, layouts: dict[int, tuple[Layout, str]], encoded: Encoded
     ) -> Iterator[dict[int, Writer]]:
-        num_stretches = len(shards(encoded.lengths))
+        num_shards = len(shards(encoded.lengths))
         writers = {
-            boundary: self.store.writer(self.key(examples, boundary), layout, num_stretches, name)
+            boundary: self.store.writer(self.key(examples, boundary), layout, num_shards, name)
             for boundary, (layout, name) in layouts.items()
         }
         try:
@@ -144,7 +145,7 @@ class PrefixCache:
                 writer.close()
 
     def _compute(self, examples: str, encoded: Encoded, writers: dict[int, Writer]) -> None:
-        """Compute the stretches that nobody else does, until all are done."""
+        """Compute the shards that no other process computes, until all are done."""
         parts = shards(encoded.lengths)
         start, stored = self._nearest(examples, min(writers))
         while not all(writer.is_complete for writer in writers.values()):
@@ -165,7 +166,12 @@ class PrefixCache:
                 wait_for_others()
 
     def _compute_shard(
-        self, encoded: Encoded, rows: Indices, writers: dict[int, Writer], start: int | None, stored: Rows | None
+        self,
+        encoded: Encoded,
+        rows: Indices,
+        writers: dict[int, Writer],
+        start: int | None,
+        stored: StoredFeatures | None,
     ) -> None:
         for some in passes(encoded.lengths, rows, self.engine.cost_of_pass):
             for boundary, values in self._forward(encoded, some, list(writers), start, stored).items():
@@ -173,8 +179,8 @@ class PrefixCache:
                 for row, line in zip(some, array, strict=True):
                     writers[boundary].write(int(row), line)
 
-    def _nearest(self, examples: str, boundary: int) -> tuple[int | None, Rows | None]:
-        """The deepest stored boundary below this one, to go on from."""
+    def _nearest(self, examples: str, boundary: int) -> tuple[int | None, StoredFeatures | None]:
+        """Return the highest stored boundary below this one, with its rows."""
         for shallower in range(min(boundary - 1, self.prefix.num_layers), -1, -1):
             stored = self.open(examples, shallower)
             if stored is not None:
@@ -187,7 +193,7 @@ class PrefixCache:
         rows: Indices,
         boundaries: Sequence[int],
         start: int | None = None,
-        stored: Rows | None = None,
+        stored: StoredFeatures | None = None,
     ) -> dict[int, Tensor]:
         loader = SplitLoader(encoded, self.engine.device, self.engine.input_dtype)
         batch = loader.batch(rows) if stored is None else loader.extra_inputs(rows)
@@ -199,40 +205,40 @@ class PrefixCache:
 
 
 def shortest_and_longest(encoded: Encoded) -> Indices:
-    """Two rows of a split, or one where there are no more."""
+    """Return two rows of a split, or one if it has no more."""
     return np.unique(np.argsort(encoded.lengths, kind="stable")[[0, -1]])
 
 
 def shards(lengths: Indices) -> list[Indices]:
-    """The rows of a split, longest first, in stretches that one process computes at a time."""
+    """Return the rows of a split, longest first, in shards that one process computes at a time."""
     order = np.argsort(-lengths, kind="stable")
     return np.split(order, range(ROWS_PER_SHARD, len(order), ROWS_PER_SHARD))
 
 
 def passes(lengths: Indices, rows: Indices, cost_of_pass: int) -> list[Indices]:
-    """A stretch in forward passes of limited size, the longest rows first, with little padding."""
+    """Divide a shard into forward passes of limited size with little padding, the longest rows first."""
     size = max(1, min(EXAMPLES_IN_PASS, TOKENS_IN_PASS // int(lengths[rows[0]])))
     cuts = cheapest_cuts(lengths[rows[::-1]], 1, size, cost_of_pass)
     return np.split(rows, [len(rows) - cut for cut in reversed(cuts)])
 
 
 def open_store(recipe: Recipe) -> FeatureStore:
-    """The machine's store of features; raises OSError where there can be none."""
+    """Return the machine's store of features; raises OSError if it cannot be opened."""
     budget = recipe.scale.cache_gigabytes
     return FeatureStore(cache_folder() / "features", None if budget == "auto" else int(budget * 1e9))
 
 
 def open_shared(recipe: Recipe, store: FeatureStore, engine: Engine, leads_node: bool) -> SharedFeatures | None:
-    """Those of all machines, where the recipe's runs are kept in an object store."""
+    """Return the features of all machines, if the recipe's runs are kept in an object store."""
     storage = recipe.scale.storage
     if not is_url(storage):
         return None
     remote = RemoteFolder(join(storage, "features"))
-    return SharedFeatures(store, remote, brings=leads_node, sends=engine.rank == 0, agree=engine.agree)
+    return SharedFeatures(store, remote, downloads=leads_node, uploads=engine.rank == 0, agree=engine.agree)
 
 
 def model_identity(recipe: Recipe, source: str, precision: str, engine: Engine) -> list[str]:
-    """What the frozen blocks' output depends on, besides the examples."""
+    """Return what the frozen blocks' output depends on, besides the examples."""
     seed = f"from scratch {recipe.train.seed}" if recipe.transfer.from_scratch else "pre-trained"
     adapter = recipe.transfer.adapter
     weights = [adapter.quantize] if adapter is not None and adapter.quantize is not None else []

@@ -1,4 +1,4 @@
-"""Stored features beside the runs of an object store: what one machine has computed, others bring."""
+"""Stored features in the object store of the runs: other machines download what one has computed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from orchestrator.data.feature_store import LAYOUT, VALUES, FeatureStore
 from orchestrator.storage import RemoteFolder
 
 WHOLE = "WHOLE"
-"""Written last; the size of each file."""
+"""The file that is written last; it holds the size of each other file."""
 FILES = (VALUES, LAYOUT)
 
 
 class SharedFeatures:
-    """
+    """The features that all machines share.
+
     Args:
-        store: this machine's.
-        remote: where all machines find them.
-        brings: whether this worker does so for its node.
-        sends: whether this worker does so for all.
+        store: the store of this machine.
+        remote: the folder for all machines.
+        downloads: whether this worker downloads for its node.
+        uploads: whether this worker uploads for all workers.
         agree: waits for all workers.
     """
 
@@ -30,32 +31,32 @@ class SharedFeatures:
         self,
         store: FeatureStore,
         remote: RemoteFolder,
-        brings: bool,
-        sends: bool,
+        downloads: bool,
+        uploads: bool,
         agree: Callable[[str | None], str | None],
     ) -> None:
         self.store = store
         self.remote = remote
-        self.brings = brings
-        self.sends = sends
+        self.downloads = downloads
+        self.uploads = uploads
         self.agree = agree
 
     def download(self, keys: Iterable[str]) -> None:
-        """Have the entries here that are whole there; all workers call this. Where that fails, they are computed."""
+        """Download entries that are complete in the object store. All workers call this. Failed ones are computed."""
         for key in keys:
-            if self.brings and self.store.open(key) is None:
+            if self.downloads and self.store.open(key) is None:
                 with contextlib.suppress(OSError):
-                    self._bring(key)
+                    self._download(key)
         self.agree(None)
 
     def upload(self, keys: Iterable[str]) -> None:
-        """Have the entries there that are whole here. Where that fails, others compute them too."""
+        """Upload entries that are complete here. If that fails, other machines compute them too."""
         for key in keys:
-            if self.sends and self.store.open(key) is not None:
+            if self.uploads and self.store.open(key) is not None:
                 with contextlib.suppress(OSError):
-                    self._send(key)
+                    self._upload(key)
 
-    def _bring(self, key: str) -> None:
+    def _download(self, key: str) -> None:
         mark = self.remote.read(f"{key}/{WHOLE}")
         if mark is None:
             return
@@ -72,7 +73,7 @@ class SharedFeatures:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _send(self, key: str) -> None:
+    def _upload(self, key: str) -> None:
         if self.remote.read(f"{key}/{WHOLE}") is not None:
             return
         folder = self.store.folder / key

@@ -149,7 +149,7 @@ def test_numbers_in_another_split_are_the_class_folders_of_their_values(
 @pytest.mark.parametrize(
     ("name", "data", "what"),
     [
-        ("train/loose.png", None, r"1 pictures lie beside the folders of the classes.*loose\.png"),
+        ("train/loose.png", None, r"1 pictures are next to the folders of the classes.*loose\.png"),
         ("train/bird/readme.txt", b"x", "1 of 3 folders of classes have no pictures: bird"),
     ],
 )

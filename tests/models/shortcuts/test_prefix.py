@@ -48,7 +48,7 @@ def boundaries_of(family: Family) -> list[int]:
     return sorted({0, 1, family.num_layers // 2, family.num_layers, family.num_layers + 1})
 
 
-def picked(family: Family) -> TokenPooling | None:
+def pooling_of(family: Family) -> TokenPooling | None:
     """The position that the head reads, the last layer already computing no other."""
     pooling = find_token_pooling(family.model, family.blocks, family.inputs)
     if pooling is not None:
@@ -76,7 +76,7 @@ def freeze_at(family: Family, boundary: int) -> Frozen:
     return freeze_blocks(family.model, family.blocks, depth)
 
 
-def beside_of(family: Family, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def extra_inputs_of(family: Family, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name in family.extra_inputs}
 
 
@@ -101,7 +101,7 @@ def is_as_it_was(model: nn.Module) -> bool:
 def test_a_model_fed_with_features_has_the_logits_and_gradients_of_the_whole(name: str, pooled: bool) -> None:
     for boundary in boundaries_of(make(name)):
         family, reference = make(name), make(name)
-        prefix = prefix_of(family, boundary, picked(family) if pooled else None)
+        prefix = prefix_of(family, boundary, pooling_of(family) if pooled else None)
         inputs = make_inputs(name, OTHER_LENGTHS)
         features = prefix.compute(inputs, [boundary])[boundary]
         for each in (family, reference):
@@ -109,7 +109,7 @@ def test_a_model_fed_with_features_has_the_logits_and_gradients_of_the_whole(nam
             freeze_at(each, boundary).set_train_mode(each.model)
         for rows in ([0, 1, 2], [2, 0]):
             some, cut = restored(features, inputs, rows)
-            logits, gradients = gradients_of(family.model, {**beside_of(family, cut), "features": some})
+            logits, gradients = gradients_of(family.model, {**extra_inputs_of(family, cut), "features": some})
             expected_logits, expected = gradients_of(reference.model, cut)
             assert agree(logits, expected_logits), boundary
             assert expected
@@ -121,7 +121,7 @@ def test_it_is_so_with_gradient_checkpointing(name: str) -> None:
     for boundary in boundaries_of(make(name)):
         family, reference = make(name), make(name)
         family.model.gradient_checkpointing_enable({"use_reentrant": False})
-        prefix = prefix_of(family, boundary, picked(family))
+        prefix = prefix_of(family, boundary, pooling_of(family))
         for each in (family, reference):
             turn_dropout_off(each.model)
             freeze_at(each, boundary).set_train_mode(each.model)
@@ -131,7 +131,7 @@ def test_it_is_so_with_gradient_checkpointing(name: str) -> None:
             family.model.eval()
             features = prefix.compute(inputs, [boundary])[boundary]
             freeze_at(family, boundary).set_train_mode(family.model)
-            found = gradients_of(family.model, {**beside_of(family, inputs), "features": features})
+            found = gradients_of(family.model, {**extra_inputs_of(family, inputs), "features": features})
             expected = gradients_of(reference.model, inputs)
             assert agree(found[0], expected[0]), boundary
             assert all_agree(found[1], expected[1]), boundary
@@ -149,8 +149,8 @@ def test_it_is_so_with_gradient_checkpointing(name: str) -> None:
 def test_the_dropout_of_what_is_trained_is_drawn_the_same(name: str, changes: dict[str, Any]) -> None:
     for boundary in boundaries_of(make(name))[:-2]:
         family, reference = make(name, **changes), make(name, **changes)
-        prefix = prefix_of(family, boundary, picked(family))
-        picked(reference)
+        prefix = prefix_of(family, boundary, pooling_of(family))
+        pooling_of(reference)
         features = prefix.compute(family.inputs, [boundary])[boundary]
         logits = []
         for each, fed in ((family, {**family.extra_inputs, "features": features}), (reference, reference.inputs)):
@@ -164,7 +164,7 @@ def test_the_dropout_of_what_is_trained_is_drawn_the_same(name: str, changes: di
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "vit", "mobilenet"])
 def test_several_boundaries_in_one_pass_are_those_of_passes_of_their_own(name: str) -> None:
     family = make(name)
-    pooling = picked(family)
+    pooling = pooling_of(family)
     boundaries = boundaries_of(family)
     prefix = prefix_of(family, boundaries[-1], pooling)
     together = prefix.compute(family.inputs, boundaries)
@@ -176,7 +176,7 @@ def test_several_boundaries_in_one_pass_are_those_of_passes_of_their_own(name: s
 @pytest.mark.parametrize("name", ["bert", "deberta", "modernbert", "gpt2", "llama", "vit", "mobilenet", "resnet"])
 def test_going_on_from_a_shallower_boundary_gives_what_starting_at_the_inputs_does(name: str) -> None:
     family = make(name)
-    pooling = picked(family)
+    pooling = pooling_of(family)
     boundaries = boundaries_of(family)
     prefix = prefix_of(family, boundaries[-1], pooling)
     together = prefix.compute(family.inputs, boundaries)
@@ -222,7 +222,7 @@ def test_called_without_features_the_model_is_what_it_was(name: str) -> None:
 
 def test_features_of_a_head_that_reads_one_position_hold_that_position() -> None:
     family = make("gpt2")
-    pooling = picked(family)
+    pooling = pooling_of(family)
     prefix = prefix_of(family, 4, pooling)
     found = prefix.compute(family.inputs, [1, 2, 3, 4])
     assert [tuple(found[boundary].shape) for boundary in (1, 2, 3, 4)] == [(4, 9, 16)] * 2 + [(4, 1, 16)] * 2
@@ -318,8 +318,8 @@ def test_what_is_trained_below_the_boundary_is_no_fixed_function_of_the_examples
 
 def test_a_refusal_leaves_a_last_layer_that_computes_one_position() -> None:
     family, reference = make("bert"), make("bert")
-    pooling = picked(family)
-    picked(reference)
+    pooling = pooling_of(family)
+    pooling_of(reference)
     family.extra_inputs = {}  # Without a mask, padding is read too.
     assert isinstance(split(family, 1, pooling), PrefixUnavailable)
     freeze_at(reference, 1)

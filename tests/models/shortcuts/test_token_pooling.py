@@ -54,10 +54,10 @@ READ = {
 }
 # Layers that are shared, or spread over parallel lists, are left as they are.
 LEFT_AS_THEY_ARE = ("xlm",)
-PICKED = [name for name, position in READ.items() if position is not None and name not in LEFT_AS_THEY_ARE]
+POOLED = [name for name, position in READ.items() if position is not None and name not in LEFT_AS_THEY_ARE]
 
 
-def found_pick(family: Family) -> TokenPooling:
+def pooling_of(family: Family) -> TokenPooling:
     pooling = find_token_pooling(family.model, family.blocks, family.inputs)
     assert pooling is not None
     return pooling
@@ -101,7 +101,7 @@ def test_texts_of_a_single_token_tell_nothing() -> None:
 
 
 def test_the_last_position_is_each_texts_own() -> None:
-    pooling = found_pick(make("gpt2"))
+    pooling = pooling_of(make("gpt2"))
     pooling.locate_last_tokens(make_texts(LENGTHS))
     values = torch.arange(9.0).expand(4, 9)[..., None]
     assert pooling.select(values * torch.ones(4, 9, 1)).flatten().tolist() == [length - 1 for length in LENGTHS]
@@ -113,7 +113,7 @@ def test_the_last_position_is_each_texts_own() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", PICKED)
+@pytest.mark.parametrize("name", POOLED)
 def test_logits_and_gradients_stay_when_the_last_layer_computes_one_position(name: str, checkpointing: bool) -> None:
     family = make(name)
     turn_dropout_off(family.model)
@@ -121,7 +121,7 @@ def test_logits_and_gradients_stay_when_the_last_layer_computes_one_position(nam
     if checkpointing:
         family.model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = copy.deepcopy(family.model).train()
-    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     family.model.train()
     # Other texts than those that it was tried out on, one after the other: nothing of one may reach the next.
     for lengths in (LENGTHS, (3, 5), (6, 6, 2)):
@@ -165,7 +165,7 @@ def test_adapters_that_do_nothing_yet_are_not_taken_for_parts_that_matter_nowher
 def test_a_batch_without_a_mask_is_read_to_its_end(name: str) -> None:
     family = make(name)
     reference = copy.deepcopy(family.model)
-    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     family.model(**family.inputs)
     ids = {"input_ids": torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(2))}
     assert agree(family.model(**ids).logits, reference(**ids).logits)
@@ -185,7 +185,7 @@ def test_the_last_layer_computes_little_more_than_keys_and_values(name: str) -> 
     family = make(name)
     last, others = family.blocks.layers[-1].elements[0], family.blocks.layers[:-1]
     before = flops_of(last, family)
-    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     assert 0 < flops_of(last, family) < 0.45 * before
     assert flops_of(others[-1].elements[0], family) == before
 
@@ -211,7 +211,7 @@ def test_a_layer_that_one_position_does_not_suffice_is_left_as_it_was(odd: type[
     family = make("gpt2")
     family.model.transformer.h[-1].mlp.dropout = odd()
     reference = copy.deepcopy(family.model)
-    pooling = found_pick(family)
+    pooling = pooling_of(family)
     assert not pool_in_last_layer(family.model, family.blocks, family.inputs, pooling)
     assert not has_been_changed(family.model)
     logits, gradients = gradients_of(family.model, family.inputs)
@@ -223,20 +223,20 @@ def test_a_layer_that_one_position_does_not_suffice_is_left_as_it_was(odd: type[
 @pytest.mark.parametrize("name", LEFT_AS_THEY_ARE)
 def test_a_layer_that_is_spread_over_the_model_is_left_as_it_was(name: str) -> None:
     family = make(name)
-    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     assert not has_been_changed(family.model)
 
 
 def test_a_layer_that_all_depths_share_is_left_as_it_was() -> None:
     family = make("albert")
     expected = family.model(**family.inputs).logits
-    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert not pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     assert torch.equal(family.model(**family.inputs).logits, expected)
 
 
-def test_a_picked_model_can_be_saved_as_it_was(tmp_path: Any) -> None:
+def test_a_model_with_token_pooling_can_be_saved_as_it_was(tmp_path: Any) -> None:
     family = make("bert")
-    assert pool_in_last_layer(family.model, family.blocks, family.inputs, found_pick(family))
+    assert pool_in_last_layer(family.model, family.blocks, family.inputs, pooling_of(family))
     family.model.save_pretrained(tmp_path)
     again = type(family.model).from_pretrained(tmp_path)
     assert agree(again(**family.inputs).logits, family.model(**family.inputs).logits)

@@ -209,3 +209,15 @@ def test_deepspeed_sums_up_whole_gradients_once_in_a_step(scale: str, monkeypatc
             reduced.clear()
             take_step(engine, NUM_PASSES)
             assert [number for number in reduced if number >= size] == [size]
+
+
+def test_autocast_is_around_the_models_forward_pass_while_the_engine_is_open() -> None:
+    model, inputs = make_model(), torch.randn(3, 4)
+    plain = model(inputs)
+    with build_engine(model, groups_of(model), recipe_with("engine: torch"), "bf16") as engine:
+        rounded = engine.model(inputs)
+        assert rounded.dtype == torch.float32
+        assert torch.equal(rounded, rounded.bfloat16().float()), "losses are computed in fp32 from bf16 outputs"
+        assert not torch.equal(rounded, plain)
+    assert torch.equal(model(inputs), plain)
+    assert "forward" not in vars(model)
