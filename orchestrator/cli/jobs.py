@@ -64,14 +64,14 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.recipe, options.overrides)
     from orchestrator.jobs import submit
     from orchestrator.launch.disk import refuse_disk_without_room_for_model
-    from orchestrator.training.pictures import named_pictures
+    from orchestrator.training.pictures import find_named_pictures
 
     cluster = reach(options)
     storage = Path(recipe.scale.storage).absolute()
     if not is_url(recipe.scale.storage) and (cluster.is_here or is_below(storage, options.shared)):
         refuse_disk_without_room_for_model(storage, recipe)
     verb = "search" if options.search else "train"
-    pictures = named_pictures(recipe)
+    pictures = find_named_pictures(recipe)
     found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env, pictures=pictures)
     job = found.job
     sent = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB" if found.is_new else "it is running already"

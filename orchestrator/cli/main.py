@@ -234,15 +234,15 @@ def run_preview(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_plan(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.planning import machine_of, read_shape
+    from orchestrator.planning import machine_from_nodes, parse_machine
     from orchestrator.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    machine = read_shape(options.on) if options.on else None
+    machine = parse_machine(options.on) if options.on else None
     if options.address:
         from orchestrator.jobs import connect
 
-        machine = machine_of(connect(options.address, options.insecure).nodes())
+        machine = machine_from_nodes(connect(options.address, options.insecure).nodes())
     from orchestrator.planning.plan import as_record, plan
 
     found = plan(recipe, machine, options.examples, options.calibration)

@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
-from orchestrator.inference.trained_model import Wanted, load_trained
+from orchestrator.inference.trained_model import PrecisionChoice, load_trained_model
 from orchestrator.tasks.bases.chat import Template
 from orchestrator.tasks.bases.generation import end_tokens, plain_closing, without_closing
 from orchestrator.tasks.bases.text import longest_conversation
@@ -50,13 +50,15 @@ class Screen(TextStreamer):  # type: ignore[misc]
         return before[: len(before) - size]
 
 
-def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: Wanted = "auto") -> None:
+def chat(
+    folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: PrecisionChoice = "auto"
+) -> None:
     """Answer each line until there are no more; `/new` starts over, `/quit` ends.
 
     Raises:
         InputError: the directory holds no trained language model.
     """
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
         what = f"a model for {trained.task.name} does not talk"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from orchestrator.data.formats.hub import offline_unless_reachable
 from orchestrator.data.messages import show_name
 from orchestrator.errors import DataError, InputError, Problem, nearest
-from orchestrator.inference.trained_model import Trained, Wanted, load_trained
+from orchestrator.inference.trained_model import PrecisionChoice, TrainedModel, load_trained_model
 from orchestrator.tasks.bases.chat import Template
 from orchestrator.tasks.bases.generation import ANSWER
 from orchestrator.tasks.bases.text import longest_conversation
@@ -32,7 +32,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     chat_template: bool = False,
     batch_size: int = 8,
-    precision: Wanted = "auto",
+    precision: PrecisionChoice = "auto",
 ) -> dict[str, Any]:
     """Score a trained language model on tasks of the harness; the answer has the shape of that of `evaluate`.
 
@@ -62,7 +62,7 @@ def evaluate_tasks(
 
     manager = TaskManager(include_path=include)
     check_names(names, manager.all_tasks)
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
         what = f"a model for {trained.task.name} is no language model"
         raise InputError(Problem(what, str(folder), f"score it on its own data, without {OPTION}"))
@@ -174,7 +174,7 @@ def explain(error: Exception, name: str) -> Problem:
     return Problem(f"{name} cannot be loaded: {detail}", OPTION, "check the task's file and the data that it names")
 
 
-def as_harness_model(trained: Trained, chat_template: bool, batch_size: int) -> Any:
+def as_harness_model(trained: TrainedModel, chat_template: bool, batch_size: int) -> Any:
     """The model as the harness takes it, reading texts and conversations as in training."""
     from lm_eval.models.huggingface import HFLM
 
@@ -220,7 +220,9 @@ def space_before_answers(tokenizer: Any) -> str:
     return gap if gap.isspace() else ""
 
 
-def as_record(found: dict[str, Any], trained: Trained, names: Sequence[str], how: dict[str, Any]) -> dict[str, Any]:
+def as_record(
+    found: dict[str, Any], trained: TrainedModel, names: Sequence[str], how: dict[str, Any]
+) -> dict[str, Any]:
     """What the harness has found, in the shape of what `evaluate` returns."""
     tasks = {
         name: {

@@ -18,7 +18,7 @@ from torch import nn
 
 from orchestrator import models
 from orchestrator.errors import InputError, Problem, RunFailed
-from orchestrator.inference.trained_model import Trained, find_trained, holds_adapter, load_trained
+from orchestrator.inference.trained_model import TrainedModel, find_trained_model, has_adapter, load_trained_model
 from orchestrator.runs.directory import DESCRIPTION
 from orchestrator.training.engine.base import on_cpu
 from orchestrator.training.model_card import card_of_merged
@@ -40,17 +40,17 @@ def export(folder: Path, output: Path, merge: bool) -> float | None:
     """
     if output.exists():
         raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
-    inner, _ = find_trained(folder)
+    inner, _ = find_trained_model(folder)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     moved = None
     if not merge:
         shutil.copytree(inner, partial)
     else:
-        if not holds_adapter(inner):
+        if not has_adapter(inner):
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
         # In main memory, which holds more than a GPU does.
-        trained = load_trained(folder, "fp32", torch.device("cpu"), as_stored=True)
+        trained = load_trained_model(folder, "fp32", torch.device("cpu"), as_stored=True)
         merged, moved = merged_model(trained)
         save_whole(merged, whole_state(merged, {}, trained.formats, None), trained.formats.main, partial)
         trained.processor.save_pretrained(partial)
@@ -68,7 +68,7 @@ def rounding_note(dtype: torch.dtype, moved: float) -> str:
     return f"the weights are in {name}, as the source's; rounding moved the outputs by {moved:.1e} of the largest one"
 
 
-def merged_model(trained: Trained) -> tuple[Any, float | None]:
+def merged_model(trained: TrainedModel) -> tuple[Any, float | None]:
     """Return the model with its adapter folded in, in its source's format, and how far rounding moved its outputs.
 
     The adapted model is not left as it was. Weights in 4 bits become whole.
@@ -78,20 +78,20 @@ def merged_model(trained: Trained) -> tuple[Any, float | None]:
     """
     model, formats = trained.model, trained.formats
     inputs = trained.task.example_inputs(trained.processor)
-    before = answer(model, inputs)
-    with merged_in_turn(model):
-        in_fp32 = answer(model, inputs)
-    refuse_another_answer(in_fp32, before)
+    before = compute_logits(model, inputs)
+    with merging_each_layer(model):
+        in_fp32 = compute_logits(model, inputs)
+    refuse_changed_outputs(in_fp32, before)
     base = model.get_base_model()
     for name, layer in changed_layers(base).items():
-        base.set_submodule(name, in_formats(plain_layer(layer), formats, f"{name}."))
+        base.set_submodule(name, cast_to_formats(plain_layer(layer), formats, f"{name}."))
     merged = model.merge_and_unload().eval()
     if getattr(merged, "hf_quantizer", None) is not None:
         merged.hf_quantizer.remove_quantization_config(merged)
-    in_formats(merged, formats)
-    written = answer(merged, inputs)
+    cast_to_formats(merged, formats)
+    written = compute_logits(merged, inputs)
     if formats.main == torch.float32 and not formats.others:
-        refuse_another_answer(written, before)
+        refuse_changed_outputs(written, before)
         return merged, None
     return merged, difference(written, in_fp32, before)
 
@@ -144,7 +144,7 @@ def plain_layer(layer: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def merged_in_turn(model: Any) -> Iterator[None]:
+def merging_each_layer(model: Any) -> Iterator[None]:
     """Have each adapted layer compute with weights that are merged for this one pass, and dropped after it."""
     layers = changed_layers(model.get_base_model()).values()
     hooks = [
@@ -160,7 +160,7 @@ def merged_in_turn(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def in_formats(module: nn.Module, formats: models.StoredFormats, prefix: str = "") -> nn.Module:
+def cast_to_formats(module: nn.Module, formats: models.StoredFormats, prefix: str = "") -> nn.Module:
     """Give a module's weights the formats that they are stored in; returns the module.
 
     Args:
@@ -176,7 +176,7 @@ def difference(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> f
     return float((one - other).abs().max() / scale.abs().max())
 
 
-def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
+def refuse_changed_outputs(after: torch.Tensor, before: torch.Tensor) -> None:
     """Raise RunFailed where a merged model does not compute what it did before."""
     error = difference(after, before, before)
     if not error <= LARGEST_ERROR:
@@ -187,7 +187,7 @@ def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def compute_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Return what a model makes of one example, computed in fp32, on the CPU."""
     with models.Fp32Compute():
         logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits

@@ -23,7 +23,14 @@ from orchestrator.data.cache import as_table
 from orchestrator.data.formats.image_folders import is_picture
 from orchestrator.data.formats.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
-from orchestrator.inference.trained_model import Trained, Wanted, find_source_of, load_source, load_trained, ready
+from orchestrator.inference.trained_model import (
+    PrecisionChoice,
+    TrainedModel,
+    find_source_of,
+    load_source,
+    load_trained_model,
+    prepare_for_inference,
+)
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.tasks.base import Predictions
 from orchestrator.tasks.bases.padded import concatenate
@@ -37,7 +44,7 @@ ANSWERS_TOGETHER = 32
 
 
 @dataclass
-class Predicted:
+class PredictionResult:
     """What a model makes of some examples, in their order."""
 
     predictions: Predictions
@@ -48,8 +55,8 @@ class Predicted:
 
 
 def predict_examples(
-    trained: Trained, examples: Examples, batch_size: int = 64, reference: npt.NDArray[np.float64] | None = None
-) -> Predicted:
+    trained: TrainedModel, examples: Examples, batch_size: int = 64, reference: npt.NDArray[np.float64] | None = None
+) -> PredictionResult:
     """Predict for all examples. They are encoded some at a time: pictures take far more memory than their files.
 
     Args:
@@ -82,11 +89,11 @@ def predict_examples(
             targets.append(encoded.targets())
     every = {name: concatenate([part[name] for part in targets]) for name in targets[0]} if targets else {}
     loss = sum(value / max(1, counts[name]) for name, value in sums.items())
-    return Predicted(in_order([(rows, parts, loss)]), loss, every)
+    return PredictionResult(in_order([(rows, parts, loss)]), loss, every)
 
 
 def evaluate(
-    folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = (), precision: Wanted = "auto"
+    folder: Path, data: str | None, split: str, *, overrides: Sequence[str] = (), precision: PrecisionChoice = "auto"
 ) -> dict[str, Any]:
     """Score a trained model on a split of its recipe's data, or of other data.
 
@@ -96,7 +103,7 @@ def evaluate(
     Raises:
         InputError: no such model, data or split; columns that do not fit.
     """
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     recipe = recipe_of(trained, data, overrides)
     if data is None:
         from orchestrator.training.prepare import read_examples
@@ -133,7 +140,7 @@ def evaluate(
     }
 
 
-def compute_reference(trained: Trained, examples: Examples) -> npt.NDArray[np.float64]:
+def compute_reference(trained: TrainedModel, examples: Examples) -> npt.NDArray[np.float64]:
     """What the source makes of examples; raises ModelError where it is not to be found any more."""
     task = trained.task
     source = find_source_of(trained.description)
@@ -145,13 +152,13 @@ def compute_reference(trained: Trained, examples: Examples) -> npt.NDArray[np.fl
         with models.Fp32Compute() if trained.as_stored else contextlib.nullcontext():
             task.configure_model(model, trained.processor, source)
         recipe = parse_recipe(trained.description["recipe"])
-        model = ready(model, recipe, trained.precision, trained.device)
+        model = prepare_for_inference(model, recipe, trained.precision, trained.device)
         asked = predict_examples(replace(trained, model=model), examples)
     (found,) = asked.predictions.values()
     return np.asarray(found, np.float64)
 
 
-def recipe_of(trained: Trained, data: str | None, overrides: Sequence[str] = ()) -> Recipe:
+def recipe_of(trained: TrainedModel, data: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that made the model, with other data or other names of their columns where they are given."""
     wrong = [text for text in overrides if not text.startswith("target.columns")]
     if wrong:
@@ -176,7 +183,7 @@ def predict(
     out: TextIO,
     *,
     overrides: Sequence[str] = (),
-    precision: Wanted = "auto",
+    precision: PrecisionChoice = "auto",
 ) -> int:
     """Predict for every row of a file (or of standard input, JSON lines); returns how many.
 
@@ -192,7 +199,7 @@ def predict(
             raise InputError(Problem("the predictions would replace the data", str(output), "give another --output"))
     if batch_size < 1:
         raise InputError(Problem(f"batch size is {batch_size}", "--batch-size", "give 1 or more"))
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     columns = trained.task.prompt_columns(trained.task.options)
     mapping = recipe_of(trained, None, overrides).target.columns
     if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):
@@ -207,11 +214,11 @@ def predict(
     if added is None:
         added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
     kept = {name: without_bytes(given.table[name]) for name in given.table.column_names if name not in added}
-    write_predicted(pa.table({**kept, **added}), output, out)
+    write_predictions(pa.table({**kept, **added}), output, out)
     return len(examples)
 
 
-def write_predicted(table: pa.Table, output: Path | None, out: TextIO) -> None:
+def write_predictions(table: pa.Table, output: Path | None, out: TextIO) -> None:
     if output is not None and output.suffix == ".parquet":
         write_table(table, output)
         return

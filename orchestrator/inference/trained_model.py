@@ -18,12 +18,12 @@ from orchestrator.tasks import Task, find_task
 from orchestrator.training.engine.precision import Precision, dtype_of, has_bf16
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
 
-Wanted = Literal["auto", "fp32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
 """What to compute in; `auto` is what the run computed in on a GPU, else fp32."""
 
 
 @dataclass
-class Trained:
+class TrainedModel:
     """A model directory, loaded."""
 
     folder: Path
@@ -43,7 +43,7 @@ class Trained:
         return may_load_as_stored(parse_recipe(self.description["recipe"]), self.precision)
 
 
-def find_trained(folder: Path) -> tuple[Path, dict[str, Any]]:
+def find_trained_model(folder: Path) -> tuple[Path, dict[str, Any]]:
     """A model directory, or the one in a run directory, and its description; raises InputError when it is none."""
     inner = folder / "model" if (folder / "model").is_dir() else folder
     try:
@@ -57,9 +57,9 @@ def find_trained(folder: Path) -> tuple[Path, dict[str, Any]]:
     return inner, description
 
 
-def load_trained(
-    folder: Path, wanted: Wanted = "auto", device: torch.device | None = None, as_stored: bool | None = None
-) -> Trained:
+def load_trained_model(
+    folder: Path, wanted: PrecisionChoice = "auto", device: torch.device | None = None, as_stored: bool | None = None
+) -> TrainedModel:
     """Load a model directory, or the one in a run directory.
 
     Args:
@@ -70,12 +70,12 @@ def load_trained(
     Raises:
         InputError: it is none of ours, or its source is not to be found; bf16 is wanted where the hardware lacks it.
     """
-    inner, description = find_trained(folder)
+    inner, description = find_trained_model(folder)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task_class = find_task(description["task"])
     options = task_class.Options.model_validate(description["options"])
     recipe = parse_recipe(description["recipe"])
-    precision = choose_for_use(wanted, recipe, device)
+    precision = choose_inference_precision(wanted, recipe, device)
     adapter = recipe.transfer.adapter
     is_quantized = adapter is not None and adapter.quantize is not None
     as_stored = may_load_as_stored(recipe, precision) if as_stored is None else as_stored and not is_quantized
@@ -87,12 +87,12 @@ def load_trained(
     processor, _ = task.load_processor(here)
     with models.Fp32Compute() if as_stored else contextlib.nullcontext():
         task.configure_model(model, processor, source)
-        model = put_adapter_on(model, inner)
-    model = ready(model, recipe, precision, device)
-    return Trained(inner, description, task, model, processor, device, precision, formats)
+        model = load_adapter(model, inner)
+    model = prepare_for_inference(model, recipe, precision, device)
+    return TrainedModel(inner, description, task, model, processor, device, precision, formats)
 
 
-def choose_for_use(wanted: Wanted, recipe: Recipe, device: torch.device) -> Precision:
+def choose_inference_precision(wanted: PrecisionChoice, recipe: Recipe, device: torch.device) -> Precision:
     """What a trained model computes in; raises InputError where bf16 is wanted and the hardware lacks it."""
     if wanted == "auto":
         is_narrow = device.type == "cuda" and recipe.train.precision != "fp32" and has_bf16(device)
@@ -103,7 +103,7 @@ def choose_for_use(wanted: Wanted, recipe: Recipe, device: torch.device) -> Prec
     return wanted
 
 
-def ready(model: Any, recipe: Recipe, precision: Precision, device: torch.device) -> Any:
+def prepare_for_inference(model: Any, recipe: Recipe, precision: Precision, device: torch.device) -> Any:
     """The model on its device, in evaluation mode; its weights and passes in the precision that it computes in."""
     model.requires_grad_(False)
     models.set_compute_dtype(model, dtype_of(precision))
@@ -120,7 +120,7 @@ def load_base(
     folder: Path, description: dict[str, Any], auto_class: str, as_stored: bool = False
 ) -> tuple[Any, SourceModel]:
     """The model of a folder; for one that holds an adapter, what it is to be put on."""
-    if not holds_adapter(folder):
+    if not has_adapter(folder):
         source = models.open_folder(folder, str(folder))
         config = models.load_config(source)
         return models.load_model(source, auto_class, config, False, 0, as_stored=as_stored).model, source
@@ -129,11 +129,11 @@ def load_base(
     return load_source(description, auto_class, source, as_stored), source
 
 
-def put_adapter_on(base: Any, folder: Path) -> Any:
+def load_adapter(base: Any, folder: Path) -> Any:
     """The base with the folder's adapter on it, where there is one."""
     from peft import PeftConfig, PeftModel
 
-    if not holds_adapter(folder):
+    if not has_adapter(folder):
         return base
     for name in PeftConfig.from_pretrained(str(folder)).modules_to_save or ():
         # The copy that the adapter's weights are read into has the format of the module that it is made from.
@@ -141,7 +141,7 @@ def put_adapter_on(base: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(base, folder)
 
 
-def holds_adapter(folder: Path) -> bool:
+def has_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 

@@ -151,7 +151,7 @@ class Cluster:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        with telling(self.address):
+        with plain_errors(self.address):
             yield
 
 
@@ -181,7 +181,7 @@ def connect(address: str | None, insecure: bool = False) -> Cluster:
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)  # It tells of each upload.
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # And of each log that has ended.
-    with telling(checked), without_address_variables():
+    with plain_errors(checked), without_address_variables():
         return Cluster(checked, JobSubmissionClient(checked))
 
 
@@ -226,7 +226,7 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def telling(address: str) -> Iterator[None]:
+def plain_errors(address: str) -> Iterator[None]:
     """Errors of Ray's client in plain words.
 
     Raises:

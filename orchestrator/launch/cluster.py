@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from orchestrator.errors import ClusterError, Problem
-from orchestrator.launch.placement import least_size, refuse_without_room, size_of_worker
+from orchestrator.launch.placement import minimum_resources, refuse_without_room, worker_resources
 from orchestrator.recipe import Recipe
 
 SECONDS_FOR_FIRST_PROCESSES = 10.0
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LOOKS_FOR_MORE = 120.0
 """An elastic run that finds room for more workers begins again from its last checkpoint."""
 
 
-def scaling(recipe: Recipe) -> Any:
+def make_scaling_config(recipe: Recipe) -> Any:
     """How many workers of which size.
 
     Raises:
@@ -34,8 +34,8 @@ def scaling(recipe: Recipe) -> Any:
 
     scale, nodes = recipe.scale, cluster_nodes()
     if not scale.wait_for_nodes:
-        refuse_without_room(recipe, scale.min_workers or scale.workers, least_size(recipe, nodes), nodes)
-    each = size_of_worker(recipe, nodes)
+        refuse_without_room(recipe, scale.min_workers or scale.workers, minimum_resources(recipe, nodes), nodes)
+    each = worker_resources(recipe, nodes)
     return ScalingConfig(
         num_workers=scale.workers if scale.min_workers is None else (scale.min_workers, scale.workers),
         use_gpu=each["GPU"] > 0,
@@ -159,7 +159,7 @@ def has_notices() -> bool:
     return os.environ.get(WATCHER, "1") != "0"
 
 
-def remove_orphans(others: Container[bytes] = ()) -> bool:
+def remove_orphaned_groups(others: Container[bytes] = ()) -> bool:
     """Give back what this job's dead actors had reserved: Ray itself does when the whole job has ended.
 
     Args:
@@ -171,14 +171,14 @@ def remove_orphans(others: Container[bytes] = ()) -> bool:
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    found = [(group, is_orphan) for group, is_orphan in own_groups() if group not in others]
+    found = [(group, is_orphan) for group, is_orphan in find_placement_groups() if group not in others]
     for group, is_orphan in found:
         if is_orphan:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
     return not all(is_orphan for _, is_orphan in found)
 
 
-def own_groups() -> list[tuple[bytes, bool]]:
+def find_placement_groups() -> list[tuple[bytes, bool]]:
     """The placement groups that actors of this job have made, and whether their maker is dead.
 
     `ray.util.placement_group_table` does not tell who made a group, so Ray's own table is read.

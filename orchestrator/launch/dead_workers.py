@@ -11,11 +11,11 @@ from orchestrator.runs.progress import ProgressFile
 from orchestrator.runs.remote import open_run
 
 
-class BeginAgain(Exception):
+class RestartWorkers(Exception):
     """Raised by a worker that has to begin again, with all others, for a reason that does not count as a failure."""
 
 
-class GiveUp(Exception):
+class AbortTraining(Exception):
     """Raised by a worker for which beginning again would be of no use; the others may be waiting for it."""
 
     def __init__(self, error: OrchestratorError) -> None:
@@ -26,7 +26,7 @@ class GiveUp(Exception):
 def error_of(failure: Any) -> OrchestratorError | None:
     """Return what a worker has given up for, from what Ray Train raises; None where none has."""
     found = getattr(failure, "worker_failures", {}).values()
-    return next((each.error for each in found if isinstance(each, GiveUp)), None)
+    return next((each.error for each in found if isinstance(each, AbortTraining)), None)
 
 
 def failure_policy(config: Any) -> Any:
@@ -41,16 +41,16 @@ def failure_policy(config: Any) -> Any:
         def make_decision(self, training_failed_error: Any) -> Any:
             # Where one worker stops, others die of it.
             failures = getattr(training_failed_error, "worker_failures", {}).values()
-            if any(isinstance(each, GiveUp) for each in failures):
+            if any(isinstance(each, AbortTraining) for each in failures):
                 return FailureDecision.RAISE
-            if any(isinstance(each, BeginAgain) for each in failures):
+            if any(isinstance(each, RestartWorkers) for each in failures):
                 return FailureDecision.RETRY
             return super().make_decision(training_failed_error)
 
     return Policy(config)
 
 
-def teller(place: str, keys: Any) -> Any:
+def failure_callback(place: str, keys: Any) -> Any:
     """A callback of Ray Train for the run directory at a path or a URL.
 
     Args:
@@ -61,7 +61,7 @@ def teller(place: str, keys: Any) -> Any:
 
     class Teller(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(isinstance(each, (BeginAgain, GiveUp)) for each in worker_exceptions.values()):
+            if any(isinstance(each, (RestartWorkers, AbortTraining)) for each in worker_exceptions.values()):
                 return  # The worker has told it.
             if keys is not None:
                 os.environ.update(ray.get(keys))
@@ -69,7 +69,7 @@ def teller(place: str, keys: Any) -> Any:
             with contextlib.suppress(OSError):  # The run does not depend on it.
                 # Ray's controller of the workers runs on the machine of the command, whose copy this is.
                 directory = open_run(place)
-                directory.note(told)
+                directory.add_note(told)
                 again = "all start again from the last checkpoint, once the cluster has room for them"
                 ProgressFile(directory.root, directory.upload_progress).show(force=True, phase=f"{told}; {again}")
 

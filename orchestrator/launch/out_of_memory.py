@@ -66,7 +66,7 @@ def halve_passes(prepared: Prepared, directory: RunDirectory) -> None:
     directory.update_record(**{RECORD: half})
     # Of pictures, each counts as one.
     unit = "examples" if longest == 1 else "tokens, padding counted,"
-    directory.note(f"{largest} {unit} did not fit into memory in one pass, so passes have {half} from then on")
+    directory.add_note(f"{largest} {unit} did not fit into memory in one pass, so passes have {half} from then on")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

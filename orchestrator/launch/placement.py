@@ -25,18 +25,18 @@ def gpus_of_worker(recipe: Recipe, nodes: Nodes) -> int:
     return recipe.scale.gpus_per_worker
 
 
-def least_size(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
+def minimum_resources(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
     """Return the CPUs and GPUs that each worker has at the least."""
     cpus = 1 if recipe.scale.cpus_per_worker == "auto" else recipe.scale.cpus_per_worker
     return {"CPU": cpus, "GPU": gpus_of_worker(recipe, nodes)}
 
 
-def size_of_worker(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
+def worker_resources(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
     """Return the CPUs and GPUs of each worker of a training.
 
     `cpus_per_worker: auto` is the most that all workers can have of the nodes they fit on, or as many of them as fit.
     """
-    each = least_size(recipe, nodes)
+    each = minimum_resources(recipe, nodes)
     workers = min(recipe.scale.workers, count_room(each, nodes))
     if recipe.scale.cpus_per_worker == "auto" and workers:
         most = int(max(node.get("CPU", 0) for node in nodes))

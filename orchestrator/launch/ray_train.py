@@ -15,28 +15,36 @@ import psutil
 
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.launch import import_ahead
-from orchestrator.launch.cluster import HIDES_GPUS, has_notices, remove_orphans, scaling
-from orchestrator.launch.dead_workers import BeginAgain, GiveUp, error_of, failure_policy, last_line, reason, teller
-from orchestrator.launch.stop_request import Asker, Listener
+from orchestrator.launch.cluster import HIDES_GPUS, has_notices, make_scaling_config, remove_orphaned_groups
+from orchestrator.launch.dead_workers import (
+    AbortTraining,
+    RestartWorkers,
+    error_of,
+    failure_callback,
+    failure_policy,
+    last_line,
+    reason,
+)
+from orchestrator.launch.stop_request import StopRequestReceiver, StopRequestSender
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.progress import ProgressFile
 from orchestrator.runs.remote import open_run
 from orchestrator.storage import credentials, is_url
-from orchestrator.training.interruption import Interruption, Wish
+from orchestrator.training.interruption import InterruptHandler, StopRequest
 from orchestrator.training.prepare import Prepared
 
 if TYPE_CHECKING:
-    from orchestrator.training.preemption import Notice
+    from orchestrator.training.preemption import PreemptionNotice
 
-SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
-SECONDS_UNTIL_A_NODE_GOES = 120.0  # Ray Train's own guess where no deadline is told.
-SECONDS_AFTER_A_DEADLINE = 60.0
+COLLECTIVE_TIMEOUT_SECONDS = 600
+DEFAULT_NOTICE_SECONDS = 120.0  # Ray Train's own guess where no deadline is told.
+SECONDS_AFTER_DEADLINE = 60.0
 SECONDS_TO_DIE = 5.0  # For a controller that is killed.
-Work = Callable[[Prepared, Any], None]
+WorkerFunction = Callable[[Prepared, Any], None]
 
 
-def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, interruption: Interruption) -> None:
+def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, interruption: InterruptHandler) -> None:
     """Run the training on its workers; returns when it is finished.
 
     One worker runs in this process (Ray Train's local mode), several as Ray Train workers. A worker that dies takes its
@@ -52,9 +60,9 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, inter
 
     recipe = prepared.recipe
     distributed = recipe.scale.workers > 1
-    asker = Asker()
+    asker = StopRequestSender()
     config = {
-        "wish": asker.key if distributed else interruption,
+        "stop_request": asker.key if distributed else interruption,
         # In the object store, each node holds the encoded data once, and its workers read them without a copy.
         "prepared": ray.put(prepared) if distributed else prepared,
         "place": directory.place,
@@ -63,31 +71,31 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, inter
         # As a reference: Ray shows what is in here, and the workers' environment, to everybody.
         "credentials": ray.put(credentials()) if distributed and is_url(directory.place) else None,
     }
-    size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
+    size = make_scaling_config(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
     if distributed and recipe.scale.wait_for_nodes:
         wanted = " and ".join(f"{number:g} {kind}" for kind, number in size.resources_per_worker.items())
         workers = f"{size.min_workers} workers with {wanted} each"
         ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
     where = (directory.logs, directory.logs / "ray")
-    told = [teller(directory.place, config["credentials"])] if distributed else []
+    told = [failure_callback(directory.place, config["credentials"])] if distributed else []
     for left in reversed(range(recipe.scale.max_failures + 1)):
         try:
-            with asker.waiting(), interruption.passed_on(asker.ask) if distributed else contextlib.nullcontext():
-                fit(train_on_worker, config, size, recipe, *where, attempt, told)
+            with asker.waiting(), interruption.forwarding_to(asker.ask) if distributed else contextlib.nullcontext():
+                run_trainer(train_on_worker, config, size, recipe, *where, attempt, told)
             return
         except ControllerDied as error:
-            if interruption.is_given():
+            if interruption.is_set():
                 raise KeyboardInterrupt from None
             if not left:
                 raise
-            directory.note(f"{error}; the run goes on from its last checkpoint")
+            directory.add_note(f"{error}; the run goes on from its last checkpoint")
         # Workers of before that are not dead yet can commit nothing any more.
         attempt = config["attempt"] = attempt + 1
         directory.update_record(attempt=attempt)
-        remove_orphans()
+        remove_orphaned_groups()
 
 
-def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
+def run_worker_group(prepared: Prepared, work: WorkerFunction, resources: dict[str, float], folder: Path) -> None:
     """Run workers for trials of a search, from within a trial's actor; returns when `work` has returned on all of them.
 
     Args:
@@ -109,7 +117,7 @@ def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder
     )
     config = {"prepared": ray.put(prepared), "work": ray.put(work), "folder": str(folder)}
     try:
-        fit(work_on_worker, config, size, recipe, folder, folder / "ray", 1)
+        run_trainer(work_on_worker, config, size, recipe, folder, folder / "ray", 1)
     except ray.exceptions.RayError as error:
         raise RunFailed(f"Ray Train itself failed: {last_line(error)}") from error
 
@@ -118,7 +126,7 @@ class ControllerDied(RunFailed):
     """The process died that Ray Train looks after the workers with."""
 
 
-def fit(
+def run_trainer(
     loop: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     size: Any,
@@ -164,7 +172,7 @@ def fit(
         train_loop_config=config,
         scaling_config=size,
         torch_config=(OnCpu if recipe.scale.gpus_per_worker == 0 else TorchConfig)(
-            timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS
+            timeout_s=COLLECTIVE_TIMEOUT_SECONDS
         ),
         run_config=ray.train.RunConfig(
             name=f"attempt-{attempt}",
@@ -189,7 +197,7 @@ def fit(
         if run.controller is not None:  # The cluster may go on after this command, which its workers must not.
             ray.kill(run.controller)
             until = time.monotonic() + SECONDS_TO_DIE
-            while remove_orphans() and time.monotonic() < until:
+            while remove_orphaned_groups() and time.monotonic() < until:
                 time.sleep(0.1)
         raise
     if isinstance(outcome, OrchestratorError):
@@ -202,10 +210,10 @@ def work_on_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     rank = ray.train.get_context().get_world_rank()
-    with output_to(Path(config["folder"]) / f"worker-{rank}.log"):
+    with redirect_output(Path(config["folder"]) / f"worker-{rank}.log"):
         # Unpacking imports the search, which comes to modules that the imports ahead have half done.
         import_ahead.wait()
-        have_gloo_use(ray.util.get_node_ip_address())
+        set_gloo_interface(ray.util.get_node_ip_address())
         ray.get(config["work"])(ray.get(config["prepared"]), get_device())
 
 
@@ -224,12 +232,12 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         if not alone:
             # By the same address as Ray numbers the workers of a node, of which two on one machine are one.
             address = ray.util.get_node_ip_address()
-            have_gloo_use(address)
+            set_gloo_interface(address)
             directory = open_run(config["place"], address)
             directory.leads_node = context.get_local_rank() == 0
             directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(directory.upload_logs)
-            stack.enter_context(output_to(directory.logs / f"worker-{rank}.log"))
+            stack.enter_context(redirect_output(directory.logs / f"worker-{rank}.log"))
             import_ahead.wait()
             prepared = ray.get(prepared)
             if directory.leads_node:
@@ -241,11 +249,13 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
         from orchestrator.training.engine.devices import choose_device
 
         try:
-            notice = PreemptionNotice() if config["has_notices"] else None
+            notice = RayPreemptionNotice() if config["has_notices"] else None
             device = choose_device(prepared.recipe) if alone else get_device()
-            wish = config["wish"]
-            wish = Listener(wish, rank == 0) if isinstance(wish, str) else wish
-            train_in_passes_that_fit(prepared, directory, config["attempt"], device, rank, notice, wish)
+            stop_request = config["stop_request"]
+            stop_request = (
+                StopRequestReceiver(stop_request, rank == 0) if isinstance(stop_request, str) else stop_request
+            )
+            train_with_smaller_passes(prepared, directory, config["attempt"], device, rank, notice, stop_request)
         except OrchestratorError as error:
             return error
         if directory.leads_node:
@@ -253,7 +263,7 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     return None
 
 
-def have_gloo_use(address: str) -> None:
+def set_gloo_interface(address: str) -> None:
     """Have gloo talk over the network interface with this address of the machine, unless the user names another.
 
     Gloo itself takes the address of the machine's name, which on some machines is one that others cannot reach.
@@ -269,7 +279,7 @@ def with_workers(prepared: Prepared, number: int) -> Prepared:
     return replace(prepared, recipe=prepared.recipe.model_copy(update={"scale": scale}))
 
 
-class PreemptionNotice:
+class RayPreemptionNotice:
     """What Ray Train hears of nodes that will be taken away, such as a cloud's spot machines."""
 
     def __init__(self) -> None:
@@ -285,18 +295,18 @@ class PreemptionNotice:
     def wait(self) -> None:
         self._waited_for = self._told
         deadline = self._told.deadline_ms
-        left = SECONDS_UNTIL_A_NODE_GOES if deadline is None else deadline / 1000 - time.time()
-        time.sleep(max(0.0, left) + SECONDS_AFTER_A_DEADLINE)
+        left = DEFAULT_NOTICE_SECONDS if deadline is None else deadline / 1000 - time.time()
+        time.sleep(max(0.0, left) + SECONDS_AFTER_DEADLINE)
 
 
-def train_in_passes_that_fit(
+def train_with_smaller_passes(
     prepared: Prepared,
     directory: RunDirectory,
     attempt: int,
     device: Any,
     rank: int,
-    notice: Notice | None,
-    wish: Wish | None = None,
+    notice: PreemptionNotice | None,
+    stop_request: StopRequest | None = None,
 ) -> None:
     """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
     from orchestrator.launch.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
@@ -305,7 +315,9 @@ def train_in_passes_that_fit(
     while True:
         tried = with_recorded_passes(prepared, directory)
         try:
-            return run_worker(tried, directory, attempt, device, is_first=rank == 0, notice=notice, wish=wish)
+            return run_worker(
+                tried, directory, attempt, device, is_first=rank == 0, notice=notice, stop_request=stop_request
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -314,8 +326,8 @@ def train_in_passes_that_fit(
                 try:
                     halve_passes(tried, directory)
                 except RunFailed as failed:
-                    raise GiveUp(failed) from error
-                raise BeginAgain(str(error)) from error
+                    raise AbortTraining(failed) from error
+                raise RestartWorkers(str(error)) from error
         halve_passes(tried, directory)
 
 
@@ -338,7 +350,7 @@ def worker_environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
+def redirect_output(path: Path) -> Iterator[None]:
     """Send everything this process prints, from Python or below it, to the end of a file."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -18,7 +18,7 @@ NAMESPACE = b"orchestrator"
 ASKED, SAVES, CANNOT = b"asked", b"saves", b"cannot"
 
 
-class Asker:
+class StopRequestSender:
     """The command's side."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Asker:
             os.kill(os.getpid(), number)
 
 
-class Listener:
+class StopRequestReceiver:
     """A worker's side.
 
     Args:
@@ -68,11 +68,11 @@ class Listener:
         if listens:
             threading.Thread(target=self._listen, name="interruption", daemon=True).start()
 
-    def is_given(self) -> bool:
+    def is_set(self) -> bool:
         return self._given.is_set()
 
     @contextlib.contextmanager
-    def while_steps_are_taken(self) -> Iterator[None]:
+    def during_steps(self) -> Iterator[None]:
         self._takes_steps = True
         try:
             yield

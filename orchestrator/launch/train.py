@@ -15,16 +15,16 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem, RunFailed
 from orchestrator.launch.cluster import cluster_nodes, ray_session, refuse_gpu_here
 from orchestrator.launch.disk import refuse_full_disk
-from orchestrator.launch.ray_train import output_to, run_workers
+from orchestrator.launch.ray_train import redirect_output, run_workers
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
 from orchestrator.runs.directory import RunDirectory, write_atomically
-from orchestrator.runs.identity import earlier_choice, last_attempt, refuse_another_run
-from orchestrator.runs.occupancy import kind_held, refuse_other_use
-from orchestrator.runs.progress import live_line, own_stream
+from orchestrator.runs.identity import last_attempt, recorded_choice, refuse_another_run
+from orchestrator.runs.occupancy import find_kind, refuse_occupied_directory
+from orchestrator.runs.progress import duplicate_stream, show_progress
 from orchestrator.runs.remote import open_run
 from orchestrator.storage import join
-from orchestrator.training.interruption import Interrupted, Interruption
+from orchestrator.training.interruption import Interrupted, InterruptHandler
 from orchestrator.training.prepare import Prepared, encode_inputs, prepare, read_inputs
 
 PACKAGES_THAT_DECIDE_NUMBERS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "datasets")
@@ -68,8 +68,8 @@ def train(
     """
     directory = open_run(output or join(recipe.scale.storage, recipe.name))
     check_directory(directory, recipe, fresh)
-    interruption = Interruption()
-    with interruption.listening(), contextlib.ExitStack() as stack:
+    interruption = InterruptHandler()
+    with interruption.installed(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         # Several workers take longest to start, so they begin while the data are encoded and the model is checked.
         wait_for_cluster = stack.enter_context(ray_session(recipe))
@@ -77,20 +77,20 @@ def train(
         refuse_gpu_here(recipe)
         aside = set_aside(directory) if fresh else None
         create_directory(directory)
-        stack.enter_context(directory.locked())
+        stack.enter_context(directory.lock())
         chosen = None
         if recipe.scale.fit:
             wait_for_cluster()
-            prepared, chosen = fit(prepared, directory)
+            prepared, chosen = apply_plan(prepared, directory)
         notes = refuse_another_run(prepared.recipe, prepared.identity, directory)
         if directory.has_finished():
             return finished_run(prepared, directory, notes, resumed=True)
         if screen is not None:
-            interruption.screen = stack.enter_context(own_stream(screen))
+            interruption.screen = stack.enter_context(duplicate_stream(screen))
             # A single worker runs in this process, and writes to this very copy.
             download = directory.download_progress if recipe.scale.workers > 1 else lambda: None
-            stack.enter_context(live_line(directory.root, screen, download))
-            stack.enter_context(output_to(directory.logs / "command.log"))
+            stack.enter_context(show_progress(directory.root, screen, download))
+            stack.enter_context(redirect_output(directory.logs / "command.log"))
         if prepared.parameters is not None and directory.place == str(directory.root):
             refuse_full_disk(directory.root, recipe, prepared.parameters)
         wait_for_cluster()
@@ -123,11 +123,11 @@ def check_model(prepared: Prepared) -> Prepared:
     return prepared if parts is None else replace(prepared, parameters=parts.count_parameters())
 
 
-def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str, Any]]:
+def apply_plan(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str, Any]]:
     """As a plan has it, or had it when the run began, with what it chose; raises ClusterError where nothing fits."""
     from orchestrator.planning.choose_sharding import choose_scale, with_choice
 
-    chosen = earlier_choice(directory)
+    chosen = recorded_choice(directory)
     if chosen is None:
         chosen = choose_scale(prepared, cluster_nodes() if prepared.recipe.scale.workers > 1 else None)
     return with_choice(prepared, chosen), chosen
@@ -135,16 +135,16 @@ def fit(prepared: Prepared, directory: RunDirectory) -> tuple[Prepared, dict[str
 
 def set_aside(directory: RunDirectory) -> str | None:
     """Move an earlier run to another name, unless it is running; returns that name, or None where there is no run."""
-    if kind_held(directory) is None:
+    if find_kind(directory) is None:
         return None
-    with directory.locked():
+    with directory.lock():
         return directory.set_aside()
 
 
 def check_directory(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
     """Raise InputError where the directory holds something else, or cannot be looked into."""
     with _reaching(directory, "looked into"):
-        refuse_other_use(directory, recipe, fresh)
+        refuse_occupied_directory(directory, recipe, fresh)
 
 
 def create_directory(directory: RunDirectory) -> None:
@@ -163,7 +163,7 @@ def _reaching(directory: RunDirectory, how: str) -> Iterator[None]:
 
 
 def run_and_record(
-    prepared: Prepared, directory: RunDirectory, interruption: Interruption, known: dict[str, Any]
+    prepared: Prepared, directory: RunDirectory, interruption: InterruptHandler, known: dict[str, Any]
 ) -> None:
     """Run the workers; run.json says how it ended, whatever way it ended.
 

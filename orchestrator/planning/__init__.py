@@ -9,8 +9,8 @@ from orchestrator.planning.failures import (
     useful_share,
     young_interval,
 )
-from orchestrator.planning.machines import Machine, machine_of, processors, read_shape
-from orchestrator.planning.memory import Memory, ModelSize, PassSize, Setting, loading_bytes, memory_of
+from orchestrator.planning.machines import Machine, cpu_machine, machine_from_nodes, parse_machine
+from orchestrator.planning.memory import Memory, ModelSize, PassMemory, ShardingSetup, loading_bytes, memory_of
 
 __all__ = [
     "EFFICIENCY",
@@ -19,17 +19,17 @@ __all__ = [
     "Machine",
     "Memory",
     "ModelSize",
-    "PassSize",
-    "Setting",
+    "PassMemory",
+    "ShardingSetup",
     "between_failures",
+    "cpu_machine",
     "daly_interval",
     "expected_failures",
     "loading_bytes",
-    "machine_of",
+    "machine_from_nodes",
     "memory_of",
     "network_bytes",
-    "processors",
-    "read_shape",
+    "parse_machine",
     "step_seconds",
     "useful_share",
     "young_interval",

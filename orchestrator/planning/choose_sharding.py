@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import ClusterError
-from orchestrator.planning import machine_of
+from orchestrator.planning import machine_from_nodes
 from orchestrator.planning.plan_input import PlanInput
-from orchestrator.planning.sharding_options import Planner, advise, machine_here
+from orchestrator.planning.sharding_options import Planner, advise, local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.prepare import Prepared
@@ -28,7 +28,7 @@ def choose_scale(prepared: Prepared, nodes: Sequence[Mapping[str, float]] | None
     recipe = prepared.recipe
     if nodes is not None and recipe.scale.gpus_per_worker == 0:
         nodes = [{kind: number for kind, number in node.items() if kind != "GPU"} for node in nodes]
-    machine = machine_here(recipe) if nodes is None else machine_of(nodes)
+    machine = local_machine(recipe) if nodes is None else machine_from_nodes(nodes)
     planner = Planner(PlanInput(prepared, len(prepared.encoded("train"))), machine)
     option = planner.option(recipe, micro_batch_size(recipe))
     if option.fits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planning.machines import Machine
-from orchestrator.planning.memory import ModelSize, Setting
+from orchestrator.planning.memory import ModelSize, ShardingSetup
 from orchestrator.training.engine.sizes import BF16, FP32
 
 EFFICIENCY = 0.4
@@ -28,7 +28,7 @@ class ComputeCost:
     """Steps, evaluations and what is computed once; None where nobody knows how many there are."""
 
 
-def network_bytes(model: ModelSize, setting: Setting) -> int:
+def network_bytes(model: ModelSize, setting: ShardingSetup) -> int:
     """What each worker sends in a step, with rings of all workers (Rajbhandari et al. 2020, section 7).
 
     Gradients are summed up once a step, 2 (n - 1) / n of their size. ZeRO-3 gathers the weights in each pass, forward

@@ -93,7 +93,7 @@ def machine_names() -> list[str]:
     return [f"{name}-{size}GB" for name, each in ACCELERATORS.items() for size in each.memory]
 
 
-def read_shape(text: str, option: str = "--on") -> Machine:
+def parse_machine(text: str, option: str = "--on") -> Machine:
     """`H100-80GB`, `8xH100-80GB` or `4x8xH100-80GB`: nodes, devices of each, and what they are.
 
     Raises:
@@ -130,7 +130,7 @@ def read_shape(text: str, option: str = "--on") -> Machine:
     )
 
 
-def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
+def machine_from_nodes(nodes: Sequence[Mapping[str, float]]) -> Machine:
     """A cluster by its nodes' resources, as Ray names them; nodes with GPUs count alone where there are any.
 
     Raises:
@@ -142,7 +142,7 @@ def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
         workers = [node for node in nodes if node.get("CPU", 0) >= 1] or nodes
         cores = min(int(node.get("CPU", 0)) for node in workers)
         memory = int(min(node.get("memory", 0) for node in workers))
-        return processors("the cluster's CPUs", len(workers), cores, memory)
+        return cpu_machine("the cluster's CPUs", len(workers), cores, memory)
     kinds = {name.partition(":")[2] for node in with_gpus for name in node if name.startswith("accelerator_type:")}
     if len(kinds) != 1:
         what = f"the cluster's GPUs are of {len(kinds)} kinds ({', '.join(sorted(kinds)) or 'none is named'})"
@@ -153,10 +153,10 @@ def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
         # Ray does not tell the size by itself, so a plan takes the smallest.
         kind = f"{kind}-{min(ACCELERATORS[kind].memory)}GB"
     devices = int(min(node["GPU"] for node in with_gpus))
-    return read_shape(f"{len(with_gpus)}x{devices}x{kind}", "--address")
+    return parse_machine(f"{len(with_gpus)}x{devices}x{kind}", "--address")
 
 
-def processors(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = False) -> Machine:
+def cpu_machine(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = False) -> Machine:
     """Machines without accelerators, each core of which can have a worker; `memory` is that of a node."""
     return Machine(
         name=name,

@@ -16,7 +16,7 @@ from orchestrator.data.batches import assign
 from orchestrator.errors import ModelError, Problem
 from orchestrator.planning import ModelSize
 from orchestrator.planning.plan_input import PlanInput, build
-from orchestrator.planning.simulation import Pass, fake_weights, simulate
+from orchestrator.planning.simulation import PassProfile, fake_weights, simulate
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.tasks.base import Batch, Totals
@@ -37,7 +37,7 @@ BYTES_OF_4_BITS = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What the steps of an epoch are for the busiest worker."""
 
     steps: int
@@ -54,35 +54,37 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationCount:
     """Floating-point operations: so many for each position, and for each square of a text's length."""
 
     linear: float
     square: float
 
-    def of(self, load: Load) -> float:
+    def of(self, load: Workload) -> float:
         return self.linear * load.linear + self.square * load.square
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A model, its largest pass, and what it computes."""
 
     size: ModelSize
-    first: Pass
+    first: PassProfile
     """The largest that begins a step."""
     later: int
     """Bytes that the largest pass after such a one holds besides gradients; 0 where there is none."""
-    whole: Work
+    whole: OperationCount
     """Forward and backward."""
-    forward: Work
-    frozen: Work
+    forward: OperationCount
+    frozen: OperationCount
     """Forward, through the frozen blocks alone."""
     boundary_numbers: float
     """What the frozen blocks hand on for each position."""
 
 
-def measure_load(encoded: Encoded, recipe: Recipe, micro_batch: int, packs: bool, device: str, autocasts: bool) -> Load:
+def measure_workload(
+    encoded: Encoded, recipe: Recipe, micro_batch: int, packs: bool, device: str, autocasts: bool
+) -> Workload:
     """Deal out an epoch, or a part of one that is long."""
     order = make_schedule(recipe.train, encoded.lengths, micro_batch).order
     batches = order.epoch(0)
@@ -99,7 +101,7 @@ def measure_load(encoded: Encoded, recipe: Recipe, micro_batch: int, packs: bool
             most[number > 0] = max(most[number > 0], (size, rows), key=itemgetter(0))
     share = len(batches) / len(some)
     first, later = (rows for _, rows in most)
-    return Load(order.steps_per_epoch, passes, first, later if len(later) else None, linear * share, square * share)
+    return Workload(order.steps_per_epoch, passes, first, later if len(later) else None, linear * share, square * share)
 
 
 def positions(encoded: Encoded, rows: Rows, packs: bool) -> tuple[float, float]:
@@ -116,12 +118,12 @@ def positions(encoded: Encoded, rows: Rows, packs: bool) -> tuple[float, float]:
 def measure(
     plan_input: PlanInput,
     recipe: Recipe,
-    load: Load,
+    load: Workload,
     packs: bool,
     precision: Precision,
     autocast: bool,
     balance: float = 0.0,
-) -> Measured:
+) -> Measurement:
     """Go through the largest passes, and through one over a single example.
 
     Args:
@@ -130,7 +132,7 @@ def measure(
     """
     encoded = plan_input.prepared.encoded("train")
 
-    def look(rows: Rows) -> tuple[ModelSize, Pass]:
+    def look(rows: Rows) -> tuple[ModelSize, PassProfile]:
         return _measure(plan_input, recipe, *_batch(plan_input, rows, packs), precision, autocast, balance)
 
     sizes = [positions(encoded, each, packs) for each in (load.first, load.first[:1])]
@@ -141,12 +143,12 @@ def measure(
     size, first = found[0]
     later = 0 if load.later is None else look(load.later)[1].activations
 
-    def work(name: str) -> Work:
+    def work(name: str) -> OperationCount:
         values = [float(getattr(one, name)) for _, one in found]
         linear, square = np.linalg.solve(np.array(sizes), np.array(values)) if differ else (values[0] / many, 0.0)
-        return Work(float(linear), float(square)) if square >= 0 else Work(values[0] / many, 0.0)
+        return OperationCount(float(linear), float(square)) if square >= 0 else OperationCount(values[0] / many, 0.0)
 
-    return Measured(
+    return Measurement(
         size,
         first,
         later,
@@ -157,7 +159,7 @@ def measure(
     )
 
 
-def whether_packed(plan_input: PlanInput, recipe: Recipe) -> bool:
+def uses_packed_sequences(plan_input: PlanInput, recipe: Recipe) -> bool:
     """Whether a run would put several texts into a row."""
     encoded = plan_input.prepared.encoded("train")
     if not encoded.packs:
@@ -201,10 +203,10 @@ def _measure(
     precision: Precision,
     autocast: bool,
     balance: float,
-) -> tuple[ModelSize, Pass]:
+) -> tuple[ModelSize, PassProfile]:
     """The model, and a pass over a batch."""
 
-    def look(parts: Parts) -> tuple[ModelSize, Pass]:
+    def look(parts: Parts) -> tuple[ModelSize, PassProfile]:
         parts = _narrowed(plan_input, parts, recipe, autocast)
         return measure_model(parts, recipe), _simulate(plan_input, parts, batch, totals, precision, autocast, balance)
 
@@ -262,7 +264,7 @@ def _simulate(
     precision: Precision,
     autocast: bool,
     balance: float,
-) -> Pass:
+) -> PassProfile:
     wide = torch.bfloat16 if precision == "bf16" and not autocast else None
     try:
         with fake_weights(parts.module, wide):

@@ -30,7 +30,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class PassSize:
+class PassMemory:
     """What a forward and a backward pass hold besides weights and the optimizer; bytes."""
 
     activations: int
@@ -45,7 +45,7 @@ class PassSize:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ShardingSetup:
     """How a training is spread."""
 
     workers: int
@@ -73,7 +73,7 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory_of(model: ModelSize, size: PassSize, setting: Setting) -> Memory:
+def memory_of(model: ModelSize, size: PassMemory, setting: ShardingSetup) -> Memory:
     """The most that a worker holds during a step."""
     parts = _plain(model, size, setting) if setting.zero_stage == 0 else _sharded(model, size, setting)
     parts["process"] = CUDA_CONTEXT if setting.is_gpu else setting.process
@@ -98,7 +98,7 @@ def loading_bytes(numbers: int, stored: int, held: int, copies: int) -> int:
     return numbers * stored if held == stored else numbers * held * copies
 
 
-def _plain(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]:
+def _plain(model: ModelSize, size: PassMemory, setting: ShardingSetup) -> dict[str, int]:
     """PyTorch alone, DDP, and DeepSpeed without ZeRO, all of which keep everything on every worker."""
     gradients = size.gradients
     # DDP has all gradients in its buckets all the time.
@@ -116,7 +116,7 @@ def _plain(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]
     }
 
 
-def _sharded(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]:
+def _sharded(model: ModelSize, size: PassMemory, setting: ShardingSetup) -> dict[str, int]:
     """ZeRO. Gradients are gathered in a bucket before they go where they belong."""
     narrow, stage = setting.precision == "bf16", setting.zero_stage
     wide = BF16 if narrow else FP32

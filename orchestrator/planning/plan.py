@@ -11,19 +11,19 @@ import torch
 
 from orchestrator import models
 from orchestrator.planning import ComputeCost, Machine, loading_bytes
-from orchestrator.planning.measuring import Measured, positions
+from orchestrator.planning.measuring import Measurement, positions
 from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import (
     SPARE,
-    Option,
     Planner,
+    ShardingOption,
     advise,
-    machine_here,
-    possible,
+    local_machine,
     precision_on,
+    valid_options,
     with_scale,
 )
-from orchestrator.planning.throughput import balance_of, caches, compute_cost_of
+from orchestrator.planning.throughput import caches, compute_cost_of, measure_balance
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
@@ -48,8 +48,8 @@ class TrainingPlan:
     """Positions of the largest pass."""
     room: float
     """Bytes that a worker may take."""
-    chosen: Option
-    options: list[Option]
+    chosen: ShardingOption
+    options: list[ShardingOption]
     steps: int | None
     effort: ComputeCost
     checkpoint_bytes: int
@@ -80,10 +80,10 @@ def plan(
     Raises:
         InputError: recipe, data or source are wrong; no such run.
     """
-    machine = machine or machine_here(recipe)
+    machine = machine or local_machine(recipe)
     plan_input = open_plan_input(recipe, num_examples)
     # A guess of the pace has its share of what is no product in it; one that was measured tells them apart.
-    balance = 0.0 if calibration is None else balance_of(machine, precision_on(machine, recipe))
+    balance = 0.0 if calibration is None else measure_balance(machine, precision_on(machine, recipe))
     planner = Planner(plan_input, machine, balance)
     notes = list(plan_input.notes)
     if recipe.train.precision == "bf16" and not machine.has_bf16:
@@ -92,7 +92,7 @@ def plan(
     load, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
     steps = steps_of(recipe, plan_input.num_examples)
-    options = [planner.option(with_scale(recipe, *each), micro_batch) for each in possible(recipe)]
+    options = [planner.option(with_scale(recipe, *each), micro_batch) for each in valid_options(recipe)]
     cached = caches(planner, recipe, found, load, steps)
     return TrainingPlan(
         recipe=recipe,
@@ -118,7 +118,7 @@ def plan(
     )
 
 
-def concurrent(planner: Planner, recipe: Recipe, option: Option) -> int:
+def concurrent(planner: Planner, recipe: Recipe, option: ShardingOption) -> int:
     """Trainings that the machines hold at a time, by their devices, or by cores and main memory."""
     machine, workers = planner.machine, recipe.scale.workers
     by_places = machine.places // workers
@@ -141,14 +141,14 @@ def format_of_source(planner: Planner) -> Any:
     return models.load_config(planner.plan_input.prepared.source).get_text_config().dtype
 
 
-def model_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
+def model_bytes(planner: Planner, recipe: Recipe, found: Measurement) -> int:
     if recipe.transfer.adapter is not None:
         return FP32 * found.size.trained
     is_narrow = format_of_source(planner) in (torch.bfloat16, torch.float16)
     return (BF16 if is_narrow else FP32) * (found.size.trained + found.size.frozen)
 
 
-def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> int:
+def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measurement) -> int:
     """Return the bytes of a machine's main memory that its workers take to load the source."""
     dtype, scale, adapter = format_of_source(planner), recipe.scale, recipe.transfer.adapter
     stored = BF16 if dtype in (torch.bfloat16, torch.float16) else FP32
@@ -161,7 +161,7 @@ def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> in
     return loading_bytes(numbers, stored, stored if is_held_so or is_quantized else FP32, copies)
 
 
-def cache_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
+def cache_bytes(planner: Planner, recipe: Recipe, found: Measurement) -> int:
     tables = planner.plan_input.prepared.tables
     lengths = sum(
         int(planner.plan_input.prepared.encoded(name).lengths.sum()) for name in CACHED_SPLITS if name in tables
@@ -172,7 +172,7 @@ def cache_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
 def as_record(found: TrainingPlan) -> dict[str, Any]:
     """The plan as JSON has it."""
 
-    def option(each: Option) -> dict[str, Any]:
+    def option(each: ShardingOption) -> dict[str, Any]:
         memory = each.memory
         return {**vars(each), "memory": {"total": memory.total, "main": memory.main, "parts": memory.parts}}
 

@@ -9,8 +9,17 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.planning import Machine, Memory, ModelSize, PassSize, Setting, memory_of, network_bytes, processors
-from orchestrator.planning.measuring import Load, Measured, measure, measure_load, whether_packed
+from orchestrator.planning import (
+    Machine,
+    Memory,
+    ModelSize,
+    PassMemory,
+    ShardingSetup,
+    cpu_machine,
+    memory_of,
+    network_bytes,
+)
+from orchestrator.planning.measuring import Measurement, Workload, measure, measure_workload, uses_packed_sequences
 from orchestrator.planning.plan_input import PlanInput
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.devices import uses_gpu
@@ -24,7 +33,7 @@ ALTERNATIVES = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimiz
 
 
 @dataclass(frozen=True)
-class Option:
+class ShardingOption:
     """One way to spread a training."""
 
     zero_stage: int
@@ -51,15 +60,15 @@ class Planner:
         self.encoded = plan_input.prepared.encoded("train")
         self.process = int(psutil.Process().memory_info().rss)
         """Bytes of a process of this package before it has a model: as much as this one."""
-        self.packs = whether_packed(plan_input, plan_input.prepared.recipe)
-        self._found: dict[Any, tuple[Load, Measured]] = {}
+        self.packs = uses_packed_sequences(plan_input, plan_input.prepared.recipe)
+        self._found: dict[Any, tuple[Workload, Measurement]] = {}
 
-    def measure(self, recipe: Recipe, micro_batch: int) -> tuple[Load, Measured]:
+    def measure(self, recipe: Recipe, micro_batch: int) -> tuple[Workload, Measurement]:
         key = self._key(recipe, micro_batch)
         if key not in self._found:
             precision, autocasts = self.precision(recipe), self.autocasts(recipe)
             device = "cuda" if self.machine.is_gpu else "cpu"
-            load = measure_load(self.encoded, recipe, micro_batch, self.packs, device, autocasts)
+            load = measure_workload(self.encoded, recipe, micro_batch, self.packs, device, autocasts)
             self._found[key] = (
                 load,
                 measure(self.plan_input, recipe, load, self.packs, precision, autocasts, self.balance),
@@ -78,16 +87,16 @@ class Planner:
         """ZeRO holds the weights themselves in bf16."""
         return self.precision(recipe) == "bf16" and recipe.scale.zero_stage == 0
 
-    def option(self, recipe: Recipe, micro_batch: int) -> Option:
+    def option(self, recipe: Recipe, micro_batch: int) -> ShardingOption:
         at_least = self._without_passes(recipe, micro_batch)
         if at_least is not None:
             return at_least
         load, found = self.measure(recipe, micro_batch)
         first = found.first
-        size = PassSize(first.activations, first.logits, first.with_gradients, first.gradients, found.later)
+        size = PassMemory(first.activations, first.logits, first.with_gradients, first.gradients, found.later)
         return self._option(recipe, load, found.size, size)
 
-    def _without_passes(self, recipe: Recipe, micro_batch: int) -> Option | None:
+    def _without_passes(self, recipe: Recipe, micro_batch: int) -> ShardingOption | None:
         """What is too large already without activations, which then need not be measured."""
         if not self._found or self._key(recipe, micro_batch) in self._found:
             return None
@@ -95,7 +104,7 @@ class Planner:
         adapter = recipe.transfer.adapter
         frozen = 0 if adapter is not None and adapter.quantize is not None else known.size.frozen
         size = replace(known.size, held=FP32 * known.size.trained + BF16 * frozen)
-        option = self._option(recipe, load, size, PassSize(0, 0, 0, 0))
+        option = self._option(recipe, load, size, PassMemory(0, 0, 0, 0))
         return None if option.memory.total <= self.room(recipe) else replace(option, at_least=True)
 
     def room(self, recipe: Recipe) -> float:
@@ -103,15 +112,15 @@ class Planner:
         workers = 1 if self.machine.is_gpu else -(-recipe.scale.workers // self.machine.nodes)
         return self.machine.memory * (1 - SPARE) / workers
 
-    def _option(self, recipe: Recipe, load: Load, model: ModelSize, size: PassSize) -> Option:
+    def _option(self, recipe: Recipe, load: Workload, model: ModelSize, size: PassMemory) -> ShardingOption:
         setting = self.setting(recipe, load)
         memory = memory_of(model, size, setting)
         fits = memory.total <= self.room(recipe) and recipe.scale.workers <= self.machine.places
         scale = recipe.scale
-        return Option(scale.zero_stage, scale.offload, memory, fits, network_bytes(model, setting))
+        return ShardingOption(scale.zero_stage, scale.offload, memory, fits, network_bytes(model, setting))
 
-    def setting(self, recipe: Recipe, load: Load) -> Setting:
-        return Setting(
+    def setting(self, recipe: Recipe, load: Workload) -> ShardingSetup:
+        return ShardingSetup(
             workers=recipe.scale.workers,
             deepspeed=uses_deepspeed(recipe),
             zero_stage=recipe.scale.zero_stage,
@@ -140,7 +149,7 @@ def precision_on(machine: Machine, recipe: Recipe) -> Precision:
     return wanted if wanted != "auto" else ("bf16" if machine.has_bf16 else "fp32")
 
 
-def machine_here(recipe: Recipe) -> Machine:
+def local_machine(recipe: Recipe) -> Machine:
     """This machine's GPUs, or its cores where it has none or the recipe wants none."""
     if uses_gpu(recipe):
         first = torch.cuda.get_device_properties(0)
@@ -156,7 +165,7 @@ def machine_here(recipe: Recipe) -> Machine:
             has_bf16=has_bf16(torch.device("cuda")),
         )
     free = psutil.virtual_memory().available
-    return processors("this machine's CPU", 1, os.cpu_count() or 1, free, has_bf16(torch.device("cpu")))
+    return cpu_machine("this machine's CPU", 1, os.cpu_count() or 1, free, has_bf16(torch.device("cpu")))
 
 
 def with_scale(recipe: Recipe, zero_stage: int, offload: str) -> Recipe:
@@ -165,7 +174,7 @@ def with_scale(recipe: Recipe, zero_stage: int, offload: str) -> Recipe:
     return recipe.model_copy(update={"scale": scale})
 
 
-def possible(recipe: Recipe) -> list[tuple[int, str]]:
+def valid_options(recipe: Recipe) -> list[tuple[int, str]]:
     """Stages and offload that may be written into the recipe."""
     adapter = recipe.transfer.adapter
     in_4_bits = adapter is not None and adapter.quantize is not None
@@ -176,7 +185,7 @@ def advise(planner: Planner, recipe: Recipe) -> dict[str, Any]:
     """Places of the recipe with values that make it fit, those that cost least time; empty where nothing does."""
     for checkpointing in dict.fromkeys((recipe.train.gradient_checkpointing, True)):
         train = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing})
-        for stage, offload in possible(recipe):
+        for stage, offload in valid_options(recipe):
             other = with_scale(recipe.model_copy(update={"train": train}), stage, offload)
             number = planner.largest_micro_batch(other)
             if number is None:

@@ -32,7 +32,7 @@ ACTIVATIONS, LOGITS, GRADIENTS, HELD = "activations", "logits", "gradients", "he
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassProfile:
     """What some forward and backward passes of one worker take, besides weights and the optimizer; in bytes."""
 
     activations: int
@@ -54,7 +54,7 @@ class Pass:
     """What the frozen blocks hand on; numbers."""
 
 
-class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ResourceTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are alive, by kind, and operations."""
 
     def __init__(self, num_targets: int, balance: float = 0.0) -> None:
@@ -198,7 +198,7 @@ def simulate(
     autocast: bool,
     float_type: torch.dtype | None = None,
     balance: float = 0.0,
-) -> Pass:
+) -> PassProfile:
     """A pass over a batch; the model's weights must be fake (`fake_weights`).
 
     Args:
@@ -210,7 +210,7 @@ def simulate(
     module = parts.module
     parts.frozen.set_train_mode(module)
     arrays = batch.inputs
-    tally = Tally(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0, balance)
+    tally = ResourceTracker(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0, balance)
     handles = []
     for value in (*module.parameters(), *module.buffers()):
         tally.count(value, HELD)
@@ -253,7 +253,7 @@ def simulate(
     for handle in handles:
         handle.remove()
     beside, together = tally.most_activations, tally.most_together
-    return Pass(
+    return PassProfile(
         activations=beside[ACTIVATIONS] + beside[LOGITS],
         logits=beside[LOGITS],
         with_gradients=together[ACTIVATIONS] + together[LOGITS] + together[GRADIENTS],

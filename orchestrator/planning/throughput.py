@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.planning import EFFICIENCY, ComputeCost, Machine, network_bytes, step_seconds
-from orchestrator.planning.measuring import Load, Measured
+from orchestrator.planning.measuring import Measurement, Workload
 from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import Planner
 from orchestrator.recipe import Recipe, load_recipe
@@ -24,7 +24,7 @@ from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
 NUMBERS_MOVED = 2**23
 
 
-def caches(planner: Planner, recipe: Recipe, found: Measured, load: Load, steps: int | None) -> bool:
+def caches(planner: Planner, recipe: Recipe, found: Measurement, load: Workload, steps: int | None) -> bool:
     """Whether the run would store what its frozen blocks make of the data."""
     wanted = recipe.train.cache_prefix
     can = recipe.scale.zero_stage < 3 and planner.encoded.rows_per_example == 1 and not planner.encoded.augments
@@ -45,7 +45,7 @@ def compute_cost_of(
     return ComputeCost(a_step, rate, basis, seconds, whole)
 
 
-def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bool) -> float:
+def operations_of_step(planner: Planner, load: Workload, found: Measurement, cached: bool) -> float:
     passes = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
     return passes + planner.balance * BYTES_MOVED_BY_ADAM * found.size.trained
 
@@ -112,7 +112,7 @@ def measure_products(precision: Precision, on_gpu: bool) -> float:
     return 2 * size**3 / _least_seconds(lambda: left @ right)
 
 
-def balance_of(machine: Machine, precision: Precision) -> float:
+def measure_balance(machine: Machine, precision: Precision) -> float:
     """Operations that a machine does while it moves a byte: as its data sheet has it, or measured on this one."""
     rate = machine.rate_in(precision)
     if rate is not None and machine.bandwidth is not None:

@@ -112,7 +112,7 @@ class RunDirectory:
     def finish(self) -> None: ...
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the run against a second command on this machine; the lock ends with the process, however it ends."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
@@ -157,7 +157,7 @@ class RunDirectory:
         write_json(self.record, finite(record))
         return record
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Keep a sentence about the run that its user should see at the end."""
         notes = self.read_record().get("notes", [])
         if text not in notes:  # A run that goes on finds out the same again.

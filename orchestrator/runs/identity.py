@@ -55,7 +55,7 @@ def identity_to_keep(
     return asdict(Identity(written, fingerprints, attempt, directory.read_record().get("chosen")))
 
 
-def kept_identities(directory: RunDirectory) -> list[Identity]:
+def checkpoint_identities(directory: RunDirectory) -> list[Identity]:
     """Return what the checkpoints in a directory say, the newest first; [] where they are of an older version.
 
     A search has no checkpoints of its own, and keeps it in a file beside its records.
@@ -102,7 +102,7 @@ def refuse_changes(recipe: Recipe, fingerprints: dict[str, str], directory: RunD
     Returns:
         What could not be held against anything, as sentences for the user.
     """
-    kept = kept_identities(directory) or [recorded_identity(directory)]
+    kept = checkpoint_identities(directory) or [recorded_identity(directory)]
     recipes = [values for each in kept if (values := read_values(each.recipe)) is not None]
     known = [each.fingerprints for each in kept if each.fingerprints]
     now = read_values(dump_recipe(recipe)) or {}
@@ -137,12 +137,12 @@ def unknown_parts(directory: RunDirectory, has_recipe: bool, has_fingerprints: b
 def last_attempt(directory: RunDirectory) -> int:
     """Return the number of the last attempt, as the record or the checkpoints have it; 0 where there was none."""
     recorded = directory.read_record().get("attempt", 0)
-    return max([int(recorded), *(each.attempt for each in kept_identities(directory))])
+    return max([int(recorded), *(each.attempt for each in checkpoint_identities(directory))])
 
 
-def earlier_choice(directory: RunDirectory) -> dict[str, Any] | None:
+def recorded_choice(directory: RunDirectory) -> dict[str, Any] | None:
     """Return what a plan chose when the run began; None where none did."""
-    every = [directory.read_record().get("chosen"), *(each.chosen for each in kept_identities(directory))]
+    every = [directory.read_record().get("chosen"), *(each.chosen for each in checkpoint_identities(directory))]
     return next((each for each in every if each is not None), None)
 
 

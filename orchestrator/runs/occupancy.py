@@ -20,7 +20,7 @@ KINDS = {"run": "a training", "search": "a search"}
 NAMED = 5
 
 
-def kind_held(directory: RunDirectory) -> str | None:
+def find_kind(directory: RunDirectory) -> str | None:
     """Return "run" or "search", whichever the directory holds; None where it holds neither."""
     names = directory.names()
     if names & SEARCH_FILES:
@@ -28,13 +28,13 @@ def kind_held(directory: RunDirectory) -> str | None:
     return "run" if RUN_FILE in names or names >= RESULTS or directory.has_checkpoints() else None
 
 
-def refuse_other_use(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
+def refuse_occupied_directory(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
     """Raise InputError unless the directory is free, or holds what is to go on in it.
 
     Args:
         fresh: the directory is to be moved aside.
     """
-    wanted, held = KINDS[directory.kind], kind_held(directory)
+    wanted, held = KINDS[directory.kind], find_kind(directory)
     if held is not None and held != directory.kind:
         what = f"the directory holds {KINDS[held]}, and {wanted} needs a directory of its own"
         raise InputError(Problem(what, directory.place, f"give another one, such as --output {directory.place}-2"))

@@ -69,7 +69,7 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class LiveLine:
+class ProgressLine:
     """The command's side: one line that is rewritten in a terminal; now and then a plain line elsewhere."""
 
     def __init__(self, folder: Path, out: TextIO) -> None:
@@ -103,7 +103,7 @@ class LiveLine:
 
 
 @contextlib.contextmanager
-def own_stream(out: TextIO) -> Iterator[TextIO]:
+def duplicate_stream(out: TextIO) -> Iterator[TextIO]:
     """The same screen through a descriptor of our own: while a run goes on, the process's own output goes to a file."""
     try:
         descriptor = os.dup(out.fileno())
@@ -115,7 +115,9 @@ def own_stream(out: TextIO) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], None] = lambda: None) -> Iterator[None]:
+def show_progress(
+    folder: Path, out: TextIO | None = None, download: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Show the progress of the run in `folder` while the body runs.
 
     Args:
@@ -123,8 +125,8 @@ def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], No
     """
     (folder / _FILE).unlink(missing_ok=True)
     done = threading.Event()
-    with own_stream(out or sys.stderr) as screen:
-        line = LiveLine(folder, screen)
+    with duplicate_stream(out or sys.stderr) as screen:
+        line = ProgressLine(folder, screen)
         thread = threading.Thread(target=watch, args=(line, done, download), name="progress", daemon=True)
         thread.start()
         try:
@@ -136,7 +138,7 @@ def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], No
             (folder / _FILE).unlink(missing_ok=True)
 
 
-def watch(line: LiveLine, done: threading.Event, download: Callable[[], None]) -> None:
+def watch(line: ProgressLine, done: threading.Event, download: Callable[[], None]) -> None:
     brought = 0.0
     while not done.wait(_SECONDS_BETWEEN_WRITES):
         if time.monotonic() - brought > _SECONDS_BETWEEN_BRINGING:

@@ -23,17 +23,17 @@ class Interrupted(OrchestratorError):
     exit_code = 130
 
 
-class Wish(Protocol):
+class StopRequest(Protocol):
     """That a run ends, as a worker hears of it."""
 
-    def is_given(self) -> bool:
+    def is_set(self) -> bool:
         """Whether the run is to end; workers other than the first one need not know."""
 
-    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
+    def during_steps(self) -> contextlib.AbstractContextManager[None]:
         """For as long as this lasts, whoever gives the wish waits for the worker to save."""
 
 
-class Interruption:
+class InterruptHandler:
     """The wish of whoever sends this process a signal.
 
     Args:
@@ -47,14 +47,14 @@ class Interruption:
         """The handlers that were there before; none while no signals are taken."""
         self._pass_on: Callable[[int], None] | None = None
 
-    def is_given(self) -> bool:
+    def is_set(self) -> bool:
         return self._given.is_set()
 
-    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
-        return self.passed_on(lambda number: None)
+    def during_steps(self) -> contextlib.AbstractContextManager[None]:
+        return self.forwarding_to(lambda number: None)
 
     @contextlib.contextmanager
-    def passed_on(self, pass_on: Callable[[int], None]) -> Iterator[None]:
+    def forwarding_to(self, pass_on: Callable[[int], None]) -> Iterator[None]:
         """Call `pass_on` with the number of the first signal, instead of ending the command."""
         self._take_over()  # Ray's core, where it has been started since, aborts the process 3 s after a SIGTERM.
         self._pass_on = pass_on
@@ -64,7 +64,7 @@ class Interruption:
             self._pass_on = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Take signals. Those that the process ignores stay ignored, and only a main thread can take any.
 
         Raises:

@@ -12,7 +12,7 @@ from orchestrator.recipe import Recipe, resolve_path
 from orchestrator.tasks import read_options
 
 
-def named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
+def find_named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
     """The pictures that the recipe's data name, by the folder of the files that name them.
 
     Nothing where the data are not on this machine, or cannot be read: who trains will say what is wrong with them.

@@ -12,13 +12,13 @@ from typing import Protocol
 
 from orchestrator.training.engine.base import Engine
 from orchestrator.training.hooks import Saver, TrainingState
-from orchestrator.training.interruption import Interrupted, Wish
+from orchestrator.training.interruption import Interrupted, StopRequest
 from orchestrator.training.loop import Step
 
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
-class Notice(Protocol):
+class PreemptionNotice(Protocol):
     """What the cluster tells a worker of its machines."""
 
     def is_given(self) -> bool:
@@ -38,8 +38,8 @@ class Watch:
         self,
         engine: Engine,
         saver: Saver,
-        notice: Notice | None,
-        wish: Wish | None,
+        notice: PreemptionNotice | None,
+        stop_request: StopRequest | None,
         report_phase: Callable[[str], None],
     ) -> None:
         """
@@ -51,7 +51,7 @@ class Watch:
         self.engine = engine
         self.saver = saver
         self.notice = notice
-        self.wish = wish
+        self.stop_request = stop_request
         self.report_phase = report_phase
         self._next = 1
         self._looked: tuple[int, float] | None = None
@@ -71,11 +71,11 @@ class Watch:
             self.report_phase(f"a machine is about to be taken away; step {step.number} is saved")
             self.notice.wait()
 
-    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.wish is None else self.wish.while_steps_are_taken()
+    def during_steps(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.stop_request is None else self.stop_request.during_steps()
 
     def _is_wished(self) -> bool:
-        return self.wish is not None and self.wish.is_given()
+        return self.stop_request is not None and self.stop_request.is_set()
 
     def _end(self, step: Step, state: TrainingState) -> None:
         self.report_phase(f"interrupted; step {step.number} is being saved")

@@ -119,10 +119,17 @@ def open_session(
         packs = share_findings(engine, parts, packs)
         fitted = models.set_batch_norm_momentum(parts.module, passes_to_evaluation(recipe, schedule))
         if fitted is not None:
-            engine.first_worker_does(lambda: directory.note(fitted))
+            engine.first_worker_does(lambda: directory.add_note(fitted))
         session = Session(prepared, directory, parts, engine, {}, schedule, precision, store, metric, progress)
         session.loaders = make_loaders(
-            prepared, split, engine, precision, session.report_phase, directory.note, boundaries, directory.leads_node
+            prepared,
+            split,
+            engine,
+            precision,
+            session.report_phase,
+            directory.add_note,
+            boundaries,
+            directory.leads_node,
         )
         session.loaders["train"].packs = packs
         if prepared.task.needs_reference:

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.cli import show
 from orchestrator.cli.doctor import Finding
 from orchestrator.errors import Problem
-from orchestrator.runs.progress import LiveLine, ProgressFile, describe, format_seconds, live_line
+from orchestrator.runs.progress import ProgressFile, ProgressLine, describe, format_seconds, show_progress
 
 
 class Terminal(io.StringIO):
@@ -88,7 +88,7 @@ def test_the_live_line_holds_what_is_known() -> None:
 
 def test_a_terminal_gets_one_line_rewritten_and_a_file_plain_lines(tmp_path: Path) -> None:
     for out, expected in ((Terminal(), "\r\033[Kone\r\033[Ktwo\r\033[K"), (io.StringIO(), "one\ntwo\n")):
-        line = LiveLine(tmp_path, out)
+        line = ProgressLine(tmp_path, out)
         line.refresh()
         for phase in ("one", "one", "two"):
             ProgressFile(tmp_path).show(force=True, phase=phase)
@@ -100,7 +100,7 @@ def test_a_terminal_gets_one_line_rewritten_and_a_file_plain_lines(tmp_path: Pat
 
 def test_progress_is_shown_while_the_run_goes_on_and_its_file_removed(tmp_path: Path) -> None:
     out = io.StringIO()
-    with live_line(tmp_path, out):
+    with show_progress(tmp_path, out):
         ProgressFile(tmp_path).show(force=True, phase="tune", step=1, steps=2)
         while not out.getvalue():
             pass

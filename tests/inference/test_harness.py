@@ -30,7 +30,7 @@ from orchestrator.cli.main import main
 from orchestrator.errors import InputError
 from orchestrator.inference import harness
 from orchestrator.inference.harness import evaluate_tasks
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 from orchestrator.tasks.bases.chat import SHIPPED
 
 Capture = pytest.CaptureFixture[str]
@@ -237,9 +237,9 @@ def test_a_whole_text_begins_with_one_token_of_the_harness(runs: Path, calls: li
 def test_a_choice_stands_where_the_template_has_the_answer(
     template: str, answer: str, runs: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = load_trained(runs / "chat")
+    trained = load_trained_model(runs / "chat")
     trained.processor.chat_template = SHIPPED[template]
-    monkeypatch.setattr(harness, "load_trained", lambda *_: trained)
+    monkeypatch.setattr(harness, "load_trained_model", lambda *_: trained)
     evaluate_tasks(runs / "chat", ["toy"], chat_template=True)
     asked = [("User: who?\nAssistant:", "me"), ("I think", " me"), ("I think ", "me")]
     found = calls[0]["model"].loglikelihood([SimpleNamespace(arguments=pair) for pair in asked])
@@ -346,7 +346,7 @@ def test_scores_of_the_package_itself_are_those_computed_by_hand(run: str, runs:
         whole = {"task": name, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test", **task}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
     found = evaluate_tasks(runs / run, list(TASKS), include=tmp_path, batch_size=2)
-    trained = load_trained(runs / run)
+    trained = load_trained_model(runs / run)
     start = trained.processor.bos_token
 
     def loss(prompt: str, text: str) -> float:

@@ -295,7 +295,7 @@ def test_pictures_that_a_data_file_names_travel_with_it(write_recipe: WriteRecip
     from PIL import Image
 
     from orchestrator.tasks import read_options
-    from orchestrator.training.pictures import named_pictures
+    from orchestrator.training.pictures import find_named_pictures
     from orchestrator.training.prepare import read_examples
 
     home = tmp_path / "data"
@@ -314,7 +314,7 @@ def test_pictures_that_a_data_file_names_travel_with_it(write_recipe: WriteRecip
     )
     folder = tmp_path / "upload"
     folder.mkdir()
-    pack(recipe, folder, [], [], named_pictures(recipe))
+    pack(recipe, folder, [], [], find_named_pictures(recipe))
     assert not list(folder.rglob("unnamed.png"))
     home.rename(tmp_path / "elsewhere")
     sent = orchestrator.load_recipe(folder / "recipe.yaml")

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from orchestrator import load_recipe, train
 from orchestrator.inference.merge import export
 from orchestrator.inference.predict import evaluate
-from orchestrator.launch.cluster import own_groups
+from orchestrator.launch.cluster import find_placement_groups
 
 pytestmark = pytest.mark.xdist_group("ray")
 # Dropout and shuffling are on (the model's and the recipe's defaults); 60 steps, a checkpoint every 10.
@@ -176,7 +176,7 @@ def test_killed_controller_of_the_workers_is_replaced_with_the_same_losses(
     assert json.loads((directory / "run.json").read_text())["attempt"] == 2
     assert any("controller died" in note for note in notes_of(directory))
     # What it had reserved is free again, and nobody stays behind to look after it.
-    assert not own_groups()
+    assert not find_placement_groups()
     assert not processes_of("ray::PlacementGroupCleaner")
 
 

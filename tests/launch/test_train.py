@@ -163,7 +163,7 @@ def test_a_failed_first_attempt_does_not_block_a_corrected_recipe(write_recipe: 
 def test_two_commands_do_not_run_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    with directory.locked(), pytest.raises(InputError, match="another command is running"):
+    with directory.lock(), pytest.raises(InputError, match="another command is running"):
         train(load_recipe(write_recipe()), tmp_path / "run")
 
 
@@ -257,7 +257,7 @@ def test_a_gpu_that_is_not_there_is_refused(write_recipe: WriteRecipe, tmp_path:
 
 def test_fresh_does_not_move_a_run_that_is_running(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     train(load_recipe(write_recipe(), ["train.steps=1"]), tmp_path / "run")
-    with RunDirectory(tmp_path / "run").locked(), pytest.raises(InputError, match="another command is running"):
+    with RunDirectory(tmp_path / "run").lock(), pytest.raises(InputError, match="another command is running"):
         train(load_recipe(write_recipe()), tmp_path / "run", fresh=True)
 
 

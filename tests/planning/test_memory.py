@@ -6,17 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.planning import ModelSize, PassSize, Setting, memory_of, network_bytes, read_shape, step_seconds
+from orchestrator.planning import (
+    ModelSize,
+    PassMemory,
+    ShardingSetup,
+    memory_of,
+    network_bytes,
+    parse_machine,
+    step_seconds,
+)
 
 MILLION = 10**6
 MODEL = ModelSize(trained=100 * MILLION, frozen=0, held=400 * MILLION, layers=12)
-PASS = PassSize(activations=900 * MILLION, logits=50 * MILLION, with_gradients=1000 * MILLION, gradients=400 * MILLION)
-PLAIN = Setting(
+PASS = PassMemory(
+    activations=900 * MILLION, logits=50 * MILLION, with_gradients=1000 * MILLION, gradients=400 * MILLION
+)
+PLAIN = ShardingSetup(
     workers=1, deepspeed=False, zero_stage=0, offload="none", precision="bf16", passes=1, is_gpu=False, process=7
 )
 
 
-def zero(stage: int, **changes: object) -> Setting:
+def zero(stage: int, **changes: object) -> ShardingSetup:
     return replace(PLAIN, workers=4, deepspeed=True, zero_stage=stage, **changes)  # type: ignore[arg-type]
 
 
@@ -80,7 +90,7 @@ def test_the_third_stage_sends_half_as_much_again_as_the_others() -> None:
 
 
 def test_a_step_takes_as_long_as_the_slower_of_computing_and_sending() -> None:
-    machine = read_shape("2x8xH100-80GB")
+    machine = parse_machine("2x8xH100-80GB")
     assert step_seconds(1e15, 1e14, 0, 16, machine) == 10.0
     assert step_seconds(1e9, 1e14, 10**11, 8, machine) == 10**11 / machine.link
     assert step_seconds(1e9, 1e14, 10**11, 16, machine) == 10**11 / machine.network

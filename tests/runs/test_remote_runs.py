@@ -21,7 +21,7 @@ from orchestrator.distributed import Exchange
 from orchestrator.errors import InputError, RunFailed
 from orchestrator.jobs.fetch import download, upload
 from orchestrator.launch import ray_train as worker
-from orchestrator.launch.dead_workers import teller
+from orchestrator.launch.dead_workers import failure_callback
 from orchestrator.runs.remote import RemoteRunDirectory, open_run
 from orchestrator.runs.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
@@ -302,12 +302,12 @@ def test_that_workers_died_is_told_where_the_run_is_kept(
     for name in credentials():
         monkeypatch.setenv(name, "")
     error = RuntimeError("Traceback\nValueError: no. It may be that")
-    teller(directory.place, keys).after_exception(None, {1: error, 0: error})
+    failure_callback(directory.place, keys).after_exception(None, {1: error, 0: error})
     assert directory.read_record()["notes"] == ["workers 0, 1 died (ValueError: no)"]
     assert "start again" in (directory.root / ".progress.json").read_text(encoding="utf-8")
     # Nor does a run end because nobody can be told.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    teller(directory.place, None).after_exception(None, {1: error})
+    failure_callback(directory.place, None).after_exception(None, {1: error})
 
 
 def test_features_that_one_machine_stored_are_brought_by_another(

@@ -19,7 +19,7 @@ from orchestrator.errors import InputError
 from orchestrator.inference.merge import changed_layers, merged_in_turn
 from orchestrator.inference.merge import export as export_model
 from orchestrator.inference.predict import evaluate
-from orchestrator.inference.trained_model import Wanted, load_base, load_trained, put_adapter_on
+from orchestrator.inference.trained_model import PrecisionChoice, load_base, load_trained_model, put_adapter_on
 from orchestrator.models import find_source, load_config
 from orchestrator.models.load import is_stored_in_bf16
 from orchestrator.training import export
@@ -30,7 +30,7 @@ from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
 LORA = {"type": "lora", "r": 4}
-WANTED: tuple[Wanted, ...] = ("auto", "fp32", "bf16")
+WANTED: tuple[PrecisionChoice, ...] = ("auto", "fp32", "bf16")
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +119,7 @@ def test_a_trained_model_is_used_in_the_precision_that_is_asked_for(
     assert scores["fp32"]["nll"] == pytest.approx(expected, rel=1e-2)
     assert scores["fp32"]["nll"] != scores["bf16"]["nll"]
     assert scores["auto"] == scores["fp32"]  # There is no GPU.
-    trained = load_trained(tmp_path / "run", "bf16")
+    trained = load_trained_model(tmp_path / "run", "bf16")
     multiplying = [part.weight.dtype for part in trained.model.modules() if isinstance(part, torch.nn.Linear)]
     assert set(multiplying) == {torch.bfloat16}
     # What it writes goes the same way.
@@ -154,7 +154,7 @@ def test_an_adapter_is_merged_in_fp32_and_written_in_the_format_of_its_source(
     )
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     # Peft's own sum, in fp32, and all of it.
-    wide = load_trained(tmp_path / "run", "fp32", as_stored=False)
+    wide = load_trained_model(tmp_path / "run", "fp32", as_stored=False)
     for layer in changed_layers(wide.model.get_base_model()).values():
         assert all(value.dtype != torch.bfloat16 for value in layer.parameters())
     if "quantize" in adapter:
@@ -181,7 +181,7 @@ def test_an_adapter_is_merged_in_fp32_and_written_in_the_format_of_its_source(
 def test_merging_holds_no_second_copy_in_fp32(write: WriteRecipe, narrow_llama: Path, tmp_path: Path) -> None:
     recipe = write(source={"model": str(narrow_llama)}, transfer={"adapter": LORA}, train={"steps": 3})
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
-    model = load_trained(tmp_path / "run", "fp32", torch.device("cpu"), as_stored=True).model
+    model = load_trained_model(tmp_path / "run", "fp32", torch.device("cpu"), as_stored=True).model
     assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
     with merged_in_turn(model):
         assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
@@ -194,4 +194,4 @@ def test_bf16_is_refused_where_the_hardware_lacks_it(
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     monkeypatch.setattr("orchestrator.inference.trained_model.has_bf16", lambda _: False)
     with pytest.raises(InputError, match=r"does not compute bf16 in hardware(.|\n)*leave it out"):
-        load_trained(tmp_path / "run", "bf16")
+        load_trained_model(tmp_path / "run", "bf16")

@@ -17,7 +17,7 @@ from orchestrator.cli.main import main
 from orchestrator.errors import ClusterError
 from orchestrator.launch.cluster import HIDES_GPUS
 from orchestrator.launch.ray_train import worker_environment
-from orchestrator.planning.sharding_options import machine_here
+from orchestrator.planning.sharding_options import local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.search import trial_context as bench
@@ -86,7 +86,7 @@ def test_trials_and_the_winner_get_a_gpu_by_its_index(
 
 def test_a_training_that_wants_no_gpu_takes_none(write_recipe: WriteRecipe, gpu: None, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(train={"epochs": 1}), [NO_GPU])
-    assert not machine_here(recipe).is_gpu
+    assert not local_machine(recipe).is_gpu
     assert train(recipe, tmp_path / "run").result["status"] == "finished"
 
 
