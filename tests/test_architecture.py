@@ -17,7 +17,8 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Each room may import those before it.
 ORDER = (
-    *("errors", "process", "storage", "distributed", "recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
+    *("errors", "formatting", "process", "storage", "distributed"),
+    *("recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
     *("runs", "training", "planning", "inference", "launch", "search", "__init__", "cli"),
 )
 KNOWS_RAY = (

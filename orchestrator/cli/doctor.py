@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator import __version__
+from orchestrator.formatting import format_bytes
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "accelerate", "peft", "datasets")
 EXTRAS = {
@@ -25,6 +26,7 @@ EXTRAS = {
     "track": "tensorboard",
     "test": "pytest",
 }
+LEAST_FREE = 2 * 10**9  # Bytes.
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 """There where NVIDIA's driver runs, in containers only where they are given a GPU."""
 
@@ -65,10 +67,9 @@ def examine_packages() -> list[Finding]:
 
 def examine_hardware() -> list[Finding]:
     memory = psutil.virtual_memory()
-    gib = 1 << 30
     found = [
         Finding("cores", f"{os.cpu_count()}"),
-        Finding("memory", f"{memory.total / gib:.1f} GiB, {memory.available / gib:.1f} GiB free"),
+        Finding("memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free"),
     ]
     if find_spec("torch") is None:
         return found
@@ -90,7 +91,7 @@ def examine_hardware() -> list[Finding]:
         return [*found, Finding("GPU", value, driver_remedy())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(Finding(f"GPU {index}", f"{properties.name}, {properties.total_memory / gib:.0f} GiB"))
+        found.append(Finding(f"GPU {index}", f"{properties.name}, {format_bytes(properties.total_memory)}"))
     if not torch.cuda.is_available():
         is_there = torch.version.cuda is None and NVIDIA_DEVICE.exists()
         value = "one, but this PyTorch is built without CUDA" if is_there else "none"
@@ -121,5 +122,7 @@ def examine_ray() -> Finding:
 
 
 def examine_disk() -> Finding:
-    free = shutil.disk_usage(".").free / (1 << 30)
-    return Finding("disk here", f"{free:.1f} GiB free", "make room: checkpoints need some" if free < 2 else None)
+    free = shutil.disk_usage(".").free
+    return Finding(
+        "disk here", f"{format_bytes(free)} free", "make room: checkpoints need some" if free < LEAST_FREE else None
+    )

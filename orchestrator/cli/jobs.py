@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import __version__
 from orchestrator.cli import show
 from orchestrator.errors import ClusterError, InputError, RunFailed
+from orchestrator.formatting import format_bytes, format_count, format_duration
 from orchestrator.storage import is_url
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
     pictures = find_named_pictures(recipe)
     found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env, pictures=pictures)
     job = found.job
-    sent = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB" if found.is_new else "it is running already"
+    sent = (
+        f"{format_count(found.num_files, 'file')}, {format_bytes(found.num_bytes)}"
+        if found.is_new
+        else "it is running already"
+    )
     out = sys.stderr if options.json else sys.stdout
     show.table([("job", job.id), ("cluster", cluster.address), ("sent", sent), ("run", job.directory)], out)
     if options.follow:
@@ -170,11 +175,9 @@ def run_fetch(options: argparse.Namespace) -> dict[str, Any]:
 
 def since(job: Job) -> str:
     """How long a job has run."""
-    from orchestrator.runs.progress import format_seconds
-
     if job.started is None:
         return "not started"
-    return format_seconds((job.ended or time.time()) - job.started)
+    return format_duration((job.ended or time.time()) - job.started, whole=True)
 
 
 def as_record(job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import Problem
+from orchestrator.formatting import format_bytes, format_count, format_duration
 from orchestrator.recipe import Recipe
 from orchestrator.storage import is_url, join
 
@@ -93,7 +94,7 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         (
             "training",
             f"{result['steps']} steps in {result['seconds']:.1f} s"
-            + (f", {size(result['peak_bytes'])} at most in a worker" if result.get("peak_bytes") else "")
+            + (f", {format_bytes(result['peak_bytes'])} at most in a worker" if result.get("peak_bytes") else "")
             + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else ""),
         ),
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
@@ -108,14 +109,12 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
 
 def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
     """The table at the end of a search."""
-    from orchestrator.runs.progress import format_seconds
-
     winner, record = found.record["winner"], found.record
     counts = ", ".join(f"{number} {status}" for status, number in found.counts.items())
     values = [f"{path} = {value}" for path, value in winner["parameters"].items()]
     rows = [
         ("source", recipe.source.model),
-        ("trials", f"{counts}, in {format_seconds(record['seconds'])}"),
+        ("trials", f"{counts}, in {format_duration(record['seconds'], whole=True)}"),
         ("winner", f"trial {winner['id']}: {', '.join(values)}"),
     ]
     if len(winner["seeds"]) > 1:
@@ -129,16 +128,14 @@ def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
 
 def estimated(recipe: Recipe, expected: Estimate, out: TextIO) -> None:
     """What a search will take."""
-    from orchestrator.runs.progress import format_seconds
-
     rows = [
         ("trials", f"{expected.trials}, {expected.concurrent} at a time"),
-        ("time", f"about {format_seconds(expected.seconds)} on this machine"),
+        ("time", f"about {format_duration(expected.seconds, whole=True)} on this machine"),
         (
             "disk",
-            f"{expected.cache_bytes / 1e9:.2f} GB for features, {expected.disk_bytes / 1e9:.2f} GB for the search",
+            f"{format_bytes(expected.cache_bytes)} for features, {format_bytes(expected.disk_bytes)} for the search",
         ),
-        ("free", f"{expected.free_bytes / 1e9:.1f} GB"),
+        ("free", f"{format_bytes(expected.free_bytes)}"),
     ]
     table([*rows, *[("note", note) for note in expected.notes]], out)
 
@@ -148,18 +145,19 @@ def planned(found: TrainingPlan, out: TextIO) -> None:
     recipe, machine, chosen = found.recipe, found.machine, found.chosen
     adjective = "fits" if chosen.fits else "DOES NOT FIT"
     passes = "one pass" if found.passes == 1 else f"up to {found.passes} passes"
-    parts = ", ".join(f"{name} {size(each)}" for name, each in chosen.memory.parts.items())
+    needed = format_bytes(chosen.memory.total)
+    parts = ", ".join(f"{name} {format_bytes(each)}" for name, each in chosen.memory.parts.items())
     rows = [
         ("model", f"{found.total / 1e6:,.1f} M weights, {found.trained / 1e6:,.1f} M trained, in {found.precision}"),
-        ("runs on", f"{counted(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
+        ("runs on", f"{format_count(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
         ("passes", f"{found.micro_batch} examples in each, {passes} a step, at most {found.longest:,} positions"),
-        ("memory", f"{size(chosen.memory.total)} of the {size(found.room)} that a worker may take: {adjective}"),
+        ("memory", f"{needed} of the {format_bytes(found.room)} that a worker may take: {adjective}"),
         ("", parts),
         ("main memory", told_main_memory(found)),
         ("time", told_time(found)),
         ("disk", told_disk(found)),
-        ("network", f"{size(chosen.network)} sent by each worker in a step"),
-        ("at a time", counted(found.concurrent, "training") + " such as this one"),
+        ("network", f"{format_bytes(chosen.network)} sent by each worker in a step"),
+        ("at a time", format_count(found.concurrent, "training") + " such as this one"),
     ]
     table([*rows, *[("note", note) for note in found.notes]], out)
     out.write("\nspread otherwise, with the same passes:\n")
@@ -168,8 +166,8 @@ def planned(found: TrainingPlan, out: TextIO) -> None:
         own = (option.zero_stage, option.offload) == (recipe.scale.zero_stage, recipe.scale.offload)
         judged = ("fits" if option.fits else "does not fit") + (", as the recipe has it" if own else "")
         memory = option.memory
-        total = ("> " if option.at_least else "") + size(memory.total)
-        numbers = (total, size(memory.main), size(option.network))
+        total = ("> " if option.at_least else "") + format_bytes(memory.total)
+        numbers = (total, format_bytes(memory.main), format_bytes(option.network))
         lines.append((f"  {option.zero_stage}", option.offload, *numbers, judged))
     table(lines, out)
     if found.advice:
@@ -179,39 +177,30 @@ def planned(found: TrainingPlan, out: TextIO) -> None:
         out.write("\nnothing of this makes it fit: take more workers, an adapter, or devices with more memory\n")
 
 
-def size(num_bytes: float) -> str:
-    """`1.25 GB`, `310 MB`."""
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def places_of(machine: Machine) -> str:
-    return f"{counted(machine.nodes, 'machine')} with {counted(machine.devices, 'place')} each ({machine.name})"
+    return (
+        f"{format_count(machine.nodes, 'machine')} with {format_count(machine.devices, 'place')} each ({machine.name})"
+    )
 
 
 def told_time(found: TrainingPlan) -> str:
-    from orchestrator.runs.progress import format_seconds
-
     effort = found.effort
     throughput = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
     if effort.seconds is None or found.steps is None:
         return throughput
-    return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {throughput}"
+    return f"about {format_duration(effort.seconds, whole=True)} for {format_count(found.steps, 'step')}, {throughput}"
 
 
 def told_main_memory(found: TrainingPlan) -> str:
-    loading = f"{size(found.loading_bytes)} of each machine while the model is loaded"
-    return f"{loading}, {size(found.model_bytes)} of the first one while it is written"
+    loading = f"{format_bytes(found.loading_bytes)} of each machine while the model is loaded"
+    return f"{loading}, {format_bytes(found.model_bytes)} of the first one while it is written"
 
 
 def told_disk(found: TrainingPlan) -> str:
     kept = found.recipe.train.keep + 2  # The best one, and one that is being written.
-    checkpoints = f"{size(found.checkpoint_bytes)} a checkpoint, up to {kept} at a time"
-    cached = "" if found.cache_bytes is None else f", {size(found.cache_bytes)} of stored features"
-    return f"{checkpoints}, {size(found.model_bytes)} for the model{cached}"
+    checkpoints = f"{format_bytes(found.checkpoint_bytes)} a checkpoint, up to {kept} at a time"
+    cached = "" if found.cache_bytes is None else f", {format_bytes(found.cache_bytes)} of stored features"
+    return f"{checkpoints}, {format_bytes(found.model_bytes)} for the model{cached}"
 
 
 def scores_of(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from orchestrator.errors import InputError, Problem
+from orchestrator.formatting import format_bytes
 from orchestrator.recipe import Recipe, dump_recipe, map_paths, resolve_path
 from orchestrator.recipe.paths import path_exists, split_count
 
@@ -134,18 +135,14 @@ def _too_large(paths: Sequence[Path]) -> list[Problem]:
     if sum(sizes.values()) <= LARGEST:
         return []
     largest = max(sizes, key=sizes.__getitem__)
-    what = f"the recipe's files have {_megabytes(sum(sizes.values()))} MB, and a job takes {_megabytes(LARGEST)} MB"
+    what = f"the recipe's files have {format_bytes(sum(sizes.values()))}, and a job takes {format_bytes(LARGEST)}"
     remedy = "put it where every node sees it under the same path, and name that folder with --shared"
-    return [Problem(what, f"{largest} ({_megabytes(sizes[largest])} MB)", remedy)]
+    return [Problem(what, f"{largest} ({format_bytes(sizes[largest])})", remedy)]
 
 
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def _megabytes(num_bytes: int) -> int:
-    return -(-num_bytes // 10**6)
 
 
 def _write_environment(values: dict[str, str], path: Path) -> None:

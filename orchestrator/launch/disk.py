@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator import models
 from orchestrator.errors import ClusterError
+from orchestrator.formatting import format_bytes
 from orchestrator.models.folder import weight_files
 from orchestrator.recipe import Recipe, resolve_path
 from orchestrator.recipe.paths import PACKAGE_PREFIX
@@ -36,7 +37,7 @@ def refuse_full_disk(folder: Path, recipe: Recipe, parameters: Mapping[str, int]
     if free >= needed:
         return
     raise ClusterError(
-        f"{folder} has room for {_gigabytes(free)}, and checkpoints and model take {_gigabytes(needed)}\n"
+        f"{folder} has room for {format_bytes(free)}, and checkpoints and model take {format_bytes(needed)}\n"
         f"    -> free some, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
     )
 
@@ -55,10 +56,6 @@ def refuse_disk_without_room_for_model(storage: Path, recipe: Recipe) -> None:
     free = shutil.disk_usage(disk).free
     if free < least:
         raise ClusterError(
-            f"{storage} has room for {_gigabytes(free)}, and the model alone takes {_gigabytes(least)}\n"
+            f"{storage} has room for {format_bytes(free)}, and the model alone takes {format_bytes(least)}\n"
             f"    -> free some, or set scale.storage to a larger disk"
         )
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import ClusterError
+from orchestrator.formatting import format_bytes
 from orchestrator.planning import machine_from_nodes
 from orchestrator.planning.plan_input import PlanInput
 from orchestrator.planning.sharding_options import Planner, advise, local_machine
@@ -35,7 +36,7 @@ def choose_scale(prepared: Prepared, nodes: Sequence[Mapping[str, float]] | None
         return {}
     chosen = advise(planner, recipe)
     if not chosen:
-        needs, has = (f"{number / 2**30:.1f} GiB" for number in (option.memory.total, planner.room(recipe)))
+        needs, has = (format_bytes(number) for number in (option.memory.total, planner.room(recipe)))
         raise ClusterError(
             f"a worker needs {needs} and has {has} on {machine.name}; neither ZeRO nor smaller passes make it fit\n"
             "    -> give it more workers or larger machines, or train less of it (transfer.freeze, an adapter); "

@@ -12,6 +12,7 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import InputError, ModelError, Problem
+from orchestrator.formatting import format_bytes
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, resolve_path, show_path
 from orchestrator.recipe.paths import PACKAGE_PREFIX
@@ -118,7 +119,7 @@ def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> Parts:
         parts = assemble(replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer})))
     if parts is None:
         what = f"{prepared.source.name!r} shows its structure only when it runs, for which a plan takes it as too large"
-        remedy = f"plan a model of less than {LARGEST_TO_LOAD / 2**30:.0f} GB of the same kind"
+        remedy = f"plan a model of less than {format_bytes(LARGEST_TO_LOAD)} of the same kind"
         raise ModelError(Problem(what, prepared.source.where, remedy))
     losses = models.find_token_losses(parts.module)
     if losses is not None:

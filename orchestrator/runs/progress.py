@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from orchestrator.formatting import format_duration
+
 _FILE = ".progress.json"
 _SECONDS_BETWEEN_WRITES = 0.2
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -55,18 +57,8 @@ def describe(state: dict[str, Any]) -> str:
     if state.get("examples_per_second"):
         parts.append(f"{state['examples_per_second']:.0f} examples/s")
     if state.get("seconds_left") is not None:
-        parts.append(f"{format_seconds(state['seconds_left'])} left")
+        parts.append(f"{format_duration(state['seconds_left'], whole=True)} left")
     return "  ".join(parts)
-
-
-def format_seconds(seconds: float) -> str:
-    """`8 s`, `2 min 5 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class ProgressLine:

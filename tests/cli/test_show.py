@@ -10,7 +10,7 @@ import pytest
 from orchestrator.cli import show
 from orchestrator.cli.doctor import Finding
 from orchestrator.errors import Problem
-from orchestrator.runs.progress import ProgressFile, ProgressLine, describe, format_seconds, show_progress
+from orchestrator.runs.progress import ProgressFile, ProgressLine, describe, show_progress
 
 
 class Terminal(io.StringIO):
@@ -70,13 +70,6 @@ def test_findings_show_the_remedy_below() -> None:
     out = io.StringIO()
     show.findings([Finding("ray", "2.60.0"), Finding("torch", "missing", "pip install torch")], out)
     assert out.getvalue() == "ray    2.60.0\ntorch  missing\n    -> pip install torch\n"
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(8.4, "8 s"), (125, "2 min 5 s"), (12000, "3 h 20 min"), (59.6, "1 min 0 s")]
-)
-def test_times_are_told_in_units_that_fit(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
 
 
 def test_the_live_line_holds_what_is_known() -> None:

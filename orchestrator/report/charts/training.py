@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.formatting import format_count
 from orchestrator.report.analysis import readable_range
 from orchestrator.report.charts.base import HALF_WIDTH, Chart
 from orchestrator.report.drawing import Frame, Size, both_sizes, circle, curve, line, path, text, text_width
 from orchestrator.report.markup import Markup
-from orchestrator.report.numbers import count, number
 from orchestrator.report.numbers import metric as show_metric
+from orchestrator.report.numbers import number
 from orchestrator.report.records import Rows, Run
 from orchestrator.report.scales import Linear, Log, Scale, fit_scale, widen
 
@@ -97,7 +98,7 @@ def chart(plot: Plot) -> Chart | None:
         ends = readable_range(values, higher_is_better=False, furthest=_FURTHEST)
     caption, num_cut = plot.caption, sum(value > ends[1] for value in values)
     if num_cut:
-        caption += f" {count(num_cut, 'record')} above {show_metric(ends[1])} cut off."
+        caption += f" {format_count(num_cut, 'record')} above {show_metric(ends[1])} cut off."
     if max(len(item.points) for item in shown) > _MOST_POINTS:
         caption += " Neighbouring records are averaged."
     return Chart(plot.title, both_sizes(lambda size: draw(plot, shown, ends, size), HALF_WIDTH), caption)
