@@ -184,11 +184,11 @@ def places_of(machine: Machine) -> str:
 
 
 def told_time(found: TrainingPlan) -> str:
-    effort = found.effort
-    throughput = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
-    if effort.seconds is None or found.steps is None:
+    cost = found.compute_cost
+    throughput = f"{cost.seconds_a_step:.2g} s a step (at {cost.basis}: {cost.rate / 1e12:.3g} TFLOP/s a worker)"
+    if cost.seconds is None or found.steps is None:
         return throughput
-    return f"about {format_duration(effort.seconds, whole=True)} for {format_count(found.steps, 'step')}, {throughput}"
+    return f"about {format_duration(cost.seconds, whole=True)} for {format_count(found.steps, 'step')}, {throughput}"
 
 
 def told_main_memory(found: TrainingPlan) -> str:

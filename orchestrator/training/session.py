@@ -25,7 +25,7 @@ from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
 from orchestrator.training.engine.deepspeed_config import deepspeed_config, plain_linear
 from orchestrator.training.engine.precision import Precision, choose_precision
-from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.training.engine.settings import autocasts, micro_batch_size
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
 from orchestrator.training.engine.zero3 import assemble_share, is_spread, spread
 from orchestrator.training.evaluation import set_reference
@@ -158,8 +158,7 @@ def place(parts: Parts, recipe: Recipe, precision: Precision, device: torch.devi
         Whether digits of any weight were lost.
     """
     stage = recipe.scale.zero_stage
-    autocasts = precision == "bf16" and stage == 0
-    is_rounded = autocasts and may_cast_frozen(recipe) and cast_frozen_to_bf16(parts.module)
+    is_rounded = autocasts(recipe, precision) and may_cast_frozen(recipe) and cast_frozen_to_bf16(parts.module)
     if stage < 3:
         parts.module.to(device)
     return is_rounded

@@ -66,8 +66,8 @@ def test_of_a_size_that_the_cluster_does_not_tell_the_smallest_is_planned_with(k
         ("4x8xH10-80GB", "did you mean H100"),
         ("A100-60GB", "an A100 has 80GB or 40GB, not 60GB"),
         ("0x8xH100", "has no devices"),
-        ("many", "known are T4"),
-        ("", "is no shape such as 4x8xH100-80GB"),
+        ("many", "use one of: T4"),
+        ("", "is not a shape such as 4x8xH100-80GB"),
     ],
 )
 def test_shapes_that_are_none_are_refused_with_what_would_be_right(text: str, words: str) -> None:

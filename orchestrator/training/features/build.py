@@ -15,6 +15,7 @@ from orchestrator.models import NoPrefix, Prefix
 from orchestrator.models.attempt import CallFailed, attempt
 from orchestrator.models.shortcuts.prefix import NotSeen
 from orchestrator.models.shortcuts.token_pooling import evaluating, is_close
+from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.training.assembling import Parts
 from orchestrator.training.engine.base import Engine
@@ -43,19 +44,27 @@ def extract_prefix_at_boundary(prepared: Prepared, parts: Parts, schedule: Sched
     """
     boundary = boundary_of(parts)
     is_asked = boundary is not None and is_wanted(prepared, parts, schedule, boundary)
-    if prepared.recipe.scale.zero_stage == 3:
-        return NoPrefix("ZeRO-3 spreads its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
+    reason = why_not_replaceable(prepared.recipe, encoded)
+    if prepared.recipe.scale.zero_stage == 3:
+        return NoPrefix(str(reason)) if is_asked else None
     loader, some = examples_to_try(encoded, parts)
     inputs, pooling = pick_position(parts, loader, some)
     if boundary is None or not is_asked:
         return None
-    if encoded.rows_per_example > 1:
-        return NoPrefix("an example is several texts")
-    if encoded.augments:
-        return NoPrefix("training examples are changed at random")
+    if reason is not None:
+        return NoPrefix(reason)
     beside = loader.extra_inputs(some).inputs
     return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pooling)
+
+
+def why_not_replaceable(recipe: Recipe, encoded: Encoded) -> str | None:
+    """Return why stored features cannot take the frozen blocks' place, by recipe and data; None where they may."""
+    if recipe.scale.zero_stage == 3:
+        return "ZeRO-3 spreads its weights over the workers"
+    if encoded.rows_per_example > 1:
+        return "an example is several texts"
+    return "training examples are changed at random" if encoded.augments else None
 
 
 def examples_to_try(encoded: Encoded, parts: Parts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
