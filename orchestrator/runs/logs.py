@@ -1,4 +1,4 @@
-"""The package's own log messages, in the logs of a run."""
+"""Write the package's own log messages to the logs of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = __name__.partition(".")[0]
 
 @contextlib.contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Append what the package logs at level INFO and above to `worker-<rank>.log`, made with the first message."""
+    """Append the package's messages from level INFO on to `worker-<rank>.log`, which the first one creates."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     handler = logging.FileHandler(folder / f"worker-{rank}.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""How far a run is: kept by worker 0 in a small file, shown by the command as one live line."""
+"""The progress of a run: worker 0 writes it to a small file, the command shows it as one live line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from orchestrator.formatting import format_duration
 _FILE = ".progress.json"
 _SECONDS_BETWEEN_WRITES = 0.2
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
-_SECONDS_BETWEEN_BRINGING = 5.0
+_SECONDS_BETWEEN_DOWNLOADS = 5.0
 
 
 class ProgressFile:
-    """Worker 0's side: the latest state, written at most a few times a second.
+    """Writes the latest state, at most a few times a second; used by worker 0.
 
     Args:
-        send: called after each write, where the command has another folder.
+        upload: called after each write, where the command sees another folder.
     """
 
     def __init__(self, folder: Path, upload: Callable[[], None] = lambda: None) -> None:
@@ -34,19 +34,19 @@ class ProgressFile:
         self.written = 0.0
 
     def show(self, force: bool = False, **state: Any) -> None:
-        """Keep `state` for whoever watches; without `force`, only when the last write is a moment ago."""
+        """Write `state`; without `force`, only if the last write was a moment ago."""
         now = time.monotonic()
         if force or now - self.written >= _SECONDS_BETWEEN_WRITES:
             self.written = now
             temporary = self.path.with_name(f"{_FILE}.partial")
-            with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
+            with contextlib.suppress(OSError):  # The progress is only shown.
                 temporary.write_text(json.dumps(state), encoding="utf-8")
                 temporary.replace(self.path)
             self.upload()
 
 
 def describe(state: dict[str, Any]) -> str:
-    """One line: phase, step, loss, select metric, examples per second, time left."""
+    """Return one line: phase, step, loss, select metric, examples per second, time left."""
     parts = [state["phase"]]
     if "step" in state:
         parts.append(f"step {state['step']}/{state['steps']}")
@@ -62,7 +62,7 @@ def describe(state: dict[str, Any]) -> str:
 
 
 class ProgressLine:
-    """The command's side: one line that is rewritten in a terminal; now and then a plain line elsewhere."""
+    """Shows the progress: one line that is rewritten in a terminal, or a new line now and then elsewhere."""
 
     def __init__(self, folder: Path, out: TextIO) -> None:
         self.path = folder / _FILE
@@ -73,6 +73,7 @@ class ProgressLine:
         self.last_printed = 0.0
 
     def refresh(self) -> None:
+        """Show the state of the file, if there is anything new."""
         try:
             state = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -89,6 +90,7 @@ class ProgressLine:
         self.out.flush()
 
     def clear(self) -> None:
+        """Erase the line from a terminal."""
         if self.live and self.last_text:
             self.out.write("\r\033[K")
             self.out.flush()
@@ -96,10 +98,10 @@ class ProgressLine:
 
 @contextlib.contextmanager
 def duplicate_stream(out: TextIO) -> Iterator[TextIO]:
-    """The same screen through a descriptor of our own: while a run goes on, the process's own output goes to a file."""
+    """Yield a stream to the same terminal or file that stays open while the process's own output goes to a log."""
     try:
         descriptor = os.dup(out.fileno())
-    except io.UnsupportedOperation:  # A stream in memory stays what it is.
+    except io.UnsupportedOperation:  # A stream in memory.
         yield out
         return
     with os.fdopen(descriptor, "w", encoding="utf-8") as screen:
@@ -113,13 +115,13 @@ def show_progress(
     """Show the progress of the run in `folder` while the body runs.
 
     Args:
-        bring: called every few seconds, where the workers have another folder.
+        download: called every few seconds, where the workers write to another folder.
     """
     (folder / _FILE).unlink(missing_ok=True)
     done = threading.Event()
     with duplicate_stream(out or sys.stderr) as screen:
         line = ProgressLine(folder, screen)
-        thread = threading.Thread(target=watch, args=(line, done, download), name="progress", daemon=True)
+        thread = threading.Thread(target=refresh_until_done, args=(line, done, download), name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -130,10 +132,10 @@ def show_progress(
             (folder / _FILE).unlink(missing_ok=True)
 
 
-def watch(line: ProgressLine, done: threading.Event, download: Callable[[], None]) -> None:
-    brought = 0.0
+def refresh_until_done(line: ProgressLine, done: threading.Event, download: Callable[[], None]) -> None:
+    last_download = 0.0
     while not done.wait(_SECONDS_BETWEEN_WRITES):
-        if time.monotonic() - brought > _SECONDS_BETWEEN_BRINGING:
+        if time.monotonic() - last_download > _SECONDS_BETWEEN_DOWNLOADS:
             download()
-            brought = time.monotonic()
+            last_download = time.monotonic()
         line.refresh()

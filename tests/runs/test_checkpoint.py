@@ -170,7 +170,7 @@ def test_wherever_the_disk_is_full_the_old_checkpoint_is_whole_and_the_reason_is
         assert not list(folder.glob(".*.partial"))
         assert find_whole(folder) in {10, 20}
     events.arm(0, FULL)
-    with pytest.raises(RunFailed, match="No space left on device; the checkpoints before it are whole"):
+    with pytest.raises(RunFailed, match="No space left on device; earlier checkpoints are intact"):
         save(CheckpointStore(left[0]), 30)
 
 

@@ -103,7 +103,7 @@ def test_without_a_record_the_same_run_goes_on(name: str, how: str, project: Pat
     record = json.loads((run.directory / "run.json").read_text())
     assert (record["status"], record["attempt"]) == ("finished", 2)
     assert load_recipe(run.directory / "recipe.yaml").name == "toy"
-    told = ["run.json was damaged or missing: what it told of before is lost"] if name == "run.json" else []
+    told = ["run.json was damaged or missing: its earlier entries are lost"] if name == "run.json" else []
     assert list(run.notes) == told
 
 

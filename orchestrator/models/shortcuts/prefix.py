@@ -100,11 +100,6 @@ class Prefix:
         if boundary > self.num_layers:
             self._replace(body, self._pass_body)
 
-    @property
-    def is_pooled(self) -> bool:
-        """Whether the features are one vector an example, whatever its length."""
-        return self._is_pooled(self.boundary)
-
     def compute(
         self, inputs: dict[str, Tensor], boundaries: Sequence[int], start: int | None = None, features: Any = None
     ) -> dict[int, Tensor]:
@@ -135,7 +130,8 @@ class Prefix:
     _stay = False
     """The pass is set from outside, not by the model's arguments."""
 
-    def _is_pooled(self, boundary: int) -> bool:
+    def is_pooled(self, boundary: int) -> bool:
+        """Whether the features at a boundary are one vector for each example, whatever its length."""
         return self.pooling is not None and boundary >= self.num_layers
 
     def _take_features(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -145,7 +141,7 @@ class Prefix:
             self._pass = _Pass(None if features is None else self.boundary, features)
         if self._pass.features is not None:
             main = kwargs.setdefault(self.body.main_input_name, self._pass.features)
-            if self._is_pooled(self._pass.fed_at or 0) and _is_token_ids(main) and self._pass.features.dim() == 3:
+            if self.is_pooled(self._pass.fed_at or 0) and _is_token_ids(main) and self._pass.features.dim() == 3:
                 self._pass.features = self._pass.features.expand(-1, main.shape[1], -1)
         return args, kwargs
 
@@ -210,7 +206,7 @@ class Prefix:
         this = self._pass
         if boundary not in this.wanted:
             return
-        if self.pooling is not None and self._is_pooled(boundary) and hidden.dim() == 3:
+        if self.pooling is not None and self.is_pooled(boundary) and hidden.dim() == 3:
             hidden = self.pooling.take(hidden)
         this.taken[boundary] = hidden
         if this.taken.keys() == this.wanted:

@@ -222,11 +222,11 @@ def test_features_of_a_head_that_reads_one_position_hold_that_position() -> None
     family = make("gpt2")
     pooling = picked(family)
     prefix = prefix_of(family, 4, pooling)
-    assert prefix.is_pooled
+    assert prefix.is_pooled(4)
     found = prefix.compute(family.inputs, [1, 2, 3, 4])
     assert [tuple(found[boundary].shape) for boundary in (1, 2, 3, 4)] == [(4, 9, 16)] * 2 + [(4, 1, 16)] * 2
-    assert not prefix_of(make("gpt2"), 2).is_pooled
-    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled
+    assert not prefix_of(make("gpt2"), 2).is_pooled(2)
+    assert not prefix_of(make("modernbert", classifier_pooling="mean"), 4).is_pooled(4)
 
 
 @pytest.mark.parametrize("freeze", [1, 2])
