@@ -23,7 +23,7 @@ ORDER = (
 )
 KNOWS_RAY = (
     *("jobs/client.py", "jobs/on_cluster.py", "search/ray/"),
-    *(f"launch/{name}.py" for name in ("cluster", "dead_workers", "ray_train", "stop_request")),
+    *(f"launch/{name}.py" for name in ("cluster", "dead_workers", "ray_train", "stop_request", "trainer")),
 )
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},

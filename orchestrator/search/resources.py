@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from orchestrator.launch.placement import Nodes, count_room, minimum_resources, refuse_without_room
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.worker_resources import Nodes, count_room, minimum_resources, refuse_without_room
 from orchestrator.search.plan import Plan
 from orchestrator.training.engine.sizes import BYTES_IN_TRAINING
 

@@ -13,12 +13,12 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.launch import import_ahead
 from orchestrator.launch.cluster import ray_cluster
-from orchestrator.launch.ray_train import redirect_output
 from orchestrator.launch.train import check_directory, create_directory, set_aside
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
 from orchestrator.runs.identity import PLACES, refuse_changes
+from orchestrator.runs.logs import redirect_output
 from orchestrator.runs.occupancy import find_kind
 from orchestrator.runs.progress import duplicate_stream
 from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows, read_rows

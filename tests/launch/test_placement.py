@@ -15,8 +15,8 @@ from orchestrator.cli.main import main
 from orchestrator.errors import ClusterError
 from orchestrator.launch import cluster
 from orchestrator.launch.cluster import make_scaling_config
-from orchestrator.launch.placement import count_room, worker_resources
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.worker_resources import count_room, worker_resources
 
 WriteRecipe = Callable[..., Path]
 HEAD, GPUS, CPUS = {"CPU": 96.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 32.0}

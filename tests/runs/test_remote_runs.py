@@ -20,7 +20,7 @@ from orchestrator.cli.main import main
 from orchestrator.distributed import Exchange
 from orchestrator.errors import InputError, RunFailed
 from orchestrator.jobs.fetch import download, upload
-from orchestrator.launch import ray_train as worker
+from orchestrator.launch import trainer
 from orchestrator.launch.dead_workers import failure_callback
 from orchestrator.runs.remote import RemoteRunDirectory, open_run
 from orchestrator.runs.remote_checkpoints import RemoteCheckpointStore
@@ -267,13 +267,13 @@ def test_two_workers_keep_their_run_there(
     recipe, _ = expected
     url = f"{bucket}/two"
     shown_by_ray: list[str] = []
-    fit = worker.fit
+    run_trainer = trainer.run_trainer
 
-    def watched(loop: Any, config: dict[str, Any], *others: Any) -> None:
-        shown_by_ray.append(repr((config, vars(others[-1][0]))))
-        fit(loop, config, *others)
+    def watched(loop: Any, config: dict[str, Any], settings: trainer.TrainerSettings) -> None:
+        shown_by_ray.append(repr((config, vars(settings.callbacks[0]))))
+        run_trainer(loop, config, settings)
 
-    monkeypatch.setattr(worker, "fit", watched)
+    monkeypatch.setattr(trainer, "run_trainer", watched)
     overrides = [*STEPS, "scale.workers=2", "scale.zero_stage=2", "train.steps=10"]
     run = train(load_recipe(recipe, overrides), url)
     assert run.result["steps"] == 10

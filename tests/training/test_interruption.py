@@ -117,10 +117,10 @@ def test_where_no_step_is_taken_the_first_signal_ends_at_once(
 def test_signals_that_a_process_ignores_stay_ignored(takes_signals: None) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # As a shell starts what is to run in the background.
     try:
-        interruption = InterruptHandler()
-        with interruption.installed():
+        handler = InterruptHandler()
+        with handler.installed():
             os.kill(os.getpid(), signal.SIGINT)
-            assert not interruption.is_set()
+            assert not handler.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -144,20 +144,20 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     kept: dict[str, bytes] = {}
     monkeypatch.setattr(stop_request, "read", kept.get)
     monkeypatch.setattr(stop_request, "write", kept.__setitem__)
-    monkeypatch.setattr(stop_request, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(stop_request, "SECONDS_BETWEEN_CHECKS", 0.01)
     return kept
 
 
 def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], takes_signals: None) -> None:
-    interruption, asker = InterruptHandler(), StopRequestSender()
-    listener, other = StopRequestReceiver(asker.key, listens=True), StopRequestReceiver(asker.key, listens=False)
-    with interruption.installed(), asker.waiting(), interruption.forwarding_to(asker.ask), listener.during_steps():
+    handler, sender = InterruptHandler(), StopRequestSender()
+    receiver, other = StopRequestReceiver(sender.key, listens=True), StopRequestReceiver(sender.key, listens=False)
+    with handler.installed(), sender.waiting(), handler.forwarding_to(sender.ask), receiver.during_steps():
         os.kill(os.getpid(), signal.SIGINT)
-        assert listener._given.wait(10)
+        assert receiver._is_set.wait(10)
         for thread in threading.enumerate():
             if thread.name == "interruption":
                 thread.join(10)
-    assert store == {asker.key: stop_request.SAVES}
+    assert store == {sender.key: stop_request.SAVING}
     assert not other.is_set()
 
 
@@ -165,11 +165,11 @@ def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], takes_s
 def test_workers_that_have_nothing_to_save_are_not(
     listens: bool, store: dict[str, bytes], takes_signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stop_request, "SECONDS_FOR_AN_ANSWER", 60.0 if listens else 0.01)
-    interruption, asker = InterruptHandler(), StopRequestSender()
-    StopRequestReceiver(asker.key, listens)
-    waiting = asker.waiting(), interruption.forwarding_to(asker.ask)
-    with interruption.installed(), pytest.raises(KeyboardInterrupt), waiting[0], waiting[1]:
+    monkeypatch.setattr(stop_request, "SECONDS_FOR_REPLY", 60.0 if listens else 0.01)
+    handler, sender = InterruptHandler(), StopRequestSender()
+    StopRequestReceiver(sender.key, listens)
+    waiting = sender.waiting(), handler.forwarding_to(sender.ask)
+    with handler.installed(), pytest.raises(KeyboardInterrupt), waiting[0], waiting[1]:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(30)
 

@@ -16,7 +16,7 @@ from orchestrator import load_recipe, train
 from orchestrator.cli.main import main
 from orchestrator.errors import ClusterError
 from orchestrator.launch.cluster import HIDES_GPUS
-from orchestrator.launch.ray_train import worker_environment
+from orchestrator.launch.trainer import worker_environment
 from orchestrator.planning.sharding_options import local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
