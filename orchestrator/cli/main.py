@@ -356,7 +356,9 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         print(f"the model is in {options.output}")
         if moved is not None:
-            print(f"its weights are in the source's format; rounding moved its outputs by {moved:.1e} of the largest")
+            print(
+                f"its weights are in the source's format; rounding changed outputs by up to {moved:.1e} of the largest"
+            )
     return {"status": "exported", "output": str(options.output), "merged": options.merge, "rounding": moved}
 
 
