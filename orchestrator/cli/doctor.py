@@ -1,4 +1,4 @@
-"""What this machine has for training, and what is missing, with the command that installs it."""
+"""Check this machine: packages, hardware, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ EXTRAS = {
 }
 LEAST_FREE = 2 * 10**9  # Bytes.
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
-"""There where NVIDIA's driver runs, in containers only where they are given a GPU."""
+"""Exists where NVIDIA's driver runs; in containers, only if they have a GPU."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     value: str
     remedy: str | None = None
-    """What to do when something is missing."""
+    """How to install what is missing; None if nothing is."""
 
 
 def examine() -> list[Finding]:
-    """Look at packages, processor, GPU, memory, compiler and Ray."""
+    """Check packages, CPU, GPU, memory, compiler, Ray and disk."""
     return [*examine_packages(), *examine_hardware(), *examine_compiler(), examine_ray(), examine_disk()]
 
 
 def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -94,14 +95,14 @@ def examine_hardware() -> list[Finding]:
         is_there = torch.version.cuda is None and NVIDIA_DEVICE.exists()
         value = "one, but this PyTorch is built without CUDA" if is_there else "none"
         remedy = "pip install --force-reinstall torch" if is_there else None
-        found.append(Finding("GPU", f"{value}; trains on the processor", remedy))
+        found.append(Finding("GPU", f"{value}; trains on the CPU", remedy))
     return found
 
 
 def examine_compiler() -> list[Finding]:
-    """DeepSpeed compiles some of its operators when they are first used; ours run without any of them."""
+    """Find the compiler for operators that DeepSpeed compiles at their first use; no recipe needs them."""
     compiler = shutil.which("g++") or shutil.which("c++")
-    value = compiler or "none; DeepSpeed's compiled operators are not available (no recipe here needs them)"
+    value = compiler or "none; DeepSpeed's compiled operators are not available (no recipe needs them)"
     ninja = "found" if shutil.which("ninja") or find_spec("ninja") else "not found"
     return [
         Finding(
@@ -114,13 +115,11 @@ def examine_compiler() -> list[Finding]:
 
 def examine_ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
-    return Finding(
-        "Ray cluster", address or "none named (RAY_ADDRESS is not set); one is started on this machine when needed"
-    )
+    return Finding("Ray cluster", address or "RAY_ADDRESS is not set; a cluster is started on this machine when needed")
 
 
 def examine_disk() -> Finding:
     free = shutil.disk_usage(".").free
     return Finding(
-        "disk here", f"{format_bytes(free)} free", "make room: checkpoints need some" if free < LEAST_FREE else None
+        "disk here", f"{format_bytes(free)} free", "free some space for checkpoints" if free < LEAST_FREE else None
     )

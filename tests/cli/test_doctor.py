@@ -77,9 +77,9 @@ def test_a_gpu_that_this_build_of_pytorch_knows_nothing_of_is_told(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path)
-    assert by_name()["GPU"].value == "one, but this PyTorch is built without CUDA; trains on the processor"
+    assert by_name()["GPU"].value == "one, but this PyTorch is built without CUDA; trains on the CPU"
     monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "none")
-    assert by_name()["GPU"] == Finding("GPU", "none; trains on the processor")
+    assert by_name()["GPU"] == Finding("GPU", "none; trains on the CPU")
 
 
 def test_the_cluster_named_by_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,10 +302,10 @@ def test_the_command_prints_a_table_or_one_object(runs: Path, calls: list[dict[s
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--limit", "3"], "--limit is for benchmarks alone"),
-        (["--chat-template"], "--chat-template is for benchmarks alone"),
-        (["data.jsonl", "--harness", "toy"], "bring their own data"),
-        (["--split", "train", "--harness", "toy"], "bring their own data"),
+        (["--limit", "3"], "--limit is for benchmarks only"),
+        (["--chat-template"], "--chat-template is for benchmarks only"),
+        (["data.jsonl", "--harness", "toy"], "have their own data"),
+        (["--split", "train", "--harness", "toy"], "have their own data"),
         (["--harness"], "expected at least one argument"),
     ],
 )

@@ -224,7 +224,7 @@ def check_interrupted_command(recipe: Path, tmp_path: Path, number: int, *overri
         else:
             os.kill(command.pid, number)
         assert command.wait(60) == 130
-    assert "error: interrupted\n    -> the same command goes on" in (tmp_path / "told").read_text()
+    assert "error: interrupted\n    -> the same command resumes" in (tmp_path / "told").read_text()
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert json.loads((interrupted / "run.json").read_text())["status"] == "interrupted"
     (saved,) = (int(path.name[5:]) for path in (interrupted / "checkpoints").glob("step-*"))

@@ -374,7 +374,7 @@ def test_the_plan_is_told_part_by_part(write_recipe: WriteRecipe, capsys: pytest
     recipe = str(write_recipe(transfer={"freeze": 1}))
     assert main(["plan", recipe, "--on", "2x8xA100-40GB"]) == 0
     told = capsys.readouterr().out
-    for words in ("2 machines with 8 places each (A100-40GB)", "fits", "stored features", "as the recipe has it"):
+    for words in ("2 machines with 8 places each (A100-40GB)", "fits", "stored features", "as in the recipe"):
         assert words in told
     assert main(["plan", recipe, "--on", "8xZ80"]) == 2
     assert "is not a shape such as" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_the_step_is_saved_and_the_same_command_goes_on_with_the_same_losses(
     assert main(["train", recipe, *STEPS, "--output", str(directory)]) == 130
     told = capsys.readouterr().err
     assert "press Ctrl-C again to end at once" in told
-    assert "error: interrupted\n    -> the same command goes on" in told
+    assert "error: interrupted\n    -> the same command resumes" in told
     assert (status_of(directory), steps_saved(directory)) == ("interrupted", ["step-00000005"])
     assert main(["train", recipe, *STEPS, "--output", str(directory)]) == 0
     assert losses(directory) == losses(whole)
