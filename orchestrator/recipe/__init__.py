@@ -1,4 +1,4 @@
-"""What a user writes: the recipe. Imports neither torch nor ray."""
+"""Recipes: read, check and find them. Imports neither torch nor ray."""
 
 from orchestrator.recipe.catalog import ShippedRecipe, find_recipe, shipped_recipes
 from orchestrator.recipe.load import dump_recipe, load_recipe, make_paths_absolute, map_paths, parse_recipe

@@ -1,4 +1,4 @@
-"""Rules for the section `search`: its settings, and each place of its space on its own.
+"""Rules for the section `search`: its settings, and each path of its space on its own.
 
 What shows only where values meet is in `combination_rules.py`.
 """
@@ -36,7 +36,7 @@ _MAY_CHANGE_MIDWAY = ("train.learning_rate", "train.weight_decay", "train.max_gr
 
 
 def check_search(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
-    """The problems of the section `search`, but for those that involve a path at, above or below `unreliable`."""
+    """Return the problems of the section `search`, without those of a path at, above or below `unreliable`."""
     return tell(recipe, _find_all(recipe, unreliable), unreliable) if recipe.search is not None else []
 
 
@@ -227,14 +227,14 @@ def _find_in_range(recipe: Recipe, path: str, kind: str, ends: Sequence[float], 
 
 
 def _find_in_value(recipe: Recipe, path: str, value: Any, place: str, partly: bool = False) -> Iterator[Finding]:
-    """What the schema says of a value for a path; `partly` allows a mapping to lack keys."""
+    """Return the mistakes of a value for a path; with `partly`, a mapping may lack keys."""
     data = put(recipe.model_dump(exclude={"search"}), path, value)
     try:
         Recipe.model_validate(data)
     except ValidationError as error:
         shape = shape_of(Recipe)
         for mistake in find_mistakes(error, data, shape):
-            # Around the path, what is missing may be what another place of the space brings.
+            # Values that are missing around the path may come from another path of the space.
             if is_within(dotted(mistake.path), path) and not (partly and mistake.kind == "missing"):
                 yield Finding((place,), *explain_value(mistake, data, shape))
 

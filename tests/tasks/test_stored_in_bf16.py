@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import orchestrator
 from orchestrator.cli.main import main
 from orchestrator.errors import InputError
-from orchestrator.inference.merge import changed_layers, merged_in_turn
+from orchestrator.inference.merge import changed_layers, merging_each_layer
 from orchestrator.inference.merge import export as export_model
 from orchestrator.inference.predict import evaluate
-from orchestrator.inference.trained_model import PrecisionChoice, load_base, load_trained_model, put_adapter_on
+from orchestrator.inference.trained_model import PrecisionChoice, load_adapter, load_base, load_trained_model
 from orchestrator.models import find_source, load_config
 from orchestrator.models.load import is_stored_in_bf16
 from orchestrator.training import export
@@ -159,7 +159,7 @@ def test_an_adapter_is_merged_in_fp32_and_written_in_the_format_of_its_source(
         assert all(value.dtype != torch.bfloat16 for value in layer.parameters())
     if "quantize" in adapter:
         base, _ = load_base(wide.folder, wide.description, wide.task.auto_class)
-        wide.model = put_adapter_on(base.dequantize(torch.float32), wide.folder)
+        wide.model = load_adapter(base.dequantize(torch.float32), wide.folder)
     expected = wide.model.merge_and_unload().state_dict()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge"]) == 0
     assert "rounding changed outputs by up to" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_merging_holds_no_second_copy_in_fp32(write: WriteRecipe, narrow_llama: 
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     model = load_trained_model(tmp_path / "run", "fp32", torch.device("cpu"), as_stored=True).model
     assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
-    with merged_in_turn(model):
+    with merging_each_layer(model):
         assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
 
 
