@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Problem, nearest
 from orchestrator.recipe.combination_rules import find_in_combinations
-from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, place_of, put, put_in_order, said_in
+from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, paths_in, place_of, put, put_in_order
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import dotted, find_mistakes
 from orchestrator.recipe.reference import shape_of
-from orchestrator.recipe.rules import overlap, tell
+from orchestrator.recipe.rules import as_problems, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search
 from orchestrator.recipe.wording import explain_value, write_value
 
@@ -37,7 +37,7 @@ _MAY_CHANGE_MIDWAY = ("train.learning_rate", "train.weight_decay", "train.max_gr
 
 def check_search(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
     """Return the problems of the section `search`, without those of a path at, above or below `unreliable`."""
-    return tell(recipe, _find_all(recipe, unreliable), unreliable) if recipe.search is not None else []
+    return as_problems(recipe, _find_all(recipe, unreliable), unreliable) if recipe.search is not None else []
 
 
 def _find_all(recipe: Recipe, unreliable: Sequence[str]) -> Iterator[Finding]:
@@ -257,7 +257,7 @@ def _conditions_can_be_met(recipe: Recipe, path: str, space: Cases) -> Iterator[
 
 
 def _find_in_condition(path: str, when: dict[str, Any], space: Cases, place: str) -> Iterator[Finding]:
-    for said in said_in(when):
+    for said in paths_in(when):
         if is_within(said, path):
             what = f"the `when` of `{path}` asks for the value that it decides about"
             yield Finding((place,), what, "ask for another place's value, or remove it")

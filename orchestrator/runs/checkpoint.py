@@ -21,13 +21,12 @@ from typing import Any
 
 from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
-from orchestrator.runs.directory import parse_object, write_atomically
+from orchestrator.runs.directory import write_atomically
+from orchestrator.runs.identity import IDENTITY, MANIFEST
 
-MANIFEST = "MANIFEST.json"
 COMMITTED = "COMMITTED"
 HASHED_AT_ONCE = 8
 STATE = "state.json"
-IDENTITY = "identity.json"
 _NAME = re.compile(r"step-(\d{8})")
 _LEFTOVER = re.compile(r"\.step-\d{8}\.partial")
 Files = dict[str, dict[str, Any]]
@@ -216,19 +215,6 @@ def find_damage(folder: Path) -> str | None:
     except (ValueError, KeyError, UnicodeDecodeError):
         return "its manifest cannot be read"
     return None
-
-
-def read_identity(read: Callable[[str], bytes | None]) -> dict[str, Any]:
-    """Return the identity that is saved with a checkpoint; {} where it is missing or damaged.
-
-    Args:
-        read: returns the content of a file of the checkpoint, or None.
-    """
-    data = read(IDENTITY)
-    if data is None:
-        return {}
-    expected = parse_object(read(MANIFEST)).get("files", {}).get(IDENTITY, {}).get("sha256")
-    return parse_object(data) if hashlib.sha256(data).hexdigest() == expected else {}
 
 
 def set_aside(folder: Path) -> Path:

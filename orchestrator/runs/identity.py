@@ -7,7 +7,9 @@ even where the run's own records are damaged or missing. Without a checkpoint, t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +18,10 @@ import yaml
 
 from orchestrator.errors import InputError, Problem, RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
-from orchestrator.runs.checkpoint import IDENTITY, read_identity
 from orchestrator.runs.directory import RunDirectory, parse_object
 
+IDENTITY, MANIFEST = "identity.json", "MANIFEST.json"
+"""Files of a checkpoint: its identity, and the hashes of all its files."""
 Names = dict[str, set[str]]
 # Locations of source and data, which may differ on another cluster; their contents are compared by fingerprint.
 PLACES = {"source": {"model"}, "target": {"data"}}
@@ -66,6 +69,19 @@ def checkpoint_identities(directory: RunDirectory) -> list[Identity]:
         found = [read_identity(partial(_read_within, directory, name)) for name in directory.committed()]
     known = Identity.__dataclass_fields__.keys()
     return [Identity(**{name: value for name, value in each.items() if name in known}) for each in found if each]
+
+
+def read_identity(read: Callable[[str], bytes | None]) -> dict[str, Any]:
+    """Return the identity that is saved with a checkpoint; {} where it is missing or damaged.
+
+    Args:
+        read: returns the content of a file of the checkpoint, or None.
+    """
+    data = read(IDENTITY)
+    if data is None:
+        return {}
+    expected = parse_object(read(MANIFEST)).get("files", {}).get(IDENTITY, {}).get("sha256")
+    return parse_object(data) if hashlib.sha256(data).hexdigest() == expected else {}
 
 
 def _read_within(directory: RunDirectory, checkpoint: str, name: str) -> bytes | None:

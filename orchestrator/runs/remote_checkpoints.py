@@ -17,7 +17,6 @@ from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
 from orchestrator.runs.checkpoint import (
     COMMITTED,
-    MANIFEST,
     CheckpointStore,
     Files,
     Superseded,
@@ -26,6 +25,7 @@ from orchestrator.runs.checkpoint import (
     hash_file,
 )
 from orchestrator.runs.directory import RunDirectory, write_atomically
+from orchestrator.runs.identity import MANIFEST
 from orchestrator.runs.remote import RemoteRunDirectory
 from orchestrator.storage import join
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ from orchestrator.training import hooks
 from orchestrator.training.evaluation import Scored
 
 WriteRecipe = Callable[..., Path]
+
+
+def test_what_starts_a_run_imports_neither_torch_nor_ray() -> None:
+    """Ray starts while the model is checked, which imports torch; recipes are refused without either."""
+    code = "import sys, orchestrator.launch.train; print(sorted({'torch', 'ray', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def rows(directory: Path, split: str) -> list[dict[str, Any]]:

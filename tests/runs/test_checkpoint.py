@@ -15,7 +15,8 @@ import pytest
 from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
 from orchestrator.runs import checkpoint
-from orchestrator.runs.checkpoint import COMMITTED, MANIFEST, STATE, CheckpointStore, find_damage
+from orchestrator.runs.checkpoint import COMMITTED, STATE, CheckpointStore, find_damage
+from orchestrator.runs.identity import MANIFEST
 
 CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -14,9 +14,9 @@ from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.inference.predict import evaluate
 from orchestrator.recipe import Recipe
-from orchestrator.runs.checkpoint import COMMITTED, IDENTITY, MANIFEST, find_damage, hash_file
+from orchestrator.runs.checkpoint import COMMITTED, find_damage, hash_file
 from orchestrator.runs.directory import RunDirectory
-from orchestrator.runs.identity import last_attempt
+from orchestrator.runs.identity import IDENTITY, MANIFEST, last_attempt
 
 STEPS = ["train.steps=12", "train.save_every=4", "train.evaluate_every=4", "train.log_every=1", "train.keep=3"]
 

@@ -19,7 +19,7 @@ from orchestrator import load_recipe, search, train
 from orchestrator.cli.main import main
 from orchestrator.distributed import Exchange
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.jobs.fetch import download, upload
+from orchestrator.jobs.fetch import download, send
 from orchestrator.launch import trainer
 from orchestrator.launch.dead_workers import failure_callback
 from orchestrator.runs.remote import RemoteRunDirectory, open_run
@@ -108,7 +108,7 @@ def test_a_run_there_is_as_one_in_a_folder(
     from transformers import AutoModelForSequenceClassification
 
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "fetched" / "model").config.num_labels == 3
-    assert "model.safetensors" not in upload(url, ("model",))
+    assert "model.safetensors" not in send(url, ("model",))
 
 
 def test_a_killed_run_goes_on_from_another_machine_with_the_same_losses(
