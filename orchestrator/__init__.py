@@ -58,10 +58,10 @@ def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, lik
         examples: of *train*, where the data are not at hand.
         like: the directory of a run on the same kind of machine, whose pace is taken.
     """
-    from orchestrator.planning import read_shape
+    from orchestrator.planning import parse_machine
     from orchestrator.planning.plan import plan as plan_training
 
-    return plan_training(recipe, read_shape(on) if on else None, examples, like)
+    return plan_training(recipe, parse_machine(on) if on else None, examples, like)
 
 
 def submit(
@@ -76,7 +76,7 @@ def submit(
     """Submit a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `.client.connect`."""
     from orchestrator.jobs import connect
     from orchestrator.jobs import submit as submit_recipe
-    from orchestrator.training.pictures import named_pictures
+    from orchestrator.training.pictures import find_named_pictures
 
-    cluster, pictures = connect(address, insecure), named_pictures(recipe)
+    cluster, pictures = connect(address, insecure), find_named_pictures(recipe)
     return submit_recipe(recipe, cluster, verb, __version__, shared=shared, variables=variables, pictures=pictures)

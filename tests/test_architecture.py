@@ -17,12 +17,13 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Each room may import those before it.
 ORDER = (
-    *("errors", "process", "storage", "distributed", "recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
+    *("errors", "formatting", "process", "storage", "distributed"),
+    *("recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
     *("runs", "training", "planning", "inference", "launch", "search", "__init__", "cli"),
 )
 KNOWS_RAY = (
     *("jobs/client.py", "jobs/on_cluster.py", "search/ray/"),
-    *(f"launch/{name}.py" for name in ("cluster", "dead_workers", "ray_train", "stop_request")),
+    *(f"launch/{name}.py" for name in ("cluster", "dead_workers", "ray_train", "stop_request", "trainer")),
 )
 TOO_HEAVY = {
     "recipe": {"torch", "ray", "transformers", "datasets", "deepspeed", "accelerate", "peft"},

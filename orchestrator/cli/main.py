@@ -1,4 +1,4 @@
-"""The commands: parse, call, print. What they do is decided elsewhere."""
+"""The commands of the command line: parse arguments, call the package, print the result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from orchestrator import __version__
 from orchestrator.cli import show
 from orchestrator.cli.jobs import add_verbs as add_job_verbs
 from orchestrator.errors import InputError, OrchestratorError, Problem, nearest
+from orchestrator.formatting import format_count
 from orchestrator.storage import is_url
 
 INTERRUPTED = 130
@@ -28,14 +29,14 @@ EXAMPLE = "a first run: orchestrator train text-classification/minilm-to-support
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with our words."""
+    """An `ArgumentParser` that raises `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(Problem(message, remedy=f"see: {self.prog} --help"))
 
 
 def build_parser() -> tuple[Parser, list[str]]:
-    """The parser of all commands, and their names."""
+    """Return the parser of all commands, and their names."""
     parser = Parser(prog="orchestrator", description="Fine-tune pre-trained models from recipes.", epilog=EXAMPLE)
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
@@ -51,53 +52,53 @@ def build_parser() -> tuple[Parser, list[str]]:
         added.set_defaults(run=run)
         return added
 
-    verb("validate", run_validate, "Check a recipe, its data and its source model; start nothing.", recipe, strict)
-    preview = verb("preview", run_preview, "Show examples as the model reads them; start nothing.", recipe, strict)
+    verb("validate", run_validate, "Check a recipe, its data and its source model, without training.", recipe, strict)
+    preview = verb("preview", run_preview, "Show examples as the model reads them, without training.", recipe, strict)
     preview.add_argument("--count", type=int, default=3, metavar="N", help="how many examples (default: 3)")
-    plan = verb("plan", run_plan, "Tell memory, time and disk before anything is started.", recipe)
+    plan = verb("plan", run_plan, "Estimate memory, time and disk of a training before it starts.", recipe)
     where = plan.add_mutually_exclusive_group()
     where.add_argument("--on", metavar="SHAPE", help="machines such as 4x8xH100-80GB (default: this one)")
-    where.add_argument("--address", metavar="URL", help="a Ray cluster's dashboard, whose nodes are asked")
-    plan.add_argument("--insecure", action="store_true", help="with --address: unencrypted to another machine")
-    plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="a run there; its pace is taken")
-    plan.add_argument("--examples", type=int, metavar="N", help="of train, where the data are not at hand")
-    train = verb("train", run_train, "Train; the same command goes on after an interruption.", recipe, strict)
-    train.add_argument("--output", metavar="DIR", help="run directory, or its URL (default: scale.storage/name)")
+    where.add_argument("--address", metavar="URL", help="a Ray cluster's dashboard; the plan is for its nodes")
+    plan.add_argument("--insecure", action="store_true", help="with --address: allow unencrypted connections")
+    plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="take the throughput of this run")
+    plan.add_argument("--examples", type=int, metavar="N", help="number of training examples, if the data are not here")
+    train = verb("train", run_train, "Train; the same command resumes an interrupted training.", recipe, strict)
+    train.add_argument("--output", metavar="DIR", help="run directory or URL (default: scale.storage/name)")
     train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
     search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
     search.add_argument("--output", type=folder_or_url, metavar="DIR", help="default: storage/name-search")
     search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
-    search.add_argument("--estimate", action="store_true", help="tell trials, seconds and disk; start nothing")
-    evaluate = verb("evaluate", run_evaluate, "Score a trained model on a split, a file or known benchmarks.", used)
+    search.add_argument("--estimate", action="store_true", help="estimate trials, time and disk, without searching")
+    evaluate = verb("evaluate", run_evaluate, "Evaluate a trained model on a split, a file or public benchmarks.", used)
     add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
     evaluate.add_argument("--split", default=SPLIT, help="train, select or test (default: test)")
     add_harness(evaluate)
     predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", used)
     add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
-    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; results are the same")
-    chat = verb("chat", run_chat, "Talk with a trained language model.", used)
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; no effect on results")
+    chat = verb("chat", run_chat, "Chat with a trained language model.", used)
     chat.add_argument("--system", metavar="TEXT", help="a system prompt (default: the recipe's)")
-    export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
+    export = verb("export", run_export, "Copy a trained model to a new folder.", model)
     export.add_argument("output", type=Path, help="the new folder")
-    export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
-    report_verb = verb("report", run_report, "Write the page of a run or a search again: DIR/report.html.")
+    export.add_argument("--merge", action="store_true", help="merge an adapter into the source's weights")
+    report_verb = verb("report", run_report, "Write the report of a run or a search again: DIR/report.html.")
     report_verb.add_argument("directory", type=Path, help="a run directory, or a search directory")
     add_job_verbs(verb, recipe)
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
     schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
-    verb("doctor", run_doctor, "Tell what this machine has, and what is missing with the command that installs it.")
+    verb("doctor", run_doctor, "Check this machine: packages, hardware, and how to install what is missing.")
     return parser, list(verbs.choices)
 
 
 def folder_or_url(text: str) -> Path | str:
-    """Return a path; a URL as it is, which a path would not be."""
+    """Return a URL as text, anything else as a path."""
     return text if is_url(text) else Path(text)
 
 
 def build_parents() -> tuple[Parser, Parser, Parser]:
-    """The arguments of the commands that take a recipe, a trained model, and one that is to compute something."""
+    """Return parsers of shared arguments: of a recipe, of a trained model, and of one that computes."""
     recipe = Parser(add_help=False)
     recipe.add_argument("recipe", help="a recipe's file, or the name of one that ships (`orchestrator recipes`)")
     text = "override a value: train.learning_rate=1e-4"
@@ -105,33 +106,33 @@ def build_parents() -> tuple[Parser, Parser, Parser]:
     model = Parser(add_help=False)
     model.add_argument("model", type=Path, help="a run directory, or the model directory in it")
     used = Parser(add_help=False, parents=[model])
-    text = "what to compute in (default: auto, on a GPU as the run did, else fp32)"
+    text = "precision to compute in (default: auto, that of the run on a GPU, fp32 on a CPU)"
     used.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
     return recipe, model, used
 
 
 def add_data(verb: argparse.ArgumentParser, default: str | None, text: str) -> None:
     verb.add_argument("data", nargs="?", default=default, help=text)
-    columns = "columns of the data, where they have other names: target.columns.text=sentence"
+    columns = "names of the data's columns, if they differ from the recipe's: target.columns.text=sentence"
     verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=columns)
 
 
 def add_harness(verb: argparse.ArgumentParser) -> None:
-    """Options without a value are left to what they are options of."""
+    """Add the options of benchmarks; those that are not given have the defaults of `evaluate_tasks`."""
     group = verb.add_argument_group("benchmarks for language models, by the lm-evaluation-harness (extra `harness`)")
     group.add_argument("--harness", nargs="+", metavar="TASK", help="its tasks, groups or tags: arc_easy mmlu")
-    text = "a folder with task files of your own (YAML); they may run code, so read what you did not write"
+    text = "a folder with your own task files (YAML); they may run code, so check files from others first"
     group.add_argument("--include", type=Path, metavar="FOLDER", help=text)
     group.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
-    text = "solved examples in each prompt (default: what the task says)"
+    text = "solved examples in each prompt (default: the task's own number)"
     group.add_argument("--num-fewshot", type=int, metavar="N", help=text)
-    text = "put each prompt into the chat template that was saved with the model, with the recipe's system prompt"
+    text = "apply the model's chat template to each prompt, with the recipe's system prompt"
     group.add_argument("--chat-template", action="store_const", const=True, help=text)
-    group.add_argument("--batch-size", type=int, metavar="N", help="texts per pass (default: 8); results are the same")
+    group.add_argument("--batch-size", type=int, metavar="N", help="texts per pass (default: 8); no effect on results")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, read; raises InputError with the nearest command when the first word is none."""
+    """Parse the command line; raises InputError, with the nearest command if the first word is unknown."""
     parser, verbs = build_parser()
     first = arguments[0] if arguments else None
     if first is None or not (first.startswith("-") or first in verbs):
@@ -139,7 +140,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         remedy = f"did you mean {close}?" if close else f"use one of: {', '.join(verbs)}; see: orchestrator --help"
         raise InputError(Problem(f"there is no command '{first}'" if first else "no command is given", remedy=remedy))
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one stretch; overrides may also stand after an option.
+    # argparse takes positional arguments in one group; overrides may also follow an option.
     if "overrides" in options:
         options.overrides += [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
@@ -153,7 +154,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run a command; return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, as_json = "--debug" in given, "--json" in given
     try:
@@ -166,12 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = list(error.problems) if isinstance(error, InputError) else [Problem(str(error))]
         return report(problems, error.exit_code, as_json)
     except KeyboardInterrupt:
-        remedy = "the same command goes on from where it was" if given[0] in ("train", "search") else None
+        remedy = "the same command resumes from there" if given[0] in ("train", "search") else None
         return report([Problem("interrupted", remedy=remedy)], INTERRUPTED, as_json)
-    except BrokenPipeError:  # Whoever read our output has gone, as `| head` does.
+    except BrokenPipeError:  # The reader of the output has closed it, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # A full disk, a folder that may not be written: nothing that a traceback explains.
+    except OSError as error:  # A full disk, or a folder without write permission.
         if debug:
             traceback.print_exc()
         remedy = "check the path, its permissions and the free space; --debug shows the traceback"
@@ -179,11 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(given: list[str], debug: bool, as_json: bool) -> None:
+    """Parse and run a command; with `as_json`, print its result as one JSON object."""
     options = parse(given)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        if not debug:  # Warnings of libraries are for those who program with them.
+        if not debug:  # Warnings of libraries are meant for developers.
             warnings.simplefilter("ignore")
-        if as_json:  # Whatever else is printed, by a library too, is no part of the object.
+        if as_json:  # The output of libraries is not part of the object.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         found = options.run(options)
     if as_json:
@@ -191,7 +193,7 @@ def run_command(given: list[str], debug: bool, as_json: bool) -> None:
 
 
 def report(problems: list[Problem], exit_code: int, as_json: bool) -> int:
-    """Tell what went wrong; returns the exit code."""
+    """Print what went wrong; return the exit code."""
     if as_json:
         rows = [
             {"what": item.what, "where": item.where, "remedy": item.remedy, "fatal": item.fatal} for item in problems
@@ -234,15 +236,15 @@ def run_preview(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_plan(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.planning import machine_of, read_shape
+    from orchestrator.planning import machine_from_nodes, parse_machine
     from orchestrator.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    machine = read_shape(options.on) if options.on else None
+    machine = parse_machine(options.on) if options.on else None
     if options.address:
         from orchestrator.jobs import connect
 
-        machine = machine_of(connect(options.address, options.insecure).nodes())
+        machine = machine_from_nodes(connect(options.address, options.insecure).nodes())
     from orchestrator.planning.plan import as_record, plan
 
     found = plan(recipe, machine, options.examples, options.calibration)
@@ -293,7 +295,7 @@ def run_report(options: argparse.Namespace) -> dict[str, Any]:
 
     path = write_report(options.directory)
     if not options.json:
-        print(f"the page is {path}")
+        print(f"the report is {path}")
     return {"status": "written", "report": str(path)}
 
 
@@ -303,7 +305,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         return run_harness(options, given)
     if given:
         option = next(iter(given)).replace("_", "-")
-        raise InputError(Problem(f"--{option} is for benchmarks alone", remedy="name them: --harness TASK"))
+        raise InputError(Problem(f"--{option} is for benchmarks only", remedy="name them: --harness TASK"))
     from orchestrator.inference.predict import evaluate
 
     given = {"overrides": options.overrides, "precision": options.precision}
@@ -316,7 +318,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def run_harness(options: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     if options.data is not None or options.overrides or options.split != SPLIT:
         remedy = "leave out --split, files and columns, or leave out --harness"
-        raise InputError(Problem("tasks of the harness bring their own data", remedy=remedy))
+        raise InputError(Problem("tasks of the harness have their own data", remedy=remedy))
     from orchestrator.inference.harness import evaluate_tasks
 
     found = evaluate_tasks(options.model, options.harness, precision=options.precision, **given)
@@ -330,13 +332,13 @@ def run_predict(options: argparse.Namespace) -> dict[str, Any]:
 
     output = options.output
     if output is None and options.json:
-        raise InputError(Problem("--json prints one object, predictions are many", remedy="give --output FILE.jsonl"))
+        raise InputError(Problem("--json prints a single object, not predictions", remedy="give --output FILE.jsonl"))
     if options.data == "-" and sys.stdin.isatty():
         print("reading JSON lines from the terminal; end with Ctrl-D", file=sys.stderr)
     given = {"overrides": options.overrides, "precision": options.precision}
     count = predict(options.model, options.data, output, options.batch_size, sys.stdout, **given)
     if output is not None and not options.json:
-        print(f"{count:,} predictions are in {output}")
+        print(f"{format_count(count, 'prediction')} written to {output}")
     return {"status": "predicted", "rows": count, "output": str(output)}
 
 
@@ -344,7 +346,7 @@ def run_chat(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.inference.chat import chat
 
     if options.json:
-        raise InputError(Problem("a conversation is no JSON object", remedy="use: orchestrator predict"))
+        raise InputError(Problem("chat does not support --json", remedy="use: orchestrator predict"))
     chat(options.model, sys.stdin, sys.stdout, options.system, options.precision)
     return {"status": "ended"}
 
@@ -356,7 +358,9 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         print(f"the model is in {options.output}")
         if moved is not None:
-            print(f"its weights are in the source's format; rounding moved its outputs by {moved:.1e} of the largest")
+            print(
+                f"its weights are in the source's format; rounding changed outputs by up to {moved:.1e} of the largest"
+            )
     return {"status": "exported", "output": str(options.output), "merged": options.merge, "rounding": moved}
 
 

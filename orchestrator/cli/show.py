@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: problems, tables, results. Text from data is printed without control characters."""
+"""Print problems, tables and results in a terminal. Control characters in text from data are replaced."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import Problem
+from orchestrator.formatting import format_bytes, format_count, format_duration
 from orchestrator.recipe import Recipe
 from orchestrator.storage import is_url, join
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def clean(text: str) -> str:
-    """The text without control characters (terminal escapes among them), line breaks and tabs aside."""
+    """Replace control characters, such as terminal escapes, but not line breaks and tabs."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
         for character in text
@@ -35,7 +36,7 @@ def problems(found: Iterable[Problem], out: TextIO) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], out: TextIO) -> None:
-    """Rows in columns of equal width; the last column runs free."""
+    """Print rows in columns of equal width; the last column has any width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -43,7 +44,7 @@ def table(rows: Sequence[Sequence[str]], out: TextIO) -> None:
 
 
 def short_path(path: Path) -> str:
-    """The path relative to here when it lies below, else in full."""
+    """Return the path relative to the current folder if it is inside, otherwise the whole path."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
@@ -64,7 +65,7 @@ def validated(prepared: Prepared, out: TextIO) -> None:
 
 
 def previewed(found: Preview, out: TextIO) -> None:
-    """Examples with what is learned of them marked, by colour in a terminal and else by brackets; lengths below."""
+    """Print examples with their learned parts marked, by colour in a terminal or by brackets; then all lengths."""
     begin, end = ("\033[32m", "\033[0m") if out.isatty() else ("[[", "]]")
     for example in found.examples:
         out.write(f"{clean(example.where)}: {example.length:,} tokens, {example.num_targets:,} learned\n")
@@ -83,7 +84,7 @@ def previewed(found: Preview, out: TextIO) -> None:
 
 
 def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
-    """The table at the end of a training."""
+    """Print the table at the end of a training."""
     result = run.result
     counts = result["parameters"]
     frozen = counts["total"] - counts["trained"]
@@ -93,29 +94,27 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         (
             "training",
             f"{result['steps']} steps in {result['seconds']:.1f} s"
-            + (f", {size(result['peak_bytes'])} at most in a worker" if result.get("peak_bytes") else "")
+            + (f", {format_bytes(result['peak_bytes'])} at most in a worker" if result.get("peak_bytes") else "")
             + (f", stopped early: {result['stopped_early']}" if result["stopped_early"] else ""),
         ),
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
     ]
     rows += scores_of(result)
     place = run.place if is_url(run.place) else short_path(run.directory)
-    rows += [("model", join(place, "model")), ("all the rest", place)]
+    rows += [("model", join(place, "model")), ("everything else", place)]
     if run.resumed:
-        rows.insert(0, ("resumed", "went on from what was there; --fresh starts over"))
+        rows.insert(0, ("resumed", "from an earlier run in this directory; --fresh starts over"))
     table(rows, out)
 
 
 def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
-    """The table at the end of a search."""
-    from orchestrator.runs.progress import format_seconds
-
+    """Print the table at the end of a search."""
     winner, record = found.record["winner"], found.record
     counts = ", ".join(f"{number} {status}" for status, number in found.counts.items())
     values = [f"{path} = {value}" for path, value in winner["parameters"].items()]
     rows = [
         ("source", recipe.source.model),
-        ("trials", f"{counts}, in {format_seconds(record['seconds'])}"),
+        ("trials", f"{counts}, in {format_duration(record['seconds'], whole=True)}"),
         ("winner", f"trial {winner['id']}: {', '.join(values)}"),
     ]
     if len(winner["seeds"]) > 1:
@@ -123,99 +122,90 @@ def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
         rows.append(("its seeds", f"{record['metric']} {scores} on select"))
     rows += scores_of(found.result)
     here = short_path(found.directory)
-    rows += [("model", f"{here}/model"), ("recipe", f"{here}/best.yaml"), ("page", f"{here}/report.html")]
+    rows += [("model", f"{here}/model"), ("recipe", f"{here}/best.yaml"), ("report", f"{here}/report.html")]
     table(rows, out)
 
 
 def estimated(recipe: Recipe, expected: Estimate, out: TextIO) -> None:
-    """What a search will take."""
-    from orchestrator.runs.progress import format_seconds
-
+    """Print the estimate of a search."""
     rows = [
         ("trials", f"{expected.trials}, {expected.concurrent} at a time"),
-        ("time", f"about {format_seconds(expected.seconds)} on this machine"),
+        ("time", f"about {format_duration(expected.seconds, whole=True)} on this machine"),
         (
             "disk",
-            f"{expected.cache_bytes / 1e9:.2f} GB for features, {expected.disk_bytes / 1e9:.2f} GB for the search",
+            f"{format_bytes(expected.cache_bytes)} for features, {format_bytes(expected.disk_bytes)} for the search",
         ),
-        ("free", f"{expected.free_bytes / 1e9:.1f} GB"),
+        ("free", f"{format_bytes(expected.free_bytes)}"),
     ]
     table([*rows, *[("note", note) for note in expected.notes]], out)
 
 
 def planned(found: TrainingPlan, out: TextIO) -> None:
-    """What a training will take, part by part, and other ways to spread it."""
+    """Print a plan: the resources of a training, and other ways to distribute it."""
     recipe, machine, chosen = found.recipe, found.machine, found.chosen
     adjective = "fits" if chosen.fits else "DOES NOT FIT"
     passes = "one pass" if found.passes == 1 else f"up to {found.passes} passes"
-    parts = ", ".join(f"{name} {size(each)}" for name, each in chosen.memory.parts.items())
+    needed = format_bytes(chosen.memory.total)
+    parts = ", ".join(f"{name} {format_bytes(each)}" for name, each in chosen.memory.parts.items())
     rows = [
         ("model", f"{found.total / 1e6:,.1f} M weights, {found.trained / 1e6:,.1f} M trained, in {found.precision}"),
-        ("runs on", f"{counted(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
+        ("runs on", f"{format_count(recipe.scale.workers, 'worker')}; {places_of(machine)}"),
         ("passes", f"{found.micro_batch} examples in each, {passes} a step, at most {found.longest:,} positions"),
-        ("memory", f"{size(chosen.memory.total)} of the {size(found.room)} that a worker may take: {adjective}"),
+        ("memory", f"{needed} of the {format_bytes(found.room)} that a worker may take: {adjective}"),
         ("", parts),
-        ("main memory", told_main_memory(found)),
-        ("time", told_time(found)),
-        ("disk", told_disk(found)),
-        ("network", f"{size(chosen.network)} sent by each worker in a step"),
-        ("at a time", counted(found.concurrent, "training") + " such as this one"),
+        ("main memory", describe_main_memory(found)),
+        ("time", describe_time(found)),
+        ("disk", describe_disk(found)),
+        ("network", f"{format_bytes(chosen.network)} sent by each worker in a step"),
+        ("at a time", format_count(found.concurrent, "training") + " like this one"),
     ]
     table([*rows, *[("note", note) for note in found.notes]], out)
-    out.write("\nspread otherwise, with the same passes:\n")
+    out.write("\nother ways to distribute the training, with the same passes:\n")
     lines = [("  zero_stage", "offload", "memory", "main memory", "network", "")]
     for option in found.options:
         own = (option.zero_stage, option.offload) == (recipe.scale.zero_stage, recipe.scale.offload)
-        judged = ("fits" if option.fits else "does not fit") + (", as the recipe has it" if own else "")
+        judged = ("fits" if option.fits else "does not fit") + (", as in the recipe" if own else "")
         memory = option.memory
-        total = ("> " if option.at_least else "") + size(memory.total)
-        numbers = (total, size(memory.main), size(option.network))
+        total = ("> " if option.at_least else "") + format_bytes(memory.total)
+        numbers = (total, format_bytes(memory.main), format_bytes(option.network))
         lines.append((f"  {option.zero_stage}", option.offload, *numbers, judged))
     table(lines, out)
     if found.advice:
         out.write("\nit would fit with:\n")
         table([(f"  {place}:", str(value).lower()) for place, value in found.advice.items()], out)
     elif not chosen.fits:
-        out.write("\nnothing of this makes it fit: take more workers, an adapter, or devices with more memory\n")
-
-
-def size(num_bytes: float) -> str:
-    """`1.25 GB`, `310 MB`."""
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+        out.write("\nnone of these fits: use more workers, an adapter, or devices with more memory\n")
 
 
 def places_of(machine: Machine) -> str:
-    return f"{counted(machine.nodes, 'machine')} with {counted(machine.devices, 'place')} each ({machine.name})"
+    """Return the machines and their devices in words."""
+    return (
+        f"{format_count(machine.nodes, 'machine')} with {format_count(machine.devices, 'place')} each ({machine.name})"
+    )
 
 
-def told_time(found: TrainingPlan) -> str:
-    from orchestrator.runs.progress import format_seconds
-
-    effort = found.effort
-    throughput = f"{effort.seconds_a_step:.2g} s a step (at {effort.basis}: {effort.rate / 1e12:.3g} TFLOP/s a worker)"
-    if effort.seconds is None or found.steps is None:
+def describe_time(found: TrainingPlan) -> str:
+    cost = found.compute_cost
+    throughput = f"{cost.seconds_a_step:.2g} s a step (at {cost.basis}: {cost.rate / 1e12:.3g} TFLOP/s a worker)"
+    if cost.seconds is None or found.steps is None:
         return throughput
-    return f"about {format_seconds(effort.seconds)} for {counted(found.steps, 'step')}, {throughput}"
+    return f"about {format_duration(cost.seconds, whole=True)} for {format_count(found.steps, 'step')}, {throughput}"
 
 
-def told_main_memory(found: TrainingPlan) -> str:
-    loading = f"{size(found.loading_bytes)} of each machine while the model is loaded"
-    return f"{loading}, {size(found.model_bytes)} of the first one while it is written"
+def describe_main_memory(found: TrainingPlan) -> str:
+    loading = f"{format_bytes(found.loading_bytes)} of each machine while the model is loaded"
+    return f"{loading}, {format_bytes(found.model_bytes)} of the first one while it is written"
 
 
-def told_disk(found: TrainingPlan) -> str:
-    kept = found.recipe.train.keep + 2  # The best one, and one that is being written.
-    checkpoints = f"{size(found.checkpoint_bytes)} a checkpoint, up to {kept} at a time"
-    cached = "" if found.cache_bytes is None else f", {size(found.cache_bytes)} of stored features"
-    return f"{checkpoints}, {size(found.model_bytes)} for the model{cached}"
+def describe_disk(found: TrainingPlan) -> str:
+    kept = found.recipe.train.keep + 2  # And the best one, and one that is being written.
+    checkpoints = f"{format_bytes(found.checkpoint_bytes)} a checkpoint, up to {kept} at a time"
+    cached = "" if found.cache_bytes is None else f", {format_bytes(found.cache_bytes)} of stored features"
+    return f"{checkpoints}, {format_bytes(found.model_bytes)} for the model{cached}"
 
 
 def scores_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """A row for each split that was scored; the last one also as it was before the first step, where that is known."""
+    """Return a row for each evaluated split, and one for the scores of the last split before training, if known."""
     found = dict(result["metrics"])
     last = list(found)[-1]
     if (result.get("before") or {}).get(last):
@@ -234,7 +224,7 @@ def evaluated(found: dict[str, Any], out: TextIO) -> None:
 
 
 def tasks_evaluated(found: dict[str, Any], out: TextIO) -> None:
-    """A row for each task of the harness; standard errors stand behind their metrics."""
+    """Print a row for each task of the harness, with the standard errors of its metrics."""
     details = found["details"]
     how = [f"lm-evaluation-harness {details['lm_eval']}", f"{found['examples']:,} examples"]
     how += ["with the chat template"] if details["chat_template"] else []

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.formatting import format_bytes
+
 VALUES, LAYOUT, CLAIMS, DONE, IN_USE = "values.bin", "layout.json", "claims", "done", "in-use"
 LOCK = "lock"  # In the store's folder; held while an entry begins, gets its final name or is removed.
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -223,7 +225,7 @@ class FeatureStore:
                 spare += _remove_unused(entry)
         if spare >= num_bytes:
             return None
-        needed, left = _in_words(num_bytes), _in_words(max(0, possible if possible < num_bytes else spare))
+        needed, left = format_bytes(num_bytes), format_bytes(max(0, possible if possible < num_bytes else spare))
         return f"it needs {needed} of disk in {self.folder}, and {left} are left for it"
 
     def bytes_to_come(self, key: str, layout: Layout) -> int:
@@ -267,10 +269,6 @@ def _reserve(file: int, num_bytes: int) -> None:
     except OSError:
         os.ftruncate(file, before)
         raise
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def _size(entry: Path) -> int:

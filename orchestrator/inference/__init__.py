@@ -1,1 +1,1 @@
-"""The trained model: predict, evaluate, chat, merge, and benchmarks of others."""
+"""Use a trained model: predict, evaluate, chat, export, and benchmarks of other packages."""

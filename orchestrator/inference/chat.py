@@ -1,4 +1,4 @@
-"""Talk with a trained language model in a terminal, its answers shown as they are written."""
+"""Chat with a trained language model in a terminal; answers are shown as they are generated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
-from orchestrator.inference.trained_model import Wanted, load_trained
+from orchestrator.inference.trained_model import PrecisionChoice, load_trained_model
 from orchestrator.tasks.bases.chat import Template
 from orchestrator.tasks.bases.generation import end_tokens, plain_closing, without_closing
 from orchestrator.tasks.bases.text import longest_conversation
 
-FORGET, LEAVE = "/new", ("/quit", "/exit")
+RESTART, QUIT = "/new", ("/quit", "/exit")
 
 
-class Screen(TextStreamer):  # type: ignore[misc]
-    """Writes what the model says, word by word, up to the text that closes an answer."""
+class TerminalStreamer(TextStreamer):  # type: ignore[misc]
+    """Shows an answer word by word, up to the text that closes it."""
 
     def __init__(self, tokenizer: Any, out: TextIO, closing: str = "") -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -33,13 +33,13 @@ class Screen(TextStreamer):  # type: ignore[misc]
         if not self.has_begun:
             text = text.lstrip()
             self.has_begun = bool(text)
-        # A model may have learned to write what a terminal would obey.
+        # A model may have learned to write terminal escapes.
         self.out.write("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
         self.out.write("\n" if stream_end else "")
         self.out.flush()
 
     def _before_closing(self, text: str, stream_end: bool) -> str:
-        """Return what is to be shown; text that may be the beginning of the closing waits for more."""
+        """Return the text to show; text that may be the beginning of the closing is held back."""
         if not self.closing or self.is_closed:
             return "" if self.is_closed else text
         before, found, _ = (self.held_back + text).partition(self.closing)
@@ -50,15 +50,17 @@ class Screen(TextStreamer):  # type: ignore[misc]
         return before[: len(before) - size]
 
 
-def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: Wanted = "auto") -> None:
-    """Answer each line until there are no more; `/new` starts over, `/quit` ends.
+def chat(
+    folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: PrecisionChoice = "auto"
+) -> None:
+    """Answer each line of `lines`; `/new` starts a new conversation, `/quit` ends.
 
     Raises:
         InputError: the directory holds no trained language model.
     """
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
-        what = f"a model for {trained.task.name} does not talk"
+        what = f"a model for {trained.task.name} cannot chat"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
     tokenizer, options = trained.processor, trained.task.options
     template = Template.of(tokenizer, tokenizer.chat_template)
@@ -67,23 +69,23 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
     system = system or options.system
     begin = [{"role": "system", "content": system}] if system else []
     turns = list(begin)
-    ask = "> " if lines.isatty() else ""
-    if ask:
-        out.write(f"{trained.folder}: {FORGET} starts over, {LEAVE[0]} or Ctrl-D ends\n")
+    prompt_mark = "> " if lines.isatty() else ""
+    if prompt_mark:
+        out.write(f"{trained.folder}: {RESTART} starts a new conversation, {QUIT[0]} or Ctrl-D ends\n")
     while True:
-        out.write(ask)
+        out.write(prompt_mark)
         out.flush()
         line = lines.readline()
-        said = line.strip()
-        if not line or said in LEAVE:
+        text = line.strip()
+        if not line or text in QUIT:
             return
-        if said == FORGET:
+        if text == RESTART:
             turns = list(begin)
-        elif said:
-            turns.append({"role": "user", "content": said})
+        elif text:
+            turns.append({"role": "user", "content": text})
             prompt = template.render(turns, add_generation_prompt=True)[0]
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(trained.device)
-            if longest is not None:  # What was said long ago is forgotten.
+            if longest is not None:  # The oldest turns are dropped.
                 ids = ids[:, -max(1, longest - options.max_new_tokens) :]
             with torch.no_grad():
                 written = trained.model.generate(
@@ -93,7 +95,7 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
                     do_sample=False,
                     eos_token_id=ends or None,
                     pad_token_id=tokenizer.pad_token_id,
-                    streamer=Screen(tokenizer, out, closing),
+                    streamer=TerminalStreamer(tokenizer, out, closing),
                 )
             answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
             turns.append({"role": "assistant", "content": without_closing(answer, closing)})

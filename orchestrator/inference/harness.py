@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 from orchestrator.data.formats.hub import offline_unless_reachable
 from orchestrator.data.messages import show_name
 from orchestrator.errors import DataError, InputError, Problem, nearest
-from orchestrator.inference.trained_model import Trained, Wanted, load_trained
+from orchestrator.inference.trained_model import PrecisionChoice, TrainedModel, load_trained_model
 from orchestrator.tasks.bases.chat import Template
 from orchestrator.tasks.bases.generation import ANSWER
 from orchestrator.tasks.bases.text import longest_conversation
 
 OPTION = "--harness"
-NUM_DRAWS = 1000  # Of a standard error, two digits are enough.
+NUM_BOOTSTRAPS = 1000  # Enough for two digits of a standard error.
 
 
 def evaluate_tasks(
@@ -32,25 +32,25 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     chat_template: bool = False,
     batch_size: int = 8,
-    precision: Wanted = "auto",
+    precision: PrecisionChoice = "auto",
 ) -> dict[str, Any]:
-    """Score a trained language model on tasks of the harness; the answer has the shape of that of `evaluate`.
+    """Score a trained language model on tasks of the harness; the result is shaped like that of `evaluate`.
 
-    `metrics` has an entry for each task, and for each group that the harness sums up, under the harness's names. Scores
-    are those of the harness, but for whole texts, and for choices under a chat template, where it would have the model
-    read something else than in training (`as_harness_model`).
+    `metrics` has an entry for each task, and for each group that the harness aggregates, under the harness's names. The
+    scores are the harness's own, except for whole texts, and for choices under a chat template, where the harness would
+    give the model other inputs than training does (`as_harness_model`).
 
     Args:
         names: tasks, groups of tasks or tags.
-        include: a folder with task files of the user's own; they may run code.
-        limit: only so many of the first examples of each task.
-        num_fewshot: solved examples in each prompt; None for what each task says.
-        chat_template: put prompts into the model's chat template, under the recipe's system prompt.
+        include: a folder with the user's own task files; they may run code.
+        limit: number of examples of each task, from its beginning; None for all.
+        num_fewshot: solved examples in each prompt; None for the task's own number.
+        chat_template: apply the model's chat template to prompts, with the recipe's system prompt.
         batch_size: texts per pass.
 
     Raises:
-        InputError: the extra is not installed; no such model, folder or task; the model is no language model; a task
-            cannot be run here.
+        InputError: the extra is not installed; the model, folder or task does not exist; the model is not a language
+            model; a task cannot run here.
         DataError: the data of a task cannot be reached or read.
     """
     if find_spec("lm_eval") is None:
@@ -62,15 +62,15 @@ def evaluate_tasks(
 
     manager = TaskManager(include_path=include)
     check_names(names, manager.all_tasks)
-    trained = load_trained(folder, precision)
+    trained = load_trained_model(folder, precision)
     if trained.task.auto_class != "AutoModelForCausalLM":
-        what = f"a model for {trained.task.name} is no language model"
+        what = f"a model for {trained.task.name} is not a language model"
         raise InputError(Problem(what, str(folder), f"score it on its own data, without {OPTION}"))
-    with no_metrics_from_elsewhere() as refused, contextlib.redirect_stdout(sys.stderr):
+    with refusing_external_metrics() as refused, contextlib.redirect_stdout(sys.stderr):
         tasks = [task for name in dict.fromkeys(names) for task in load_task(manager, name)]
         try:
             manager.load(tasks)
-        except ValueError as error:  # The harness's word for a task that several names stand for.
+        except ValueError as error:  # Raised for a task that is named twice.
             raise InputError(Problem(str(error), OPTION, "name it once")) from error
         if refused:
             raise InputError(refused)
@@ -80,7 +80,7 @@ def evaluate_tasks(
             task_manager=manager,
             num_fewshot=num_fewshot,
             limit=limit,
-            bootstrap_iters=NUM_DRAWS,
+            bootstrap_iters=NUM_BOOTSTRAPS,
             apply_chat_template=chat_template,
             system_instruction=trained.task.options.system if chat_template else None,
             log_samples=False,
@@ -89,10 +89,10 @@ def evaluate_tasks(
 
 
 def check_request(include: Path | None, **numbers: int | None) -> None:
-    """Raise InputError for a folder that is not there and for numbers that are too small."""
+    """Raise InputError for a folder that does not exist and for numbers that are too small."""
     problems = []
     if include is not None and not include.is_dir():
-        problems.append(Problem("there is no such folder", str(include), "name the folder of your task files"))
+        problems.append(Problem("the folder does not exist", str(include), "name the folder of your task files"))
     for name, number in numbers.items():
         least = 0 if name == "num_fewshot" else 1
         if number is not None and number < least:
@@ -103,22 +103,24 @@ def check_request(include: Path | None, **numbers: int | None) -> None:
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise InputError for tasks that are not there, each with the nearest name."""
+    """Raise InputError for unknown tasks, each with the nearest name."""
     problems = []
     for name in names:
         if name not in known:
             close = nearest(name, known)
-            remedy = f"did you mean {close}?" if close else "see: lm-eval ls tasks; for your own give --include FOLDER"
+            remedy = (
+                f"did you mean {close}?" if close else "see: lm-eval ls tasks; for your own tasks give --include FOLDER"
+            )
             problems.append(Problem(f"the harness has no task {show_name(name)}", OPTION, remedy))
     if problems:
         raise InputError(problems)
 
 
 @contextlib.contextmanager
-def no_metrics_from_elsewhere() -> Iterator[list[Problem]]:
-    """Refuse metrics that are code: from the Hub, or from a folder here that happens to have the name of one.
+def refusing_external_metrics() -> Iterator[list[Problem]]:
+    """Refuse metrics that are code from the Hub, or from a local folder of that name; yield a list of the refusals.
 
-    The problems are collected too, because the harness takes a metric that cannot be had for one that is not needed.
+    The refusals are collected, because the harness goes on without metrics that it cannot load.
     """
     import evaluate
 
@@ -127,7 +129,7 @@ def no_metrics_from_elsewhere() -> Iterator[list[Problem]]:
 
     def refuse(metric: str, *_: Any, **__: Any) -> NoReturn:
         remedy = "leave the task out, or export the model and run the harness yourself"
-        what = f"the metric {show_name(metric)} is not the harness's own but code from elsewhere, which is not run"
+        what = f"the metric {show_name(metric)} is not the harness's own but external code, which is not run"
         refused.append(Problem(what, OPTION, remedy))
         raise InputError(refused)
 
@@ -139,10 +141,10 @@ def no_metrics_from_elsewhere() -> Iterator[list[Problem]]:
 
 
 def load_task(manager: Any, name: str) -> list[Any]:
-    """A task or a group, or the tasks with a tag, with their data.
+    """Load a task, a group, or the tasks with a tag, with their data.
 
     Raises:
-        InputError: a task that is not run here, or needs a package.
+        InputError: a task cannot run here, or needs a package.
         DataError: the data cannot be reached or read.
     """
     import datasets
@@ -159,26 +161,28 @@ def load_task(manager: Any, name: str) -> list[Any]:
             raise DataError(explain(error, name)) from error
     for part, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            remedy = "leave it out, or export the model and run the harness where such code can do no harm"
+            remedy = "leave it out, or export the model and run the harness in a sandbox"
             raise InputError(Problem(f"{part} runs code that the model writes", OPTION, remedy))
         if getattr(task, "MULTIMODAL", False):
-            raise InputError(Problem(f"{part} asks about more than texts", OPTION, "leave it out"))
+            raise InputError(Problem(f"{part} has other inputs than texts", OPTION, "leave it out"))
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 
 def explain(error: Exception, name: str) -> Problem:
+    """Return the problem of a task that cannot be loaded."""
     detail = show_name((str(error) or type(error).__name__).splitlines()[0])
     if isinstance(error, ConnectionError):
         what = f"the data of {name} are not on this machine, and the Hugging Face Hub cannot be reached"
-        return Problem(what, OPTION, "connect to the network; tasks of your own may read files (--include FOLDER)")
+        return Problem(what, OPTION, "connect to the network; your own tasks may read local files (--include FOLDER)")
     return Problem(f"{name} cannot be loaded: {detail}", OPTION, "check the task's file and the data that it names")
 
 
-def as_harness_model(trained: Trained, chat_template: bool, batch_size: int) -> Any:
-    """The model as the harness takes it, reading texts and conversations as in training."""
+def as_harness_model(trained: TrainedModel, chat_template: bool, batch_size: int) -> Any:
+    """Wrap the model for the harness, with the inputs that texts and conversations have in training."""
     from lm_eval.models.huggingface import HFLM
 
-    begins: bool | None = False if chat_template else None  # A template has its own; None leaves it to the tokenizer.
+    # A template has its own token at the beginning; None leaves it to the tokenizer.
+    adds_bos: bool | None = False if chat_template else None
     gap = space_before_answers(trained.processor) if chat_template else ""
 
     class HarnessModel(HFLM):  # type: ignore[misc]
@@ -190,29 +194,29 @@ def as_harness_model(trained: Trained, chat_template: bool, batch_size: int) -> 
             return super().loglikelihood(requests, disable_tqdm)
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-            # The harness begins each text with a token itself: one more would count as a part of the text.
+            # The harness itself adds the first token: another one would count as a part of the text.
             self.add_bos_token: bool | None = False
             found = super().loglikelihood_rolling(requests, disable_tqdm)
-            self.add_bos_token = begins
+            self.add_bos_token = adds_bos
             return found
 
-    # The harness ties what belongs together once more, which fails where an adapter has trained one of the two whole.
+    # The harness ties weights again, which fails if an adapter holds a trained copy of one of them.
     trained.model.tie_weights = lambda: None
     logger = logging.getLogger(HFLM.__module__)
-    logger.disabled = True  # It warns of a model that is loaded already.
+    logger.disabled = True  # It warns about models that are loaded already.
     model = HarnessModel(
         pretrained=trained.model,
         tokenizer=trained.processor,
         max_length=longest_conversation(trained.processor, trained.model),
         batch_size=batch_size,
-        add_bos_token=begins,
+        add_bos_token=adds_bos,
     )
     logger.disabled = False
     return model
 
 
 def space_before_answers(tokenizer: Any) -> str:
-    """Space that the chat template writes between a prompt and its answer; the harness leaves it out before choices."""
+    """Return the space between a prompt and its answer in the chat template; the harness omits it before choices."""
     template = Template.of(tokenizer, tokenizer.chat_template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
     prompt = template.render(turns[:1], add_generation_prompt=True)[0]
@@ -220,8 +224,10 @@ def space_before_answers(tokenizer: Any) -> str:
     return gap if gap.isspace() else ""
 
 
-def as_record(found: dict[str, Any], trained: Trained, names: Sequence[str], how: dict[str, Any]) -> dict[str, Any]:
-    """What the harness has found, in the shape of what `evaluate` returns."""
+def as_record(
+    found: dict[str, Any], trained: TrainedModel, names: Sequence[str], how: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the harness's results, shaped like those of `evaluate`."""
     tasks = {
         name: {
             "examples": counts["effective"],
@@ -231,7 +237,7 @@ def as_record(found: dict[str, Any], trained: Trained, names: Sequence[str], how
         for name, counts in found["n-samples"].items()
     }
     metrics = {
-        # A metric is followed by the filter that answers went through; other entries are no scores.
+        # The name of a metric is followed by the filter of its answers; other entries are not scores.
         name: {
             metric.removesuffix(",none"): float(value)
             for metric, value in values.items()

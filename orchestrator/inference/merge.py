@@ -1,4 +1,4 @@
-"""Copy a trained model out, its adapter as it is or folded into the weights that it changes.
+"""Export a trained model, with its adapter as it is or merged into the weights.
 
 An adapter is merged one layer at a time, in fp32, so that main memory holds the model in its source's format and a
 single layer in fp32.
@@ -18,39 +18,39 @@ from torch import nn
 
 from orchestrator import models
 from orchestrator.errors import InputError, Problem, RunFailed
-from orchestrator.inference.trained_model import Trained, find_trained, holds_adapter, load_trained
+from orchestrator.inference.trained_model import TrainedModel, find_trained_model, has_adapter, load_trained_model
 from orchestrator.runs.directory import DESCRIPTION
 from orchestrator.training.engine.base import on_cpu
 from orchestrator.training.model_card import card_of_merged
 from orchestrator.training.written_weights import save_whole, tensors_by_name, whole_state
 
-LARGEST_ERROR = 1e-4  # Of the largest output; fp32 sums in another order.
+LARGEST_ERROR = 1e-4  # Relative to the largest output; fp32 sums are taken in another order.
 
 
 def export(folder: Path, output: Path, merge: bool) -> float | None:
-    """Copy a trained model to a folder of its own; with `merge`, an adapter becomes part of the source's weights.
+    """Copy a trained model to a new folder; with `merge`, its adapter is merged into the source's weights.
 
     Returns:
-        How far the outputs moved when the merged weights were rounded to the source's format, as a share of the largest
-        output; None where nothing was rounded.
+        The largest change of an output when the merged weights were rounded to the source's format, relative to the
+        largest output; None if nothing was rounded.
 
     Raises:
         InputError: the output exists, or there is no adapter to merge.
-        RunFailed: the merged model would compute something else.
+        RunFailed: the merged model has other outputs.
     """
     if output.exists():
         raise InputError(Problem("the output exists already", str(output), "name a folder that does not exist"))
-    inner, _ = find_trained(folder)
+    inner, _ = find_trained_model(folder)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     moved = None
     if not merge:
         shutil.copytree(inner, partial)
     else:
-        if not holds_adapter(inner):
+        if not has_adapter(inner):
             raise InputError(Problem("the model has no adapter to merge", str(folder), "export it without --merge"))
-        # In main memory, which holds more than a GPU does.
-        trained = load_trained(folder, "fp32", torch.device("cpu"), as_stored=True)
+        # On the CPU, whose memory is larger than a GPU's.
+        trained = load_trained_model(folder, "fp32", torch.device("cpu"), as_stored=True)
         merged, moved = merged_model(trained)
         save_whole(merged, whole_state(merged, {}, trained.formats, None), trained.formats.main, partial)
         trained.processor.save_pretrained(partial)
@@ -63,47 +63,47 @@ def export(folder: Path, output: Path, merge: bool) -> float | None:
 
 
 def rounding_note(dtype: torch.dtype, moved: float) -> str:
-    """Return a sentence on what rounding the merged weights did to the model's outputs."""
+    """Return a sentence on the change of outputs by rounding the merged weights."""
     name = str(dtype).removeprefix("torch.")
-    return f"the weights are in {name}, as the source's; rounding moved the outputs by {moved:.1e} of the largest one"
+    return f"the weights are in {name}, as the source's; rounding changed outputs by up to {moved:.1e} of the largest"
 
 
-def merged_model(trained: Trained) -> tuple[Any, float | None]:
-    """Return the model with its adapter folded in, in its source's format, and how far rounding moved its outputs.
+def merged_model(trained: TrainedModel) -> tuple[Any, float | None]:
+    """Return the model with its adapter merged, in its source's format, and the change of outputs by rounding.
 
-    The adapted model is not left as it was. Weights in 4 bits become whole.
+    The model is modified. Weights in 4 bits are dequantized.
 
     Raises:
-        RunFailed: with the adapter merged in fp32, it computes something else than before.
+        RunFailed: with the adapter merged in fp32, the outputs change.
     """
     model, formats = trained.model, trained.formats
     inputs = trained.task.example_inputs(trained.processor)
-    before = answer(model, inputs)
-    with merged_in_turn(model):
-        in_fp32 = answer(model, inputs)
-    refuse_another_answer(in_fp32, before)
+    before = compute_logits(model, inputs)
+    with merging_each_layer(model):
+        in_fp32 = compute_logits(model, inputs)
+    refuse_changed_outputs(in_fp32, before)
     base = model.get_base_model()
     for name, layer in changed_layers(base).items():
-        base.set_submodule(name, in_formats(plain_layer(layer), formats, f"{name}."))
+        base.set_submodule(name, cast_to_formats(plain_layer(layer), formats, f"{name}."))
     merged = model.merge_and_unload().eval()
     if getattr(merged, "hf_quantizer", None) is not None:
         merged.hf_quantizer.remove_quantization_config(merged)
-    in_formats(merged, formats)
-    written = answer(merged, inputs)
+    cast_to_formats(merged, formats)
+    written = compute_logits(merged, inputs)
     if formats.main == torch.float32 and not formats.others:
-        refuse_another_answer(written, before)
+        refuse_changed_outputs(written, before)
         return merged, None
     return merged, difference(written, in_fp32, before)
 
 
 def changed_layers(base: nn.Module) -> dict[str, Any]:
-    """Return the layers that are adapted, or quantized, by name; without those that are parts of one of them."""
+    """Return the adapted or quantized layers by name, without those inside of another one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     quantized = {id(module) for module in models.quantized_layers(base).values()}
     found: dict[str, Any] = {}
     inside: set[int] = set()
-    for name, module in base.named_modules():  # What contains others comes before them.
+    for name, module in base.named_modules():  # Modules come before those that they contain.
         if id(module) not in inside and (isinstance(module, BaseTunerLayer) or id(module) in quantized):
             found[name] = module
             inside |= {id(part) for part in module.modules()}
@@ -111,7 +111,7 @@ def changed_layers(base: nn.Module) -> dict[str, Any]:
 
 
 def plain_layer(layer: Any) -> nn.Module:
-    """Return a layer of PyTorch in fp32 that computes what an adapted or quantized one does, which is left as it is."""
+    """Return a PyTorch layer in fp32 that computes the same as an adapted or quantized layer, which is not changed."""
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.integrations import dequantize_module_weight
@@ -124,17 +124,17 @@ def plain_layer(layer: Any) -> nn.Module:
         return plain.requires_grad_(False)
     merged: nn.Module
     if not models.quantized_layers(layer):
-        wide: Any = copy.deepcopy(layer).float()
-        if hasattr(wide, "unload_and_optionally_merge_module"):  # Adapted parameters, of which one may hold another.
-            merged = wide.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        copied: Any = copy.deepcopy(layer).float()
+        if hasattr(copied, "unload_and_optionally_merge_module"):  # Adapted parameters, which may be nested.
+            merged = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
-            wide.merge()
-            merged = wide.get_base_layer()
+            copied.merge()
+            merged = copied.get_base_layer()
         return merged
     base = layer.get_base_layer()
     layer.base_layer = plain_layer(base)
     try:
-        # A layer in 4 bits has a `merge` of its own, which rounds the sum to 4 bits again.
+        # The `merge` of a 4-bit layer would round the sum to 4 bits again.
         Linear.merge(layer)
         merged = layer.base_layer
     finally:
@@ -144,8 +144,8 @@ def plain_layer(layer: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def merged_in_turn(model: Any) -> Iterator[None]:
-    """Have each adapted layer compute with weights that are merged for this one pass, and dropped after it."""
+def merging_each_layer(model: Any) -> Iterator[None]:
+    """Let each adapted layer compute with merged weights, which exist only during its own forward pass."""
     layers = changed_layers(model.get_base_model()).values()
     hooks = [
         layer.register_forward_hook(
@@ -160,11 +160,11 @@ def merged_in_turn(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def in_formats(module: nn.Module, formats: models.StoredDtypes, prefix: str = "") -> nn.Module:
-    """Give a module's weights the formats that they are stored in; returns the module.
+def cast_to_formats(module: nn.Module, formats: models.StoredDtypes, prefix: str = "") -> nn.Module:
+    """Cast a module's weights to the formats that they are stored in; return the module.
 
     Args:
-        prefix: of the module's names in its model.
+        prefix: of the module's parameters in its model.
     """
     for _, own, value in tensors_by_name(module):
         value.data = on_cpu(value, formats.of(prefix + own))
@@ -172,12 +172,12 @@ def in_formats(module: nn.Module, formats: models.StoredDtypes, prefix: str = ""
 
 
 def difference(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> float:
-    """Return the largest difference of two answers, as a share of the largest output in `scale`."""
+    """Return the largest difference of two tensors of logits, relative to the largest value in `scale`."""
     return float((one - other).abs().max() / scale.abs().max())
 
 
-def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
-    """Raise RunFailed where a merged model does not compute what it did before."""
+def refuse_changed_outputs(after: torch.Tensor, before: torch.Tensor) -> None:
+    """Raise RunFailed if a merged model computes other logits than before."""
     error = difference(after, before, before)
     if not error <= LARGEST_ERROR:
         raise RunFailed(
@@ -187,8 +187,8 @@ def refuse_another_answer(after: torch.Tensor, before: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return what a model makes of one example, computed in fp32, on the CPU."""
+def compute_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return a model's logits for one example, computed in fp32, on the CPU."""
     with models.Fp32ComputeMode():
         logits: torch.Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
     return logits.float().cpu()

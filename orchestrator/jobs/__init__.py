@@ -1,4 +1,4 @@
-"""Ray Jobs: send a recipe with its local files to a cluster, follow it, stop it, bring the run directory back."""
+"""Ray Jobs: submit a recipe with its local files to a cluster, follow and stop the job, fetch the run directory."""
 
 from orchestrator.jobs.client import Cluster, Job, connect
 from orchestrator.jobs.fetch import fetch

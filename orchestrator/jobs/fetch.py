@@ -1,4 +1,4 @@
-"""Bring a run directory back from a cluster."""
+"""Fetch a run directory from a cluster."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from orchestrator.storage import RemoteFolder, is_url
 BEGIN, END = "-----BEGIN RUN-----", "-----END RUN-----"
 SECONDS_FOR_SENDING = 600.0
 LEFT_OUT = ("checkpoints", "trials", "logs")
-"""What stays on the cluster unless everything is asked for: it is large, and goes on only there."""
+"""Folders that are not fetched by default: they are large, and only needed to resume on the cluster."""
 
 
 def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) -> None:
-    """Copy a job's run directory to this machine. The folder appears whole or not at all.
+    """Copy a job's run directory to this machine; the target appears complete or not at all.
 
-    A cluster on this machine has its folders here, and an object store is asked where this machine reaches it; else the
-    cluster sends the directory through the log of a small job, so that nothing but the Jobs API need be reachable.
+    The directory is copied if the cluster runs on this machine, and downloaded if it is in an object store that this
+    machine can read. Otherwise the cluster sends it through the log of a small job, which needs the Jobs API alone.
 
     Raises:
         InputError: the target exists.
         RunFailed: there is no run directory yet.
     """
     if target.exists():
-        raise InputError(Problem("the folder exists already", str(target), "give another one"))
+        raise InputError(Problem("the folder exists already", str(target), "give another --output"))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     left_out = () if everything else LEFT_OUT
@@ -47,7 +47,7 @@ def fetch(cluster: Cluster, job: Job, target: Path, everything: bool = False) ->
 
 
 def download(url: str, target: Path, left_out: tuple[str, ...]) -> bool:
-    """Copy a folder of an object store; False where this machine does not reach it, or nothing is there."""
+    """Download a folder of an object store; return False if it is empty or this machine cannot read it."""
     try:
         folder = RemoteFolder(url)
         for name in {name.partition("/")[0] for name in folder.names()} - {*left_out}:
@@ -59,7 +59,7 @@ def download(url: str, target: Path, left_out: tuple[str, ...]) -> bool:
 
 
 def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
-    """The directory as a compressed archive, sent through the log of a job."""
+    """Return the directory as a compressed archive, received through the log of a job."""
     job_id = f"{job.id}-send-{time.time_ns() // 10**6}"
     left_out = () if everything else LEFT_OUT
     command = ["python", "-m", "orchestrator.jobs.on_cluster", SENDING, job.directory, *left_out]
@@ -70,21 +70,22 @@ def receive(cluster: Cluster, job: Job, everything: bool) -> bytes:
     sender = cluster.wait(job_id, SECONDS_FOR_SENDING)
     text = cluster.logs(job_id)
     if sender.status != "succeeded" or END not in text:
-        keys = "export here what reaches it, such as AWS_ACCESS_KEY_ID; or " if is_url(job.directory) else ""
+        keys = "export the credentials here, such as AWS_ACCESS_KEY_ID; or " if is_url(job.directory) else ""
         raise RunFailed(f"the cluster has no {job.directory} to send\n    -> {keys}see: orchestrator logs {job_id}")
     return base64.b64decode(text.partition(BEGIN)[2].partition(END)[0])
 
 
 def send(place: str, left_out: tuple[str, ...]) -> str:
-    """What `receive` reads; raises ClusterError where there is no such directory."""
+    """Return the archive as text for the log; raises ClusterError if there is no such directory."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-send-") as folder:
         directory = Path(folder) / "run" if is_url(place) else Path(place)
         if not (download(place, directory, left_out) if is_url(place) else directory.is_dir()):
-            raise ClusterError(f"there is no {place} on this node")
+            raise ClusterError(f"{place} does not exist on this node")
         return pack_folder(directory, left_out)
 
 
 def pack_folder(directory: Path, left_out: tuple[str, ...]) -> str:
+    """Return a compressed archive as base64, between two marks."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for path in sorted(directory.iterdir()):

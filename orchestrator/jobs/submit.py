@@ -1,4 +1,4 @@
-"""Hand a recipe over to a cluster."""
+"""Submit a recipe to a cluster."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ClusterError, InputError, Problem
+from orchestrator.errors import InputError, Problem
 from orchestrator.jobs.client import TAG, Cluster, Job
 from orchestrator.jobs.upload import RECIPE_FILE, pack
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.worker_resources import minimum_resources, refuse_without_room
 from orchestrator.storage import is_url, join, split
 
 SECONDS_TO_SAVE = 60
-"""From the wish that a job stops until Ray kills it; Ray's own 3 seconds are too few for a checkpoint."""
+"""Until Ray kills a job that is to stop; its default of 3 seconds is too short to save a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that the cluster has."""
+    """A job that the cluster has accepted."""
 
     job: Job
     is_new: bool
-    """False where the same was running already."""
+    """False if the same job was already running."""
     num_files: int
     num_bytes: int
 
@@ -41,20 +42,20 @@ def submit(
     variables: Sequence[str] = (),
     pictures: Mapping[Path, Sequence[Path]] | None = None,
 ) -> Submitted:
-    """Send a recipe and have the cluster train it, or search.
+    """Send a recipe to the cluster, which trains it or runs its search.
 
-    The same recipe with the same files is the same job: where it runs already it is not sent again, and where it has
-    ended it is sent as its next attempt, which goes on in the same run directory.
+    The same recipe with the same files is the same job: if it is running, it is not sent again, and if it has ended, it
+    is sent as its next attempt, which resumes in the same run directory.
 
     Args:
         verb: `train` or `search`.
         version: of this package.
-        shared: folders that every node sees under the same path.
-        variables: names of environment variables that the job is to have.
-        pictures: those that data files in a folder name, by the folder.
+        shared: folders that every node has under the same path.
+        variables: names of environment variables to pass to the job.
+        pictures: paths of pictures that data files name, by the folder of the data files.
 
     Raises:
-        InputError: what cannot be sent; storage that not every node would see.
+        InputError: something cannot be sent, or not every node has the storage.
         ClusterError: the cluster is too small, or refuses the job.
     """
     directory = run_directory(recipe, cluster, verb)
@@ -77,7 +78,7 @@ def submit(
 
 
 def run_directory(recipe: Recipe, cluster: Cluster, verb: str) -> str:
-    """Where the run will be, as the nodes see it; raises InputError where that would be a folder of one node alone."""
+    """Return the run directory as the nodes see it; raises InputError if it is a folder of one node alone."""
     name = recipe.name if verb == "train" else f"{recipe.name}-search"
     if is_url(recipe.scale.storage):
         return join(recipe.scale.storage, name)
@@ -92,36 +93,15 @@ def run_directory(recipe: Recipe, cluster: Cluster, verb: str) -> str:
 
 
 def entrypoint_resources(recipe: Recipe, cluster: Cluster, verb: str) -> dict[str, Any]:
-    """What the job's own process asks for: nothing where workers do the work, else what one worker needs.
+    """Return the resources of the job's own process: those of a worker if it is the only one, otherwise none.
 
     Raises:
-        ClusterError: the cluster has not what the workers need.
+        ClusterError: the cluster has no room for the workers.
     """
-    nodes = cluster.nodes()
-    scale = recipe.scale
-    has_gpus = any(node.get("GPU", 0) for node in nodes)
-    gpus = (1 if has_gpus else 0) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
-    cpus = 1 if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
+    nodes, scale = cluster.nodes(), recipe.scale
+    each = minimum_resources(recipe, nodes)
     if not scale.wait_for_nodes:
-        refuse_too_small(scale.min_workers or scale.workers, {"CPU": cpus, "GPU": gpus}, nodes, recipe)
+        refuse_without_room(recipe, scale.min_workers or scale.workers, each, nodes)
     if scale.workers > 1 or verb == "search":
         return {}
-    return {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus}
-
-
-def refuse_too_small(workers: int, each: dict[str, int], nodes: Sequence[dict[str, float]], recipe: Recipe) -> None:
-    """Raise ClusterError where the nodes cannot hold so many workers; it names what they have."""
-    wanted = {kind: number for kind, number in each.items() if number}
-    room = sum(min(int(node.get(kind, 0) // number) for kind, number in wanted.items()) for node in nodes)
-    if room >= workers:
-        return
-    have = "; ".join(", ".join(f"{int(node.get(kind, 0))} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
-    needs = " and ".join(f"{number} {kind}" for kind, number in wanted.items())
-    where = recipe.origin.where("scale.workers")
-    remedy = f"set scale.workers to {room} or less" if room else "lower scale.cpus_per_worker or scale.gpus_per_worker"
-    known = f", scale.gpus_per_worker to {each['GPU']}" if recipe.scale.gpus_per_worker == "auto" else ""
-    raise ClusterError(
-        f"{where}: {workers} workers with {needs} each do not fit: the cluster has {len(nodes)} nodes ({have})\n"
-        f"    -> {remedy}, or give the cluster more nodes; where an autoscaler does, set scale.wait_for_nodes to true"
-        f"{known}"
-    )
+    return {"entrypoint_num_cpus": each["CPU"], "entrypoint_num_gpus": each["GPU"]}

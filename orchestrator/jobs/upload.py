@@ -1,4 +1,4 @@
-"""What travels with a job: the recipe, the local files that it names, and this version of the package."""
+"""The files of a job: the recipe, the local files that it names, and this version of the package."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from orchestrator.errors import InputError, Problem
+from orchestrator.formatting import format_bytes
 from orchestrator.recipe import Recipe, dump_recipe, map_paths, resolve_path
 from orchestrator.recipe.paths import path_exists, split_count
 
@@ -24,11 +25,11 @@ LABEL_NAMES = "labels.json"
 
 @dataclass(frozen=True)
 class Upload:
-    """A folder that is ready to be sent."""
+    """A folder that is ready to be submitted."""
 
     folder: Path
     num_bytes: int
-    """Of the recipe's files, without the package."""
+    """Of the recipe and its files, without the package."""
     num_files: int
     digest: str
     """SHA-256 of recipe and files."""
@@ -41,19 +42,19 @@ def pack(
     variables: Sequence[str],
     pictures: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
 ) -> Upload:
-    """Fill a folder with all that a job needs.
+    """Copy everything that a job needs into a folder.
 
     Args:
-        shared: folders that every node sees under the same path; what lies in them stays there.
-        variables: names of environment variables that the job is to have. Their values go into a file of their own,
-            because a job's settings are shown to everybody who may look at the cluster.
-        pictures: those that data files in a folder name, by the folder, which they lie in.
+        shared: folders that every node has under the same path; their files are not copied.
+        variables: names of environment variables to pass to the job. Their values go into a separate file, because the
+            settings of a job are visible to all users of the cluster.
+        pictures: paths of pictures that data files name, by the folder of the data files.
 
     Raises:
-        InputError: a file that is not there, more than may be sent, a variable that is not set.
+        InputError: a file does not exist, the files are too large, or a variable is not set.
     """
     problems: list[Problem] = []
-    travelling: dict[Path, str] = {}
+    copied: dict[Path, str] = {}
 
     def change(place: str, text: str) -> str:
         path = resolve_path(text, recipe.origin)
@@ -61,23 +62,23 @@ def pack(
             return text if path is None else str(path)
         bare, _ = split_count(path)
         if not path_exists(bare):
-            remedy = "correct the path; if it is one of the cluster's nodes alone, name its folder with --shared"
-            problems.append(Problem(f"there is no {bare}", recipe.origin.where(place), remedy))
+            remedy = "correct the path; if it exists only on the cluster, name its folder with --shared"
+            problems.append(Problem(f"{bare} does not exist", recipe.origin.where(place), remedy))
             return text
-        travelling.setdefault(bare, f"{FILES_FOLDER}/{len(travelling)}/{bare.name}")
-        return f"./{travelling[bare]}{path.name.removeprefix(bare.name)}"
+        copied.setdefault(bare, f"{FILES_FOLDER}/{len(copied)}/{bare.name}")
+        return f"./{copied[bare]}{path.name.removeprefix(bare.name)}"
 
     moved = map_paths(recipe, change)
-    moved = _with_option_files(moved, travelling)
+    moved = _with_option_files(moved, copied)
     missing = [name for name in variables if name not in os.environ]
     problems += [Problem(f"the variable {name} is not set", "--env", f"export {name}=...") for name in missing]
-    beside = _pictures_beside(travelling, pictures)
-    problems += _too_large([*travelling, *beside.values()])
+    to_copy = _pictures_by_target(copied, pictures)
+    problems += _too_large([*copied, *to_copy.values()])
     if problems:
         raise InputError(problems)
-    for path, place in travelling.items():
+    for path, place in copied.items():
         _copy(path, folder / place)
-    for place, path in beside.items():
+    for place, path in to_copy.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / place)
     text = dump_recipe(moved, absolute=False)
@@ -93,28 +94,28 @@ def pack(
 
 
 def copy_package(folder: Path) -> None:
-    """Put this version of the package into a folder, for jobs whose working folder it is."""
+    """Copy this version of the package into the working folder of a job."""
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "_recipes"))
 
 
-def _pictures_beside(travelling: Mapping[Path, str], pictures: Mapping[Path, Sequence[Path]]) -> dict[str, Path]:
-    """Where the pictures go that travelling data files name: beside each of them, as they lie here."""
+def _pictures_by_target(copied: Mapping[Path, str], pictures: Mapping[Path, Sequence[Path]]) -> dict[str, Path]:
+    """Return the pictures that copied data files name, by their new paths, next to each data file."""
     return {
         str(PurePosixPath(place).parent / picture.relative_to(path.parent)): picture
-        for path, place in travelling.items()
+        for path, place in copied.items()
         if path.is_file()
         for picture in pictures.get(path.parent, ())
     }
 
 
-def _with_option_files(recipe: Recipe, travelling: dict[Path, str]) -> Recipe:
-    """The recipe with the files that the task's options name, such as a chat template."""
+def _with_option_files(recipe: Recipe, copied: dict[Path, str]) -> Recipe:
+    """Return the recipe with the new paths of files that the task's options name, such as a chat template."""
     options = dict(recipe.target.options)
     for key, value in recipe.target.options.items():
         path = recipe.origin.folder / value if isinstance(value, str) else None
-        # With a suffix, or a word such as `plain` could be taken for a file of that name.
+        # Only with a suffix: a word such as `plain` could also be the name of a file.
         if path is not None and path.suffix and path_exists(path) and path.is_file():
-            options[key] = f"./{travelling.setdefault(path, f'{FILES_FOLDER}/{len(travelling)}/{path.name}')}"
+            options[key] = f"./{copied.setdefault(path, f'{FILES_FOLDER}/{len(copied)}/{path.name}')}"
     return recipe.model_copy(update={"target": recipe.target.model_copy(update={"options": options})})
 
 
@@ -124,7 +125,7 @@ def _copy(path: Path, target: Path) -> None:
         shutil.copytree(path, target)
         return
     shutil.copy(path, target)
-    names = path.parent / LABEL_NAMES  # Data files are read with the class names beside them.
+    names = path.parent / LABEL_NAMES  # Names of classes are read from a file next to the data.
     if names.is_file():
         shutil.copy(names, target.parent)
 
@@ -134,18 +135,14 @@ def _too_large(paths: Sequence[Path]) -> list[Problem]:
     if sum(sizes.values()) <= LARGEST:
         return []
     largest = max(sizes, key=sizes.__getitem__)
-    what = f"the recipe's files have {_megabytes(sum(sizes.values()))} MB, and a job takes {_megabytes(LARGEST)} MB"
-    remedy = "put it where every node sees it under the same path, and name that folder with --shared"
-    return [Problem(what, f"{largest} ({_megabytes(sizes[largest])} MB)", remedy)]
+    what = f"the recipe's files have {format_bytes(sum(sizes.values()))}, and a job may have {format_bytes(LARGEST)}"
+    remedy = "put it into a folder that every node has under the same path, and name that folder with --shared"
+    return [Problem(what, f"{largest} ({format_bytes(sizes[largest])})", remedy)]
 
 
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def _megabytes(num_bytes: int) -> int:
-    return -(-num_bytes // 10**6)
 
 
 def _write_environment(values: dict[str, str], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run has room on its disk, before it starts."""
+"""Refuse a run before it starts if its disk is too full."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator import models
 from orchestrator.errors import ClusterError
+from orchestrator.formatting import format_bytes
 from orchestrator.models.folder import weight_files
 from orchestrator.recipe import Recipe, resolve_path
 from orchestrator.recipe.paths import PACKAGE_PREFIX
@@ -15,10 +16,10 @@ from orchestrator.training.engine.sizes import BF16, BYTES_IN_CHECKPOINT, FP32
 
 
 def bytes_needed(recipe: Recipe, parameters: Mapping[str, int]) -> int:
-    """What checkpoints and the model take at most: those that are kept, the best one, and the one being written.
+    """Return the bytes of the model and its checkpoints: those that are kept, the best one, and one being written.
 
     Args:
-        parameters: how many there are, `total` and `trained`.
+        parameters: their number, `total` and `trained`.
     """
     checkpoints = (recipe.train.keep + 2) * (BYTES_IN_CHECKPOINT + BF16) * parameters["trained"]
     model = parameters["total" if recipe.transfer.adapter is None else "trained"]
@@ -26,26 +27,26 @@ def bytes_needed(recipe: Recipe, parameters: Mapping[str, int]) -> int:
 
 
 def refuse_full_disk(folder: Path, recipe: Recipe, parameters: Mapping[str, int]) -> None:
-    """Raise ClusterError where the run directory's disk has less room than the run will take.
+    """Raise ClusterError if the run directory's disk has less room than the run will take.
 
     Args:
-        folder: the run directory; what is in it already counts as room.
+        folder: the run directory; files in it count as room.
     """
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free, needed = shutil.disk_usage(folder).free + there, bytes_needed(recipe, parameters)
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(folder).free + present, bytes_needed(recipe, parameters)
     if free >= needed:
         return
     raise ClusterError(
-        f"{folder} has room for {_gigabytes(free)}, and checkpoints and model take {_gigabytes(needed)}\n"
-        f"    -> free some, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
+        f"{folder} has room for {format_bytes(free)}, and checkpoints and model take {format_bytes(needed)}\n"
+        f"    -> free some space, lower train.keep ({recipe.train.keep}), or set scale.storage to a larger disk"
     )
 
 
 def refuse_disk_without_room_for_model(storage: Path, recipe: Recipe) -> None:
-    """Raise ClusterError where a disk has less room than the source's files take here, as a tuned model will at least.
+    """Raise ClusterError if a disk has less room than the source's files take, which a tuned model will take at least.
 
-    It costs no time, unlike `refuse_full_disk`, which knows more. An adapter is small, and what is not here is not
-    looked for.
+    It takes no time, unlike `refuse_full_disk`, which knows more. Nothing is checked for adapters, which are small, and
+    for sources that are not on this machine.
     """
     is_here = recipe.source.model.startswith(PACKAGE_PREFIX) or resolve_path(recipe.source.model, recipe.origin)
     if recipe.transfer.adapter is not None or not is_here:
@@ -55,10 +56,6 @@ def refuse_disk_without_room_for_model(storage: Path, recipe: Recipe) -> None:
     free = shutil.disk_usage(disk).free
     if free < least:
         raise ClusterError(
-            f"{storage} has room for {_gigabytes(free)}, and the model alone takes {_gigabytes(least)}\n"
-            f"    -> free some, or set scale.storage to a larger disk"
+            f"{storage} has room for {format_bytes(free)}, and the model alone takes {format_bytes(least)}\n"
+            f"    -> free some space, or set scale.storage to a larger disk"
         )
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB"

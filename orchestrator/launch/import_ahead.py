@@ -1,10 +1,10 @@
-"""Import what training needs while a Ray Train worker is still being set up. Itself light: Ray calls it first."""
+"""Import the modules of a training while Ray Train still sets up a worker. Ray imports this module first."""
 
 import importlib
 import threading
 
 MODULES = (
-    # Nothing of Ray's own: the worker is importing that at the same time, and looks at it half done.
+    # None of Ray's own: the worker imports those at the same time, and would find them half initialized.
     "torch.nn.parallel",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
@@ -15,12 +15,12 @@ _THREAD = "import-ahead"
 
 
 def start() -> None:
-    """Begin the imports in the background; whoever needs one of the modules waits for it as for any import."""
+    """Start the imports in a thread; code that needs one of the modules waits for it, as for any import."""
     threading.Thread(target=_import_all, name=_THREAD, daemon=True).start()
 
 
 def wait() -> None:
-    """Wait until all are imported, where they are being imported."""
+    """Wait until all modules are imported, if the imports were started."""
     for thread in threading.enumerate():
         if thread.name == _THREAD:
             thread.join()

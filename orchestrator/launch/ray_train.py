@@ -1,12 +1,11 @@
-"""Ray Train: start the workers, restart them when one dies."""
+"""Run a training, or trials of a search, on Ray Train workers."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,84 +14,112 @@ import psutil
 
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.launch import import_ahead
-from orchestrator.launch.cluster import HIDES_GPUS, has_notices, remove_orphans, scaling
-from orchestrator.launch.dead_workers import BeginAgain, GiveUp, error_of, failure_policy, last_line, reason, teller
-from orchestrator.launch.stop_request import Asker, Listener
-from orchestrator.recipe import Recipe
+from orchestrator.launch.cluster import has_notices, make_scaling_config, remove_orphaned_groups
+from orchestrator.launch.dead_workers import AbortTraining, RestartWorkers, failure_callback, last_line
+from orchestrator.launch.stop_request import StopRequestReceiver, StopRequestSender
 from orchestrator.runs.directory import RunDirectory
+from orchestrator.runs.logs import redirect_output
 from orchestrator.runs.progress import ProgressFile
 from orchestrator.runs.remote import open_run
 from orchestrator.storage import credentials, is_url
-from orchestrator.training.interruption import Interruption, Wish
+from orchestrator.training.interruption import InterruptHandler, StopRequest
 from orchestrator.training.prepare import Prepared
 
 if TYPE_CHECKING:
-    from orchestrator.training.preemption import Notice
+    from orchestrator.training.preemption import PreemptionNotice
 
-SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS = 600
-SECONDS_UNTIL_A_NODE_GOES = 120.0  # Ray Train's own guess where no deadline is told.
-SECONDS_AFTER_A_DEADLINE = 60.0
-SECONDS_TO_DIE = 5.0  # For a controller that is killed.
-Work = Callable[[Prepared, Any], None]
+DEFAULT_NOTICE_SECONDS = 120.0  # Ray Train's own assumption where a notice has no deadline.
+SECONDS_AFTER_DEADLINE = 60.0
+WorkerFunction = Callable[[Prepared, Any], None]
 
 
-def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, interruption: Interruption) -> None:
-    """Run the training on its workers; returns when it is finished.
+def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, interrupts: InterruptHandler) -> None:
+    """Run the training on its workers; return when it is finished.
 
-    One worker runs in this process (Ray Train's local mode), several as Ray Train workers. A worker that dies takes its
-    group with it; Ray starts the group again, up to `scale.max_failures` times, and it goes on from its checkpoint. So
-    it does, as another attempt, where Ray's own controller of the workers dies.
+    A single worker runs in this process (Ray Train's local mode), several are Ray Train workers.
 
     Raises:
-        OrchestratorError: what a worker found wrong.
+        OrchestratorError: a worker found something wrong.
         Interrupted: a signal came, and the workers have saved their last step.
         RunFailed: workers died more often than allowed.
     """
+    # Importing Ray takes seconds, and commands that check a recipe do without it.
     import ray.train
 
-    recipe = prepared.recipe
-    distributed = recipe.scale.workers > 1
-    asker = Asker()
+    from orchestrator.launch.trainer import TrainerSettings, run_trainer
+
+    if prepared.recipe.scale.workers > 1:
+        _run_on_cluster(prepared, directory, attempt, interrupts)
+        return
     config = {
-        "wish": asker.key if distributed else interruption,
-        # In the object store, each node holds the encoded data once, and its workers read them without a copy.
-        "prepared": ray.put(prepared) if distributed else prepared,
+        "stop_request": interrupts,
+        "prepared": prepared,
         "place": directory.place,
         "attempt": attempt,
-        "has_notices": distributed and has_notices(),
-        # As a reference: Ray shows what is in here, and the workers' environment, to everybody.
-        "credentials": ray.put(credentials()) if distributed and is_url(directory.place) else None,
+        "has_notices": False,
+        "credentials": None,
     }
-    size = scaling(recipe) if distributed else ray.train.ScalingConfig(num_workers=0)
-    if distributed and recipe.scale.wait_for_nodes:
-        wanted = " and ".join(f"{number:g} {kind}" for kind, number in size.resources_per_worker.items())
-        workers = f"{size.min_workers} workers with {wanted} each"
-        ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
-    where = (directory.logs, directory.logs / "ray")
-    told = [teller(directory.place, config["credentials"])] if distributed else []
+    scaling, logs = ray.train.ScalingConfig(num_workers=0), directory.logs
+    run_trainer(train_on_worker, config, TrainerSettings(prepared.recipe, scaling, logs, logs / "ray", attempt))
+
+
+def _run_on_cluster(prepared: Prepared, directory: RunDirectory, attempt: int, interrupts: InterruptHandler) -> None:
+    """Run the training on several workers.
+
+    If a worker dies, Ray Train ends all of them and starts them again, up to `scale.max_failures` times; they resume
+    from the last checkpoint. If Ray Train's own controller dies, another attempt does the same.
+    """
+    import ray
+
+    from orchestrator.launch.trainer import ControllerDied, TrainerSettings, run_trainer
+
+    recipe, sender = prepared.recipe, StopRequestSender()
+    config = {
+        "stop_request": sender.key,
+        # The object store holds the encoded data once for each node, and its workers read them without a copy.
+        "prepared": ray.put(prepared),
+        "place": directory.place,
+        "attempt": attempt,
+        "has_notices": has_notices(),
+        # As a reference: Ray shows this dictionary, and the workers' environment, to everybody.
+        "credentials": ray.put(credentials()) if is_url(directory.place) else None,
+    }
+    scaling = make_scaling_config(recipe)
+    if recipe.scale.wait_for_nodes:
+        show_waiting(directory, scaling)
+    callbacks = [failure_callback(directory.place, config["credentials"])]
+    settings = TrainerSettings(recipe, scaling, directory.logs, directory.logs / "ray", attempt, callbacks)
     for left in reversed(range(recipe.scale.max_failures + 1)):
         try:
-            with asker.waiting(), interruption.passed_on(asker.ask) if distributed else contextlib.nullcontext():
-                fit(train_on_worker, config, size, recipe, *where, attempt, told)
+            with sender.waiting(), interrupts.forwarding_to(sender.send):
+                run_trainer(train_on_worker, config, settings)
             return
         except ControllerDied as error:
-            if interruption.is_given():
+            if interrupts.is_set():
                 raise KeyboardInterrupt from None
             if not left:
                 raise
-            directory.note(f"{error}; the run goes on from its last checkpoint")
-        # Workers of before that are not dead yet can commit nothing any more.
+            directory.add_note(f"{error}; the run resumes from its last checkpoint")
+        # Workers of the last attempt that still live can commit nothing from here on.
         attempt = config["attempt"] = attempt + 1
+        settings = replace(settings, attempt=attempt)
         directory.update_record(attempt=attempt)
-        remove_orphans()
+        remove_orphaned_groups()
 
 
-def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
-    """Run workers for trials of a search, from within a trial's actor; returns when `work` has returned on all of them.
+def show_waiting(directory: RunDirectory, scaling: Any) -> None:
+    """Show that the run waits until the cluster has room for its workers."""
+    wanted = " and ".join(f"{number:g} {kind}" for kind, number in scaling.resources_per_worker.items())
+    workers = f"{scaling.min_workers} workers with {wanted} each"
+    ProgressFile(directory.root).show(force=True, phase=f"waiting until the cluster has room for {workers}")
+
+
+def run_worker_group(prepared: Prepared, work: WorkerFunction, resources: dict[str, float], folder: Path) -> None:
+    """Run workers for trials of a search, from within a trial's actor; return when `work` has returned on all of them.
 
     Args:
-        work: called on every worker with the prepared data and the worker's device; what it raises counts as the
-            worker's death.
+        work: called on every worker with the prepared data and the worker's device; an error counts as the death of the
+            worker.
         resources: CPUs and GPUs of each worker.
         folder: where the workers and Ray Train may write.
 
@@ -101,151 +128,50 @@ def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder
     """
     import ray.train
 
-    # How soon a dead worker, and the end of a run, are noticed: a search has many runs, and each waits for it.
+    from orchestrator.launch.trainer import TrainerSettings, run_trainer
+
+    # How soon a dead worker, and the end of a run, are noticed: a search has many runs, and waits for each.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    recipe = prepared.recipe
-    size = ray.train.ScalingConfig(
-        num_workers=recipe.scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+    scaling = ray.train.ScalingConfig(
+        num_workers=prepared.recipe.scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
     )
     config = {"prepared": ray.put(prepared), "work": ray.put(work), "folder": str(folder)}
     try:
-        fit(work_on_worker, config, size, recipe, folder, folder / "ray", 1)
+        run_trainer(work_on_worker, config, TrainerSettings(prepared.recipe, scaling, folder, folder / "ray", 1))
     except ray.exceptions.RayError as error:
         raise RunFailed(f"Ray Train itself failed: {last_line(error)}") from error
 
 
-class ControllerDied(RunFailed):
-    """The process died that Ray Train looks after the workers with."""
-
-
-def fit(
-    loop: Callable[[dict[str, Any]], Any],
-    config: dict[str, Any],
-    size: Any,
-    recipe: Recipe,
-    logs: Path,
-    storage: Path,
-    attempt: int,
-    callbacks: Sequence[Any] = (),
-) -> None:
-    """Run `loop` on Ray Train workers of this size; an error that it returns is raised, as what Ray Train raises is."""
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without Ray Train's guard of placement groups, and with a policy of its own for failed workers.
-
-        The guard is a detached actor, a process for each run. Where the run is killed it never ends: not without a
-        dashboard, and else because it tries to from a thread, where it cannot. What a run has reserved is given back
-        without it: by Ray when the job ends, before that by `remove_orphans`.
-        """
-
-        controller: Any = None
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Keep the controller; Ray's handler of Ctrl-C would kill the workers, and end the command as a failure."""
-            self.controller = controller
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-            policy = failure_policy(self.run_config.failure_config)
-            return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
-
-    class OnCpu(TorchConfig):  # type: ignore[misc]
-        """Without a context on the first GPU that this process sees, which Ray Train otherwise makes."""
-
-        train_func_context = contextlib.nullcontext
-
-    run = Trainer(
-        loop,
-        train_loop_config=config,
-        scaling_config=size,
-        torch_config=(OnCpu if recipe.scale.gpus_per_worker == 0 else TorchConfig)(
-            timeout_s=SECONDS_UNTIL_A_HUNG_COLLECTIVE_FAILS
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=recipe.scale.max_failures),
-            worker_runtime_env=worker_environment(),
-            callbacks=list(callbacks),
-        ),
-    )
-    try:
-        outcome = run.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        if (found := error_of(error)) is not None:
-            raise found from error
-        raise RunFailed(
-            f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
-            f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
-        ) from error
-    except ray.exceptions.RayActorError as error:
-        raise ControllerDied(f"Ray Train's controller died ({reason(error)})") from error
-    except KeyboardInterrupt:
-        if run.controller is not None:  # The cluster may go on after this command, which its workers must not.
-            ray.kill(run.controller)
-            until = time.monotonic() + SECONDS_TO_DIE
-            while remove_orphans() and time.monotonic() < until:
-                time.sleep(0.1)
-        raise
-    if isinstance(outcome, OrchestratorError):
-        raise outcome
-
-
 def work_on_worker(config: dict[str, Any]) -> None:
-    """What every worker of a crew runs."""
+    """Run a worker of a worker group."""
     import ray.train
     from ray.train.torch import get_device
 
     rank = ray.train.get_context().get_world_rank()
-    with output_to(Path(config["folder"]) / f"worker-{rank}.log"):
-        # Unpacking imports the search, which comes to modules that the imports ahead have half done.
+    with redirect_output(Path(config["folder"]) / f"worker-{rank}.log"):
+        # Deserializing imports the search, and with it modules that are being imported ahead.
         import_ahead.wait()
-        have_gloo_use(ray.util.get_node_ip_address())
+        set_gloo_interface(ray.util.get_node_ip_address())
         ray.get(config["work"])(ray.get(config["prepared"]), get_device())
 
 
 def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
-    """What every Ray Train worker runs. An error meant for the user is returned, so that Ray does not try it again."""
-    import ray.train
-    from ray.train.torch import get_device
+    """Run a worker of a training; return an error meant for users, which Ray Train would retry if it was raised."""
+    import ray
 
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    prepared = config["prepared"]
-    alone = not isinstance(prepared, ray.ObjectRef)  # In the calling process.
+    is_local = not isinstance(config["prepared"], ray.ObjectRef)  # In the calling process.
     if config["credentials"] is not None:
         os.environ.update(ray.get(config["credentials"]))
     with contextlib.ExitStack() as stack:
-        if not alone:
-            # By the same address as Ray numbers the workers of a node, of which two on one machine are one.
-            address = ray.util.get_node_ip_address()
-            have_gloo_use(address)
-            directory = open_run(config["place"], address)
-            directory.leads_node = context.get_local_rank() == 0
-            directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.callback(directory.upload_logs)
-            stack.enter_context(output_to(directory.logs / f"worker-{rank}.log"))
-            import_ahead.wait()
-            prepared = ray.get(prepared)
+        if is_local:
+            directory, prepared = open_run(config["place"]), config["prepared"]
+        else:
+            directory = _open_on_node(config["place"], stack)
+            prepared = ray.get(config["prepared"])
             if directory.leads_node:
                 directory.create()
-        else:
-            directory = open_run(config["place"])
-        prepared = with_workers(prepared, context.get_world_size())
-        # After the imports ahead, which come to the same modules.
-        from orchestrator.training.engine.devices import choose_device
-
         try:
-            notice = PreemptionNotice() if config["has_notices"] else None
-            device = choose_device(prepared.recipe) if alone else get_device()
-            wish = config["wish"]
-            wish = Listener(wish, rank == 0) if isinstance(wish, str) else wish
-            train_in_passes_that_fit(prepared, directory, config["attempt"], device, rank, notice, wish)
+            _train(config, prepared, directory, is_local)
         except OrchestratorError as error:
             return error
         if directory.leads_node:
@@ -253,10 +179,45 @@ def train_on_worker(config: dict[str, Any]) -> OrchestratorError | None:
     return None
 
 
-def have_gloo_use(address: str) -> None:
-    """Have gloo talk over the network interface with this address of the machine, unless the user names another.
+def _open_on_node(place: str, stack: contextlib.ExitStack) -> RunDirectory:
+    """Open the run directory on a worker's node; until `stack` closes, the worker's output goes to its log."""
+    import ray.train
 
-    Gloo itself takes the address of the machine's name, which on some machines is one that others cannot reach.
+    context = ray.train.get_context()
+    # Ray numbers the workers of a node by this address. Two nodes may be one machine.
+    address = ray.util.get_node_ip_address()
+    set_gloo_interface(address)
+    directory = open_run(place, address)
+    directory.leads_node = context.get_local_rank() == 0
+    directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stack.callback(directory.upload_logs)
+    stack.enter_context(redirect_output(directory.logs / f"worker-{context.get_world_rank()}.log"))
+    import_ahead.wait()
+    return directory
+
+
+def _train(config: dict[str, Any], prepared: Prepared, directory: RunDirectory, is_local: bool) -> None:
+    import ray.train
+    from ray.train.torch import get_device
+
+    # After the imports ahead, which import the same modules.
+    from orchestrator.training.engine.devices import choose_device
+
+    context = ray.train.get_context()
+    prepared = with_workers(prepared, context.get_world_size())
+    is_first = context.get_world_rank() == 0
+    notice = RayPreemptionNotice() if config["has_notices"] else None
+    stop_request = config["stop_request"]
+    if isinstance(stop_request, str):
+        stop_request = StopRequestReceiver(stop_request, listens=is_first)
+    device = choose_device(prepared.recipe) if is_local else get_device()
+    train_with_smaller_passes(prepared, directory, config["attempt"], device, is_first, notice, stop_request)
+
+
+def set_gloo_interface(address: str) -> None:
+    """Let gloo use the network interface with this address of the machine, unless the user names another one.
+
+    By default gloo uses the address of the machine's name, which other machines may not reach.
     """
     for interface, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
@@ -264,93 +225,61 @@ def have_gloo_use(address: str) -> None:
 
 
 def with_workers(prepared: Prepared, number: int) -> Prepared:
-    """The same for as many workers as there are, of those that an elastic run may have."""
+    """Return the same with as many workers as an elastic run has at the moment."""
     scale = prepared.recipe.scale.model_copy(update={"workers": number})
     return replace(prepared, recipe=prepared.recipe.model_copy(update={"scale": scale}))
 
 
-class PreemptionNotice:
-    """What Ray Train hears of nodes that will be taken away, such as a cloud's spot machines."""
+class RayPreemptionNotice:
+    """Ray Train's notices of nodes that will be taken away, such as a cloud's spot machines."""
 
     def __init__(self) -> None:
-        self._told: Any = None
+        self._latest: Any = None
         self._waited_for: Any = None
 
     def is_given(self) -> bool:
         import ray.train
 
-        self._told = ray.train.get_preemption_info()
-        return self._told is not None and self._told != self._waited_for
+        self._latest = ray.train.get_preemption_info()
+        return self._latest is not None and self._latest != self._waited_for
 
     def wait(self) -> None:
-        self._waited_for = self._told
-        deadline = self._told.deadline_ms
-        left = SECONDS_UNTIL_A_NODE_GOES if deadline is None else deadline / 1000 - time.time()
-        time.sleep(max(0.0, left) + SECONDS_AFTER_A_DEADLINE)
+        self._waited_for = self._latest
+        deadline = self._latest.deadline_ms
+        left = DEFAULT_NOTICE_SECONDS if deadline is None else deadline / 1000 - time.time()
+        time.sleep(max(0.0, left) + SECONDS_AFTER_DEADLINE)
 
 
-def train_in_passes_that_fit(
+def train_with_smaller_passes(
     prepared: Prepared,
     directory: RunDirectory,
     attempt: int,
     device: Any,
-    rank: int,
-    notice: Notice | None,
-    wish: Wish | None = None,
+    is_first: bool,
+    notice: PreemptionNotice | None,
+    stop_request: StopRequest | None = None,
 ) -> None:
-    """Run this worker's part; where memory runs out, go on from the last checkpoint with smaller passes."""
+    """Run this worker's part; where memory runs out, resume from the last checkpoint with smaller passes.
+
+    Raises:
+        RestartWorkers: memory ran out on one of several workers, which all have to start again.
+        AbortTraining: memory ran out on one of several workers, and passes cannot be smaller.
+    """
     from orchestrator.launch.out_of_memory import halve_passes, is_out_of_memory, with_recorded_passes
     from orchestrator.training.worker import run_worker
 
     while True:
-        tried = with_recorded_passes(prepared, directory)
+        current = with_recorded_passes(prepared, directory)
         try:
-            return run_worker(tried, directory, attempt, device, is_first=rank == 0, notice=notice, wish=wish)
+            return run_worker(current, directory, attempt, device, is_first, notice, stop_request)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if prepared.recipe.scale.workers > 1:
-                # The others wait for this one, so Ray ends them.
+                # The others wait for this worker, so Ray ends them.
                 try:
-                    halve_passes(tried, directory)
+                    halve_passes(current, directory)
                 except RunFailed as failed:
-                    raise GiveUp(failed) from error
-                raise BeginAgain(str(error)) from error
-        halve_passes(tried, directory)
-
-
-def worker_environment() -> dict[str, Any]:
-    """The runtime environment of Ray Train's workers: how their threads wait, what they import beforehand, and that
-    those without a GPU see none.
-
-    Ray's hook for new processes is set by the variable that it uses itself, because Ray lets only whole jobs set it.
-    """
-    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-
-    hook = f"{import_ahead.__name__}.{import_ahead.start.__name__}"
-    return {
-        "env_vars": {
-            "GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"],
-            WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
-            HIDES_GPUS: "1",
-        }
-    }
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send everything this process prints, from Python or below it, to the end of a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with path.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, descriptor in enumerate(kept, start=1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
+                    raise AbortTraining(failed) from error
+                raise RestartWorkers(str(error)) from error
+        halve_passes(current, directory)

@@ -1,6 +1,6 @@
-"""That a training of several workers is to end: told to the first of them through Ray's key-value store.
+"""Requests that a training of several workers stops, sent to the first worker through Ray's key-value store.
 
-Ray Train has no way to ask its workers for anything. Its controller can only be told to kill them.
+Ray Train cannot send its workers messages. Its controller can only be told to kill them.
 """
 
 from __future__ import annotations
@@ -12,67 +12,68 @@ import time
 import uuid
 from collections.abc import Iterator
 
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_FOR_AN_ANSWER = 5.0
+SECONDS_BETWEEN_CHECKS = 0.5
+SECONDS_FOR_REPLY = 5.0
 NAMESPACE = b"orchestrator"
-ASKED, SAVES, CANNOT = b"asked", b"saves", b"cannot"
+REQUESTED, SAVING, NOTHING_TO_SAVE = b"requested", b"saving", b"nothing to save"
 
 
-class Asker:
-    """The command's side."""
+class StopRequestSender:
+    """Sends a stop request; used by the command."""
 
     def __init__(self) -> None:
         self.key = f"interruption-{uuid.uuid4().hex}"
+        """Of the request in Ray's key-value store."""
         self._is_waiting = False
-        self._asking: threading.Thread | None = None
+        self._sending: threading.Thread | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While this lasts, the command waits for its workers."""
+        """Enter this while the command waits for its workers."""
         self._is_waiting = True
         try:
             yield
         finally:
             self._is_waiting = False
-            if self._asking is not None:
-                self._asking.join()  # What it reads from may be closed next.
+            if self._sending is not None:
+                self._sending.join()  # The store that it reads may be closed next.
 
-    def ask(self, number: int) -> None:
-        """Ask the workers to save and end; where they cannot, this process gets the signal of that number once more."""
-        self._asking = threading.Thread(target=self._ask, args=(number,), name="interruption", daemon=True)
-        self._asking.start()
+    def send(self, number: int) -> None:
+        """Request that the workers save and stop; if they cannot, send this process the signal `number` again."""
+        self._sending = threading.Thread(target=self._send, args=(number,), name="interruption", daemon=True)
+        self._sending.start()
 
-    def _ask(self, number: int) -> None:
-        write(self.key, ASKED)
-        until = time.monotonic() + SECONDS_FOR_AN_ANSWER
-        answer: bytes | None = ASKED
-        while answer == ASKED and self._is_waiting and time.monotonic() < until:
+    def _send(self, number: int) -> None:
+        write(self.key, REQUESTED)
+        until = time.monotonic() + SECONDS_FOR_REPLY
+        reply: bytes | None = REQUESTED
+        while reply == REQUESTED and self._is_waiting and time.monotonic() < until:
             time.sleep(0.1)
-            answer = read(self.key)
-        if answer != SAVES and self._is_waiting:
+            reply = read(self.key)
+        if reply != SAVING and self._is_waiting:
             os.kill(os.getpid(), number)
 
 
-class Listener:
-    """A worker's side.
+class StopRequestReceiver:
+    """A `StopRequest` on a worker.
 
     Args:
-        key: the asker's.
-        listens: of the first worker, which tells the others.
+        key: the sender's.
+        listens: whether this worker reads the store; the first worker does, and tells the others.
     """
 
     def __init__(self, key: str, listens: bool) -> None:
         self.key = key
-        self._given = threading.Event()
+        self._is_set = threading.Event()
         self._takes_steps = False
         if listens:
             threading.Thread(target=self._listen, name="interruption", daemon=True).start()
 
-    def is_given(self) -> bool:
-        return self._given.is_set()
+    def is_set(self) -> bool:
+        return self._is_set.is_set()
 
     @contextlib.contextmanager
-    def while_steps_are_taken(self) -> Iterator[None]:
+    def during_steps(self) -> Iterator[None]:
         self._takes_steps = True
         try:
             yield
@@ -82,11 +83,11 @@ class Listener:
     def _listen(self) -> None:
         from ray.exceptions import RayError
 
-        while not self._given.wait(SECONDS_BETWEEN_LOOKS):
-            with contextlib.suppress(RayError):  # The store may be out of reach for a while, as its machine may.
+        while not self._is_set.wait(SECONDS_BETWEEN_CHECKS):
+            with contextlib.suppress(RayError):  # The machine of the store may be out of reach for a while.
                 if read(self.key) is not None:
-                    write(self.key, SAVES if self._takes_steps else CANNOT)
-                    self._given.set()
+                    write(self.key, SAVING if self._takes_steps else NOTHING_TO_SAVE)
+                    self._is_set.set()
 
 
 def read(key: str) -> bytes | None:

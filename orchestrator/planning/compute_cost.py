@@ -1,48 +1,48 @@
-"""Time and network of a step."""
+"""The time of a step, and the bytes that it sends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from orchestrator.planning.machines import Machine
-from orchestrator.planning.memory import ModelSize, Setting
+from orchestrator.planning.memory import ModelSize, ShardingSetup
 from orchestrator.training.engine.sizes import BF16, FP32
 
 EFFICIENCY = 0.4
-"""The share of a device's best rate that training reaches where nobody has measured it: well-tuned runs have 0.35 to
-0.5 (Chowdhery et al. 2022, "PaLM", appendix B)."""
+"""The share of a device's peak rate that is assumed where none was measured: well-tuned trainings reach 0.35 to 0.5
+(Chowdhery et al. 2022, "PaLM", appendix B)."""
 
 
 @dataclass(frozen=True)
 class ComputeCost:
-    """How long a training takes."""
+    """The time that a training takes."""
 
     operations: float
-    """Floating-point operations of a mean step, on the busiest worker."""
+    """Floating-point operations of an average step, on the busiest worker."""
     rate: float
     """Operations a second."""
     basis: str
-    """Where the rate is from."""
+    """Where the rate comes from, as a phrase."""
     seconds_a_step: float
     seconds: float | None
-    """Steps, evaluations and what is computed once; None where nobody knows how many there are."""
+    """Of steps, evaluations and the computation of stored features; None where the number of steps is unknown."""
 
 
-def network_bytes(model: ModelSize, setting: Setting) -> int:
-    """What each worker sends in a step, with rings of all workers (Rajbhandari et al. 2020, section 7).
+def network_bytes(model: ModelSize, setup: ShardingSetup) -> int:
+    """Return the bytes that each worker sends in a step, in rings of all workers (Rajbhandari et al. 2020, section 7).
 
-    Gradients are summed up once a step, 2 (n - 1) / n of their size. ZeRO-3 gathers the weights in each pass, forward
-    and backward, (n - 1) / n of their size each, and reduces gradients to where they belong after each backward one.
+    Gradients are all-reduced once a step, which sends 2 (n - 1) / n of their size. ZeRO-3 gathers the weights in each
+    forward and backward pass, (n - 1) / n of their size each, and reduce-scatters gradients after each backward pass.
     """
-    away = (setting.workers - 1) / setting.workers
-    wide = BF16 if setting.precision == "bf16" and setting.zero_stage > 0 else FP32
-    if setting.zero_stage < 3:
-        return int(2 * away * wide * model.trained)
-    return int(away * wide * (2 * (model.trained + model.frozen) + model.trained) * setting.passes)
+    share = (setup.workers - 1) / setup.workers
+    number = BF16 if setup.precision == "bf16" and setup.zero_stage > 0 else FP32
+    if setup.zero_stage < 3:
+        return int(2 * share * number * model.trained)
+    return int(share * number * (2 * (model.trained + model.frozen) + model.trained) * setup.passes)
 
 
 def step_seconds(operations: float, rate: float, network: int, workers: int, machine: Machine) -> float:
-    """Computing and sending overlap, so the longer of the two counts."""
-    # A ring passes from each machine to the next once, so all of a node's network is the ring's.
+    """Return the seconds of a step; computation and communication overlap, so the longer one counts."""
+    # The ring crosses from each node to the next once, so it has the whole network of a node.
     bandwidth = machine.link if workers <= machine.devices else min(machine.link, machine.network)
     return max(operations / rate, network / bandwidth)

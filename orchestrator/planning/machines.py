@@ -1,4 +1,4 @@
-"""What machines can do: a table of common accelerators, and shapes of clusters such as `4x8xH100-80GB`."""
+"""Machines to plan for: a table of common accelerators, and shapes of clusters such as `4x8xH100-80GB`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Literal
 
 from orchestrator.errors import InputError, Problem, nearest
 
-GIB = 2**30
+GIB = 2**30  # Bytes.
 _SHAPE = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([a-z][a-z0-9-]*?)(?:-(\d+)GB)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device: its speed as its maker's data sheet has it, its memory as PyTorch finds it."""
+    """One device: its rates are those of its data sheet, its memory is what PyTorch reports."""
 
     memory: dict[int, float]
-    """GiB that PyTorch finds (`torch.cuda.get_device_properties(0).total_memory`), by the gigabytes that it is sold
-    with, the usual size first. Drivers keep some for themselves and for error correction, and not all of them as much,
-    so it is the least that out-of-memory errors in public logs give as "total capacity"."""
+    """GiB that PyTorch reports (`torch.cuda.get_device_properties(0).total_memory`), by the nominal gigabytes, the most
+    common size first. Drivers reserve different amounts for themselves and for error correction, so each number is the
+    smallest "total capacity" in out-of-memory errors of public logs."""
     teraflops: float
-    """Dense matrix products in bf16 (fp16 where it has no bf16), without sparsity; 10^12 operations a second."""
+    """Of dense matrix products in bf16 (fp16 where it has no bf16); 10^12 operations a second."""
     teraflops_fp32: float
-    """The same in fp32. Not TF32, which PyTorch does not use for matrix products unless it is told to."""
+    """Of dense matrix products in fp32, not TF32, which PyTorch does not use for matrix products by default."""
     link: float
     """To the other devices of its machine, one way; 10^9 bytes a second."""
     bandwidth: float
@@ -54,21 +54,21 @@ ACCELERATORS = MappingProxyType(
     }
 )
 NETWORK = 25e9
-"""Bytes a second between machines where nobody says otherwise: 200 Gbit/s."""
+"""Bytes a second between nodes, assumed: 200 Gbit/s."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a training runs on."""
+    """The machines of a training: nodes of one kind."""
 
     name: str
     nodes: int
     devices: int
-    """Of each node: accelerators, or processes on its cores."""
+    """Accelerators of each node, or its cores."""
     memory: int
-    """Bytes of one accelerator; of a node where it has none, whose workers share them."""
+    """Bytes of one accelerator; of a node without any, whose workers share them."""
     rate: float | None
-    """Floating-point operations a second of one device at its best, in bf16; None where nobody has measured it."""
+    """Peak floating-point operations a second of one device, in bf16; None where it is not known."""
     link: float
     """Bytes a second between devices of a node."""
     network: float
@@ -76,36 +76,33 @@ class Machine:
     is_gpu: bool
     has_bf16: bool
     bandwidth: float | None = None
-    """Bytes a second of a device's own memory; None where nobody has measured it."""
+    """Bytes a second of a device's own memory; None where it is not known."""
     rate_fp32: float | None = None
     """As `rate`, in fp32; None where it is the same."""
 
     def rate_in(self, precision: Literal["fp32", "bf16"]) -> float | None:
+        """Return the peak operations a second of one device in a precision; None where it is not known."""
         return self.rate if precision == "bf16" or self.rate_fp32 is None else self.rate_fp32
 
     @property
     def places(self) -> int:
-        """Workers that it has room for."""
+        """Workers that it has room for, one on each device."""
         return self.nodes * self.devices
 
 
-def machine_names() -> list[str]:
-    return [f"{name}-{size}GB" for name, each in ACCELERATORS.items() for size in each.memory]
-
-
-def read_shape(text: str, option: str = "--on") -> Machine:
-    """`H100-80GB`, `8xH100-80GB` or `4x8xH100-80GB`: nodes, devices of each, and what they are.
+def parse_machine(text: str, option: str = "--on") -> Machine:
+    """Parse `H100-80GB`, `8xH100-80GB` or `4x8xH100-80GB`: nodes, devices of each node, and their kind.
 
     Raises:
-        InputError: no such accelerator, with the nearest name.
+        InputError: there is no such accelerator; the remedy has the nearest name.
     """
     found = _SHAPE.fullmatch(text)
     kinds = {name.lower(): name for name in ACCELERATORS}
     name = kinds.get(found[3].lower()) if found else None
     if found is None or name is None:
         close = nearest(found[3].upper() if found else text, list(ACCELERATORS))
-        known = f"did you mean {close}?" if close else f"known are {', '.join(ACCELERATORS)}"
-        raise InputError(Problem(f"{text!r} is no shape such as 4x8xH100-80GB", option, known))
+        known = f"did you mean {close}?" if close else f"use one of: {', '.join(ACCELERATORS)}"
+        raise InputError(Problem(f"{text!r} is not a shape such as 4x8xH100-80GB", option, known))
     kind = ACCELERATORS[name]
     size = int(found[4]) if found[4] else next(iter(kind.memory))
     if size not in kind.memory:
@@ -130,34 +127,37 @@ def read_shape(text: str, option: str = "--on") -> Machine:
     )
 
 
-def machine_of(nodes: Sequence[Mapping[str, float]]) -> Machine:
-    """A cluster by its nodes' resources, as Ray names them; nodes with GPUs count alone where there are any.
+def machine_from_nodes(nodes: Sequence[Mapping[str, float]]) -> Machine:
+    """Return the machine that a cluster's nodes make up; where any node has GPUs, the others do not count.
+
+    Args:
+        nodes: the resources of each, as Ray names them.
 
     Raises:
-        InputError: GPUs of different kinds, or of one that is not in the table.
+        InputError: the GPUs are of different kinds, or of one that is not in the table.
     """
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     if not with_gpus:
-        # A head node may be there for no work.
+        # A head node may have no cores for workers.
         workers = [node for node in nodes if node.get("CPU", 0) >= 1] or nodes
         cores = min(int(node.get("CPU", 0)) for node in workers)
         memory = int(min(node.get("memory", 0) for node in workers))
-        return processors("the cluster's CPUs", len(workers), cores, memory)
+        return cpu_machine("the cluster's CPUs", len(workers), cores, memory)
     kinds = {name.partition(":")[2] for node in with_gpus for name in node if name.startswith("accelerator_type:")}
     if len(kinds) != 1:
-        what = f"the cluster's GPUs are of {len(kinds)} kinds ({', '.join(sorted(kinds)) or 'none is named'})"
-        raise InputError(Problem(what, "--address", "name what the training is to run on: --on 4x8xH100-80GB"))
+        what = f"the cluster's GPUs are of {len(kinds)} kinds ({', '.join(sorted(kinds)) or 'their names are missing'})"
+        raise InputError(Problem(what, "--address", "name the machines of the training: --on 4x8xH100-80GB"))
     # Ray writes some sizes without the B: A100-40G.
     kind = re.sub(r"-(\d+)G$", r"-\1GB", kinds.pop())
     if kind in ACCELERATORS:
-        # Ray does not tell the size by itself, so a plan takes the smallest.
+        # Ray may leave out the size, so the smallest is assumed.
         kind = f"{kind}-{min(ACCELERATORS[kind].memory)}GB"
     devices = int(min(node["GPU"] for node in with_gpus))
-    return read_shape(f"{len(with_gpus)}x{devices}x{kind}", "--address")
+    return parse_machine(f"{len(with_gpus)}x{devices}x{kind}", "--address")
 
 
-def processors(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = False) -> Machine:
-    """Machines without accelerators, each core of which can have a worker; `memory` is that of a node."""
+def cpu_machine(name: str, nodes: int, cores: int, memory: int, has_bf16: bool = False) -> Machine:
+    """Return machines without accelerators, whose cores can each have a worker; `memory` is a node's, in bytes."""
     return Machine(
         name=name,
         nodes=nodes,

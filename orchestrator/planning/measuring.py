@@ -1,234 +1,157 @@
-"""How much memory a model's passes take and how many operations they are, for a plan; and how much work an epoch is."""
+"""Memory and operations of a model's passes, measured without values for a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from orchestrator import models
-from orchestrator.data.batches import assign
 from orchestrator.errors import ModelError, Problem
 from orchestrator.planning import ModelSize
 from orchestrator.planning.plan_input import PlanInput, build
-from orchestrator.planning.simulation import Pass, fake_weights, simulate
+from orchestrator.planning.simulation import PassProfile, fake_weights, simulate
+from orchestrator.planning.workload import Indices, Positions, Workload, positions_of
 from orchestrator.recipe import Recipe
-from orchestrator.tasks import Encoded
 from orchestrator.tasks.base import Batch, Totals
 from orchestrator.training.assembling import ModelParts
-from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, is_exact_in_bf16, may_cast_frozen
-from orchestrator.training.features.build import can_pack
-from orchestrator.training.loop import NEVER, make_schedule
+from orchestrator.training.features.build import boundary_of, can_pack, is_wanted, why_not_replaceable
+from orchestrator.training.loop import Schedule
 from orchestrator.training.split_loader import SplitLoader
 
-Rows = npt.NDArray[np.int64]
-BATCHES_LOOKED_AT = 200
 LAYERS_SIMULATED = 16
-"""Of outlines with more than so many, few are gone through, and the rest is worked out: each layer takes as much."""
+"""Of outlines with more layers, a few are simulated and the rest is extrapolated: each layer takes as much."""
 BYTES_OF_4_BITS = 0.5 + 4 / 64
 """Of a number in NF4: half a byte, and an fp32 scale for 64 of them (Dettmers et al. 2023)."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the steps of an epoch are for the busiest worker."""
+class OperationCount:
+    """Floating-point operations of passes, as a function of the positions that they compute on."""
 
-    steps: int
-    passes: int
-    """The most of a step."""
-    first: Rows
-    """The examples of the pass that takes most, of those that begin a step."""
-    later: Rows | None
-    """The same of those that find gradients of passes before them; None where there are none."""
     linear: float
-    """Positions that are computed, in all passes of an epoch."""
+    """For each position."""
     square: float
-    """Sum of the squares of the lengths of texts, which attention takes."""
+    """For each square of a sequence's length."""
+
+    def of(self, positions: Positions) -> float:
+        return self.linear * positions.linear + self.square * positions.square
 
 
 @dataclass(frozen=True)
-class Work:
-    """Floating-point operations: so many for each position, and for each square of a text's length."""
+class PassSettings:
+    """How passes compute."""
 
-    linear: float
-    square: float
+    packs: bool
+    """Several examples share a row."""
+    precision: Precision
+    autocasts: bool
+    """In bf16 with fp32 weights; otherwise the weights are in the precision."""
+    balance: float = 0.0
+    """As `ResourceTracker` takes it."""
 
-    def of(self, load: Load) -> float:
-        return self.linear * load.linear + self.square * load.square
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The format of weights and floating inputs; None leaves them."""
+        return torch.bfloat16 if self.precision == "bf16" and not self.autocasts else None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model, its largest pass, and what it computes."""
+class Measurement:
+    """A model, its largest pass, and its operations."""
 
     size: ModelSize
-    first: Pass
-    """The largest that begins a step."""
+    first: PassProfile
+    """Of the largest pass that begins a step."""
     later: int
-    """Bytes that the largest pass after such a one holds besides gradients; 0 where there is none."""
-    whole: Work
+    """Bytes that the largest later pass of a step holds besides gradients; 0 where there is none."""
+    whole: OperationCount
     """Forward and backward."""
-    forward: Work
-    frozen: Work
+    forward: OperationCount
+    frozen: OperationCount
     """Forward, through the frozen blocks alone."""
     boundary_numbers: float
-    """What the frozen blocks hand on for each position."""
+    """Output of the frozen blocks for each position."""
+    stores_features: bool
+    """Whether a run would store that output."""
 
 
-def measure_load(encoded: Encoded, recipe: Recipe, micro_batch: int, packs: bool, device: str, autocasts: bool) -> Load:
-    """Deal out an epoch, or a part of one that is long."""
-    order = make_schedule(recipe.train, encoded.lengths, micro_batch).order
-    batches = order.epoch(0)
-    some = batches[:: -(-len(batches) // BATCHES_LOOKED_AT)]
-    cost = NEVER if packs else cost_of_pass(device, autocasts)
-    linear, square, passes = 0.0, 0.0, 1
-    most: list[tuple[float, Rows]] = [(0.0, batches[0][:1]), (0.0, batches[0][:0])]  # That begin a step, and others.
-    for batch in some:
-        dealt = assign(batch, encoded.lengths, recipe.scale.workers, micro_batch, cost)
-        passes = max(passes, len(dealt))
-        for number, hands in enumerate(dealt):
-            (size, squares), rows = max(((positions(encoded, each, packs), each) for each in hands), key=itemgetter(0))
-            linear, square = linear + size, square + squares
-            most[number > 0] = max(most[number > 0], (size, rows), key=itemgetter(0))
-    share = len(batches) / len(some)
-    first, later = (rows for _, rows in most)
-    return Load(order.steps_per_epoch, passes, first, later if len(later) else None, linear * share, square * share)
+@dataclass(frozen=True)
+class _SimulatedModel:
+    size: ModelSize
+    profile: PassProfile
+    stores_features: bool
 
 
-def positions(encoded: Encoded, rows: Rows, packs: bool) -> tuple[float, float]:
-    """Positions that a pass computes, and the sum of the squares of its texts' lengths."""
-    if not len(rows):
-        return 0.0, 0.0
-    lengths = encoded.lengths[rows].astype(float)
-    if not packs:
-        lengths = np.full(len(rows), lengths.max())
-    times = encoded.rows_per_example
-    return times * float(lengths.sum()), times * float((lengths**2).sum())
-
-
-def measure(
-    plan_input: PlanInput,
-    recipe: Recipe,
-    load: Load,
-    packs: bool,
-    precision: Precision,
-    autocast: bool,
-    balance: float = 0.0,
-) -> Measured:
-    """Go through the largest passes, and through one over a single example.
-
-    Args:
-        autocast: compute in bf16 with fp32 weights; otherwise the weights are in the precision.
-        balance: as `Tally` has it.
-    """
+def measure(plan_input: PlanInput, recipe: Recipe, workload: Workload, settings: PassSettings) -> Measurement:
+    """Simulate the largest passes, and one over a single example, which tells linear and quadratic costs apart."""
     encoded = plan_input.prepared.encoded("train")
+    simulator = _Simulator(plan_input, recipe, workload.schedule, settings)
+    sizes = [positions_of(encoded, rows, settings.packs) for rows in (workload.first, workload.first[:1])]
+    many, few = sizes
+    # Where all sequences are of one length, another pass tells nothing new.
+    differ = many.linear * few.square - few.linear * many.square != 0
+    simulated = [simulator.run(rows) for rows in (workload.first, workload.first[:1])[: 1 + differ]]
+    found = simulated[0]
+    later = 0 if workload.later is None else simulator.run(workload.later).profile.activations
 
-    def look(rows: Rows) -> tuple[ModelSize, Pass]:
-        return _measure(plan_input, recipe, *_batch(plan_input, rows, packs), precision, autocast, balance)
+    def count(name: str) -> OperationCount:
+        values = [float(getattr(each.profile, name)) for each in simulated]
+        mean = OperationCount(values[0] / many.linear, 0.0)
+        if not differ:
+            return mean
+        matrix = np.array([(each.linear, each.square) for each in sizes])
+        linear, square = np.linalg.solve(matrix, np.array(values))
+        return OperationCount(float(linear), float(square)) if square >= 0 else mean
 
-    sizes = [positions(encoded, each, packs) for each in (load.first, load.first[:1])]
-    (many, squares), (few, few_squares) = sizes
-    # Where all texts are of one length, or there are none, another pass says nothing new.
-    differ = many * few_squares - few * squares != 0
-    found = [look(rows) for rows in (load.first, load.first[:1])[: 1 + differ]]
-    size, first = found[0]
-    later = 0 if load.later is None else look(load.later)[1].activations
-
-    def work(name: str) -> Work:
-        values = [float(getattr(one, name)) for _, one in found]
-        linear, square = np.linalg.solve(np.array(sizes), np.array(values)) if differ else (values[0] / many, 0.0)
-        return Work(float(linear), float(square)) if square >= 0 else Work(values[0] / many, 0.0)
-
-    return Measured(
-        size,
-        first,
-        later,
-        work("operations"),
-        work("forward_operations"),
-        work("frozen_operations"),
-        first.boundary_numbers / many,
+    return Measurement(
+        size=found.size,
+        first=found.profile,
+        later=later,
+        whole=count("operations"),
+        forward=count("forward_operations"),
+        frozen=count("frozen_operations"),
+        boundary_numbers=found.profile.boundary_numbers / many.linear,
+        stores_features=found.stores_features,
     )
 
 
-def whether_packed(plan_input: PlanInput, recipe: Recipe) -> bool:
-    """Whether a run would put several texts into a row."""
+def uses_packed_sequences(plan_input: PlanInput, recipe: Recipe) -> bool:
+    """Whether a run would put several examples into a row."""
     encoded = plan_input.prepared.encoded("train")
     if not encoded.packs:
         return False
-    parts = build(plan_input, recipe) if layers_left_out(plan_input) is None else _some_layers(plan_input, recipe, 0, 1)
+    parts = build(plan_input, recipe) if layers_to_extrapolate(plan_input) is None else _build(plan_input, recipe, 0, 1)
     if plan_input.reads_weights:
         return can_pack(SplitLoader(encoded, torch.device("cpu")), parts.module)
     return models.takes_packed_sequences(parts.module)
 
 
 def measure_model(parts: ModelParts, recipe: Recipe) -> ModelSize:
+    """Count a model's parameters, and the bytes that plain PyTorch holds them in."""
     tensors = [*parts.module.parameters(), *parts.module.buffers()]
     held = sum(value.numel() * value.element_size() for value in tensors)
     trained = sum(value.numel() for value in parts.module.parameters() if value.requires_grad)
     adapter = recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None:
-        narrow = [value for value in _products(parts) if not value.requires_grad]
-        held -= int(sum(value.numel() * (value.element_size() - BYTES_OF_4_BITS) for value in narrow))
+        quantized = [value for value in _linear_weights(parts) if not value.requires_grad]
+        held -= int(sum(value.numel() * (value.element_size() - BYTES_OF_4_BITS) for value in quantized))
     total = sum(value.numel() for value in parts.module.parameters())
     return ModelSize(trained, total - trained, held, len(parts.blocks.layers))
 
 
-def _products(parts: ModelParts) -> list[Any]:
-    """The weights of the layers' linear functions."""
+def _linear_weights(parts: ModelParts) -> list[Any]:
     modules = [module for block in parts.blocks.layers for module in block.modules]
     return [module.weight for module in modules if isinstance(module, torch.nn.Linear)]
 
 
-def _narrowed(plan_input: PlanInput, parts: ModelParts, recipe: Recipe, autocast: bool) -> ModelParts:
-    if autocast and may_cast_frozen(recipe):
-        is_stored_so = parts.body.config.get_text_config().dtype == torch.bfloat16
-        cast_frozen_to_bf16(parts.module, is_exact_in_bf16 if plan_input.reads_weights else lambda _: is_stored_so)
-    return parts
-
-
-def _measure(
-    plan_input: PlanInput,
-    recipe: Recipe,
-    batch: Batch,
-    totals: Totals,
-    precision: Precision,
-    autocast: bool,
-    balance: float,
-) -> tuple[ModelSize, Pass]:
-    """The model, and a pass over a batch."""
-
-    def look(parts: ModelParts) -> tuple[ModelSize, Pass]:
-        parts = _narrowed(plan_input, parts, recipe, autocast)
-        return measure_model(parts, recipe), _simulate(plan_input, parts, batch, totals, precision, autocast, balance)
-
-    layers = layers_left_out(plan_input)
-    if layers is None:
-        return look(build(plan_input, recipe))
-    frozen = models.resolve_depth(recipe.transfer.freeze, layers, recipe.origin.where("transfer.freeze")).num_layers
-    trained = layers - frozen
-    first, more = (min(frozen, 2), min(trained, 4)), (min(frozen, 4), min(trained, 8))
-    base = look(_some_layers(plan_input, recipe, *first))
-    total = base
-    for shape, step, rest in (
-        ((more[0], first[1]), more[0] - first[0], frozen - first[0]),
-        ((first[0], more[1]), more[1] - first[1], trained - first[1]),
-    ):
-        if step:
-            other = look(_some_layers(plan_input, recipe, *shape))
-            size, one = (_add(*each, rest / step) for each in zip(total, other, base, strict=True))
-            total = size, one
-    return total
-
-
-def layers_left_out(plan_input: PlanInput) -> int | None:
-    """The number of layers, where it is so large that not all of them are gone through."""
+def layers_to_extrapolate(plan_input: PlanInput) -> int | None:
+    """Return the number of layers, where it is too large to simulate them all; otherwise None."""
     config = models.load_config(plan_input.prepared.source)
     if (
         plan_input.reads_weights
@@ -239,14 +162,74 @@ def layers_left_out(plan_input: PlanInput) -> int | None:
     return int(config.num_hidden_layers)
 
 
-def _add(total: Any, other: Any, base: Any, times: float) -> Any:
-    """`total` and so many times the difference of two others, in each field."""
-    names = [field.name for field in fields(total)]
-    changes = {name: times * (getattr(other, name) - getattr(base, name)) for name in names}
-    return replace(total, **{name: getattr(total, name) + round(change) for name, change in changes.items()})
+class _Simulator:
+    """Simulates passes of one recipe."""
+
+    def __init__(self, plan_input: PlanInput, recipe: Recipe, schedule: Schedule, settings: PassSettings) -> None:
+        self.plan_input = plan_input
+        self.recipe = recipe
+        self.schedule = schedule
+        self.settings = settings
+
+    def run(self, rows: Indices) -> _SimulatedModel:
+        """Return the model's size, and the profile of a pass over these rows."""
+        batch, totals = self._batch(rows)
+        layers = layers_to_extrapolate(self.plan_input)
+        if layers is None:
+            return self._run(build(self.plan_input, self.recipe), batch, totals)
+        where = self.recipe.origin.where("transfer.freeze")
+        frozen = models.resolve_depth(self.recipe.transfer.freeze, layers, where).num_layers
+        trained = layers - frozen
+        few, more = (min(frozen, 2), min(trained, 4)), (min(frozen, 4), min(trained, 8))
+        base = self._run(_build(self.plan_input, self.recipe, *few), batch, totals)
+        size, profile = base.size, base.profile
+        for (num_frozen, num_trained), step, rest in (
+            ((more[0], few[1]), more[0] - few[0], frozen - few[0]),
+            ((few[0], more[1]), more[1] - few[1], trained - few[1]),
+        ):
+            if step:
+                other = self._run(_build(self.plan_input, self.recipe, num_frozen, num_trained), batch, totals)
+                size = _extrapolate(size, other.size, base.size, rest / step)
+                profile = _extrapolate(profile, other.profile, base.profile, rest / step)
+        return _SimulatedModel(size, profile, base.stores_features)
+
+    def _run(self, parts: ModelParts, batch: Batch, totals: Totals) -> _SimulatedModel:
+        stores = self._stores_features(parts)
+        if self.settings.autocasts and may_cast_frozen(self.recipe):
+            is_stored_so = parts.body.config.get_text_config().dtype == torch.bfloat16
+            cast_frozen_to_bf16(
+                parts.module, is_exact_in_bf16 if self.plan_input.reads_weights else lambda _: is_stored_so
+            )
+        return _SimulatedModel(measure_model(parts, self.recipe), self._profile(parts, batch, totals), stores)
+
+    def _stores_features(self, parts: ModelParts) -> bool:
+        prepared, boundary = replace(self.plan_input.prepared, recipe=self.recipe), boundary_of(parts)
+        if boundary is None or why_not_replaceable(self.recipe, prepared.encoded("train")) is not None:
+            return False
+        return is_wanted(prepared, parts, self.schedule, boundary)
+
+    def _profile(self, parts: ModelParts, batch: Batch, totals: Totals) -> PassProfile:
+        prepared, settings = self.plan_input.prepared, self.settings
+        try:
+            with fake_weights(parts.module, settings.input_dtype):
+                autocasts, input_dtype = settings.autocasts, settings.input_dtype
+                return simulate(parts, prepared.task, batch, totals, autocasts, input_dtype, settings.balance)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            source = prepared.source
+            what = f"the computation of {source.name!r} depends on values ({error}), which a plan does not have"
+            remedy = "train it for a few steps: result.json has peak_bytes"
+            raise ModelError(Problem(what, source.where, remedy)) from error
+
+    def _batch(self, rows: Indices) -> tuple[Batch, Totals]:
+        encoded = self.plan_input.prepared.encoded("train")
+        if self.plan_input.prepared.task.needs_reference:
+            encoded.reference = np.zeros((len(encoded), 2))
+        batch = encoded.packed_batch(rows) if self.settings.packs else encoded.batch(rows, (0, 0))
+        return batch, encoded.totals(rows)
 
 
-def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
+def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
+    """Build an outline with so many frozen and trained layers."""
     changes = models.num_layers_overrides(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.depth.stem else 0))
@@ -254,27 +237,8 @@ def _some_layers(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: in
     return build(plan_input, recipe.model_copy(update={"transfer": transfer}), **changes)
 
 
-def _simulate(
-    plan_input: PlanInput,
-    parts: ModelParts,
-    batch: Batch,
-    totals: Totals,
-    precision: Precision,
-    autocast: bool,
-    balance: float,
-) -> Pass:
-    wide = torch.bfloat16 if precision == "bf16" and not autocast else None
-    try:
-        with fake_weights(parts.module, wide):
-            return simulate(parts, plan_input.prepared.task, batch, totals, autocast, wide, balance)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        source = plan_input.prepared.source
-        what = f"what {source.name!r} computes depends on values ({error}), so it cannot be planned from shapes"
-        raise ModelError(Problem(what, source.where, "train it for some steps: result.json has peak_bytes")) from error
-
-
-def _batch(plan_input: PlanInput, rows: Rows, packs: bool) -> tuple[Batch, Totals]:
-    encoded = plan_input.prepared.encoded("train")
-    if plan_input.prepared.task.needs_reference:
-        encoded.reference = np.zeros((len(encoded), 2))
-    return encoded.packed_batch(rows) if packs else encoded.batch(rows, (0, 0)), encoded.totals(rows)
+def _extrapolate(total: Any, other: Any, base: Any, factor: float) -> Any:
+    """Add `factor` times the difference of `other` and `base` to `total`, field by field."""
+    names = [field.name for field in fields(total)]
+    changes = {name: factor * (getattr(other, name) - getattr(base, name)) for name in names}
+    return replace(total, **{name: getattr(total, name) + round(change) for name, change in changes.items()})

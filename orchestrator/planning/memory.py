@@ -1,9 +1,9 @@
-"""What one worker holds while it trains, part by part.
+"""The memory that one worker holds while it trains, part by part.
 
 With T trained and F frozen numbers on n workers, Adam in mixed precision (Rajbhandari et al. 2020, "ZeRO", section 3):
 plain PyTorch holds fp32 weights, gradients and two moments, 16 T, and the frozen weights. DeepSpeed's ZeRO holds the
-weights in bf16 and an fp32 copy of the trained ones beside the moments: 12 T / n from stage 1 on, the gradients 2 T / n
-from stage 2 on, and with stage 3 the weights 2 (T + F) / n, with those that are in use gathered.
+weights in bf16, and an fp32 copy of the trained ones with the moments: 12 T / n from stage 1 on. It holds the gradients
+in 2 T / n from stage 2 on, and with stage 3 the weights in 2 (T + F) / n, and gathers those that are in use.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ CUDA_CONTEXT = 2**30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model with its frozen blocks and adapter."""
+    """The size of a model, adapter included."""
 
     trained: int
-    """Numbers."""
+    """Parameters."""
     frozen: int
+    """Parameters."""
     held: int
     """Bytes of all weights and buffers as plain PyTorch holds them, on one worker."""
     layers: int
 
 
 @dataclass(frozen=True)
-class PassSize:
-    """What a forward and a backward pass hold besides weights and the optimizer; bytes."""
+class PassMemory:
+    """Memory of a forward and a backward pass besides weights and the optimizer; bytes."""
 
     activations: int
     """Of the largest pass that begins a step."""
     logits: int
     """The part of it that the head and the loss hold."""
     with_gradients: int
-    """The most of it with its gradients, which come into being one after the other."""
+    """The most of activations and gradients together, where gradients are allocated one after the other."""
     gradients: int
     later: int = 0
-    """Of the largest pass that finds all gradients there; 0 where a step is one pass."""
+    """Activations of the largest pass that runs while all gradients are held; 0 where a step is one pass."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a training is spread."""
+class ShardingSetup:
+    """How a training is distributed over its workers."""
 
     workers: int
     deepspeed: bool
@@ -57,28 +58,29 @@ class Setting:
     """Micro batches of a step on each worker."""
     is_gpu: bool
     process: int = 0
-    """Bytes of a worker before it has a model, on a machine without GPUs."""
+    """Bytes of a worker process without a model, on a machine without GPUs."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker, by part."""
+    """The memory of one worker; bytes."""
 
     parts: dict[str, int]
+    """Of its device."""
     main: int
-    """In the main memory of the worker's machine, beside a GPU."""
+    """In the main memory of its machine, where the device is a GPU."""
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
 
-def memory_of(model: ModelSize, size: PassSize, setting: Setting) -> Memory:
-    """The most that a worker holds during a step."""
-    parts = _plain(model, size, setting) if setting.zero_stage == 0 else _sharded(model, size, setting)
-    parts["process"] = CUDA_CONTEXT if setting.is_gpu else setting.process
+def estimate_memory(model: ModelSize, size: PassMemory, setup: ShardingSetup) -> Memory:
+    """Return the most memory that a worker holds during a step."""
+    parts = _plain(model, size, setup) if setup.zero_stage == 0 else _sharded(model, size, setup)
+    parts["process"] = CUDA_CONTEXT if setup.is_gpu else setup.process
     main = parts.pop("main memory", 0)
-    if not setting.is_gpu:
+    if not setup.is_gpu:
         parts["offloaded"], main = main, 0
     return Memory({name: each for name, each in parts.items() if each}, main)
 
@@ -86,23 +88,23 @@ def memory_of(model: ModelSize, size: PassSize, setting: Setting) -> Memory:
 def loading_bytes(numbers: int, stored: int, held: int, copies: int) -> int:
     """Return the bytes of a machine's main memory that loading a model takes.
 
-    What is held as it is stored is a map of its file, which all workers of a machine share. What is not is a copy, one
-    for each of them.
+    Weights that are held as they are stored are mapped from their file, which all workers of a machine share. Others
+    are copies, one for each worker.
 
     Args:
-        numbers: of the model.
-        stored: bytes of a number in its file.
-        held: bytes of a number in memory.
+        numbers: parameters of the model.
+        stored: bytes of a parameter in its file.
+        held: bytes of a parameter in memory.
         copies: workers of a machine that load it.
     """
     return numbers * stored if held == stored else numbers * held * copies
 
 
-def _plain(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]:
-    """PyTorch alone, DDP, and DeepSpeed without ZeRO, all of which keep everything on every worker."""
+def _plain(model: ModelSize, size: PassMemory, setup: ShardingSetup) -> dict[str, int]:
+    """Return the parts for engines that keep everything on every worker: PyTorch, DDP, DeepSpeed without ZeRO."""
     gradients = size.gradients
-    # DDP has all gradients in its buckets all the time.
-    first = size.activations if setting.workers > 1 else size.with_gradients - gradients
+    # DDP holds the buckets of all gradients all the time.
+    first = size.activations if setup.workers > 1 else size.with_gradients - gradients
     activations = max(0, first, size.later)
     logits = min(size.logits, activations)
     return {
@@ -111,20 +113,20 @@ def _plain(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]
         "optimizer": MOMENTS * FP32 * model.trained,
         "activations": activations - logits,
         "logits": logits,
-        # DeepSpeed sums up gradients in copies of them.
-        "buffers": gradients if setting.deepspeed and setting.workers > 1 else 0,
+        # DeepSpeed reduces copies of gradients.
+        "buffers": gradients if setup.deepspeed and setup.workers > 1 else 0,
     }
 
 
-def _sharded(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, int]:
-    """ZeRO. Gradients are gathered in a bucket before they go where they belong."""
-    narrow, stage = setting.precision == "bf16", setting.zero_stage
-    wide = BF16 if narrow else FP32
-    share, total = -(-model.trained // setting.workers), model.trained + model.frozen
-    # Trained weights in fp32 beside those in bf16; where all are in fp32 there is one copy, except with stage 3.
-    optimizer = (MOMENTS + (narrow or stage == 3)) * FP32 * share
-    kept = wide * (model.trained if stage == 1 else share)
-    # Kept between the passes of a step; stage 3 has room for them all the time.
+def _sharded(model: ModelSize, size: PassMemory, setup: ShardingSetup) -> dict[str, int]:
+    """Return the parts with ZeRO, which collects gradients in a bucket before it reduces them."""
+    is_bf16, stage = setup.precision == "bf16", setup.zero_stage
+    number = BF16 if is_bf16 else FP32
+    share, total = -(-model.trained // setup.workers), model.trained + model.frozen
+    # An fp32 copy of trained weights in bf16; weights in fp32 have a second copy with stage 3 alone.
+    optimizer = (MOMENTS + (is_bf16 or stage == 3)) * FP32 * share
+    kept = number * (model.trained if stage == 1 else share)
+    # Gradients are kept between the passes of a step; stage 3 keeps their memory all the time.
     gradients, activations = (kept if stage == 3 else 0), size.activations
     if size.later and size.later + kept > gradients + activations:
         gradients, activations = kept, size.later
@@ -132,11 +134,11 @@ def _sharded(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, in
     if in_step > activations + gradients:
         gradients, activations = in_step, 0
     logits = min(size.logits, activations)
-    weights, buffers = wide * total, wide * min(BUCKET, model.trained)
+    weights, buffers = number * total, number * min(BUCKET, model.trained)
     if stage == 3:
-        weights = -(-weights // setting.workers)
-        # What is in use, and the next ones, which are put together from their parts.
-        buffers += wide * (min(LIVE, total) + min(PREFETCHED, total))
+        weights = -(-weights // setup.workers)
+        # Parameters in use, and the next ones, are gathered.
+        buffers += number * (min(LIVE, total) + min(PREFETCHED, total))
     parts = {
         "weights": weights,
         "gradients": gradients,
@@ -145,9 +147,9 @@ def _sharded(model: ModelSize, size: PassSize, setting: Setting) -> dict[str, in
         "logits": logits,
         "buffers": buffers,
     }
-    away = 0
-    if setting.offload != "none":
-        away += parts.pop("optimizer") + FP32 * share
-    if setting.offload == "all":
-        away += parts.pop("weights")
-    return {**parts, "main memory": away}
+    offloaded = 0
+    if setup.offload != "none":
+        offloaded += parts.pop("optimizer") + FP32 * share
+    if setup.offload == "all":
+        offloaded += parts.pop("weights")
+    return {**parts, "main memory": offloaded}

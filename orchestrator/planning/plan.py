@@ -1,8 +1,7 @@
-"""What a training will take: memory by part, time, disk and network, before anything is started."""
+"""Memory by part, time, disk and network of a training, before it starts."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,21 @@ import torch
 
 from orchestrator import models
 from orchestrator.planning import ComputeCost, Machine, loading_bytes
-from orchestrator.planning.measuring import Measured, positions
-from orchestrator.planning.plan_input import open_plan_input
+from orchestrator.planning.measuring import Measurement
+from orchestrator.planning.plan_input import PlanInput, open_plan_input
 from orchestrator.planning.sharding_options import (
     SPARE,
-    Option,
     Planner,
+    ShardingOption,
     advise,
-    machine_here,
-    possible,
-    precision_on,
-    with_scale,
+    local_machine,
+    valid_options,
+    with_sharding,
 )
-from orchestrator.planning.throughput import balance_of, caches, compute_cost_of
+from orchestrator.planning.throughput import estimate_compute_cost, measure_balance
+from orchestrator.planning.workload import Workload, positions_of
 from orchestrator.recipe import Recipe
-from orchestrator.training.engine.precision import Precision
+from orchestrator.training.engine.precision import Precision, resolve_precision
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BF16, BYTES_IN_CHECKPOINT, FP32
 from orchestrator.training.engine.weight_formats import may_load_as_stored
@@ -34,36 +33,38 @@ from orchestrator.training.features.build import CACHED_SPLITS
 
 @dataclass
 class TrainingPlan:
-    """What the recipe takes as it stands, and what else could be."""
+    """The resources that a recipe takes as it is, and alternatives to it."""
 
     recipe: Recipe
     machine: Machine
     precision: Precision
     trained: int
-    """Numbers."""
+    """Parameters."""
     total: int
+    """Parameters."""
     micro_batch: int
     passes: int
+    """The most that a step has."""
     longest: int
     """Positions of the largest pass."""
     room: float
     """Bytes that a worker may take."""
-    chosen: Option
-    options: list[Option]
+    chosen: ShardingOption
+    options: list[ShardingOption]
     steps: int | None
-    effort: ComputeCost
+    compute_cost: ComputeCost
     checkpoint_bytes: int
-    """Of each one that is kept."""
+    """Of each checkpoint that is kept."""
     model_bytes: int
-    """Of the model that is left, on the disk, and in the main memory of the first machine while it is written."""
+    """Of the exported model: on the disk, and in the main memory of the first machine while it is written."""
     loading_bytes: int
     """Of each machine's main memory while the source is loaded."""
     cache_bytes: int | None
-    """Of stored features of the frozen blocks; None where there will be none."""
+    """Of stored features of the frozen blocks; None where none are stored."""
     concurrent: int
-    """Trainings such as this one that the machines hold at a time."""
+    """Trainings like this one that the machines hold at a time."""
     advice: dict[str, Any]
-    """Places of the recipe, and what would suit this machine better."""
+    """Keys of the recipe with values that make it fit; empty where it fits, or nothing helps."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -73,27 +74,24 @@ def plan(
     """Plan a training.
 
     Args:
-        machine: what it is to run on; None for this one.
-        num_examples: of *train*, where the data are not at hand.
-        calibration: the directory of a run on the same kind of machine, from which the pace is taken.
+        machine: to train on; None for this one.
+        num_examples: of *train*, where the data are not on this machine.
+        calibration: the directory of a run on the same kind of machine, from which the throughput is taken.
 
     Raises:
-        InputError: recipe, data or source are wrong; no such run.
+        InputError: recipe, data or source are wrong; there is no such run.
     """
-    machine = machine or machine_here(recipe)
+    machine = machine or local_machine(recipe)
     plan_input = open_plan_input(recipe, num_examples)
-    # A guess of the pace has its share of what is no product in it; one that was measured tells them apart.
-    balance = 0.0 if calibration is None else balance_of(machine, precision_on(machine, recipe))
+    # The share of the peak rate that is assumed includes operators that only move numbers; a measured rate does not.
+    balance = 0.0
+    if calibration is not None:
+        balance = measure_balance(machine, resolve_precision(recipe, machine.has_bf16))
     planner = Planner(plan_input, machine, balance)
-    notes = list(plan_input.notes)
-    if recipe.train.precision == "bf16" and not machine.has_bf16:
-        notes.append(f"a {machine.name} does not compute bf16 in hardware, so the run would be refused")
     micro_batch = micro_batch_size(recipe)
-    load, found = planner.measure(recipe, micro_batch)
+    workload, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
-    steps = steps_of(recipe, plan_input.num_examples)
-    options = [planner.option(with_scale(recipe, *each), micro_batch) for each in possible(recipe)]
-    cached = caches(planner, recipe, found, load, steps)
+    steps = count_steps(plan_input, workload)
     return TrainingPlan(
         recipe=recipe,
         machine=machine,
@@ -101,25 +99,37 @@ def plan(
         trained=found.size.trained,
         total=found.size.trained + found.size.frozen,
         micro_batch=micro_batch,
-        passes=load.passes,
-        longest=int(positions(planner.encoded, load.first, planner.packs)[0]),
+        passes=workload.passes,
+        longest=int(positions_of(planner.encoded, workload.first, planner.packs).linear),
         room=planner.room(recipe),
         chosen=chosen,
-        options=options,
+        options=[planner.option(with_sharding(recipe, *each), micro_batch) for each in valid_options(recipe)],
         steps=steps,
-        effort=compute_cost_of(planner, recipe, micro_batch, steps, cached, calibration),
+        compute_cost=estimate_compute_cost(planner, recipe, steps, calibration),
         checkpoint_bytes=BYTES_IN_CHECKPOINT * found.size.trained,
         model_bytes=model_bytes(planner, recipe, found),
-        loading_bytes=main_memory_to_load(planner, recipe, found),
-        cache_bytes=cache_bytes(planner, recipe, found) if cached else None,
-        concurrent=concurrent(planner, recipe, chosen),
+        loading_bytes=bytes_while_loading(planner, recipe, found),
+        cache_bytes=cache_bytes(planner, recipe, found) if found.stores_features else None,
+        concurrent=num_concurrent(planner, recipe, chosen),
         advice={} if chosen.fits else advise(planner, recipe),
-        notes=notes,
+        notes=[*plan_input.notes, *notes_on_precision(recipe, machine)],
     )
 
 
-def concurrent(planner: Planner, recipe: Recipe, option: Option) -> int:
-    """Trainings that the machines hold at a time, by their devices, or by cores and main memory."""
+def notes_on_precision(recipe: Recipe, machine: Machine) -> list[str]:
+    if recipe.train.precision != "bf16" or machine.has_bf16:
+        return []
+    return [f"a {machine.name} does not compute bf16 in hardware, so the run would be refused"]
+
+
+def count_steps(plan_input: PlanInput, workload: Workload) -> int | None:
+    """Return the steps of the training; None where they depend on an unknown number of examples."""
+    is_known = plan_input.num_examples is not None or plan_input.prepared.recipe.train.steps is not None
+    return workload.schedule.total_steps if is_known else None
+
+
+def num_concurrent(planner: Planner, recipe: Recipe, option: ShardingOption) -> int:
+    """Return the trainings that the machines hold at a time, by their devices, or by cores and main memory."""
     machine, workers = planner.machine, recipe.scale.workers
     by_places = machine.places // workers
     if machine.is_gpu:
@@ -128,32 +138,25 @@ def concurrent(planner: Planner, recipe: Recipe, option: Option) -> int:
     return min(by_places, int(room // (workers * option.memory.total)))
 
 
-def steps_of(recipe: Recipe, num_examples: int | None) -> int | None:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    if num_examples is None:
-        return None
-    return math.ceil((recipe.train.epochs or 0) * -(-num_examples // recipe.train.global_batch_size))
-
-
-def format_of_source(planner: Planner) -> Any:
+def source_dtype(planner: Planner) -> Any:
     """Return the number format of the source's files, by its config."""
     return models.load_config(planner.plan_input.prepared.source).get_text_config().dtype
 
 
-def model_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
+def model_bytes(planner: Planner, recipe: Recipe, found: Measurement) -> int:
+    """Return the bytes of the exported model, which has the format of its source; an adapter is in fp32."""
     if recipe.transfer.adapter is not None:
         return FP32 * found.size.trained
-    is_narrow = format_of_source(planner) in (torch.bfloat16, torch.float16)
-    return (BF16 if is_narrow else FP32) * (found.size.trained + found.size.frozen)
+    is_half = source_dtype(planner) in (torch.bfloat16, torch.float16)
+    return (BF16 if is_half else FP32) * (found.size.trained + found.size.frozen)
 
 
-def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> int:
+def bytes_while_loading(planner: Planner, recipe: Recipe, found: Measurement) -> int:
     """Return the bytes of a machine's main memory that its workers take to load the source."""
-    dtype, scale, adapter = format_of_source(planner), recipe.scale, recipe.transfer.adapter
+    dtype, scale, adapter = source_dtype(planner), recipe.scale, recipe.transfer.adapter
     stored = BF16 if dtype in (torch.bfloat16, torch.float16) else FP32
     is_held_so = dtype == torch.bfloat16 and may_load_as_stored(recipe, planner.precision(recipe))
-    # What is quantized goes to the device weight by weight.
+    # Quantized weights go to the device one by one.
     is_quantized = adapter is not None and adapter.quantize is not None
     is_sharded = scale.zero_stage == 3 and scale.workers > 1
     copies = 1 if is_sharded else min(-(-scale.workers // planner.machine.nodes), planner.machine.devices)
@@ -161,20 +164,21 @@ def main_memory_to_load(planner: Planner, recipe: Recipe, found: Measured) -> in
     return loading_bytes(numbers, stored, stored if is_held_so or is_quantized else FP32, copies)
 
 
-def cache_bytes(planner: Planner, recipe: Recipe, found: Measured) -> int:
-    tables = planner.plan_input.prepared.tables
-    lengths = sum(
-        int(planner.plan_input.prepared.encoded(name).lengths.sum()) for name in CACHED_SPLITS if name in tables
-    )
-    return int(found.boundary_numbers * lengths * (BF16 if planner.precision(recipe) == "bf16" else FP32))
+def cache_bytes(planner: Planner, recipe: Recipe, found: Measurement) -> int:
+    """Return the bytes of the features that a run stores."""
+    prepared = planner.plan_input.prepared
+    lengths = {name: prepared.encoded(name).lengths for name in CACHED_SPLITS if name in prepared.tables}
+    positions = sum(int(each.sum()) for each in {**lengths, "train": planner.plan_input.lengths}.values())
+    return int(found.boundary_numbers * positions * (BF16 if planner.precision(recipe) == "bf16" else FP32))
 
 
 def as_record(found: TrainingPlan) -> dict[str, Any]:
-    """The plan as JSON has it."""
+    """Return the plan as JSON values."""
 
-    def option(each: Option) -> dict[str, Any]:
+    def option(each: ShardingOption) -> dict[str, Any]:
         memory = each.memory
         return {**vars(each), "memory": {"total": memory.total, "main": memory.main, "parts": memory.parts}}
 
-    record = {**vars(found), "recipe": found.recipe.name, "machine": vars(found.machine), "effort": vars(found.effort)}
+    record = {**vars(found), "recipe": found.recipe.name, "machine": vars(found.machine)}
+    record["effort"] = vars(record.pop("compute_cost"))
     return {**record, "chosen": option(found.chosen), "options": [option(each) for each in found.options]}

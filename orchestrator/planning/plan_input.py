@@ -1,4 +1,4 @@
-"""What a plan is made of: the recipe's source and data where they are at hand, and what stands in for them."""
+"""The input of a plan: the recipe's source and data, or placeholders where they are not on this machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from orchestrator import models
 from orchestrator.errors import InputError, ModelError, Problem
+from orchestrator.formatting import format_bytes
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, resolve_path, show_path
 from orchestrator.recipe.paths import PACKAGE_PREFIX
@@ -22,28 +25,39 @@ from orchestrator.training.prepare import Prepared, encode_inputs, read_examples
 
 CONFIG_FILE = "config.json"
 LARGEST_TO_LOAD = 2 * 2**30
-"""Bytes of weights that are read for a plan where they lie here: what a run finds out by trying it then finds too."""
+"""Bytes of local weights that a plan reads: it then tries out what a run would try out."""
 PICTURE_SIZE = 224
 
 
 @dataclass
 class PlanInput:
-    """What is planned."""
+    """The recipe that is planned, with its data."""
 
     prepared: Prepared
-    """Its tables may hold made-up examples, of the longest length."""
+    """Its tables may hold placeholder examples, of the longest length."""
     num_examples: int | None
-    """Of *train*; None where nobody knows."""
+    """Of *train*; None where the number is unknown."""
     notes: list[str] = field(default_factory=list)
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The length of each example of *train*; placeholders stand for as many examples as there are."""
+        stored = self.prepared.encoded("train").lengths
+        return stored if self.num_examples is None else np.resize(stored, self.num_examples)
+
+    def stored_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the rows of the encoded table that hold these examples, which may be placeholders."""
+        return rows % len(self.prepared.encoded("train"))
+
+    @property
     def reads_weights(self) -> bool:
+        """Whether the plan builds the model with its weights."""
         source = self.prepared.source
         return source.is_local and self.prepared.recipe.source.config is None and _size(source) <= LARGEST_TO_LOAD
 
 
 class UnknownProcessor:
-    """Stands in for a tokenizer or image processor of which nothing is known but what the model's config says."""
+    """Takes the place of a tokenizer or image processor; all it knows is the model's config."""
 
     pad_token_id = eos_token_id = 0
     chat_template = None
@@ -57,18 +71,18 @@ class UnknownProcessor:
         return 0
 
     def numbers(self, pictures: Any) -> Any:
-        """As `PictureMaker.numbers`."""
+        """Return pixels as floats with channels first, as `ImagePreprocessor.numbers` does."""
         return pictures.transpose(0, 3, 1, 2).astype("float32")
 
 
 def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInput:
-    """Find what the recipe names, as far as it is on this machine; nothing is downloaded but the model's config.
+    """Find the recipe's source and data where they are on this machine; only the model's config is downloaded.
 
     Args:
-        num_examples: of *train*, where the data are not at hand.
+        num_examples: of *train*, where the data are not on this machine.
 
     Raises:
-        InputError: recipe or local data are wrong; the model's config is out of reach.
+        InputError: recipe or local data are wrong; the model's config cannot be reached.
     """
     if num_examples is not None and num_examples < 1:
         raise InputError(Problem(f"{num_examples} examples are too few", "--examples", "give 1 or more"))
@@ -87,16 +101,16 @@ def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInpu
     table = task.longest_examples(recipe.train.global_batch_size, processor)
     notes = ["the data are not encoded: each example counts as long as target.options allow"]
     if number is None and recipe.train.steps is None:
-        notes.append("how many examples there are is not known: give --examples N")
+        notes.append("the number of examples is not known: give --examples N")
     prepared = Prepared(recipe, source, task, processor, {}, {"train": table}, {}, {}, [])
     return PlanInput(prepared, number, notes)
 
 
 def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> ModelParts:
-    """The parts, with weights where those are read, else their outline.
+    """Build the parts, with weights where the plan reads them, otherwise as an outline.
 
     Args:
-        changes: other values for the model's config; not with weights.
+        changes: other values for the model's config; they always give an outline.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks, or shows its structure only with its weights.
@@ -109,7 +123,7 @@ def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> ModelParts:
         return whole
     transfer = recipe.transfer
     if transfer.adapter is not None and transfer.adapter.init != "zero":
-        # What it begins with changes no size.
+        # The initial values change no size.
         transfer = transfer.model_copy(update={"adapter": transfer.adapter.model_copy(update={"init": "zero"})})
     prepared = replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer}))
     parts = assemble_outline(prepared, **changes)
@@ -117,25 +131,25 @@ def build(plan_input: PlanInput, recipe: Recipe, **changes: Any) -> ModelParts:
         transfer = transfer.model_copy(update={"from_scratch": True})
         parts = assemble(replace(prepared, recipe=recipe.model_copy(update={"transfer": transfer})))
     if parts is None:
-        what = f"{prepared.source.name!r} shows its structure only when it runs, for which a plan takes it as too large"
-        remedy = f"plan a model of less than {LARGEST_TO_LOAD / 2**30:.0f} GB of the same kind"
+        what = f"{prepared.source.name!r} shows its structure only when it runs, and it is too large to run for a plan"
+        remedy = f"plan a model of the same kind with less than {format_bytes(LARGEST_TO_LOAD)} of weights"
         raise ModelError(Problem(what, prepared.source.where, remedy))
     losses = models.find_token_losses(parts.module)
     if losses is not None:
-        losses.is_direct = type(losses.layer) is torch.nn.Linear and not _bends_logits(losses.model.config)
+        losses.is_direct = type(losses.layer) is torch.nn.Linear and not _changes_logits(losses.model.config)
     return parts
 
 
 def _bytes_from_scratch(prepared: Prepared) -> int:
-    """Of a model's weights in fp32."""
+    """Return the bytes of a model's weights in fp32."""
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     with torch.device("meta"):
         model = models.load_model(prepared.source, prepared.task.auto_class, config, from_scratch=True, seed=0).model
     return sum(4 * value.numel() for value in model.parameters())
 
 
-def _bends_logits(config: Any) -> bool:
-    """Whether a model does something to its logits after the output layer, by the names that this goes by."""
+def _changes_logits(config: Any) -> bool:
+    """Whether a model changes its logits after the output layer, such as by a soft cap, as its config says."""
     values: Mapping[str, Any] = config.get_text_config().to_dict()
     return any("logit" in key and value not in (None, 1.0, False) for key, value in values.items())
 

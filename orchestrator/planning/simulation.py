@@ -1,6 +1,6 @@
-"""A pass of training on tensors without values: what it holds in memory, and how many operations it takes.
+"""Simulate a training pass on tensors without values: the memory that it holds, and the operations that it takes.
 
-PyTorch's fake tensors go through the very functions that training goes through, and only shapes are worked out. So no
+PyTorch's fake tensors go through the very functions that training goes through, and only shapes are computed. So no
 weights are needed, and a model of any size takes seconds.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,52 +18,51 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from orchestrator.models.shortcuts.packed_sequences import LENGTHS
 from orchestrator.models.shortcuts.token_loss import IGNORED
+from orchestrator.planning.operators import bytes_moved, count_operations, run_operator
 from orchestrator.tasks import Task
 from orchestrator.tasks.base import Batch, Totals
 from orchestrator.training.assembling import ModelParts
 from orchestrator.training.features.build import boundary_of
 
-_ATEN = torch.ops.aten
 ACTIVATIONS, LOGITS, GRADIENTS, HELD = "activations", "logits", "gradients", "held"
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What some forward and backward passes of one worker take, besides weights and the optimizer; in bytes."""
+class PassProfile:
+    """Memory (bytes, besides weights and the optimizer) and operations of a forward and a backward pass."""
 
     activations: int
-    """The most that is held beside gradients."""
+    """The most that is held besides gradients."""
     logits: int
     """The part of it that the head and the loss hold."""
     with_gradients: int
-    """The most of both together, where each gradient comes into being as it is computed."""
+    """The most of activations and gradients together, where each gradient is allocated as it is computed."""
     gradients: int
     """All of them, at the end."""
     frozen_operations: int
-    """Of one forward pass through the frozen blocks alone; floating-point operations, two for a multiplication with
-    addition."""
+    """Of a forward pass through the frozen blocks alone; floating-point operations."""
     forward_operations: int
-    """Of one forward pass, the frozen blocks among them."""
+    """Of a forward pass, frozen blocks included."""
     operations: int
-    """Of one pass, forward and backward, the frozen blocks among them."""
+    """Of a forward and a backward pass, frozen blocks included."""
     boundary_numbers: int
-    """What the frozen blocks hand on; numbers."""
+    """Numbers in the output of the frozen blocks."""
 
 
-class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are alive, by kind, and operations."""
+class ResourceTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations, and the bytes of all live tensors by kind.
+
+    Args:
+        num_targets: how many places of each boolean mask count as true, since no values are known.
+        balance: operations that a machine does while it moves a byte. Operators that move more than they compute, such
+            as norms and activation functions, are counted by that (Williams et al. 2009, "Roofline"); 0 counts
+            operations alone.
+    """
 
     def __init__(self, num_targets: int, balance: float = 0.0) -> None:
-        """
-        Args:
-            num_targets: how many places of a mask are true: which ones nobody knows.
-            balance: operations that a machine does while it moves a byte. What moves more than it computes, such as
-                norms and activation functions, counts by that (Williams et al. 2009, "Roofline"); 0: by operations.
-        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind = ACTIVATIONS
         self.live: Counter[str] = Counter()
@@ -76,28 +75,24 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = function._overloadpacket
-        if packet in _BY_HAND and (found := _BY_HAND[packet](self._num_targets, *args, **kwargs)) is not None:
-            out = found[0]
-        else:
-            out = function(*args, **kwargs)
-        operations = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        self.operations += max(operations, self._balance * bytes_moved(function, (args, kwargs), out))
-        for tensor in tree_leaves(out):
+        output = run_operator(function, args, kwargs, self._num_targets)
+        moved = self._balance * bytes_moved(function, (args, kwargs), output)
+        self.operations += max(count_operations(function, args, kwargs, output), moved)
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self.count(tensor, self.kind)
-        return out
+        return output
 
     def count(self, tensor: Tensor, kind: str) -> None:
-        """Have a tensor's memory be of a kind, unless it is known already."""
+        """Count a tensor's memory under a kind, unless it is counted already."""
         storage = tensor.untyped_storage()
         if storage not in self._kinds:
             holder = self._kinds[storage] = [kind]
             self._add(kind, storage.nbytes())
             weakref.finalize(storage, self._forget, holder, storage.nbytes())
 
-    def turn(self, tensor: Tensor, kind: str) -> None:
-        """Have memory that is known be of another kind."""
+    def change_kind(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor's memory, which is counted already, under another kind."""
         holder = self._kinds[tensor.untyped_storage()]
         size = tensor.untyped_storage().nbytes()
         self.live[holder[0]] -= size
@@ -106,68 +101,23 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, kind: str, size: int) -> None:
         self.live[kind] += size
-        beside = self.live[ACTIVATIONS] + self.live[LOGITS]
-        if beside > self.most_activations[ACTIVATIONS] + self.most_activations[LOGITS]:
+        activations = self.live[ACTIVATIONS] + self.live[LOGITS]
+        if activations > self.most_activations[ACTIVATIONS] + self.most_activations[LOGITS]:
             self.most_activations = self.live.copy()
         most = self.most_together
-        if beside + self.live[GRADIENTS] > most[ACTIVATIONS] + most[LOGITS] + most[GRADIENTS]:
+        if activations + self.live[GRADIENTS] > most[ACTIVATIONS] + most[LOGITS] + most[GRADIENTS]:
             self.most_together = self.live.copy()
 
     def _forget(self, holder: list[str], size: int) -> None:
         self.live[holder[0]] -= size
 
 
-def bytes_moved(function: Any, given: Any, out: Any) -> int:
-    """What an operation reads and writes; nothing where it only looks at the same numbers otherwise, or makes room."""
-    made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
-    if not made or function.is_view or function._overloadpacket in _MAKE_ROOM:
-        return 0
-    read = [each for each in tree_leaves(given) if isinstance(each, Tensor)]
-    return sum(each.numel() * each.element_size() for each in (*read, *made))
-
-
-_MAKE_ROOM = {_ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided, _ATEN.new_empty_strided}
-
-
-def _read_scalar(num_targets: int, tensor: Tensor) -> tuple[Any] | None:
-    # Models ask of their masks whether they mask nothing; with padding the answer is no.
-    return (False,) if tensor.dtype == torch.bool else None
-
-
-def _index(num_targets: int, tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor] | None:
-    mask = indices[0] if indices else None
-    if mask is None or mask.dtype != torch.bool:
-        return None
-    return (tensor.new_empty((num_targets, *tensor.shape[mask.ndim :])),)
-
-
-def _put(num_targets: int, tensor: Tensor, indices: Sequence[Tensor | None], *_: Any) -> tuple[Tensor] | None:
-    mask = indices[0] if indices else None
-    return (tensor,) if mask is not None and mask.dtype == torch.bool else None
-
-
-def _put_copy(num_targets: int, tensor: Tensor, indices: Sequence[Tensor | None], *rest: Any) -> tuple[Tensor] | None:
-    found = _put(num_targets, tensor, indices, *rest)
-    return None if found is None else (torch.empty_like(tensor),)
-
-
-_BY_HAND: dict[Any, Callable[..., tuple[Any] | None]] = {
-    _ATEN._local_scalar_dense: _read_scalar,
-    _ATEN.index: _index,
-    _ATEN.index_put_: _put,
-    _ATEN._index_put_impl_: _put,
-    _ATEN.index_put: _put_copy,
-    _ATEN._unsafe_index_put: _put_copy,
-}
-"""Operations whose result depends on values, as functions of the number of targets."""
-
-
 @contextlib.contextmanager
 def fake_weights(module: nn.Module, input_dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
-    """A mode in which a model's tensors have no values, and no memory; those of the meta device become the CPU's.
+    """Replace a model's tensors by fake ones of the CPU, without values and memory; yields the mode that they need.
 
     Args:
-        float_type: what those of floating numbers are turned into; None leaves them.
+        float_type: format of the floating-point ones; None leaves it.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         known: dict[int, Any] = {}
@@ -198,86 +148,96 @@ def simulate(
     autocast: bool,
     input_dtype: torch.dtype | None = None,
     balance: float = 0.0,
-) -> Pass:
-    """A pass over a batch; the model's weights must be fake (`fake_weights`).
+) -> PassProfile:
+    """Simulate a pass over a batch; the model's weights must be fake (`fake_weights`).
 
     Args:
         batch: as arrays.
         autocast: compute in bf16 with fp32 weights.
-        float_type: what floating inputs are turned into; None leaves them.
-        balance: as `Tally` has it.
+        float_type: format of floating-point inputs; None leaves it.
+        balance: as `ResourceTracker` takes it.
     """
     module = parts.module
     parts.frozen.set_train_mode(module)
-    arrays = batch.inputs
-    tally = Tally(int((arrays["target_ids"] != IGNORED).sum()) if "target_ids" in arrays else 0, balance)
-    handles = []
+    target_ids = batch.inputs.get("target_ids")
+    tracker = ResourceTracker(0 if target_ids is None else int((target_ids != IGNORED).sum()), balance)
     for value in (*module.parameters(), *module.buffers()):
-        tally.count(value, HELD)
-    for value in module.parameters():
-        if value.requires_grad:
-            handles.append(value.register_post_accumulate_grad_hook(lambda value: tally.turn(value.grad, GRADIENTS)))
-    boundary = Boundary()
-
-    def enter_trained(_module: Any, given: Any) -> None:
-        boundary.operations = tally.operations
-        boundary.numbers = max((value.numel() for value in tree_leaves(given) if isinstance(value, Tensor)), default=0)
-
-    def leave_body(_module: Any, _given: Any, output: Any) -> None:
-        tally.kind = LOGITS
-        hidden = next((value for value in tree_leaves(tuple(output.values())) if value.requires_grad), None)
-        if hidden is not None:
-            hidden.register_hook(enter_body)
-
-    def enter_body(gradient: Tensor) -> None:
-        tally.kind = ACTIVATIONS
-
-    trained = first_trained(parts)
-    if trained is not None:
-        handles.append(trained.register_forward_pre_hook(enter_trained))
-    handles.append(parts.body.register_forward_hook(leave_body))
-    with tally:
-        # Lengths are read as numbers.
-        inputs: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items() if name != LENGTHS}
-        inputs |= {name: values for name, values in arrays.items() if name == LENGTHS}
-        targets = {name: torch.from_numpy(values) for name, values in batch.targets.items()}
-        if input_dtype is not None:
-            wide = {name: each for name, each in inputs.items() if name != LENGTHS and each.is_floating_point()}
-            inputs |= {name: each.to(input_dtype) for name, each in wide.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = module(**inputs)
-        forward_operations = tally.operations
-        loss = task.loss(output, Batch(inputs, targets), totals)
-        del output
-        loss.backward()
-    for handle in handles:
-        handle.remove()
-    beside, together = tally.most_activations, tally.most_together
-    return Pass(
-        activations=beside[ACTIVATIONS] + beside[LOGITS],
-        logits=beside[LOGITS],
+        tracker.count(value, HELD)
+    with contextlib.ExitStack() as stack:
+        boundary = _watch(parts, tracker, lambda handle: stack.callback(handle.remove))
+        with tracker:
+            inputs, targets = _to_tensors(batch, input_dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = module(**inputs)
+            forward_operations = tracker.operations
+            loss = task.loss(output, Batch(inputs, targets), totals)
+            del output
+            loss.backward()
+    alone, together = tracker.most_activations, tracker.most_together
+    return PassProfile(
+        activations=alone[ACTIVATIONS] + alone[LOGITS],
+        logits=alone[LOGITS],
         with_gradients=together[ACTIVATIONS] + together[LOGITS] + together[GRADIENTS],
-        gradients=tally.live[GRADIENTS],
+        gradients=tracker.live[GRADIENTS],
         frozen_operations=round(boundary.operations),
         forward_operations=round(forward_operations),
-        operations=round(tally.operations),
+        operations=round(tracker.operations),
         boundary_numbers=boundary.numbers,
     )
 
 
 @dataclass
-class Boundary:
-    """Where the frozen blocks end."""
+class _Boundary:
+    """The end of the frozen blocks, as a pass has reached it."""
 
     operations: float = 0.0
     numbers: int = 0
 
 
-def first_trained(parts: ModelParts) -> nn.Module | None:
-    """The module at which what is computed once ends, and what is trained begins; None where nothing is frozen."""
-    boundary = boundary_of(parts)
-    if boundary is None:
-        return None
-    if boundary < len(parts.blocks.layers):
-        return parts.blocks.layers[boundary].elements[0]
-    return None
+def _watch(parts: ModelParts, tracker: ResourceTracker, keep: Callable[[Any], Any]) -> _Boundary:
+    """Have hooks tell the tracker where gradients, logits and the frozen blocks' output are.
+
+    Args:
+        keep: called with the handle of each hook.
+    """
+    found, boundary = _Boundary(), boundary_of(parts)
+
+    def reach_boundary(output: Any) -> None:
+        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        found.operations = tracker.operations
+        found.numbers = max((value.numel() for value in tensors), default=0)
+
+    def leave_body(_module: Any, _given: Any, output: Any) -> None:
+        values = tuple(output.values())
+        if boundary is not None and boundary >= len(parts.blocks.layers):
+            reach_boundary(values)
+        tracker.kind = LOGITS
+        hidden = next((value for value in tree_leaves(values) if value.requires_grad), None)
+        if hidden is not None:
+            hidden.register_hook(enter_body)
+
+    def enter_body(gradient: Tensor) -> None:
+        tracker.kind = ACTIVATIONS
+
+    def count_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        tracker.change_kind(parameter.grad, GRADIENTS)
+
+    for parameter in parts.module.parameters():
+        if parameter.requires_grad:
+            keep(parameter.register_post_accumulate_grad_hook(count_gradient))
+    if boundary is not None and boundary < len(parts.blocks.layers):
+        first = parts.blocks.layers[boundary].elements[0]
+        keep(first.register_forward_pre_hook(lambda _module, given: reach_boundary(given)))
+    keep(parts.body.register_forward_hook(leave_body))
+    return found
+
+
+def _to_tensors(batch: Batch, input_dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a batch's inputs and targets; lengths stay an array, because models read them as numbers."""
+    inputs: dict[str, Any] = {}
+    for name, values in batch.inputs.items():
+        inputs[name] = values if name == LENGTHS else torch.from_numpy(values)
+        if name != LENGTHS and input_dtype is not None and inputs[name].is_floating_point():
+            inputs[name] = inputs[name].to(input_dtype)
+    return inputs, {name: torch.from_numpy(values) for name, values in batch.targets.items()}

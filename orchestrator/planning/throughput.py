@@ -1,4 +1,4 @@
-"""How long a training takes, by the operations that it computes."""
+"""The time of a training, from the operations that it computes and the rate of its machine."""
 
 from __future__ import annotations
 
@@ -6,85 +6,90 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from orchestrator.errors import InputError, Problem
 from orchestrator.planning import EFFICIENCY, ComputeCost, Machine, network_bytes, step_seconds
-from orchestrator.planning.measuring import Load, Measured
+from orchestrator.planning.measuring import Measurement
 from orchestrator.planning.plan_input import open_plan_input
 from orchestrator.planning.sharding_options import Planner
+from orchestrator.planning.workload import Positions, Workload, positions_of_split
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
 
 NUMBERS_MOVED = 2**23
+REPETITIONS = 5
 
 
-def caches(planner: Planner, recipe: Recipe, found: Measured, load: Load, steps: int | None) -> bool:
-    """Whether the run would store what its frozen blocks make of the data."""
-    wanted = recipe.train.cache_prefix
-    can = recipe.scale.zero_stage < 3 and planner.encoded.rows_per_example == 1 and not planner.encoded.augments
-    if not can or found.boundary_numbers == 0 or wanted is False:
-        return False
-    return wanted is True or (found.frozen.linear > 0 and (steps is None or steps > load.steps))
+def estimate_compute_cost(planner: Planner, recipe: Recipe, steps: int | None, calibration: Path | None) -> ComputeCost:
+    """Estimate the time of a training.
 
-
-def compute_cost_of(
-    planner: Planner, recipe: Recipe, micro_batch: int, steps: int | None, cached: bool, calibration: Path | None
-) -> ComputeCost:
-    load, found = planner.measure(recipe, micro_batch)
-    a_step = operations_of_step(planner, load, found, cached)
+    Args:
+        steps: None where their number is not known.
+        calibration: the directory of a run, from which the rate is taken; None for a share of the machine's peak rate.
+    """
+    workload, found = planner.measure(recipe, micro_batch_size(recipe))
+    step = operations_of_step(planner, workload, found)
     rate, basis = throughput(planner, calibration)
-    network = network_bytes(found.size, planner.setting(recipe, load))
-    seconds = step_seconds(a_step, rate, network, recipe.scale.workers, planner.machine)
-    whole = None if steps is None else seconds * steps + operations_beside(planner, recipe, micro_batch, steps) / rate
-    return ComputeCost(a_step, rate, basis, seconds, whole)
+    network = network_bytes(found.size, planner.setup(recipe, workload))
+    seconds = step_seconds(step, rate, network, recipe.scale.workers, planner.machine)
+    total = None
+    if steps is not None:
+        features = operations_of_features(planner, workload, found)
+        total = seconds * steps + (features + operations_of_evaluations(planner, recipe, steps)) / rate
+    return ComputeCost(step, rate, basis, seconds, total)
 
 
-def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bool) -> float:
-    passes = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
+def operations_of_step(planner: Planner, workload: Workload, found: Measurement) -> float:
+    """Return the operations of an average step on the busiest worker."""
+    frozen = found.frozen.of(workload.epoch) if found.stores_features else 0.0
+    passes = (found.whole.of(workload.epoch) - frozen) / workload.steps
     return passes + planner.balance * BYTES_MOVED_BY_ADAM * found.size.trained
 
 
-def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps: int) -> float:
-    """Of evaluations, and of what frozen blocks compute once, on each worker."""
-    load, found = planner.measure(recipe, micro_batch)
+def operations_of_features(planner: Planner, workload: Workload, found: Measurement) -> float:
+    """Return the operations of the features that are stored before the first step, on each worker."""
+    if not found.stores_features:
+        return 0.0
+    return found.frozen.of(workload.epoch + select_positions(planner))
+
+
+def operations_of_evaluations(planner: Planner, recipe: Recipe, steps: int) -> float:
+    """Return the operations of all evaluations of *select*, on each worker."""
+    workload, found = planner.measure(recipe, micro_batch_size(recipe))
+    select = select_positions(planner)
+    frozen = found.frozen.of(select) if found.stores_features else 0.0
+    return workload.num_evaluations(recipe, steps) * (found.forward.of(select) - frozen)
+
+
+def select_positions(planner: Planner) -> Positions:
+    """Return a worker's share of *select*; nothing where the data are not on this machine."""
     prepared = planner.plan_input.prepared
-    cached = caches(planner, recipe, found, load, steps)
-    once = found.frozen.of(load) if cached else 0.0
     if "select" not in prepared.tables:
-        return once
-    encoded = prepared.encoded("select")
-    lengths = encoded.lengths.astype(float) * 1.0
-    times = encoded.rows_per_example / recipe.scale.workers
-    of_select = replace(load, linear=times * float(lengths.sum()), square=times * float((lengths**2).sum()))
-    every = recipe.train.evaluate_every
-    evaluations = max(1, steps // (load.steps if every == "epoch" else int(every)))
-    frozen = found.frozen.of(of_select) if cached else 0.0
-    return once + frozen + evaluations * (found.forward.of(of_select) - frozen)
+        return Positions(0.0, 0.0)
+    return positions_of_split(prepared.encoded("select"), prepared.recipe.scale.workers)
 
 
 def throughput(planner: Planner, calibration: Path | None) -> tuple[float, str]:
-    """Operations a second of a worker, and where that is from."""
+    """Return the operations a second of a worker, and where the number comes from."""
     if calibration is not None:
-        return throughput_of_run(calibration, planner.machine, planner.balance), f"the pace of {calibration}"
+        return throughput_of_run(calibration, planner.machine, planner.balance), f"the throughput of {calibration}"
     precision = planner.precision(planner.plan_input.prepared.recipe)
     rate = planner.machine.rate_in(precision)
     if rate is not None:
-        basis = f"{EFFICIENCY:.0%} of what a {planner.machine.name} does in {precision} at its best"
-        return rate * EFFICIENCY, basis
-    return EFFICIENCY * measure_products(precision, planner.machine.is_gpu), "matrix products timed here"
+        return rate * EFFICIENCY, f"{EFFICIENCY:.0%} of the peak rate of a {planner.machine.name} in {precision}"
+    return EFFICIENCY * measure_matmul(precision, planner.machine.is_gpu), "matrix products timed on this machine"
 
 
 def throughput_of_run(directory: Path, machine: Machine, balance: float) -> float:
-    """Operations a second of each worker of a finished run.
+    """Return the operations a second of each worker of a finished run.
 
     Raises:
-        InputError: there is none.
+        InputError: the directory holds no finished run.
     """
     try:
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
@@ -93,41 +98,37 @@ def throughput_of_run(directory: Path, machine: Machine, balance: float) -> floa
         remedy = "name the directory of a finished run on the same kind of machine"
         raise InputError(Problem("there is no finished run", str(directory), remedy)) from error
     planner = Planner(open_plan_input(recipe), machine, balance)
-    micro_batch = micro_batch_size(recipe)
-    load, found = planner.measure(recipe, micro_batch)
+    workload, found = planner.measure(recipe, micro_batch_size(recipe))
     steps = int(result["steps"])
-    cached = caches(planner, recipe, found, load, steps)
-    a_step = operations_of_step(planner, load, found, cached)
-    # The clock of a run begins with its steps, after what is computed once.
-    once = found.frozen.of(load) if cached else 0.0
-    total = a_step * steps + operations_beside(planner, recipe, micro_batch, steps) - once
+    # The clock of a run starts with its first step, after the features are stored.
+    total = operations_of_step(planner, workload, found) * steps + operations_of_evaluations(planner, recipe, steps)
     return float(total / result["seconds"])
 
 
-def measure_products(precision: Precision, on_gpu: bool) -> float:
-    """Operations a second of matrix products of a common size, on this machine, at their best."""
+def measure_matmul(precision: Precision, on_gpu: bool) -> float:
+    """Return the operations a second of matrix products of a common size on this machine, the best of some."""
     dtype = dtype_of(precision)
     device, size = ("cuda", 4096) if on_gpu else ("cpu", 1024)
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / _least_seconds(lambda: left @ right)
 
 
-def balance_of(machine: Machine, precision: Precision) -> float:
-    """Operations that a machine does while it moves a byte: as its data sheet has it, or measured on this one."""
+def measure_balance(machine: Machine, precision: Precision) -> float:
+    """Return the operations that a machine does while it moves a byte, by its data sheet or measured on this one."""
     rate = machine.rate_in(precision)
     if rate is not None and machine.bandwidth is not None:
         return rate / machine.bandwidth
     numbers = torch.ones(NUMBERS_MOVED, device="cuda" if machine.is_gpu else "cpu")
-    # A common function of one number, which processors do not do as fast as they move it.
+    # An elementwise function that processors compute more slowly than they move its numbers.
     moved = 2 * numbers.nbytes / _least_seconds(lambda: torch.nn.functional.gelu(numbers))
-    return measure_products("fp32", machine.is_gpu) / moved
+    return measure_matmul("fp32", machine.is_gpu) / moved
 
 
 def _least_seconds(work: Callable[[], torch.Tensor]) -> float:
     best = math.inf
-    for _ in range(5):
+    for _ in range(REPETITIONS):
         began = time.perf_counter()
         found = work()
-        float(found.flatten()[0])  # Until it is there.
+        float(found.flatten()[0])  # Waits for the result.
         best = min(best, time.perf_counter() - began)
     return best

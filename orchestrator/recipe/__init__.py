@@ -1,4 +1,4 @@
-"""What a user writes: the recipe. Imports neither torch nor ray."""
+"""Recipes: read, check and find them. Imports neither torch nor ray."""
 
 from orchestrator.recipe.catalog import ShippedRecipe, find_recipe, shipped_recipes
 from orchestrator.recipe.freeze_depth import FreezeDepth, FrozenRange

@@ -1,4 +1,4 @@
-"""The recipes that ship with the package, and finding a recipe by its path or name."""
+"""Find recipes by path, or by the name of a recipe of the package."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """One recipe that comes with the package."""
+    """A recipe of the package."""
 
     name: str
-    """`task/source-to-target`, which `orchestrator train` takes too."""
+    """`task/source-to-target`, which `orchestrator train` accepts."""
     path: Path
     summary: str
-    """The first paragraph of the comment that the file begins with."""
+    """The first paragraph of the comment at the beginning of the file."""
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """All recipes that ship, sorted by name. They lie in the wheel, or in `recipes/` of a checkout."""
+    """Return all recipes of the package, sorted by name: those in the wheel, or in `recipes/` of a checkout."""
     folder = _PACKAGE / "_recipes"
     if not folder.is_dir():
         folder = _PACKAGE.parent / "recipes"
@@ -35,10 +35,10 @@ def shipped_recipes() -> list[ShippedRecipe]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: an existing path, or a shipped recipe by `task/name` or `name`, with or without `.yaml`.
+    """Return the file of a recipe: an existing path, or a recipe of the package by `task/name` or `name`.
 
     Raises:
-        RecipeError: there is neither such a file nor such a shipped recipe.
+        RecipeError: there is neither such a file nor such a recipe.
     """
     path = _as_path(str(name))
     if path.is_file():
@@ -52,35 +52,35 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def _as_path(name: str) -> Path:
-    """The path that a name may be; one that no file has where it cannot be a path at all."""
-    nowhere = Path(_PACKAGE, "no such recipe")
+    """Return a name as a path; for one that cannot be a path, a path that does not exist."""
+    missing = Path(_PACKAGE, "no such recipe")
     try:
-        return Path(name).expanduser() if name and "\0" not in name else nowhere
+        return Path(name).expanduser() if name and "\0" not in name else missing
     except RuntimeError:  # `~user` of a user without a home.
-        return nowhere
+        return missing
 
 
 def _not_found(name: str, path: Path, shipped: list[ShippedRecipe], found: list[Path]) -> Problem:
     if found:
         names = ", ".join(f"`{recipe.name}`" for recipe in shipped if recipe.path in found)
-        return Problem(f"more than one shipped recipe is called {name!r}", remedy=f"name one in full: {names}")
+        return Problem(f"several recipes are called {name!r}", remedy=f"use the full name: {names}")
     if path.is_dir():
         close = ", ".join(f"`{file}`" for file in sorted(path.glob("*.yaml"))[:3])
         return Problem(
             f"{name!r} is a folder, not a recipe", remedy=f"name a file in it: {close or 'it has no .yaml file'}"
         )
     if path.suffix in _SUFFIXES and path.parent.is_dir():
-        beside = nearest(path.name, (file.name for suffix in _SUFFIXES for file in path.parent.glob(f"*{suffix}")))
-        if beside:
+        sibling = nearest(path.name, (file.name for suffix in _SUFFIXES for file in path.parent.glob(f"*{suffix}")))
+        if sibling:
             return Problem(
-                f"there is no file {name!r}", remedy=f"did you mean `{show_path(path.parent.absolute() / beside)}`?"
+                f"there is no file {name!r}", remedy=f"did you mean `{show_path(path.parent.absolute() / sibling)}`?"
             )
     names_of = {short: recipe.name for recipe in shipped for short in (recipe.path.stem, recipe.name)}
     close_name = nearest(name.removesuffix(".yaml"), names_of)
     guess = f"did you mean `{names_of[close_name]}`? " if close_name else ""
     return Problem(
-        f"there is neither a file nor a shipped recipe {name!r}",
-        remedy=f"{guess}`orchestrator recipes` lists those that ship",
+        f"there is no file and no recipe called {name!r}",
+        remedy=f"{guess}`orchestrator recipes` lists the recipes of the package",
     )
 
 

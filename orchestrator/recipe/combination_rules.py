@@ -1,4 +1,4 @@
-"""Rules for the section `search` that show only where values meet: in the combinations that trials are made of."""
+"""Rules for the section `search` about combinations of values, which trials consist of."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from orchestrator.recipe.schema import Case, Recipe, Search, Train
 from orchestrator.recipe.wording import write_value
 
 MAX_CHECKED = 1000
-"""Combinations that are checked; of more, so many are drawn."""
+"""Combinations that are checked; of more, a random sample of this size."""
 MAX_COUNTED = 100_000
 _LENGTH = ("train.epochs", "train.steps", "train.evaluate_every")
 
 
 def find_in_combinations(recipe: Recipe, search: Search, space: Cases, complete: bool) -> Iterator[Finding]:
-    """What is wrong with trials, though each value may be right.
+    """Yield what is wrong with combinations of valid values.
 
     Args:
-        space: the places of `search.space` whose values are right.
-        complete: whether that is all of them.
+        space: the paths of `search.space` with valid values.
+        complete: whether these are all paths of the space.
     """
     combinations = Combinations(recipe, write_boundaries(space, _stand_ins(recipe, space)))
     chosen = list(islice(combinations.walk_choices(), MAX_CHECKED + 1))
@@ -53,7 +53,7 @@ def find_in_combinations(recipe: Recipe, search: Search, space: Cases, complete:
 
 
 def find_in_grid(combinations: Combinations, trials: int) -> Iterator[Finding]:
-    """Whether the choices alone make more points than there may be trials."""
+    """Yield a finding if the choices alone have more combinations than there may be trials."""
     points = list(islice(combinations.walk_choices(), MAX_COUNTED + 1))
     if len(points) <= trials:
         return
@@ -74,7 +74,7 @@ def _has_every(space: Cases) -> bool:
 
 
 def _stand_ins(recipe: Recipe, space: Cases) -> list[int | str]:
-    """Freeze depths for `every` while the model is not known: one of each sort, and those that conditions ask for."""
+    """Return freeze depths for `every` while the model is unknown: one of each kind, and those in conditions."""
     asked = [
         depth
         for cases in space.values()
@@ -97,9 +97,9 @@ def _draw(combinations: Combinations) -> list[Parameters]:
 
 
 def _find_unused_cases(recipe: Recipe, combinations: Combinations, chosen: Sequence[Parameters]) -> Iterator[Finding]:
-    """Cases whose conditions are all about places of the file's space, but never hold.
+    """Yield cases that never apply, although their conditions are about paths of the file's space only.
 
-    Who narrows a place on the command line need not rewrite the cases that ask for it.
+    Cases whose paths are narrowed on the command line may stay unused.
     """
     space, used = combinations.space, set()
     given = recipe.origin.overrides
@@ -120,7 +120,7 @@ def _find_unused_cases(recipe: Recipe, combinations: Combinations, chosen: Seque
 
 
 def _vary_ranges(chosen: Sequence[Parameters]) -> Iterator[Parameters]:
-    """The combinations with the lowest value of each range; then, once for each range, with all that it may take."""
+    """Yield each combination with the lowest value of each range; then, once for each range, with all its values."""
     varied: set[int] = set()
     for parameters in chosen:
         ranges = {path: case for path, case in parameters.items() if isinstance(case, Case)}
@@ -140,23 +140,23 @@ def _values_in(case: Case) -> list[Any]:
 
 
 class _Trials:
-    """Looks at trials one after another; what is wrong with many is told once."""
+    """Checks trials one after another; a mistake of many trials is reported once."""
 
     def __init__(self, recipe: Recipe, search: Search) -> None:
         self.recipe = recipe
         self.search = search
         self._data = recipe.model_dump(exclude={"search"})
-        self._told = {finding.paths for finding in find_broken_rules(recipe)}
+        self._reported = {finding.paths for finding in find_broken_rules(recipe)}
 
     def find(self, parameters: Parameters) -> Iterator[Finding]:
         lost = list(self._find_lost(parameters))
         for finding in lost or self._find_in_trial(parameters):
-            if finding.paths not in self._told:
-                self._told.add(finding.paths)
+            if finding.paths not in self._reported:
+                self._reported.add(finding.paths)
                 yield finding
 
     def _find_lost(self, parameters: Parameters) -> Iterator[Finding]:
-        """Values for which there is no section, or which the value of that section has already."""
+        """Yield values without a section, or that the value of their section sets already."""
         for path in parameters:
             parent, _, key = path.rpartition(".")
             around = {other: item for other, item in parameters.items() if other != path and is_within(path, other)}
@@ -172,11 +172,11 @@ class _Trials:
         try:
             trial = Recipe.model_validate(put_all(self._data, parameters))
         except ValidationError:
-            return  # Told with the value.
+            return  # Reported with the value.
         trial._origin = self.recipe.origin
         for finding in find_broken_rules(trial):
-            if finding.paths not in self._told:
-                self._told.add(finding.paths)
+            if finding.paths not in self._reported:
+                self._reported.add(finding.paths)
                 yield _blame(finding, parameters)
         yield from self._find_too_few_evaluations(trial.train)
 
@@ -195,7 +195,7 @@ class _Trials:
 
 
 def count_evaluations(train: Train) -> int | None:
-    """How often *select* is scored, the end of training included; None where that depends on the data."""
+    """Return how often *select* is evaluated, including the end of training; None if that depends on the data."""
     if train.evaluate_every == "epoch":
         return math.ceil(train.epochs) if train.steps is None and train.epochs is not None else None
     return None if train.steps is None else math.ceil(train.steps / train.evaluate_every)
@@ -214,7 +214,7 @@ def _explain_no_section(path: str, parent: str, section: Any, around: Parameters
 
 
 def _blame(finding: Finding, parameters: Parameters) -> Finding:
-    """The broken rule of a trial as one of the space: which values must not meet."""
+    """Return a trial's violated rule as one of the space: values that must not be combined."""
     guilty = {
         path: value for path, value in parameters.items() if any(overlap(path, other) for other in finding.paths)
     } or parameters

@@ -1,7 +1,7 @@
-"""Which values of a search go together: the case that applies to each place, and every combination of them.
+"""Combinations of searched values: the case that applies to each key, and all combinations of cases.
 
-The check of a recipe, the grid, random draws and TPE all walk through the same combinations; they differ in the values
-that they take for a case.
+The check of a recipe, the grid, random sampling and TPE all iterate over the same combinations; they differ in the
+values that they choose for a case.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from orchestrator.recipe.mistakes import value_at
 from orchestrator.recipe.schema import Case, Recipe, Search
 
 Parameters = dict[str, Any]
-"""What a trial changes: dotted places of the recipe, each with its value."""
+"""The changes of a trial: dotted paths of the recipe with their values."""
 Cases = Mapping[str, Sequence[Case]]
-"""The cases of each place in a space."""
+"""The cases of each path in a space."""
 
 
 def cases_of(entry: Case | list[Case]) -> tuple[Case, ...]:
-    """The cases of one place, whether the recipe has one or a list of them."""
+    """Return the cases of a path as a list, also if the recipe has a single one."""
     return (entry,) if isinstance(entry, Case) else tuple(entry)
 
 
 def place_of(search: Search | None, path: str, number: int) -> str:
-    """Where a case of a place is written, as a message names it: with its number where it stands in a list."""
+    """Return the path of a case in the recipe, with its index if it is in a list."""
     entry = ((search and search.space) or {}).get(path)
     return f"search.space.{path}.{number}" if isinstance(entry, list) else f"search.space.{path}"
 
 
 def boundaries(recipe: Recipe, num_layers: int) -> list[int | str]:
-    """What `every` stands for: each freeze depth that leaves something to train of what the recipe trains."""
+    """Return the freeze depths of `every`: those that leave trained parameters."""
     depths: list[int | str] = [0, "stem", *range(1, num_layers)]
-    if recipe.transfer.adapter is not None:  # It goes into a layer that is not frozen.
+    if recipe.transfer.adapter is not None:  # An adapter needs a layer that is not frozen.
         return depths
     return [*depths, num_layers, *(["all"] if recipe.transfer.layer_decay is None else [])]
 
 
 def write_boundaries(space: Cases, depths: Sequence[int | str]) -> dict[str, tuple[Case, ...]]:
-    """The space with these freeze depths in the place of `every`."""
+    """Replace `every` by these freeze depths."""
 
     def write(case: Case) -> Case:
         return case.model_copy(update={"choice": list(depths)}) if case.choice == "every" else case
@@ -49,12 +49,12 @@ def write_boundaries(space: Cases, depths: Sequence[int | str]) -> dict[str, tup
 
 
 def is_within(path: str, other: str) -> bool:
-    """Whether a dotted path is another one, or below it."""
+    """Whether a dotted path is the other one, or below it."""
     return path == other or path.startswith(f"{other}.")
 
 
 def put(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of plain data with `value` at a dotted path; mappings on the way are made where there are none."""
+    """Return a copy of plain data with `value` at a dotted path; missing mappings on the way are created."""
     first, _, rest = path.partition(".")
     if rest:
         below = data.get(first)
@@ -63,14 +63,14 @@ def put(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def put_all(data: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
-    """A copy of plain data with all parameters in it; what lies within another parameter goes in after it."""
+    """Return a copy of plain data with all parameters set; those below another parameter are set after it."""
     for path in sorted(parameters, key=lambda path: path.count(".")):
         data = put(data, path, parameters[path])
     return data
 
 
 def holds(when: Mapping[str, Any] | None, data: dict[str, Any]) -> bool:
-    """Whether plain data have what a case asks for; a list of values in it means any of them."""
+    """Whether plain data fulfil a case's condition; a list in it allows any of its values."""
     for path, wanted in (when or {}).items():
         value = value_at(data, tuple(path.split(".")))
         if not any(_fits(value, each) for each in (wanted if isinstance(wanted, list) else [wanted])):
@@ -85,10 +85,10 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def put_in_order(space: Cases) -> tuple[list[str], list[str]]:
-    """The places in the order in which values are chosen: each after those that it depends on, else as written.
+    """Sort the paths so that each comes after those that it depends on; otherwise they keep their order.
 
     Returns:
-        the places in order, and those that depend on each other in a circle.
+        The sorted paths, and those that depend on each other in a circle.
     """
     waiting = {path: {other for other in space if depends_on(path, cases, other)} for path, cases in space.items()}
     order: list[str] = []
@@ -99,26 +99,26 @@ def put_in_order(space: Cases) -> tuple[list[str], list[str]]:
 
 
 def depends_on(path: str, cases: Sequence[Case], other: str) -> bool:
-    """Whether the value at `other` decides what may stand at `path`: it is around it in the recipe, or in a `when`."""
+    """Whether `path` depends on the value at `other`: it is below it in the recipe, or has it in a `when`."""
     if path == other:
         return False
-    return is_within(path, other) or any(is_within(said, other) for case in cases for said in said_in(case.when or {}))
+    return is_within(path, other) or any(is_within(used, other) for case in cases for used in paths_in(case.when or {}))
 
 
-def said_in(wanted: Any, path: str = "") -> Iterator[str]:
-    """Every place that a condition speaks of."""
+def paths_in(wanted: Any, path: str = "") -> Iterator[str]:
+    """Yield every path in a condition."""
     if isinstance(wanted, dict):
         for key, item in wanted.items():
-            yield from said_in(item, f"{path}.{key}" if path else key)
+            yield from paths_in(item, f"{path}.{key}" if path else key)
     elif isinstance(wanted, list) and any(isinstance(item, dict) for item in wanted):
         for item in wanted:
-            yield from said_in(item, path)
+            yield from paths_in(item, path)
     else:
         yield path
 
 
 class Combinations:
-    """A space, with the recipe that it changes."""
+    """The combinations of a space, for the recipe that it changes."""
 
     def __init__(self, recipe: Recipe, space: Cases) -> None:
         self.space = dict(space)
@@ -128,16 +128,16 @@ class Combinations:
         self._filled: dict[str, Any] = {}
 
     def walk(self, values_of: Callable[[str, int, Case], Iterable[Any]]) -> Iterator[Parameters]:
-        """Every combination of the values that `values_of(path, number of the case, case)` gives.
+        """Yield every combination of the values that `values_of(path, index of the case, case)` returns.
 
-        A place of which no case applies is left out: there the recipe's own value holds. The place written first
-        changes slowest, but for those that it depends on.
+        A path without an applicable case is left out, and keeps the recipe's value. The first path changes slowest,
+        except for those that it depends on.
         """
         for chosen in self._walk(0, {}, self._data, values_of):
             yield {path: chosen[path] for path in self.space if path in chosen}
 
     def walk_choices(self) -> Iterator[Parameters]:
-        """Every combination of the choices; each range that takes part has its case in the place of a value."""
+        """Yield every combination of the choices; a range is represented by its case."""
 
         def values_of(_path: str, _number: int, case: Case) -> list[Any]:
             assert case.choice != "every", "boundaries are written out first"
@@ -166,7 +166,7 @@ class Combinations:
             yield from self._walk(index + 1, {**chosen, path: value}, new, values_of)
 
     def _fill(self, path: str, value: Any) -> Any:
-        """The value with the defaults that the recipe would give it, so that conditions on those hold too."""
+        """Return the value with the recipe's defaults, for conditions on them."""
         if not isinstance(value, dict):
             return value
         key = f"{path}: {value!r}"
@@ -174,6 +174,6 @@ class Combinations:
             try:
                 recipe = Recipe.model_validate(put(self._data, path, value))
                 self._filled[key] = value_at(recipe.model_dump(), tuple(path.split(".")))
-            except ValidationError:  # Told where the values are checked.
+            except ValidationError:  # Reported where the values are checked.
                 self._filled[key] = value
         return self._filled[key]

@@ -1,4 +1,4 @@
-"""Rules for `scale.deepspeed`: nothing that DeepSpeed does not know, and nothing that the recipe says elsewhere."""
+"""Rules for `scale.deepspeed`: no keys that DeepSpeed does not have, and none that the recipe sets elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.schema import Recipe
 
 PLACE = "scale.deepspeed"
-AUTO = "auto"  # As transformers has it: left to whoever runs it.
+AUTO = "auto"  # In transformers: a value that the trainer fills in.
 OFFLOADS = ("offload_optimizer", "offload_param")
 SAID_BY = {
     "train_batch_size": "train.global_batch_size",
@@ -51,7 +51,7 @@ OTHERS = frozenset(
         "zero_optimization",
     }
 )
-"""What of DeepSpeed's configuration is left to say."""
+"""The keys of DeepSpeed's configuration that a recipe may set."""
 
 
 def find_deepspeed_mistakes(recipe: Recipe) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def find_deepspeed_mistakes(recipe: Recipe) -> Iterator[Finding]:
 
 
 def without_auto(given: dict[str, Any]) -> dict[str, Any]:
-    """The mapping without what is left to the recipe."""
+    """Return the mapping without values of `auto`."""
     return {
         key: without_auto(value) if isinstance(value, dict) else value for key, value in given.items() if value != AUTO
     }

@@ -1,4 +1,4 @@
-"""What a rule between the recipe's values finds."""
+"""A violated rule between values of a recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """A broken rule: the paths of the values in it (the first one written is its place), what is wrong, the remedy."""
+    """A violated rule: the paths of its values (the first written one is reported), what is wrong, and the remedy."""
 
     paths: tuple[str, ...]
     what: str

@@ -1,4 +1,4 @@
-"""From a recipe's text to a checked `Recipe`, and back."""
+"""Parse the text of a recipe to a checked `Recipe`, and write it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe's file, or one that ships by its name, with `key=value` overrides put on top.
+    """Load a recipe by its file, or by the name of a recipe of the package, and apply `key=value` overrides.
 
-    A relative path in an override is looked for in the working folder first, then in the recipe's.
+    A relative path in an override is resolved in the working folder first, then in the recipe's folder.
 
     Raises:
-        RecipeError: with every problem of the file, the overrides, the values and the rules between them.
+        RecipeError: all problems of the file, the overrides, the values and the rules between them.
     """
     path = find_recipe(path_or_name)
     return parse_recipe(read_text(path), path, overrides)
 
 
 def parse_recipe(text: str, file: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a YAML text says. Relative paths in it start at the folder of `file`, else at the working folder.
+    """Parse a recipe. Relative paths in it start at the folder of `file`, or at the working folder without one.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -52,10 +52,14 @@ def parse_recipe(text: str, file: Path | None = None, overrides: Sequence[str] =
 
 
 def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Problem] = ()) -> Recipe:
-    """The recipe that plain data say, which were written at the places of `origin`.
+    """Build a recipe from plain data.
+
+    Args:
+        origin: where the values were written.
+        problems: found before.
 
     Raises:
-        RecipeError: with `problems`, those of the values, and those of the rules between them.
+        RecipeError: `problems`, those of the values, and those of the rules between them.
     """
     mistakes: list[Mistake] = []
     found = [*problems]
@@ -67,7 +71,7 @@ def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Proble
         mistakes = find_mistakes(error, data, shape)
         found += explain_mistakes(mistakes, data, shape, origin)
         try:
-            # What is left without the mistakes is checked too, so that one report names everything.
+            # The values without mistakes are checked too, so that one report has all problems.
             recipe = Recipe.model_validate(leave_out(mistakes, data, shape))
         except ValidationError:
             raise RecipeError(found) from None
@@ -80,7 +84,7 @@ def build_recipe(data: dict[str, Any], origin: Origin, problems: Sequence[Proble
 
 
 def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
-    """`scale.workers: [2, 8]` and `scale.zero_stage: auto` as the two values that each stands for."""
+    """Replace `scale.workers: [2, 8]` and `scale.zero_stage: auto` by the two values that each stands for."""
     scale = data.get("scale")
     if not isinstance(scale, dict):
         return data
@@ -93,7 +97,7 @@ def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_section(section: type[AnySection], data: dict[str, Any], path: str, origin: Origin) -> AnySection:
-    """A part of the recipe whose schema stands elsewhere, such as a task's options at `target.options`.
+    """Validate a section of the recipe with a schema of its own, such as a task's options at `target.options`.
 
     Raises:
         RecipeError: with every value that does not fit, at its place in the recipe.
@@ -107,13 +111,13 @@ def check_section(section: type[AnySection], data: dict[str, Any], path: str, or
 
 
 def dump_recipe(recipe: Recipe, absolute: bool = True) -> str:
-    """YAML of the recipe with every default written out and local paths absolute, so that a copy runs from anywhere."""
+    """Return the recipe as YAML, with all defaults, and absolute local paths so that a copy runs from anywhere."""
     data = (make_paths_absolute(recipe) if absolute else recipe).model_dump()
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def make_paths_absolute(recipe: Recipe) -> Recipe:
-    """The same recipe with the local paths of model and data written in full."""
+    """Return the recipe with absolute local paths of model and data."""
 
     def absolute(_: str, text: str) -> str:
         path = resolve_path(text, recipe.origin)
@@ -123,7 +127,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
 
 
 def _settle_overridden_paths(recipe: Recipe) -> Recipe:
-    """Write in full the paths from the command line that exist in the working folder, where a shell completes them."""
+    """Make paths of the command line absolute if they exist in the working folder, where shells complete them."""
 
     def absolute(place: str, text: str) -> str:
         path = resolve_path(text, Origin()) if any(_is_within(place, key) for key in recipe.origin.overrides) else None
@@ -133,7 +137,7 @@ def _settle_overridden_paths(recipe: Recipe) -> Recipe:
 
 
 def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
-    """The recipe with `change(dotted place, text)` in place of the texts that may name a local model or data."""
+    """Return the recipe with texts that may name a local model or data replaced by `change(dotted path, text)`."""
 
     def change_files(split: str, files: str | list[str] | None) -> str | list[str] | None:
         place = f"target.data.{split}"
@@ -158,7 +162,7 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
 
 
 def _written_lines(lines: dict[str, int], overrides: dict[str, str]) -> dict[str, int]:
-    """The lines of what still stands in the file after the overrides."""
+    """Return the lines of the values in the file that no override replaces."""
     return {path: line for path, line in lines.items() if not any(_is_within(path, other) for other in overrides)}
 
 
@@ -167,7 +171,7 @@ def _is_within(path: str, other: str) -> bool:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either YAML 1.1 or `resolve_scalar` would read as something other than text."""
+    """Quotes text that YAML 1.1 or `resolve_scalar` would read as another type."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         resolve: Callable[..., Any] = super().resolve
@@ -178,7 +182,7 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> Any:
         represent: Callable[..., Any] = super().represent_scalar
-        # Other styles fold line breaks such as U+0085 away.
+        # Other styles drop line breaks such as U+0085.
         return represent(tag, value, style if value.isprintable() else '"')
 
     def ignore_aliases(self, data: Any) -> bool:

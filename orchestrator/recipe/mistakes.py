@@ -1,4 +1,4 @@
-"""Find where data does not fit the schema: each mistake once, however many members of a union pydantic tried."""
+"""Find mistakes against the schema, each one once, even if pydantic reports it for several members of a union."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Mistake:
-    """One place where the data does not fit the schema."""
+    """A value, or a missing one, that does not match the schema."""
 
     kind: Literal["unknown", "missing", "invalid"]
     path: Path
@@ -26,17 +26,17 @@ class Mistake:
 
     @property
     def touches(self) -> list[str]:
-        """The dotted paths whose values cannot be relied on: this one, and what was probably meant by it."""
+        """The dotted paths whose values are unreliable: this one, and the one that was probably meant."""
         return [dotted(self.path), *([dotted((*self.path[:-1], self.meant))] if self.meant else [])]
 
 
 def dotted(path: Path) -> str:
-    """A path as one writes it: `train.learning_rate`."""
+    """Return a path as text: `train.learning_rate`."""
     return ".".join(map(str, path))
 
 
 def value_at(data: Any, path: Path) -> Any:
-    """The value at a path of plain data, or None."""
+    """Return the value at a path of plain data, or None."""
     for part in path:
         if isinstance(data, dict):
             data = data.get(part)
@@ -48,7 +48,7 @@ def value_at(data: Any, path: Path) -> Any:
 
 
 def find_mistakes(error: ValidationError, data: dict[str, Any], shape: Shape) -> list[Mistake]:
-    """Each mistake once, in the order in which pydantic met them. A key that is only misspelt is not also missing."""
+    """Return each mistake once, in pydantic's order. A misspelt key is not also reported as missing."""
     mistakes: dict[Mistake, None] = {}
     for detail in error.errors(include_url=False, include_input=False, include_context=False):
         loc = detail["loc"]
@@ -70,7 +70,7 @@ def find_mistakes(error: ValidationError, data: dict[str, Any], shape: Shape) ->
 
 
 def leave_out(mistakes: Sequence[Mistake], data: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """A copy of the data without the mistakes; what a recipe cannot do without becomes the text `unknown`."""
+    """Return a copy of the data without the mistakes; required values become the text `unknown`."""
     data = deepcopy(data)
     for mistake in mistakes:
         if mistake.kind == "unknown":
@@ -83,7 +83,7 @@ def leave_out(mistakes: Sequence[Mistake], data: dict[str, Any], shape: Shape) -
 
 
 def _path_of(loc: tuple[str | int, ...], shape: Shape) -> Path:
-    """pydantic's location without the names of union members that it mixes in."""
+    """Return pydantic's location without the names of union members."""
     path: Path = ()
     for part in loc:
         if shape.find((*path, part)) is not None and part != "[key]":
@@ -92,7 +92,7 @@ def _path_of(loc: tuple[str | int, ...], shape: Shape) -> Path:
 
 
 def _shorten(path: Path, data: Any, shape: Shape) -> Path:
-    """The path up to the first union that has no member of the value's own kind (mapping or list)."""
+    """Return the path up to the first union without a member of the value's own kind (mapping or list)."""
     for length in range(1, len(path)):
         node = shape.find(path[:length]) or {}
         if len(shape.options(node)) > 1 and not _has_own_member(node, value_at(data, path[:length]), shape):
@@ -101,7 +101,7 @@ def _shorten(path: Path, data: Any, shape: Shape) -> Path:
 
 
 def _said_deeper(mistake: Mistake, mistakes: Sequence[Mistake], data: Any, shape: Shape) -> bool:
-    """Whether other members of a union complain about a value of which the member of its kind knows what is wrong."""
+    """Whether a mistake comes from other members of a union than the one of the value's kind."""
     length = len(mistake.path)
     if mistake.kind != "invalid" or not _has_own_member(
         shape.find(mistake.path) or {}, value_at(data, mistake.path), shape
@@ -122,7 +122,7 @@ def _remove(data: Any, path: Path) -> None:
 
 
 def _reset(data: dict[str, Any], path: Path, shape: Shape) -> None:
-    """Make the value at the path its default; where it has none, drop its optional section, or put in a placeholder."""
+    """Set the default at a path; without one, drop the optional section around it, or set a placeholder."""
     while path and isinstance(path[-1], int):
         path = path[:-1]
     for length in range(len(path), 0, -1):

@@ -1,4 +1,4 @@
-"""Where the values of a recipe were written: file and line, or the command line."""
+"""The origin of a recipe's values: file and line, or the command line."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from orchestrator.recipe.paths import show_path
 
 @dataclass
 class Origin:
-    """Places of a recipe's values, for messages; `where` answers for any dotted path, written out or defaulted.
+    """Origins of a recipe's values, for messages; `where` takes any dotted path, written or default.
 
-    All origins are equal: where a value was written is no part of what a recipe says.
+    All origins compare as equal, because they do not change the meaning of a recipe.
     """
 
     file: Path | None = field(default=None, compare=False)
     """The recipe's file, absolute; None for a recipe built in Python or read from a text."""
     lines: dict[str, int] = field(default_factory=dict, compare=False)
-    """Line (from 1) of each dotted path that stands in the file."""
+    """Line (from 1) of each dotted path in the file."""
     overrides: dict[str, str] = field(default_factory=dict, compare=False)
     """Text of each `key=value` given on the command line, by its dotted path."""
 
     @property
     def folder(self) -> Path:
-        """What relative paths in the recipe are relative to."""
+        """The folder that relative paths in the recipe start at."""
         return self.file.parent if self.file else Path.cwd()
 
     def wrote(self, path: str) -> bool:
-        """Whether the value at a dotted path, or a part of it, was written out."""
+        """Whether the value at a dotted path, or a part of it, was written rather than default."""
         return path in self.lines or path in self.overrides or self._override_within(path) is not None
 
     def where(self, path: str) -> str:
-        """`recipes/mine.yaml:12 (train.learning_rate)`, or `train.learning_rate=1 (command line)`.
+        """Return `recipes/mine.yaml:12 (train.learning_rate)`, or `train.learning_rate=1 (command line)`.
 
-        A path that was not written takes the place of an override within it, else of its nearest written parent.
+        For a path that was not written, the origin is that of an override within it, or of its nearest written parent.
         """
         within = self._override_within(path)
         if within and path not in self.lines:

@@ -1,4 +1,4 @@
-"""Values given on the command line: `train.learning_rate=1e-4`."""
+"""Overrides of the command line: `train.learning_rate=1e-4`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXAMPLE = "write it as `train.learning_rate=1e-4`"
 
 
 class _OverrideError(Exception):
-    """An override that leads nowhere; carries what is wrong and the remedy."""
+    """Raised for an override of a path that cannot exist, with what is wrong and the remedy."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -24,12 +24,12 @@ class _OverrideError(Exception):
 def apply_overrides(
     data: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-    """Put each `dotted.path=value` into a copy of `data`; a later one wins over an earlier one.
+    """Apply each `dotted.path=value` to a copy of `data`; later ones replace earlier ones.
 
-    Values are YAML (`[64, 32]`, `{type: lora}`, `null`). Missing sections are made, list items are set by their number.
+    Values are YAML (`[64, 32]`, `{type: lora}`, `null`). Missing sections are created, items of lists have their index.
 
     Returns:
-        the new data, the text of each override by its dotted path, and the problems of those that were left out.
+        The new data, the text of each override by its dotted path, and the problems of those that were not applied.
     """
     data = deepcopy(data)
     texts: dict[str, str] = {}
@@ -62,11 +62,11 @@ def _parse(text: str, place: str) -> tuple[str, Any]:
 
 
 def _split(path: str) -> list[str]:
-    """The keys that a path leads through: one for each part, but places in `search.space` are keys that hold dots."""
+    """Split a path into keys, one for each part; the keys of `search.space` are dotted paths themselves."""
     parts = path.split(".")
     if parts[:2] != ["search", "space"]:
         return parts
-    # The place ends where the words of a case begin (misspelt ones too), or the number of a case.
+    # The dotted key ends before the keys of a case (or misspelt ones), or the index of a case.
     ends = (i for i, part in enumerate(parts) if i > 2 and (part.isdigit() or nearest(part, Case.model_fields)))
     end = next(ends, len(parts))
     return [*parts[:2], ".".join(parts[2:end]), *parts[end:]] if len(parts) > 2 else parts
@@ -89,7 +89,7 @@ def _set(data: dict[str, Any], parts: list[str], value: Any) -> None:
 
 
 def _key_of(here: Any, part: str, above: list[str]) -> Any:
-    """`part` as a key of `here`: the text for a mapping, the number for a list (one past the end appends)."""
+    """Return `part` as a key of `here`: the text for a mapping, the index for a list (one past the end appends)."""
     if isinstance(here, dict):
         return part
     path = ".".join(above)

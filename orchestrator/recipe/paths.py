@@ -1,4 +1,4 @@
-"""Which texts in a recipe are local paths, and where they lead. The one rule, used by data and models too."""
+"""Tell local paths from Hub ids, and resolve them, for recipes, data and models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _COUNT = re.compile("[1-9][0-9]*")
 
 
 def resolve_path(text: str, origin: Origin) -> Path | None:
-    """The absolute path that `text` names, or None when it is a Hub id or `package:NAME/PATH`.
+    """Return the absolute path that `text` names, or None for a Hub id or `package:NAME/PATH`.
 
     A text is a path when it starts with `.`, `/` or `~`, ends like a data file, exists relative to the recipe's
     folder, or cannot be a Hub id (`name` or `owner/name`). The path need not exist. `..` is resolved, but a link in the
-    last place is kept, because its name (with its suffix) is the one that the user knows.
+    last part is kept, because its name (with its suffix) is the one that the user wrote.
 
     Raises:
         RecipeError: the text holds a NUL byte, or its `~user` has no home.
@@ -42,7 +42,7 @@ def resolve_path(text: str, origin: Origin) -> Path | None:
 
 
 def split_count(path: Path) -> tuple[Path, int | None]:
-    """A path, and how many examples are to be drawn from it: `train.jsonl#500`."""
+    """Split `train.jsonl#500` into a path and the number of examples to draw from it."""
     name, _, count = path.name.rpartition("#")
     if not (name and _COUNT.fullmatch(count)) or path_exists(path):
         return path, None
@@ -50,7 +50,7 @@ def split_count(path: Path) -> tuple[Path, int | None]:
 
 
 def show_path(path: Path) -> str:
-    """The path as a person would type it: relative to the working folder where it lies inside, else in full."""
+    """Return the path relative to the working folder if it is inside, otherwise the whole path."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
@@ -62,7 +62,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def path_exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False too for a name longer than the file system allows."""
+    """Whether a file or folder exists; False also for a name that is too long for the file system."""
     try:
         return path.exists()
     except OSError:

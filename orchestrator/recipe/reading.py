@@ -1,4 +1,4 @@
-"""Read YAML safely: plain data only, the line of every value, and plain words for what is wrong.
+"""Read YAML safely: plain data only, with the line of every value, and errors in plain words.
 
 Scalars follow YAML 1.2: only `true` and `false` are booleans, `1e-4` is a number, and `on`, `12:30` and dates are text.
 """
@@ -24,7 +24,7 @@ from orchestrator.recipe.paths import show_path
 
 MAX_BYTES = 2**20
 MAX_VALUES = 20_000
-"""Values in the text, and again after aliases are expanded; a real recipe has about a hundred."""
+"""Limit of values in the text, and again after aliases are expanded; a recipe has about a hundred."""
 MAX_DEPTH = 32
 MAX_NUMBER_LENGTH = 100
 
@@ -38,35 +38,35 @@ _REAL = re.compile(
 
 # (part of the parser's message, what is wrong in plain words, what to do about it)
 _SYNTAX = (
-    (r"'\t'", "a tab stands where YAML wants spaces", "indent with spaces"),
-    ("mapping values are not allowed", "a `:` stands where none may", "check the indentation, put a space after each "
+    (r"'\t'", "there is a tab where YAML needs spaces", "indent with spaces"),
+    ("mapping values are not allowed", "a `:` is not allowed here", "check the indentation, put a space after each "
      "`:` and quotes around text that holds `: `"),
-    ("sequence entries are not allowed", "a `-` stands where none may", "start the list on a line of its own"),
+    ("sequence entries are not allowed", "a `-` is not allowed here", "start the list on a line of its own"),
     ("could not find expected ':'", "a key has no `:`", "write `key: value`"),
     ("undefined alias", "an alias (`*name`) has no anchor (`&name`)", "put text that begins with `*` in quotes"),
     ("end of stream", "a quote is not closed", "close the quote"),
     ("expected ',' or", "a bracket or brace is not closed, or a comma is missing", "close it, or add the comma"),
-    ("expected <block end>", "the indentation does not match the lines above", "line it up with its neighbours"),
-    ("cannot start any token", "a value begins with a character that YAML keeps for itself", "put the value in quotes"),
+    ("expected <block end>", "the indentation does not match the lines above", "align it with its neighbours"),
+    ("cannot start any token", "a value begins with a character that YAML reserves", "put the value in quotes"),
     ("unknown escape character", "a backslash in double quotes is not a known escape", "use single quotes"),
-    ("too many values", f"the recipe has more than {MAX_VALUES:,} values", "a recipe is a small file; is this one?"),
+    ("too many values", f"the recipe has more than {MAX_VALUES:,} values", "check that the file is a recipe"),
     ("another document", "a second document begins (`---`)", "keep one recipe in a file"),
 )  # fmt: skip
 
 
 @dataclass
 class Document:
-    """What a YAML text says, as plain data."""
+    """A YAML text as plain data."""
 
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     """Line (from 1) of each dotted path; list items as `a.b.0`."""
     problems: list[Problem] = field(default_factory=list)
-    """What is wrong but did not stop the reading, such as duplicate keys."""
+    """Mistakes that do not stop the reading, such as duplicate keys."""
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """Text to nodes. It has no constructor, so that no tag can make an object."""
+    """Parses text to nodes. It has no constructor, so that no tag can create an object."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -90,7 +90,7 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
 
 def resolve_scalar(text: str) -> str:
-    """The YAML tag of an unquoted text, as YAML 1.2 has it: bool, null, int, float or str."""
+    """Return the tag of an unquoted text by YAML 1.2: bool, null, int, float or str."""
     if text in _BOOLEANS:
         return _TAG + "bool"
     if text in _NULLS:
@@ -104,7 +104,7 @@ def resolve_scalar(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a recipe's file, without a byte-order mark.
+    """Return the text of a recipe's file, without a byte-order mark.
 
     Raises:
         RecipeError: the file cannot be read, is larger than `MAX_BYTES`, or is not UTF-8.
@@ -117,9 +117,7 @@ def read_text(path: Path) -> str:
         raise RecipeError(Problem(f"the recipe cannot be read: {error.strerror}", shown)) from None
     if len(content) > MAX_BYTES:
         raise RecipeError(
-            Problem(
-                f"the recipe is larger than {MAX_BYTES:,} bytes", shown, "a recipe is a small YAML file; is this one?"
-            )
+            Problem(f"the recipe is larger than {MAX_BYTES:,} bytes", shown, "check that the file is a recipe")
         )
     try:
         return content.decode("utf-8-sig")
@@ -133,7 +131,7 @@ def read_yaml(text: str, file: Path | None) -> Document:
     """Read a YAML mapping into plain data (dict, list, str, int, float, bool, None), with the line of each value.
 
     Raises:
-        RecipeError: the text is not YAML, or not one mapping, or grows beyond the caps when its aliases are expanded.
+        RecipeError: the text is not YAML, or not one mapping, or exceeds the limits when its aliases are expanded.
     """
 
     def place(line: int) -> str:
@@ -155,7 +153,7 @@ def read_yaml(text: str, file: Path | None) -> Document:
 
 
 def read_value(text: str, where: str) -> Any:
-    """One YAML value, as written after `key=` on the command line. Raises RecipeError as `read_yaml` does."""
+    """Parse a YAML value, as it follows `key=` on the command line; raises RecipeError as `read_yaml` does."""
 
     def place(_: int) -> str:
         return where
@@ -197,7 +195,7 @@ def _explain_syntax(error: yaml.MarkedYAMLError, where: str) -> Problem:
 
 
 class _Converter:
-    """Nodes to plain data; collects the line of each path and the problems that need not stop the reading."""
+    """Converts nodes to plain data, and collects the line of each path, and mistakes that do not stop the reading."""
 
     def __init__(self, place: Callable[[int], str]) -> None:
         self.place = place

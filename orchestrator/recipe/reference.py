@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes: for editors, and for saying in messages what a key accepts."""
+"""The JSON Schema of recipes, for editors, and for messages about the values that a key accepts."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ Node = dict[str, Any]
 
 
 class _Generator(GenerateJsonSchema):
-    """Leaves out the titles that pydantic makes up from field names; those that the schema gives are descriptions."""
+    """Leaves out titles that pydantic derives from names of fields; titles of the schema itself are descriptions."""
 
     def field_title_should_be_set(self, _schema: Any) -> bool:
         return False
 
 
 def json_schema() -> Node:
-    """JSON Schema (draft 2020-12) of a recipe, with a description of every key. Editors use it for YAML too."""
+    """Return the JSON Schema (draft 2020-12) of recipes, with a description of each key; editors use it for YAML."""
     return section_schema(Recipe, "Recipe of transfer-orchestrator")
 
 
 def section_schema(section: type[Section], title: str) -> Node:
-    """The same of one part of a recipe, such as a task's options."""
+    """Return the JSON Schema of a section of recipes, such as a task's options."""
     schema = section.model_json_schema(schema_generator=_Generator)
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": title}
 
 
 @cache
 def shape_of(section: type[Section]) -> Shape:
-    """The shape of a part of the recipe, made once."""
+    """Return the shape of a section of recipes, built once."""
     return Shape(section.model_json_schema(schema_generator=_Generator))
 
 
 class Shape:
-    """What a part of a recipe may hold, looked up by path: keys and list indices, none for the whole."""
+    """The schema of a section of recipes, by path: keys and list indices, none for the whole section."""
 
     def __init__(self, schema: Node) -> None:
         self._schema = schema
 
     def find(self, path: Sequence[str | int]) -> Node | None:
-        """The schema of the value at `path`, or None where there is no such place."""
+        """Return the schema of the value at `path`, or None if the path cannot exist."""
         node: Node | None = self._schema
         for part in path:
             found = (self._step(option, part) for option in self.options(node or {}))
@@ -52,19 +52,19 @@ class Shape:
         return node
 
     def options(self, node: Node) -> list[Node]:
-        """The alternatives that a value may be, `null` included; one for most."""
+        """Return the alternatives of a value, including `null`; most values have one."""
         return [self._resolve(option) for option in node.get("anyOf", [node])]
 
     def keys(self, path: Sequence[str | int]) -> list[str]:
-        """The keys of the section at `path`."""
+        """Return the keys of the section at `path`."""
         return [key for option in self.options(self.find(path) or {}) for key in option.get("properties", {})]
 
     def required(self, path: Sequence[str | int]) -> list[str]:
-        """The keys that the section at `path` cannot do without."""
+        """Return the required keys of the section at `path`."""
         return [key for option in self.options(self.find(path) or {}) for key in option.get("required", [])]
 
     def sections(self, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-        """The paths of every mapping with named keys."""
+        """Return the paths of all mappings with named keys."""
         keys = self.keys(path)
         if keys:
             yield path
@@ -72,7 +72,7 @@ class Shape:
             yield from self.sections((*path, key))
 
     def accepts(self, node: Node) -> str:
-        """What a value may be, in words: `a whole number above 0, or auto`."""
+        """Return the accepted values in words: `a whole number above 0, or auto`."""
         if "title" in node and node.get("type") != "object":
             return str(node["title"])
         if "anyOf" in node:

@@ -1,4 +1,4 @@
-"""Rules between fields: what each value allows on its own but the recipe as a whole does not.
+"""Rules between values of a recipe, each of which is valid on its own.
 
 Each rule is a function that yields its findings. What needs the data or the model is checked where those are read;
 the section `search` has rules of its own in `search_rules.py`.
@@ -23,18 +23,18 @@ SPLITS = ("train", "select", "test")
 
 
 def check_rules(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
-    """The problems between the recipe's values, but for those that involve a path at, above or below `unreliable`."""
-    return tell(recipe, find_broken_rules(recipe), unreliable)
+    """Return the problems between a recipe's values, without those of a path at, above or below `unreliable`."""
+    return as_problems(recipe, find_broken_rules(recipe), unreliable)
 
 
 def find_broken_rules(recipe: Recipe) -> Iterator[Finding]:
-    """What the rules between the recipe's values find."""
+    """Yield the violated rules."""
     for rule in _RULES:
         yield from rule(recipe)
 
 
-def tell(recipe: Recipe, findings: Iterable[Finding], unreliable: Sequence[str] = ()) -> list[Problem]:
-    """Findings as problems at their places, but for those that involve a path at, above or below `unreliable`."""
+def as_problems(recipe: Recipe, findings: Iterable[Finding], unreliable: Sequence[str] = ()) -> list[Problem]:
+    """Return findings as problems with their origins, without those of a path at, above or below `unreliable`."""
     return [
         Problem(finding.what, _place(recipe, finding), finding.remedy)
         for finding in findings

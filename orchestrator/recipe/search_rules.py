@@ -1,4 +1,4 @@
-"""Rules for the section `search`: its settings, and each place of its space on its own.
+"""Rules for the section `search`: its settings, and each path of its space on its own.
 
 What shows only where values meet is in `combination_rules.py`.
 """
@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Problem, nearest
 from orchestrator.recipe.combination_rules import find_in_combinations
-from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, place_of, put, put_in_order, said_in
+from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, paths_in, place_of, put, put_in_order
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import dotted, find_mistakes
 from orchestrator.recipe.reference import shape_of
-from orchestrator.recipe.rules import overlap, tell
+from orchestrator.recipe.rules import as_problems, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search
 from orchestrator.recipe.wording import explain_value, write_value
 
@@ -36,8 +36,8 @@ _MAY_CHANGE_MIDWAY = ("train.learning_rate", "train.weight_decay", "train.max_gr
 
 
 def check_search(recipe: Recipe, unreliable: Sequence[str] = ()) -> list[Problem]:
-    """The problems of the section `search`, but for those that involve a path at, above or below `unreliable`."""
-    return tell(recipe, _find_all(recipe, unreliable), unreliable) if recipe.search is not None else []
+    """Return the problems of the section `search`, without those of a path at, above or below `unreliable`."""
+    return as_problems(recipe, _find_all(recipe, unreliable), unreliable) if recipe.search is not None else []
 
 
 def _find_all(recipe: Recipe, unreliable: Sequence[str]) -> Iterator[Finding]:
@@ -227,14 +227,14 @@ def _find_in_range(recipe: Recipe, path: str, kind: str, ends: Sequence[float], 
 
 
 def _find_in_value(recipe: Recipe, path: str, value: Any, place: str, partly: bool = False) -> Iterator[Finding]:
-    """What the schema says of a value for a path; `partly` allows a mapping to lack keys."""
+    """Return the mistakes of a value for a path; with `partly`, a mapping may lack keys."""
     data = put(recipe.model_dump(exclude={"search"}), path, value)
     try:
         Recipe.model_validate(data)
     except ValidationError as error:
         shape = shape_of(Recipe)
         for mistake in find_mistakes(error, data, shape):
-            # Around the path, what is missing may be what another place of the space brings.
+            # Values that are missing around the path may come from another path of the space.
             if is_within(dotted(mistake.path), path) and not (partly and mistake.kind == "missing"):
                 yield Finding((place,), *explain_value(mistake, data, shape))
 
@@ -257,7 +257,7 @@ def _conditions_can_be_met(recipe: Recipe, path: str, space: Cases) -> Iterator[
 
 
 def _find_in_condition(path: str, when: dict[str, Any], space: Cases, place: str) -> Iterator[Finding]:
-    for said in said_in(when):
+    for said in paths_in(when):
         if is_within(said, path):
             what = f"the `when` of `{path}` asks for the value that it decides about"
             yield Finding((place,), what, "ask for another place's value, or remove it")

@@ -1,4 +1,4 @@
-"""Rules for data that are streamed: there is an end to what is read, and nothing asks for all of it."""
+"""Rules for streamed data: the number of examples is limited, and nothing needs all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STREAM = "target.data.stream"
 
 
 def find_stream_mistakes(recipe: Recipe) -> Iterator[Finding]:
-    """What does not go with `target.data.stream`."""
+    """Yield what `target.data.stream` cannot be combined with."""
     data, limit = recipe.target.data, recipe.target.limit
     if isinstance(data, str) or not data.stream:
         return
@@ -52,5 +52,5 @@ def _has_count(text: str, recipe: Recipe) -> bool:
     try:
         path = resolve_path(text, recipe.origin)
     except RecipeError:
-        return False  # Told by another rule.
+        return False  # Reported by another rule.
     return path is not None and split_count(path)[1] is not None

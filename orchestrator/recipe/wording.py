@@ -1,4 +1,4 @@
-"""Say what is wrong with a value, where, and what to do, in words that a newcomer can act on."""
+"""Explain mistakes in plain words: what is wrong with a value, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PLAIN = re.compile(r"[\w%./-]+")
 def explain_mistakes(
     mistakes: Sequence[Mistake], data: dict[str, Any], shape: Shape, origin: Origin, within: str = ""
 ) -> list[Problem]:
-    """A problem for each mistake in `data`, which stands at the dotted path `within` of the recipe."""
+    """Return a problem for each mistake in `data`, which is at the dotted path `within` of the recipe."""
     prefix: Path = tuple(within.split(".")) if within else ()
     words = {"unknown": _explain_unknown, "missing": _explain_missing, "invalid": _explain_invalid}
     return [words[mistake.kind](mistake, data, shape, origin, prefix) for mistake in mistakes]
 
 
 def show_value(value: Any) -> str:
-    """A value as one would write it in YAML, shortened to one line."""
+    """Return a value as in YAML, shortened to one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -35,7 +35,7 @@ def show_value(value: Any) -> str:
 
 
 def write_value(value: Any) -> str:
-    """A value of any kind in YAML's one-line form, as `{type: lora, r: 8}`; quotes only where YAML needs them."""
+    """Return a value in YAML's one-line form, such as `{type: lora, r: 8}`, with quotes only where YAML needs them."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {write_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
@@ -46,14 +46,14 @@ def write_value(value: Any) -> str:
 
 
 def explain_value(mistake: Mistake, data: dict[str, Any], shape: Shape) -> tuple[str, str]:
-    """What is wrong with a value that somebody wants to put into the recipe, and the remedy."""
+    """Return what is wrong with a new value for the recipe, and the remedy."""
     if mistake.kind != "invalid":
         words = {"unknown": _explain_unknown, "missing": _explain_missing}
         problem = words[mistake.kind](mistake, data, shape, Origin(), ())
         return problem.what, problem.remedy or ""
     node, value = shape.find(mistake.path) or {}, value_at(data, mistake.path)
     what = f"`{dotted(mistake.path)}` cannot be {show_value(value)}, must be {shape.accepts(node)}"
-    return what, _explain_slip(shape.options(node), value) or "change it, or take it out"
+    return what, _explain_slip(shape.options(node), value) or "change it, or remove it"
 
 
 def _explain_unknown(mistake: Mistake, _: Any, shape: Shape, origin: Origin, prefix: Path) -> Problem:
@@ -95,7 +95,7 @@ def _remedy(node: Node, shape: Shape, value: Any) -> str:
 
 
 def _explain_slip(options: Sequence[Node], value: Any) -> str | None:
-    """The remedy where quotes or a single letter make the difference."""
+    """Return the remedy for wrong quotes, or a typing mistake; None for anything else."""
     types = {option.get("type") for option in options}
     takes_numbers = bool(types & {"integer", "number"})
     if isinstance(value, bool | int | float):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from orchestrator.formatting import format_count
 from orchestrator.report.charts.training import training_charts
 from orchestrator.report.class_sections import class_sections
 from orchestrator.report.markup import Child, element, escape, join
-from orchestrator.report.numbers import count, duration, metric, moment, number, plain
+from orchestrator.report.numbers import duration, metric, moment, number, plain
 from orchestrator.report.page import Page, figures, kicker, section
 from orchestrator.report.records import Run, as_dict, finite_values, texts_of
 from orchestrator.report.tables import TableColumn, table
@@ -115,7 +116,7 @@ def key_figures(run: Run, main: str) -> list[tuple[str, str, str]]:
 
 def workers(run: Run) -> str:
     size = number(run.record.get("world_size"))
-    return "" if size is None else f"on {count(int(size), 'worker')}"
+    return "" if size is None else f"on {format_count(int(size), 'worker')}"
 
 
 def short_count(amount: float) -> str:

@@ -7,6 +7,7 @@ from statistics import mean, median
 
 from markupsafe import Markup
 
+from orchestrator.formatting import format_bytes, format_count
 from orchestrator.report.analysis import standard_deviation
 from orchestrator.report.charts.base import View
 from orchestrator.report.charts.cost import cost
@@ -17,7 +18,7 @@ from orchestrator.report.charts.progress import progress
 from orchestrator.report.charts.single import single
 from orchestrator.report.class_sections import class_sections
 from orchestrator.report.markup import Child, element, escape, join, render
-from orchestrator.report.numbers import count, difference, duration, file_size, metric, moment, number, plain
+from orchestrator.report.numbers import difference, duration, metric, moment, number, plain
 from orchestrator.report.page import Page, figures, kicker, section
 from orchestrator.report.records import Search, Trial, texts_of
 from orchestrator.report.trial_tables import failures, parameter_table, seed_scores, seed_table, trial_table
@@ -83,7 +84,7 @@ def lead(search: Search) -> Markup:
         gap = abs(score - median(scores))
         side = "better" if search.beats(score, median(scores)) else "worse"
         words = f"{metric(gap)} {side} than" if gap else "the same as"
-        parts.append(f", {words} the median of {count(len(scores), 'trial')}")
+        parts.append(f", {words} the median of {format_count(len(scores), 'trial')}")
     return join([*parts, "."])
 
 
@@ -102,7 +103,7 @@ def key_figures(search: Search) -> list[tuple[str, str, str]]:
     remark = ", ".join(f"{amount:,} {state}" for state, amount in sorted(states.items()))
     if search.reruns:
         num_reruns = len(all_trials(search)) - len(search.trials)
-        remark += f"; and {count(num_reruns, 'rerun')} with other seeds"
+        remark += f"; and {format_count(num_reruns, 'rerun')} with other seeds"
     found.append(("trials", f"{len(search.trials):,}", remark))
     if (seconds := number(search.record.get("seconds"))) is not None:
         found.append(("time", duration(seconds), at_a_time(search)))
@@ -120,7 +121,10 @@ def all_trials(search: Search) -> list[Trial]:
 
 def at_a_time(search: Search) -> str:
     concurrent, cores = number(search.record.get("concurrent")), number(search.record.get("cores"))
-    words = [f"{concurrent:.0f} at a time" if concurrent else "", f"on {count(int(cores), 'core')}" if cores else ""]
+    words = [
+        f"{concurrent:.0f} at a time" if concurrent else "",
+        f"on {format_count(int(cores), 'core')}" if cores else "",
+    ]
     return " ".join(word for word in words if word)
 
 
@@ -149,7 +153,9 @@ def near_words(search: Search, scores: list[float]) -> str:
     others = [trial for trial in search.ranked if search.winner is None or trial.id != search.winner.id]
     near = sum(not search.beats(worst, trial.score or 0.0) for trial in others)
     verdict = f"{near:,} are" if near > 1 else "one is" if near else "none is"
-    return f"Of {count(len(others), 'other trial')}, {verdict} within a deviation of the winner's mean, or better."
+    return (
+        f"Of {format_count(len(others), 'other trial')}, {verdict} within a deviation of the winner's mean, or better."
+    )
 
 
 def trials_words(search: Search) -> str:
@@ -162,7 +168,7 @@ def trials_words(search: Search) -> str:
 def all_notes(search: Search) -> list[str]:
     notes = [*texts_of(search.record.get("notes")), *texts_of(search.record.get("warnings"))]
     if search.num_unread:
-        notes.append(f"{count(search.num_unread, 'line')} of trials.jsonl could not be read and is not shown.")
+        notes.append(f"{format_count(search.num_unread, 'line')} of trials.jsonl could not be read and is not shown.")
     return notes
 
 
@@ -191,7 +197,7 @@ def describe_features(search: Search) -> str | None:
         return None
     size, seconds = number(features.get("bytes")), number(features.get("seconds"))
     boundaries = features.get("boundaries")
-    words = file_size(size) if size is not None else "yes"
+    words = format_bytes(size) if size is not None else "yes"
     if isinstance(boundaries, list) and boundaries:
         words += f" at {'boundary' if len(boundaries) == 1 else 'boundaries'} {', '.join(map(plain, boundaries))}"
     return words + (f"; made in {duration(seconds)}" if seconds is not None else "")

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either complete or ignored.
 
-All workers write into a hidden folder, and each hashes the files that it wrote; worker 0 puts the hashes into
-MANIFEST.json, renames the folder to its final name, and writes COMMITTED last, each step made durable before the next.
-Whatever is interrupted leaves either a folder that nobody reads or a whole checkpoint. On the way back every file is
-hashed again; a damaged checkpoint is set aside under another name, and the newest whole one is used.
+All workers write into a hidden folder, and each hashes its own files. Worker 0 writes the hashes into MANIFEST.json,
+renames the folder to its final name, and writes COMMITTED last; each step is flushed to the disk before the next one.
+An interruption at any point leaves either a folder that is ignored or a complete checkpoint. To resume, every file is
+hashed again; damaged checkpoints are renamed, and the newest intact one is used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from typing import Any
 
 from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
-from orchestrator.runs.directory import parse_object, write_atomically
+from orchestrator.runs.directory import write_atomically
+from orchestrator.runs.identity import IDENTITY, MANIFEST
 
-MANIFEST = "MANIFEST.json"
 COMMITTED = "COMMITTED"
 HASHED_AT_ONCE = 8
 STATE = "state.json"
-IDENTITY = "identity.json"
 _NAME = re.compile(r"step-(\d{8})")
 _LEFTOVER = re.compile(r"\.step-\d{8}\.partial")
 Files = dict[str, dict[str, Any]]
@@ -35,7 +34,7 @@ Files = dict[str, dict[str, Any]]
 
 
 class Superseded(Exception):
-    """Another attempt has taken over this run; this one must not write any more."""
+    """Raised where another attempt has taken over the run, so that this one must not write."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the loop knew at that step: counters, best score, running sums."""
+        """The state of the loop and its hooks at that step: counters, best score, running sums."""
         state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return state
 
@@ -57,8 +56,8 @@ class CheckpointStore:
 
     Args:
         folder: where checkpoints are kept; every worker sees it.
-        exchange: of all workers, of which worker 0 commits and deletes; None where this process is the only one.
-        may_commit: asked by worker 0 just before the commit; False when another attempt has taken over the run.
+        exchange: between all workers, of which worker 0 commits and deletes; None for a single process.
+        may_commit: called by worker 0 just before it commits; False if another attempt has taken over the run.
     """
 
     def __init__(
@@ -73,14 +72,14 @@ class CheckpointStore:
         self.may_commit = may_commit
         self.place = str(folder)
         self.identity: dict[str, Any] | None = None
-        """What the run was begun with, which stands with every checkpoint."""
+        """The recipe and fingerprints that the run started with, saved with every checkpoint."""
 
     def save(self, step: int, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
-        """Save one checkpoint; every worker calls this, and `write_files` puts its files into the folder it is given.
+        """Save a checkpoint; every worker calls this, and `write_files` writes its files into the folder it is given.
 
         Raises:
-            RunFailed: on every worker, when any of them could not write (a full disk), or when another attempt has
-                taken over the run. The checkpoints before it are as they were.
+            RunFailed: on every worker, if any of them cannot write (a full disk), or if another attempt has taken over
+                the run. Earlier checkpoints are unchanged.
         """
         partial = self.folder / f".step-{step:08d}.partial"
         self._together(partial, lambda: self._start(partial), only_first=True)
@@ -93,7 +92,7 @@ class CheckpointStore:
         self._together(partial, commit, only_first=True)
 
     def _together(self, partial: Path, action: Callable[[], None], only_first: bool = False) -> None:
-        """Do one part of saving; if it fails on any worker, clean up and fail on all (none is left waiting)."""
+        """Run one part of saving; if it fails on any worker, clean up and raise on all, so that none keeps waiting."""
         trouble = None
         if self.rank == 0 or not only_first:
             try:
@@ -106,7 +105,7 @@ class CheckpointStore:
         if trouble is not None:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise RunFailed(f"{trouble}; the checkpoints before it are whole")
+            raise RunFailed(f"{trouble}; earlier checkpoints are intact")
 
     def _start(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,9 +117,9 @@ class CheckpointStore:
             write_atomically(partial / IDENTITY, json.dumps(self.identity, ensure_ascii=False))
 
     def _write(self, partial: Path, write_files: Callable[[Path], None]) -> Files:
-        """Have all workers write; returns the files of all on worker 0.
+        """Run `write_files` on all workers; return the files of all of them on worker 0.
 
-        Each worker writes into a folder of its own first, so that it knows which files are its own.
+        Each worker writes into a folder of its own first, to tell its files from those of others.
         """
         files: Files = {}
         own = partial / f"worker-{self.rank}"
@@ -146,7 +145,7 @@ class CheckpointStore:
         flush_to_disk(partial)
         if not self.may_commit():
             raise Superseded("another attempt has taken over this run")
-        if final.exists():  # The same step of an earlier attempt: not committed, or judged damaged.
+        if final.exists():  # Of an earlier attempt, not committed or damaged.
             shutil.rmtree(final)
         partial.rename(final)
         flush_to_disk(self.folder)
@@ -154,20 +153,21 @@ class CheckpointStore:
         flush_to_disk(final)
 
     def committed_steps(self) -> list[int]:
-        """Steps with a COMMITTED mark, oldest first; their files are not looked at."""
+        """Return the steps of committed checkpoints, the oldest first; their files are not checked."""
         found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
         return sorted(int(path.name[5:]) for path in found if (path / COMMITTED).exists())
 
     def download(self, step: int) -> None:
-        """Have a checkpoint where this worker reads it; all workers call this. Here it always is."""
+        """Download a checkpoint to this node; all workers call this. Nothing to do on a disk that all of them see."""
 
     def at(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step, which need not exist."""
         return Checkpoint(self.folder / f"step-{step:08d}", step)
 
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose every file is as it was written, and notes about damaged ones set aside.
+        """Return the newest intact checkpoint, and notes on damaged ones, which are renamed.
 
-        Only worker 0 (or the command, before there are workers) calls this: it renames and removes.
+        Only worker 0 calls this, or the command before there are workers: it renames and removes folders.
         """
         notes: list[str] = []
         for leftover in self.folder.glob(".step-*"):
@@ -183,9 +183,9 @@ class CheckpointStore:
         return None, notes
 
     def prune(self, keep: int, best_step: int | None) -> None:
-        """Delete all but the newest `keep` committed checkpoints and the best one. Worker 0 only.
+        """Delete all but the newest `keep` committed checkpoints and the best one; worker 0 alone calls this.
 
-        COMMITTED goes first, so that an interrupted deletion leaves nothing that looks whole.
+        COMMITTED is deleted first, so that an interrupted deletion leaves no folder that looks complete.
         """
         for step in self.committed_steps()[:-keep]:
             if step != best_step:
@@ -195,7 +195,7 @@ class CheckpointStore:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words; None when every file is as its manifest says."""
+    """Return the damage of a checkpoint in a few words; None if every file matches its manifest."""
     try:
         if (folder / COMMITTED).read_text(encoding="utf-8").strip() != hash_file(folder / MANIFEST):
             return "its manifest was changed"
@@ -217,20 +217,8 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def read_identity(read: Callable[[str], bytes | None]) -> dict[str, Any]:
-    """Return what the run was begun with that left a checkpoint; {} where it does not say, or no longer.
-
-    Args:
-        read: gives the content of a file of the checkpoint, or None.
-    """
-    data = read(IDENTITY)
-    if data is None:
-        return {}
-    expected = parse_object(read(MANIFEST)).get("files", {}).get(IDENTITY, {}).get("sha256")
-    return parse_object(data) if hashlib.sha256(data).hexdigest() == expected else {}
-
-
 def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint; return its new path."""
     number = 1
     while (aside := folder.with_name(f"damaged-{number}-{folder.name}")).exists():
         number += 1
@@ -238,7 +226,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def describe_files(folder: Path, known: Files | None = None) -> Files:
-    """Return size and hash of every file in a folder, by their paths in it; what is new is made durable.
+    """Return size and hash of every file in a folder, by its path there; flush new files to the disk.
 
     Args:
         known: files that are described already.
@@ -258,7 +246,7 @@ def hash_file(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power cut."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

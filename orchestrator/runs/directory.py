@@ -1,12 +1,11 @@
-"""One directory with everything about one training, and the records in it.
+"""The run directory and its records.
 
-Every record is written aside and renamed, so that a reader (or the next attempt) never sees half of one.
+Every record is written to a temporary file, then renamed, so that a reader never sees half of one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -14,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from orchestrator.errors import InputError, Problem
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a whole new one, durable before it is visible."""
+    """Replace a file. The new content is on the disk before it is visible."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -32,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, which JSON can hold."""
+    """Return the value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -41,7 +42,7 @@ def finite(value: Any) -> Any:
 
 
 def parse_object(data: bytes | None) -> dict[str, Any]:
-    """Return a JSON object; an empty one for what is none, such as a torn file or no file."""
+    """Parse a JSON object; return an empty one for anything else, such as None or half a file."""
     try:
         found = json.loads(data or b"")
     except (ValueError, RecursionError):
@@ -50,16 +51,17 @@ def parse_object(data: bytes | None) -> dict[str, Any]:
 
 
 DESCRIPTION = "transfer.json"
-"""The file in a model directory that says how it was trained; transformers does not read it."""
+"""The file in a model directory that describes how the model was trained; transformers does not read it."""
+LOCK = ".lock"
 
 
 class RunDirectory:
-    """Names and records of a run directory (design, section 5)."""
+    """Paths and records of a run directory on a disk."""
 
     leads_node = True
-    """Whether this worker does for its node what is done there once."""
+    """Whether this worker does the work that each node needs once."""
     kind = "run"
-    """What the directory is made for: a run or a search."""
+    """The purpose of the directory: `run` or `search`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -73,18 +75,18 @@ class RunDirectory:
         self.logs = root / "logs"
 
     def create(self) -> None:
-        """Make the directory, without access for others (it may hold private data)."""
+        """Create the directory, without access for other users: it may hold private data."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)
 
     @property
     def place(self) -> str:
-        """Where the run is, for people."""
+        """The path or URL of the run, as users know it."""
         return str(self.root)
 
     def names(self) -> set[str]:
-        """Return the names of the files and folders in it, without hidden ones."""
+        """Return the names of its files and folders, without hidden ones."""
         found = self.root.iterdir() if self.root.is_dir() else ()
         return {path.name for path in found if not path.name.startswith(".")}
 
@@ -96,35 +98,44 @@ class RunDirectory:
         return any(self.checkpoints.glob("step-*"))
 
     def download(self) -> None:
-        """Have the records here as they are where the run is kept: nothing to do where that is here."""
+        """Copy the records from an object store to this machine; nothing to do for a directory on a disk."""
 
     def upload(self) -> None:
-        """Have the records where the run is kept as they are here; and so the next ones."""
+        """Copy the records to the object store."""
 
-    def upload_logs(self) -> None: ...
+    def upload_logs(self) -> None:
+        """Copy the logs to the object store."""
 
-    def upload_results(self) -> None: ...
+    def upload_results(self) -> None:
+        """Copy the model and the records to the object store."""
 
-    def upload_progress(self) -> None: ...
+    def upload_progress(self) -> None:
+        """Copy the progress to the object store, at most every few seconds."""
 
-    def download_progress(self) -> None: ...
+    def download_progress(self) -> None:
+        """Copy the progress from the object store."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Remove what a finished run no longer needs from this machine's copy."""
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run against a second command on this machine; the lock ends with the process, however it ends."""
+    def lock(self) -> Iterator[None]:
+        """Lock the directory against a second command on this machine; the lock ends with the process, however it ends.
+
+        Raises:
+            InputError: another command holds the lock.
+        """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(FileLock(self.root / LOCK, timeout=0))
+            except Timeout:
                 remedy = "wait for it, stop it, or give another --output"
                 raise InputError(Problem("another command is running in this directory", self.place, remedy)) from None
             yield
 
     def set_aside(self) -> str:
-        """Move the whole directory to a free name beside it; returns that name."""
+        """Rename the directory to a free name next to it; return that name."""
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
             number += 1
@@ -132,39 +143,40 @@ class RunDirectory:
         return str(aside)
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file of the run, as it is where the run is kept; None where there is none."""
+        """Return the content of a file of the run, from the object store if it is kept there; None if it is missing."""
         try:
             return (self.root / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read_record(self) -> dict[str, Any]:
-        """run.json, or an empty dict where there is none (or only a damaged one: it is rebuilt)."""
+        """Return the content of run.json; {} where it is missing or damaged."""
         return parse_object(self.read(self.record.name))
 
     def read_result(self) -> dict[str, Any]:
-        """Return the content of result.json; {} where there is none, or a damaged one."""
+        """Return the content of result.json; {} where it is missing or damaged."""
         return parse_object(self.result.read_bytes()) if self.result.exists() else {}
 
     def has_finished(self) -> bool:
-        """Whether the result is there and whole, and so is the model's description, unless the model was taken away."""
+        """Whether result.json is whole, and the model's description too, unless the model was removed."""
         description = self.read(f"{self.model.name}/{DESCRIPTION}")
         is_whole = bool(parse_object(description)) or self.model.name not in self.names()
         return bool(self.read_result()) and is_whole
 
     def update_record(self, **changes: Any) -> dict[str, Any]:
+        """Change entries of run.json; return its new content."""
         record = {**self.read_record(), **changes}
         write_json(self.record, finite(record))
         return record
 
-    def note(self, text: str) -> None:
-        """Keep a sentence about the run that its user should see at the end."""
+    def add_note(self, text: str) -> None:
+        """Add a sentence to run.json that users see at the end of the run."""
         notes = self.read_record().get("notes", [])
-        if text not in notes:  # A run that goes on finds out the same again.
+        if text not in notes:  # A resumed run makes the same observations.
             self.update_record(notes=[*notes, text])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a torn last line is passed over."""
+        """Return the rows of metrics.jsonl, without damaged ones."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_bytes().split(b"\n")
@@ -175,7 +187,7 @@ class RunDirectory:
             file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
     def forget_metrics_after(self, step: int) -> int:
-        """Drop the rows of steps that a resumed run will take again; returns how many of its training are left."""
+        """Drop the rows of steps that a resumed run takes again; return the number of rows left but those of *test*."""
         kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
         write_atomically(self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         return sum(row.get("split") != "test" for row in kept)

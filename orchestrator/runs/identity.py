@@ -1,13 +1,15 @@
-"""What a run was begun with: its recipe, and the fingerprints of its source and data.
+"""The identity of a run: its recipe, and the fingerprints of its source and data.
 
-It stands with every checkpoint, under the checkpoint's hashes, so that a run is held against it even where its own
-records are damaged or missing. Where no checkpoint tells it, the records do.
+It is saved with every checkpoint, and covered by the checkpoint's hashes, so that a resumed run is compared with it
+even where the run's own records are damaged or missing. Without a checkpoint, the records are used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +18,14 @@ import yaml
 
 from orchestrator.errors import InputError, Problem, RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
-from orchestrator.runs.checkpoint import IDENTITY, read_identity
 from orchestrator.runs.directory import RunDirectory, parse_object
 
+IDENTITY, MANIFEST = "identity.json", "MANIFEST.json"
+"""Files of a checkpoint: its identity, and the hashes of all its files."""
 Names = dict[str, set[str]]
-# Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.
+# Locations of source and data, which may differ on another cluster; their contents are compared by fingerprint.
 PLACES = {"source": {"model"}, "target": {"data"}}
-# Parts of a recipe that may change between the attempts of one run: they do not change what is learned.
+# Keys of a recipe that may change between the attempts of a run, because they do not change what is learned.
 FREE_TO_CHANGE: Names = {
     **PLACES,
     "": {"search"},
@@ -34,7 +37,7 @@ REMEDY = "use --fresh to start over (the old directory is kept under another nam
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run was begun with, as far as it is known."""
+    """The identity of a run; unknown parts are None."""
 
     recipe: str | None = None
     """Its YAML text, every default written out."""
@@ -42,23 +45,23 @@ class Identity:
     """Of the source and of each split."""
     attempt: int = 0
     chosen: dict[str, Any] | None = None
-    """Places of the recipe that a plan has filled in, with their values."""
+    """Keys of the recipe that a plan has chosen values for."""
 
 
 def identity_to_keep(
     recipe: Recipe, fingerprints: dict[str, str], directory: RunDirectory, attempt: int = 0
 ) -> dict[str, Any]:
-    """Return what is to stand with each checkpoint of this attempt, as JSON has it."""
-    # As the command wrote it: the workers' own recipe has the number of workers and the passes of the moment.
+    """Return the identity to save with each checkpoint of this attempt, as JSON values."""
+    # The recipe that the command wrote: that of a worker has the current number of workers and size of passes.
     text = directory.read(directory.recipe.name)
     written = dump_recipe(recipe) if text is None else text.decode("utf-8", errors="replace")
     return asdict(Identity(written, fingerprints, attempt, directory.read_record().get("chosen")))
 
 
-def kept_identities(directory: RunDirectory) -> list[Identity]:
-    """Return what the checkpoints in a directory say, the newest first; [] where they are of an older version.
+def checkpoint_identities(directory: RunDirectory) -> list[Identity]:
+    """Return the identities that checkpoints hold, the newest first; those of older versions hold none.
 
-    A search has no checkpoints of its own, and keeps it in a file beside its records.
+    A search has no checkpoints of its own; its identity is in a file next to its records.
     """
     if directory.kind == "search":
         found = [parse_object(directory.read(IDENTITY))]
@@ -68,22 +71,35 @@ def kept_identities(directory: RunDirectory) -> list[Identity]:
     return [Identity(**{name: value for name, value in each.items() if name in known}) for each in found if each]
 
 
+def read_identity(read: Callable[[str], bytes | None]) -> dict[str, Any]:
+    """Return the identity that is saved with a checkpoint; {} where it is missing or damaged.
+
+    Args:
+        read: returns the content of a file of the checkpoint, or None.
+    """
+    data = read(IDENTITY)
+    if data is None:
+        return {}
+    expected = parse_object(read(MANIFEST)).get("files", {}).get(IDENTITY, {}).get("sha256")
+    return parse_object(data) if hashlib.sha256(data).hexdigest() == expected else {}
+
+
 def _read_within(directory: RunDirectory, checkpoint: str, name: str) -> bytes | None:
     return directory.read(f"{directory.checkpoints.name}/{checkpoint}/{name}")
 
 
 def recorded_identity(directory: RunDirectory) -> Identity:
-    """Return what the directory's own records say."""
+    """Return the identity by the directory's own records."""
     text = directory.read(directory.recipe.name)
     recipe = None if text is None else text.decode("utf-8", errors="replace")
     return Identity(recipe, directory.read_record().get("identity"))
 
 
 def refuse_another_run(recipe: Recipe, fingerprints: dict[str, str], directory: RunDirectory) -> list[str]:
-    """Raise InputError that names what changed, unless a run is gone on with on the same recipe, data and source.
+    """Raise InputError that names all changes, unless recipe, data and source are those that the run started with.
 
     Returns:
-        What could not be held against anything, as sentences for the user.
+        Sentences for the user about what could not be compared.
     """
     if not (directory.result.exists() or directory.has_checkpoints()):
         return []
@@ -94,15 +110,15 @@ def refuse_another_run(recipe: Recipe, fingerprints: dict[str, str], directory: 
 
 
 def refuse_changes(recipe: Recipe, fingerprints: dict[str, str], directory: RunDirectory, free: Names) -> list[str]:
-    """Raise InputError that names what changed since what is in the directory was begun.
+    """Raise InputError that names all changes since the run or search in the directory started.
 
     Args:
-        free: what may change, as names in sections of the recipe.
+        free: keys that may change, by section of the recipe.
 
     Returns:
-        What could not be held against anything, as sentences for the user.
+        Sentences for the user about what could not be compared.
     """
-    kept = kept_identities(directory) or [recorded_identity(directory)]
+    kept = checkpoint_identities(directory) or [recorded_identity(directory)]
     recipes = [values for each in kept if (values := read_values(each.recipe)) is not None]
     known = [each.fingerprints for each in kept if each.fingerprints]
     now = read_values(dump_recipe(recipe)) or {}
@@ -127,30 +143,31 @@ def refuse_changes(recipe: Recipe, fingerprints: dict[str, str], directory: RunD
 
 
 def unknown_parts(directory: RunDirectory, has_recipe: bool, has_fingerprints: bool) -> list[str]:
+    """Return sentences for the user about what could not be compared."""
     record = directory.record.name
-    found = [] if directory.read_record() else [f"{record} was damaged or missing: what it told of before is lost"]
+    found = [] if directory.read_record() else [f"{record} was damaged or missing: its earlier entries are lost"]
     missing = [] if has_recipe else [(directory.recipe.name, "the recipe is")]
     missing += [] if has_fingerprints else [(record, "source and data are")]
     return found + [f"without {name}, whether {what} as before could not be checked" for name, what in missing]
 
 
 def last_attempt(directory: RunDirectory) -> int:
-    """Return the number of the last attempt, as the record or the checkpoints have it; 0 where there was none."""
+    """Return the number of the last attempt by the record or the checkpoints; 0 where there was none."""
     recorded = directory.read_record().get("attempt", 0)
-    return max([int(recorded), *(each.attempt for each in kept_identities(directory))])
+    return max([int(recorded), *(each.attempt for each in checkpoint_identities(directory))])
 
 
-def earlier_choice(directory: RunDirectory) -> dict[str, Any] | None:
-    """Return what a plan chose when the run began; None where none did."""
-    every = [directory.read_record().get("chosen"), *(each.chosen for each in kept_identities(directory))]
+def recorded_choice(directory: RunDirectory) -> dict[str, Any] | None:
+    """Return the values that a plan chose when the run started; None where there was no plan."""
+    every = [directory.read_record().get("chosen"), *(each.chosen for each in checkpoint_identities(directory))]
     return next((each for each in every if each is not None), None)
 
 
 def read_values(text: str | None) -> dict[str, Any] | None:
-    """Return what a recipe's text says, with the defaults of today; None where it is none, or only a part of one."""
+    """Return the values of a recipe's text, with today's defaults; None where the text is not a whole recipe."""
     if text is None:
         return None
-    with contextlib.suppress(RecipeError):  # An older version may have had no place for what has its default now.
+    with contextlib.suppress(RecipeError):  # A recipe of an older version may lack keys that have defaults now.
         text = dump_recipe(parse_recipe(text))
     try:
         found = yaml.safe_load(text)
@@ -160,11 +177,12 @@ def read_values(text: str | None) -> dict[str, Any] | None:
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Return the keys whose values differ."""
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], free: Names, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted paths whose values differ and matter, with both values."""
+    """Return the dotted paths whose values differ and may not, with both values."""
     found = []
     for key in {**old, **new}:
         here = f"{path}.{key}" if path else key

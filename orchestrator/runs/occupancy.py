@@ -1,4 +1,4 @@
-"""What a directory holds before a run or a search begins in it: a run, a search, nothing, or somebody's files."""
+"""Find out whether a directory holds a run, a search, other files or nothing, before it is used."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from orchestrator.runs.directory import RunDirectory
 SEARCH_FILES = {"search.json", "trials.jsonl"}
 RUN_FILE = "run.json"
 RESULTS = {"recipe.yaml", "metrics.jsonl", "result.json"}
-"""Files that only a run leaves together, where its run.json is missing."""
+"""Files that together identify a run whose run.json is missing."""
 SKELETON = {"checkpoints", "logs", "trials"}
-"""Folders that are made before the first record is written."""
+"""Folders that exist before the first record is written."""
 KINDS = {"run": "a training", "search": "a search"}
-NAMED = 5
+MOST_NAMED = 5
 
 
-def kind_held(directory: RunDirectory) -> str | None:
-    """Return "run" or "search", whichever the directory holds; None where it holds neither."""
+def find_kind(directory: RunDirectory) -> str | None:
+    """Return "run" or "search" for a directory that holds one; otherwise None."""
     names = directory.names()
     if names & SEARCH_FILES:
         return "search"
     return "run" if RUN_FILE in names or names >= RESULTS or directory.has_checkpoints() else None
 
 
-def refuse_other_use(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
-    """Raise InputError unless the directory is free, or holds what is to go on in it.
+def refuse_occupied_directory(directory: RunDirectory, recipe: Recipe, fresh: bool) -> None:
+    """Raise InputError unless the directory is free, or holds a run (or search) that can be resumed.
 
     Args:
-        fresh: the directory is to be moved aside.
+        fresh: the directory will be renamed first.
     """
-    wanted, held = KINDS[directory.kind], kind_held(directory)
+    wanted, held = KINDS[directory.kind], find_kind(directory)
     if held is not None and held != directory.kind:
         what = f"the directory holds {KINDS[held]}, and {wanted} needs a directory of its own"
         raise InputError(Problem(what, directory.place, f"give another one, such as --output {directory.place}-2"))
     read = list(files_in(directory.root, recipe)) if directory.place == str(directory.root) else []
     if held is None and (others := directory.names() - SKELETON):
-        some = ", ".join(sorted(others)[:NAMED]) + (", ..." if len(others) > NAMED else "")
+        some = ", ".join(sorted(others)[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
         roles = f"; the recipe reads its {' and '.join(role for role, _ in read)} there" if read else ""
-        what = f"the directory holds files that are not those of {wanted}: {some}{roles}"
+        what = f"the directory holds files that do not belong to {wanted}: {some}{roles}"
         raise InputError(Problem(what, directory.place, "give --output a directory that is empty or does not exist"))
     if fresh and held is not None and read:
         role, where = read[0]
@@ -51,7 +51,7 @@ def refuse_other_use(directory: RunDirectory, recipe: Recipe, fresh: bool) -> No
 
 
 def files_in(folder: Path, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield what the recipe reads from a folder or from below it, with the place in the recipe that says so."""
+    """Yield what the recipe reads from a folder or below it (`data`, ...), with the line of the recipe."""
     found: list[tuple[str, str]] = []
 
     def look(place: str, text: str) -> str:

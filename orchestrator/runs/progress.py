@@ -1,4 +1,4 @@
-"""How far a run is: kept by worker 0 in a small file, shown by the command as one live line."""
+"""The progress of a run: worker 0 writes it to a small file, the command shows it as one live line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from orchestrator.formatting import format_duration
+
 _FILE = ".progress.json"
 _SECONDS_BETWEEN_WRITES = 0.2
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
-_SECONDS_BETWEEN_BRINGING = 5.0
+_SECONDS_BETWEEN_DOWNLOADS = 5.0
 
 
 class ProgressFile:
-    """Worker 0's side: the latest state, written at most a few times a second.
+    """Writes the latest state, at most a few times a second; used by worker 0.
 
     Args:
-        send: called after each write, where the command has another folder.
+        upload: called after each write, where the command sees another folder.
     """
 
     def __init__(self, folder: Path, upload: Callable[[], None] = lambda: None) -> None:
@@ -32,19 +34,19 @@ class ProgressFile:
         self.written = 0.0
 
     def show(self, force: bool = False, **state: Any) -> None:
-        """Keep `state` for whoever watches; without `force`, only when the last write is a moment ago."""
+        """Write `state`; without `force`, only if the last write was a moment ago."""
         now = time.monotonic()
         if force or now - self.written >= _SECONDS_BETWEEN_WRITES:
             self.written = now
             temporary = self.path.with_name(f"{_FILE}.partial")
-            with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
+            with contextlib.suppress(OSError):  # The progress is only shown.
                 temporary.write_text(json.dumps(state), encoding="utf-8")
                 temporary.replace(self.path)
             self.upload()
 
 
 def describe(state: dict[str, Any]) -> str:
-    """One line: phase, step, loss, select metric, examples per second, time left."""
+    """Return one line: phase, step, loss, select metric, examples per second, time left."""
     parts = [state["phase"]]
     if "step" in state:
         parts.append(f"step {state['step']}/{state['steps']}")
@@ -55,22 +57,12 @@ def describe(state: dict[str, Any]) -> str:
     if state.get("examples_per_second"):
         parts.append(f"{state['examples_per_second']:.0f} examples/s")
     if state.get("seconds_left") is not None:
-        parts.append(f"{format_seconds(state['seconds_left'])} left")
+        parts.append(f"{format_duration(state['seconds_left'], whole=True)} left")
     return "  ".join(parts)
 
 
-def format_seconds(seconds: float) -> str:
-    """`8 s`, `2 min 5 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-class LiveLine:
-    """The command's side: one line that is rewritten in a terminal; now and then a plain line elsewhere."""
+class ProgressLine:
+    """Shows the progress: one line that is rewritten in a terminal, or a new line now and then elsewhere."""
 
     def __init__(self, folder: Path, out: TextIO) -> None:
         self.path = folder / _FILE
@@ -81,6 +73,7 @@ class LiveLine:
         self.last_printed = 0.0
 
     def refresh(self) -> None:
+        """Show the state of the file, if there is anything new."""
         try:
             state = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -97,17 +90,18 @@ class LiveLine:
         self.out.flush()
 
     def clear(self) -> None:
+        """Erase the line from a terminal."""
         if self.live and self.last_text:
             self.out.write("\r\033[K")
             self.out.flush()
 
 
 @contextlib.contextmanager
-def own_stream(out: TextIO) -> Iterator[TextIO]:
-    """The same screen through a descriptor of our own: while a run goes on, the process's own output goes to a file."""
+def duplicate_stream(out: TextIO) -> Iterator[TextIO]:
+    """Yield a stream to the same terminal or file that stays open while the process's own output goes to a log."""
     try:
         descriptor = os.dup(out.fileno())
-    except io.UnsupportedOperation:  # A stream in memory stays what it is.
+    except io.UnsupportedOperation:  # A stream in memory.
         yield out
         return
     with os.fdopen(descriptor, "w", encoding="utf-8") as screen:
@@ -115,17 +109,19 @@ def own_stream(out: TextIO) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], None] = lambda: None) -> Iterator[None]:
+def show_progress(
+    folder: Path, out: TextIO | None = None, download: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Show the progress of the run in `folder` while the body runs.
 
     Args:
-        bring: called every few seconds, where the workers have another folder.
+        download: called every few seconds, where the workers write to another folder.
     """
     (folder / _FILE).unlink(missing_ok=True)
     done = threading.Event()
-    with own_stream(out or sys.stderr) as screen:
-        line = LiveLine(folder, screen)
-        thread = threading.Thread(target=watch, args=(line, done, download), name="progress", daemon=True)
+    with duplicate_stream(out or sys.stderr) as screen:
+        line = ProgressLine(folder, screen)
+        thread = threading.Thread(target=refresh_until_done, args=(line, done, download), name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -136,10 +132,10 @@ def live_line(folder: Path, out: TextIO | None = None, download: Callable[[], No
             (folder / _FILE).unlink(missing_ok=True)
 
 
-def watch(line: LiveLine, done: threading.Event, download: Callable[[], None]) -> None:
-    brought = 0.0
+def refresh_until_done(line: ProgressLine, done: threading.Event, download: Callable[[], None]) -> None:
+    last_download = 0.0
     while not done.wait(_SECONDS_BETWEEN_WRITES):
-        if time.monotonic() - brought > _SECONDS_BETWEEN_BRINGING:
+        if time.monotonic() - last_download > _SECONDS_BETWEEN_DOWNLOADS:
             download()
-            brought = time.monotonic()
+            last_download = time.monotonic()
         line.refresh()

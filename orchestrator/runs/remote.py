@@ -1,8 +1,8 @@
-"""A run directory in an object store, worked on in copies: one where the command runs, one on each node with workers.
+"""A run directory in an object store, with a copy on the machine of the command and on each node with workers.
 
-The object store decides. run.json is read there each time; the other records are brought when a copy is opened, and
-sent when a checkpoint is committed and at the end, result.json last. What a node loses with its copy is what came
-after the last checkpoint, which a resumed run forgets in any case.
+The object store is authoritative. run.json is read there each time; the other records are downloaded when a copy is
+opened, and uploaded when a checkpoint is committed and at the end, result.json last. A node that is lost takes only
+records with it that are newer than the last checkpoint, which a resumed run drops in any case.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.cache import cache_folder
-from orchestrator.runs.directory import RunDirectory, write_atomically
+from orchestrator.runs.directory import LOCK, RunDirectory, write_atomically
 from orchestrator.storage import RemoteFolder, is_url, join, split
 
 RECORDS = ("recipe.yaml", "metrics.jsonl", "predictions.parquet", "report.html", "result.json")
-"""In the order in which they are sent. Not run.json: it is changed there, so that no copy of it overwrites another."""
+"""In the order of their upload. Not run.json: it is updated in the store, so that no copy overwrites it."""
 PROGRESS = ".progress.json"
 SECONDS_BETWEEN_PROGRESS = 5.0
 
 
 def open_run(place: str | Path, holder: str = "command") -> RunDirectory:
-    """The run directory at a path or a URL.
+    """Open the run directory at a path or a URL.
 
     Args:
-        holder: tells copies on one machine apart: those of the command, and of each node's workers.
+        holder: names the copy of an object store's directory: a machine may have one of the command, and one of its
+            workers.
     """
     if isinstance(place, str) and is_url(place):
         return RemoteRunDirectory(place, holder)
@@ -44,8 +45,8 @@ class RemoteRunDirectory(RunDirectory):
         self._home, name = split(url)
         digest = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
         super().__init__(cache_folder() / "runs" / f"{name}-{digest}" / holder)
-        self._sending: threading.Thread | None = None
-        self._sent = 0.0
+        self._upload: threading.Thread | None = None
+        self._last_upload = 0.0
 
     @property
     def place(self) -> str:
@@ -59,10 +60,9 @@ class RemoteRunDirectory(RunDirectory):
         self.download()
 
     def download(self) -> None:
-        """Have the records here as they are there."""
-        there = self.remote.names()
+        stored = self.remote.names()
         for name in (*RECORDS, self.record.name):
-            if name not in there or not self.remote.download(name, self.root / name):
+            if name not in stored or not self.remote.download(name, self.root / name):
                 (self.root / name).unlink(missing_ok=True)
 
     def upload(self) -> None:
@@ -106,21 +106,21 @@ class RemoteRunDirectory(RunDirectory):
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != ".lock":  # It is held.
+            elif path.name != LOCK:  # Held by this command.
                 path.unlink()
         return aside.url
 
     def upload_progress(self) -> None:
-        """Send how far the run is, every few seconds, while the run goes on."""
         now = time.monotonic()
-        if now - self._sent < SECONDS_BETWEEN_PROGRESS or (self._sending is not None and self._sending.is_alive()):
+        is_uploading = self._upload is not None and self._upload.is_alive()
+        if is_uploading or now - self._last_upload < SECONDS_BETWEEN_PROGRESS:
             return
-        self._sent = now
-        self._sending = threading.Thread(target=self._send_progress, name="send-progress", daemon=True)
-        self._sending.start()
+        self._last_upload = now
+        self._upload = threading.Thread(target=self._upload_progress, name="upload-progress", daemon=True)
+        self._upload.start()
 
-    def _send_progress(self) -> None:
-        with contextlib.suppress(OSError):  # Only a line on the screen depends on it.
+    def _upload_progress(self) -> None:
+        with contextlib.suppress(OSError):  # The progress is only shown.
             self.remote.upload(self.root / PROGRESS, PROGRESS)
 
     def download_progress(self) -> None:
@@ -130,6 +130,5 @@ class RemoteRunDirectory(RunDirectory):
                 write_atomically(self.root / PROGRESS, data.decode())
 
     def finish(self) -> None:
-        """Forget the checkpoints of this copy, once the run has ended well."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.remote.delete(PROGRESS)

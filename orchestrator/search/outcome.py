@@ -98,7 +98,7 @@ class OneTrial(abc.ABC):
             return
         found, notes = CheckpointStore(self.directory.checkpoints).newest_valid()
         for note in notes:
-            self.directory.note(note)
+            self.directory.add_note(note)
         step = 0 if found is None else found.step
         self.changes.forget_after(step)
         self.spec = Spec(self.spec.id, self.changes.after(step))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from orchestrator.launch.placement import Nodes, count_room, least_size, refuse_without_room
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.worker_resources import Nodes, count_room, minimum_resources, refuse_without_room
 from orchestrator.search.plan import Plan
 from orchestrator.training.engine.sizes import BYTES_IN_TRAINING
 
@@ -52,7 +52,7 @@ def trial_resources(recipe: Recipe, nodes: Nodes) -> TrialResources:
     Raises:
         ClusterError: the cluster can never hold one.
     """
-    each = least_size(recipe, nodes)
+    each = minimum_resources(recipe, nodes)
     refuse_without_room(recipe, recipe.scale.workers, each, nodes, is_trial=True)
     return TrialResources({kind: float(number) for kind, number in each.items() if number}, recipe.scale.workers)
 

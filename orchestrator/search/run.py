@@ -13,18 +13,18 @@ from typing import Any, TextIO
 from orchestrator.errors import InputError, OrchestratorError, Problem
 from orchestrator.launch import import_ahead
 from orchestrator.launch.cluster import ray_cluster
-from orchestrator.launch.ray_train import output_to
 from orchestrator.launch.train import check_directory, create_directory, set_aside
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.conditions import cases_of
 from orchestrator.report import write_report
 from orchestrator.runs.identity import PLACES, refuse_changes
-from orchestrator.runs.occupancy import kind_held
-from orchestrator.runs.progress import own_stream
+from orchestrator.runs.logs import redirect_output
+from orchestrator.runs.occupancy import find_kind
+from orchestrator.runs.progress import duplicate_stream
 from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows, read_rows
 from orchestrator.search.space import FREEZE
 from orchestrator.storage import is_url
-from orchestrator.training.interruption import Interruption
+from orchestrator.training.interruption import InterruptHandler
 from orchestrator.training.prepare import encode_inputs, read_inputs
 
 FREE_TO_CHANGE = {
@@ -82,7 +82,7 @@ def search(
         raise InputError(Problem(f"a search needs a folder, and {place} is none", where, remedy))
     directory = SearchDirectory(Path(output or default_output(recipe)).absolute())
     check_directory(directory, recipe, fresh)
-    with Interruption().listening(), contextlib.ExitStack() as stack:
+    with InterruptHandler().installed(), contextlib.ExitStack() as stack:
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = cluster_when_needed(recipe, stack)
         # These need torch, which takes seconds to import: Ray starts meanwhile.
@@ -95,10 +95,10 @@ def search(
         if fresh:
             set_aside(directory)
         create_directory(directory)
-        stack.enter_context(directory.locked())
+        stack.enter_context(directory.lock())
         notes = (
             refuse_changes(plan.prepared.recipe, plan.prepared.identity, directory, FREE_TO_CHANGE)
-            if kind_held(directory)
+            if find_kind(directory)
             else []
         )
         record = directory.read_record()
@@ -107,8 +107,8 @@ def search(
         notes += drop_damaged_rows(directory.rows)
         shown = None
         if screen is not None:
-            shown = stack.enter_context(own_stream(screen))
-            stack.enter_context(output_to(directory.logs / "command.log"))
+            shown = stack.enter_context(duplicate_stream(screen))
+            stack.enter_context(redirect_output(directory.logs / "command.log"))
         try:
             course.begin_record(plan, directory, notes)
             course.run(plan, directory, shown, wait_for_cluster)

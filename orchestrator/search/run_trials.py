@@ -11,9 +11,8 @@ from orchestrator.errors import RunFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
-from orchestrator.runs.checkpoint import IDENTITY
 from orchestrator.runs.directory import write_atomically, write_json
-from orchestrator.runs.identity import identity_to_keep
+from orchestrator.runs.identity import IDENTITY, identity_to_keep
 from orchestrator.search.batched_trials import NoFeatures
 from orchestrator.search.batching import pack_trials
 from orchestrator.search.local_runner import Here, can_run_here

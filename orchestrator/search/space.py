@@ -29,7 +29,7 @@ from orchestrator.recipe.conditions import (
 )
 from orchestrator.recipe.load import build_recipe
 from orchestrator.recipe.origin import Origin
-from orchestrator.recipe.rules import tell
+from orchestrator.recipe.rules import as_problems
 from orchestrator.recipe.schema import Case
 from orchestrator.recipe.wording import write_value
 from orchestrator.search.defaults import default_space
@@ -92,7 +92,7 @@ class Space:
             RecipeError: the choices alone make more points.
         """
         combinations = Combinations(self.recipe, self.cases)
-        if problems := tell(self.recipe, find_in_grid(combinations, trials)):
+        if problems := as_problems(self.recipe, find_in_grid(combinations, trials)):
             raise RecipeError(problems)
         counts = self._count_points(combinations, trials)
 

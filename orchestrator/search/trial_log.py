@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from orchestrator.runs.progress import format_seconds
+from orchestrator.formatting import format_duration
 from orchestrator.search.changes import Changes
 from orchestrator.search.outcome import Outcome, history, read_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows
@@ -161,7 +161,9 @@ class Ledger:
         left = elapsed / done_now * (self.num_trials - ended) if done_now and not self.end_together else None
         running = sum(entry.began is not None for entry in self.running.values())
         head = f"{ended}/{self.num_trials} trials ended, {running} in progress"
-        head += f", {format_seconds(elapsed)}" + (f", about {format_seconds(left)} left" if left else "")
+        head += f", {format_duration(elapsed, whole=True)}" + (
+            f", about {format_duration(left, whole=True)} left" if left else ""
+        )
         shown = [self._line(row) for row in self._leaders]
         failed = [f"  {self._failed} failed; their reasons are in trials.jsonl"] if self._failed else []
         return [head, *shown, *failed]

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.launch.cluster import cluster_nodes
-from orchestrator.launch.ray_train import run_crew
+from orchestrator.launch.ray_train import run_worker_group
 from orchestrator.search.batched_trials import Pack
 from orchestrator.search.outcome import Spec
 from orchestrator.search.records import SearchDirectory
@@ -84,7 +84,7 @@ def make_workplace(
         def hire() -> Crew:
             folder = directory.logs / "crews" / uuid.uuid4().hex[:8]
             work = partial(serve, folder, root, boundaries, metric, threads)
-            return Crew(folder, partial(run_crew, prepared, work, resources, folder))
+            return Crew(folder, partial(run_worker_group, prepared, work, resources, folder))
 
         foreman = Foreman(hire)
     bench = Bench(prepared, boundaries, directory.rows, metric, keep)

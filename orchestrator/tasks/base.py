@@ -99,7 +99,7 @@ class Encoded(ABC):
         """
 
     def packed_batch(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Return the same examples one after the other in a single row: what the model computes of each stays as it is."""
+        """Return the same examples one after the other in a single row; the model computes the same for each."""
         raise NotImplementedError
 
     def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:

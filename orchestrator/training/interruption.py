@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM while a command trains: the step that is being taken is finished and saved, then the command ends.
+"""Ctrl-C and SIGTERM during a training: the current step is finished and saved, then the command ends.
 
-Where no step is being taken, the first signal ends the command at once; the second one does everywhere.
+Outside of training steps the first signal ends the command at once; everywhere else the second one does.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from typing import Any, Protocol, TextIO
 from orchestrator.errors import OrchestratorError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAID = "interrupted: the step that is being taken is finished and saved; press Ctrl-C again to end at once\n"
+MESSAGE = "interrupted: finishing and saving the current step; press Ctrl-C again to end at once\n"
 
 
 class Interrupted(OrchestratorError):
-    """The run was asked to end, and has saved its last step."""
+    """The run was interrupted, and its last step is saved."""
 
     exit_code = 130
 
 
-class Wish(Protocol):
-    """That a run ends, as a worker hears of it."""
+class StopRequest(Protocol):
+    """A request that the run stops, as a worker sees it."""
 
-    def is_given(self) -> bool:
-        """Whether the run is to end; workers other than the first one need not know."""
+    def is_set(self) -> bool:
+        """Whether the run is to stop; workers other than the first one need not know."""
 
-    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
-        """For as long as this lasts, whoever gives the wish waits for the worker to save."""
+    def during_steps(self) -> contextlib.AbstractContextManager[None]:
+        """Enter this while steps are taken: whoever requests a stop then waits for the worker to save."""
 
 
-class Interruption:
-    """The wish of whoever sends this process a signal.
+class InterruptHandler:
+    """Turns signals to this process into a `StopRequest`.
 
     Args:
-        screen: where the user is told that a step is saved first; None for nowhere.
+        screen: where users are told that the step is saved first; None for nowhere.
     """
 
     def __init__(self, screen: TextIO | None = None) -> None:
         self.screen = screen
-        self._given = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
-        """The handlers that were there before; none while no signals are taken."""
-        self._pass_on: Callable[[int], None] | None = None
+        self._is_set = threading.Event()
+        self._previous: dict[signal.Signals, Any] = {}
+        """The handlers that this one replaces; empty while it is not installed."""
+        self._forward: Callable[[int], None] | None = None
 
-    def is_given(self) -> bool:
-        return self._given.is_set()
+    def is_set(self) -> bool:
+        return self._is_set.is_set()
 
-    def while_steps_are_taken(self) -> contextlib.AbstractContextManager[None]:
-        return self.passed_on(lambda number: None)
+    def during_steps(self) -> contextlib.AbstractContextManager[None]:
+        return self.forwarding_to(lambda number: None)
 
     @contextlib.contextmanager
-    def passed_on(self, pass_on: Callable[[int], None]) -> Iterator[None]:
-        """Call `pass_on` with the number of the first signal, instead of ending the command."""
-        self._take_over()  # Ray's core, where it has been started since, aborts the process 3 s after a SIGTERM.
-        self._pass_on = pass_on
+    def forwarding_to(self, forward: Callable[[int], None]) -> Iterator[None]:
+        """Call `forward` with the number of the first signal, instead of ending the command."""
+        self._install()  # Again, because Ray's core, once it has started, aborts the process 3 s after a SIGTERM.
+        self._forward = forward
         try:
             yield
         finally:
-            self._pass_on = None
+            self._forward = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals. Those that the process ignores stay ignored, and only a main thread can take any.
+    def installed(self) -> Iterator[None]:
+        """Handle signals. Those that the process ignores stay ignored, and only the main thread can handle any.
 
         Raises:
             KeyboardInterrupt: at a signal that ends the command at once.
@@ -74,25 +74,25 @@ class Interruption:
             yield
             return
         every = {number: signal.getsignal(number) for number in SIGNALS}
-        self._before = {number: handler for number, handler in every.items() if handler not in (signal.SIG_IGN, None)}
-        self._take_over()
+        self._previous = {number: handler for number, handler in every.items() if handler not in (signal.SIG_IGN, None)}
+        self._install()
         try:
             yield
         finally:
-            for number, handler in self._before.items():
+            for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            self._before = {}
+            self._previous = {}
 
-    def _take_over(self) -> None:
-        for number in self._before:
-            signal.signal(number, self._take)
+    def _install(self) -> None:
+        for number in self._previous:
+            signal.signal(number, self._handle)
 
-    def _take(self, number: int, frame: Any) -> None:
-        is_first = not self._given.is_set()
-        self._given.set()
-        if not is_first or self._pass_on is None:
+    def _handle(self, number: int, frame: Any) -> None:
+        is_first = not self._is_set.is_set()
+        self._is_set.set()
+        if not is_first or self._forward is None:
             raise KeyboardInterrupt
         if self.screen is not None:
-            self.screen.write(SAID)
+            self.screen.write(MESSAGE)
             self.screen.flush()
-        self._pass_on(number)
+        self._forward(number)

@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.data.batches import BatchOrder, assign
+from orchestrator.data.batches import BatchOrder
 from orchestrator.errors import RunFailed
 from orchestrator.models import Frozen
 from orchestrator.models.shortcuts.token_pooling import eval_mode
 from orchestrator.recipe import Train
 from orchestrator.tasks import Task
 from orchestrator.training.engine.base import Engine
+from orchestrator.training.micro_batches import cut_into_passes
 from orchestrator.training.split_loader import SplitLoader
-
-NEVER = 10**12
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,15 @@ def cut(
     engine: Engine, loader: SplitLoader, schedule: Schedule, rows: npt.NDArray[np.int64]
 ) -> list[list[npt.NDArray[np.int64]]]:
     """The passes of a step, each with the rows of every worker."""
-    # Not the lengths of stored features: the cut decides what is dropped out, and what batch norms see, and neither may
-    # depend on whether features are stored.
-    lengths = loader.encoded.lengths
-    # Where examples are packed there is no padding to save by further passes.
-    cost = NEVER if loader.packs else engine.cost_of_pass
-    most = loader.tokens_per_pass(schedule.tokens_per_pass, lengths)
-    return assign(rows, lengths, engine.num_workers, schedule.micro_batch_size, cost, most)
+    return cut_into_passes(
+        rows,
+        loader.encoded.lengths,
+        engine.num_workers,
+        schedule.micro_batch_size,
+        engine.cost_of_pass,
+        loader.packs,
+        schedule.tokens_per_pass,
+    )
 
 
 def seed_dropout(*numbers: int) -> None:

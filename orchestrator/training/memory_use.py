@@ -1,4 +1,4 @@
-"""The most memory that a process has held: the GPU's where it has one, else what of its own was resident."""
+"""Peak memory of a process: allocated memory of its GPU, or its resident memory without one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _RESET_PEAK = "5"  # See "clear_refs" in the manual page proc(5).
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most since the last `reset_peak`; None where the system does not tell."""
+    """Return the peak since the last `reset_peak_memory`; None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Not `resource.getrusage`, whose maximum also knows of what ran in this process before.
+    # Not `resource.getrusage`, whose maximum cannot be reset.
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -24,6 +24,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak at the present memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: where it comes from, what it learned, how well it does."""
+"""Write the README.md of an exported model: its source, its training and its scores."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def loading_code(prepared: Prepared) -> str:
 
 
 def model_code(task: Task, has_own_code: bool = False) -> str:
-    """How a whole model is loaded with its processor."""
+    """Return code that loads a model with its processor."""
     return _FULL.format(remote=", trust_remote_code=True" if has_own_code else "", **_names(task))
 
 
 def adapter_code(task: Task) -> str:
-    """How an adapter is put onto its source, in the fewest lines that peft has for the task."""
+    """Return code that loads a source with an adapter, by peft's class for the task if there is one."""
     import peft
 
     peft_class = task.auto_class.replace("AutoModel", "AutoPeftModel")
@@ -101,13 +101,13 @@ def adapter_code(task: Task) -> str:
     code = template.format(peft_class=peft_class, labels=labels, **_names(task))
     if task.auto_class != "AutoModelForCausalLM":
         return code
-    # peft leaves it out, and where answers end is in it.
+    # peft does not load it, and it holds the tokens that end an answer.
     code = code.replace("import AutoTokenizer", "import AutoTokenizer, GenerationConfig")
     return f'{code}\nmodel.generation_config = GenerationConfig.from_pretrained("path/to/this/folder")'
 
 
 def _names(task: Task) -> dict[str, str]:
-    """Names of classes in the code; the processor is called after its class: `tokenizer`, `image_processor`."""
+    """Return the names in the code; the processor is named after its class: `tokenizer`, `image_processor`."""
     words = re.findall("[A-Z][a-z]+", task.processor_class.removeprefix("Auto"))
     return {
         "auto_class": task.auto_class,
@@ -117,10 +117,10 @@ def _names(task: Task) -> dict[str, str]:
 
 
 def card_of_merged(card: str, task: Task, note: str | None = None) -> str:
-    """Return the card of an adapter, for the model that it was folded into.
+    """Return the card of an adapter, changed for the model that it was merged into.
 
     Args:
-        note: on its weights.
+        note: a sentence on its weights.
     """
     card = card.replace("library_name: peft", "library_name: transformers", 1)
     if note is not None:
@@ -129,7 +129,7 @@ def card_of_merged(card: str, task: Task, note: str | None = None) -> str:
 
 
 def describe_labels(prepared: Prepared) -> str:
-    """The task's own words, fit for a table: label names come from data."""
+    """Return the task's description, escaped for a table, because label names come from data."""
     return json.dumps(prepared.task.describe(), ensure_ascii=False)[1:-1].replace("|", "\\|")
 
 

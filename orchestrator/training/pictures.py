@@ -1,4 +1,4 @@
-"""Pictures that data files name, for whoever moves the data elsewhere."""
+"""Find the pictures that data files name, to copy them with the data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from orchestrator.recipe import Recipe, resolve_path
 from orchestrator.tasks import read_options
 
 
-def named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
-    """The pictures that the recipe's data name, by the folder of the files that name them.
+def find_named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
+    """Return the pictures that the recipe's data files name, by the folder of those files.
 
-    Nothing where the data are not on this machine, or cannot be read: who trains will say what is wrong with them.
+    There are none where the data are not on this machine, or cannot be read; training reports such errors.
     """
     task_class, options = read_options(recipe)
     columns = [column.name for column in task_class.columns(options) if column.kind == "image"]
     data = recipe.target.data if isinstance(recipe.target.data, str) else recipe.target.data.path
     if not columns or (data is not None and resolve_path(data, recipe.origin) is None):
         return {}
-    from orchestrator.training.prepare import read_examples  # Takes torch, which takes seconds to import.
+    from orchestrator.training.prepare import read_examples  # It imports torch, which takes seconds.
 
     try:
         splits = read_examples(recipe, task_class, options)

@@ -1,4 +1,4 @@
-"""What a model will be fed, before anything is trained: examples with their learned tokens marked, lengths, padding."""
+"""Show what a model will read, before it is trained: examples with their learned tokens marked, lengths, padding."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.batches import BatchOrder, assign
 from orchestrator.data.examples import Indices
 from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
-from orchestrator.training.engine.base import TOKENS_PER_PASS_ON_CPU
+from orchestrator.training.engine.base import cost_of_pass
 from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.training.loop import make_schedule
+from orchestrator.training.micro_batches import cut_into_passes
 from orchestrator.training.prepare import Prepared, prepare
 
 Pieces = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An example."""
+class ShownExample:
+    """An example as the model reads it."""
 
     where: str
     """Its place in the data."""
     length: int
     num_targets: int
     pieces: Pieces
-    """Stretches of its text, each with whether it is learned."""
+    """Parts of its text, each with whether it is learned."""
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """A split in numbers; lengths are in tokens, or in whatever unit padding costs."""
+class SplitLengths:
+    """Lengths of a split, in tokens or whatever else padding costs."""
 
     examples: int
     shortest: int
@@ -41,20 +42,22 @@ class Lengths:
     tokens: int
     targets: int
     num_longest: int
-    """Examples of the longest length: where many have it, they were cut."""
+    """Examples of the longest length; where they are many, they were cut."""
 
 
 @dataclass(frozen=True)
 class Preview:
+    """Examples of *train*, and the lengths of all splits."""
+
     prepared: Prepared
-    examples: list[Shown]
-    splits: dict[str, Lengths]
+    examples: list[ShownExample]
+    splits: dict[str, SplitLengths]
     padding: float
-    """The share of an epoch's positions that hold nothing but padding."""
+    """The share of an epoch's positions that are padding."""
 
 
 def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
-    """The first examples of each file of *train* as the model reads them, `count` in all, and all lengths.
+    """Return the first examples of each file of *train*, `count` in all, and the lengths of all splits.
 
     Raises:
         InputError: recipe, data or source are wrong.
@@ -63,7 +66,7 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
     encoded = {name: prepared.encoded(name) for name in prepared.tables}
     train = encoded["train"]
     examples = [
-        Shown(
+        ShownExample(
             prepared.examples["train"].where(row),
             int(train.lengths[row]),
             int(train.counts["targets"][row]),
@@ -71,12 +74,12 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
         )
         for row in first_of_each_file(prepared.examples["train"].file_numbers(), count)
     ]
-    lengths = {name: measure(split) for name, split in encoded.items()}
+    lengths = {name: measure_lengths(split) for name, split in encoded.items()}
     return Preview(prepared, examples, lengths, padding_share(recipe, train))
 
 
 def first_of_each_file(numbers: Indices, count: int) -> list[int]:
-    """Positions of the first examples, from each file in its turn.
+    """Return the positions of `count` examples, the first ones of each file, sorted.
 
     Args:
         numbers: the file of each example; shape [len].
@@ -89,10 +92,10 @@ def first_of_each_file(numbers: Indices, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def measure(encoded: Encoded) -> Lengths:
+def measure_lengths(encoded: Encoded) -> SplitLengths:
     lengths = encoded.lengths
     longest = int(lengths.max())
-    return Lengths(
+    return SplitLengths(
         examples=len(encoded),
         shortest=int(lengths.min()),
         median=int(np.median(lengths)),
@@ -104,20 +107,19 @@ def measure(encoded: Encoded) -> Lengths:
 
 
 def padding_share(recipe: Recipe, encoded: Encoded) -> float:
-    """As an epoch is dealt to the recipe's workers on processors; none where examples are packed."""
+    """Return the share of padding in an epoch on the recipe's workers without GPUs; 0 where examples are packed."""
     if encoded.packs:
         return 0.0
-    train, workers = recipe.train, recipe.scale.workers
-    order = BatchOrder(encoded.lengths, train.global_batch_size, train.group_by_length, train.seed)
-    positions = 0
-    for rows in order.epoch(0):
-        for hands in assign(rows, encoded.lengths, workers, micro_batch_size(recipe), TOKENS_PER_PASS_ON_CPU):
-            positions += sum(int(encoded.lengths[mine].max()) * len(mine) for mine in hands if len(mine))
-    return 1.0 - float(encoded.lengths.sum()) / positions
+    lengths, size = encoded.lengths, micro_batch_size(recipe)
+    cost, positions = cost_of_pass("cpu", autocasts=False), 0
+    for batch in make_schedule(recipe.train, lengths, size).order.epoch(0):
+        for shares in cut_into_passes(batch, lengths, recipe.scale.workers, size, cost):
+            positions += sum(int(lengths[rows].max()) * len(rows) for rows in shares if len(rows))
+    return 1.0 - float(lengths.sum()) / positions
 
 
 def as_record(found: Preview) -> dict[str, Any]:
-    """For `--json`."""
+    """Return the preview as JSON values."""
     return {
         "examples": [vars(example) for example in found.examples],
         "splits": {name: vars(lengths) for name, lengths in found.splits.items()},

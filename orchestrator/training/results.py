@@ -92,7 +92,7 @@ def load_best_weights(session: Session, state: TrainingState) -> int:
         engine.agree(None)
         return best
     text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {state.step}"
-    engine.run_on_first_worker(lambda: session.directory.note(text))
+    engine.run_on_first_worker(lambda: session.directory.add_note(text))
     return state.step
 
 

@@ -25,7 +25,7 @@ from orchestrator.training.engine.base import Engine
 from orchestrator.training.engine.build import build_engine
 from orchestrator.training.engine.deepspeed_config import deepspeed_config, restoring_linear
 from orchestrator.training.engine.precision import Precision, choose_precision
-from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.training.engine.settings import autocasts, micro_batch_size
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored
 from orchestrator.training.engine.zero3 import assemble_for_sharding, is_sharded, shard_parameters
 from orchestrator.training.evaluation import set_reference
@@ -119,10 +119,17 @@ def open_session(
         packs = share_findings(engine, parts, packs)
         fitted = models.set_batch_norm_momentum(parts.module, passes_to_evaluation(recipe, schedule))
         if fitted is not None:
-            engine.run_on_first_worker(lambda: directory.note(fitted))
+            engine.run_on_first_worker(lambda: directory.add_note(fitted))
         session = Session(prepared, directory, parts, engine, {}, schedule, precision, store, metric, progress)
         session.loaders = make_loaders(
-            prepared, split, engine, precision, session.report_phase, directory.note, boundaries, directory.leads_node
+            prepared,
+            split,
+            engine,
+            precision,
+            session.report_phase,
+            directory.add_note,
+            boundaries,
+            directory.leads_node,
         )
         session.loaders["train"].packs = packs
         if prepared.task.needs_reference:
@@ -151,8 +158,7 @@ def place(parts: ModelParts, recipe: Recipe, precision: Precision, device: torch
         Whether digits of any weight were lost.
     """
     stage = recipe.scale.zero_stage
-    autocasts = precision == "bf16" and stage == 0
-    is_rounded = autocasts and may_cast_frozen(recipe) and cast_frozen_to_bf16(parts.module)
+    is_rounded = autocasts(recipe, precision) and may_cast_frozen(recipe) and cast_frozen_to_bf16(parts.module)
     if stage < 3:
         parts.module.to(device)
     return is_rounded

@@ -11,10 +11,10 @@ from orchestrator.runs.logs import log_to
 from orchestrator.runs.progress import ProgressFile
 from orchestrator.training.adapter_gradients import AdapterGradients
 from orchestrator.training.hooks import Clock, Evaluator, Hook, Recorder, Saver, TrainingState
-from orchestrator.training.interruption import Wish
+from orchestrator.training.interruption import StopRequest
 from orchestrator.training.loop import training_steps
 from orchestrator.training.memory_use import reset_peak_memory
-from orchestrator.training.preemption import Notice, Watch
+from orchestrator.training.preemption import PreemptionNotice, Watch
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.results import finish, score_before
 from orchestrator.training.session import Session, open_session
@@ -26,8 +26,8 @@ def run_worker(
     attempt: int,
     device: Any,
     is_first: bool,
-    notice: Notice | None = None,
-    wish: Wish | None = None,
+    notice: PreemptionNotice | None = None,
+    stop_request: StopRequest | None = None,
 ) -> None:
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory.
 
@@ -44,8 +44,8 @@ def run_worker(
         state = resume(session)
         session.engine.run_on_first_worker(lambda: record_start(session, state.step))
         saver = make_saver(session)
-        watch = Watch(session.engine, saver, notice, wish, session.report_phase)
-        with watch.while_steps_are_taken():
+        watch = Watch(session.engine, saver, notice, stop_request, session.report_phase)
+        with watch.during_steps():
             for _ in evaluations(session, state, [saver, watch]):
                 pass
         finish(session, state, before)
@@ -58,7 +58,7 @@ def resume(session: Session) -> TrainingState:
         found, notes = session.store.newest_valid()
         num_rows = session.directory.forget_metrics_after(found.step if found else 0)
         for note in notes:
-            session.directory.note(note)
+            session.directory.add_note(note)
         return found, num_rows
 
     found, num_rows = session.engine.run_on_first_worker(find)
@@ -79,7 +79,9 @@ def note_lost_rows(session: Session, state: TrainingState, num_rows: int) -> Non
     lost, state.num_rows = state.num_rows - num_rows, num_rows
     if lost > 0:
         what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {state.step}"
-        session.directory.note(f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again")
+        session.directory.add_note(
+            f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again"
+        )
 
 
 def record_start(session: Session, step: int) -> None:
@@ -98,7 +100,7 @@ def note_other_number_of_workers(session: Session, step: int) -> None:
     number = session.engine.num_workers
     before = session.directory.read_record().get("world_size", number)
     if step and before != number:
-        session.directory.note(f"workers from step {step + 1} on: {number}; before: {before}")
+        session.directory.add_note(f"workers from step {step + 1} on: {number}; before: {before}")
 
 
 def make_saver(session: Session) -> Saver:
@@ -124,7 +126,7 @@ def evaluations(session: Session, state: TrainingState, last_hooks: Sequence[Hoo
     )
     adapter = prepared.recipe.transfer.adapter
     hooks: list[Hook] = [
-        *([AdapterGradients(engine, session.parts.module, session.directory.note)] if adapter is not None else []),
+        *([AdapterGradients(engine, session.parts.module, session.directory.add_note)] if adapter is not None else []),
         Clock(schedule, session.metric.name, session.progress, state.seconds, engine.device),
         Recorder(engine.exchange, session.directory, train.log_every),
         evaluator,

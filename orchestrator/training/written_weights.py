@@ -1,4 +1,4 @@
-"""The weights that a model is written with: gathered under the names of its state dict, in its source's format."""
+"""Write a model's weights, under the names of its state dict and in its source's format."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SHARD_SIZE = "5GB"
 
 
 def tensors_by_name(module: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield each entry of a model's state dict: its name, the one that a tensor shared by several goes by, the tensor.
+    """Yield each entry of a model's state dict: its name, its name in `named_parameters`, the tensor.
 
-    The latter is that of `named_parameters`.
+    Tied entries have one name in `named_parameters`.
     """
     names = {id(value): name for name, value in module.named_parameters()}
     for name, value in module.state_dict(keep_vars=True).items():
@@ -28,22 +28,22 @@ def tensors_by_name(module: Any) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def under_all_names(module: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under every name that a model has for them: tied ones have several."""
+    """Return weights under every name that the state dict has for them; tied weights have several."""
     return {name: weights[own] for name, own, _ in tensors_by_name(module) if own in weights}
 
 
 def whole_state(
     module: Any, weights: dict[str, Tensor], formats: StoredDtypes, rebuild: Callable[[], Any] | None
 ) -> dict[str, Tensor]:
-    """Return a model's state dict on the CPU, with trained weights in their places.
+    """Return a model's state dict on the CPU, with trained weights.
 
     Args:
-        weights: the trained ones, by their names in `named_parameters`, in their formats.
-        rebuild: builds the model anew, for the rest of its weights; None to take them from `module`.
+        weights: trained weights by their names in `named_parameters`, in the formats to write.
+        rebuild: builds the model again, for the values of all other weights; None to take them from `module`.
     """
     entries = list(tensors_by_name(module))
     if rebuild is not None and any(own not in weights and value.is_floating_point() for _, own, value in entries):
-        # The same model has the same names.
+        # The rebuilt model has the same names.
         entries = list(tensors_by_name(rebuild()))
     whole = dict(weights)
     for _, own, value in entries:
@@ -53,13 +53,13 @@ def whole_state(
 
 
 def save_whole(module: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
-    """Write a model's config and weights, in files of at most 5 GB; their values come from the state dict alone.
+    """Write a model's config and weights, in files of at most 5 GB; the values are those of `state`.
 
     Args:
-        dtype: the format that config.json names, which is what others load the model in.
+        dtype: the format in config.json, which other libraries load the model in.
     """
     values = {id(value): value.numel() for value in state.values()}
-    # What the model itself holds may be spread over workers, or rounded.
+    # The model's own weights may be sharded or rounded.
     module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
     name = str(dtype).removeprefix("torch.")
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

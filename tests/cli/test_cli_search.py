@@ -133,7 +133,7 @@ def test_exit_codes_tell_how_a_search_ended(
     output = capsys.readouterr()
     assert (output.out, "Traceback" in output.err) == ("", False)
     if code == 130:
-        assert "the same command goes on from where it was" in output.err
+        assert "the same command resumes from there" in output.err
     assert main(["search", recipe, "--json"]) == code
     assert json.loads(capsys.readouterr().out)["status"] == status
 
@@ -170,7 +170,7 @@ def test_the_page_of_a_run_is_written_again(
     Path("run/report.html").unlink()
     capsys.readouterr()
     assert main(["report", "run"]) == 0
-    assert capsys.readouterr().out == "the page is run/report.html\n"
+    assert capsys.readouterr().out == "the report is run/report.html\n"
     assert "<html" in Path("run/report.html").read_text(encoding="utf-8")
 
 
@@ -191,7 +191,7 @@ def test_a_search_that_was_ended_goes_on_with_the_same_command(end: signal.Signa
     first = rows.read_text().splitlines()
     assert 1 <= len(first) < 3
     if end == signal.SIGINT:
-        assert "the same command goes on from where it was" in errors
+        assert "the same command resumes from there" in errors
         assert json.loads(Path("out/search.json").read_text())["status"] == "interrupted"
         assert "Traceback" not in errors
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)

@@ -56,7 +56,7 @@ def test_gpus_are_listed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     found = by_name()
-    assert found["GPU 0"].value == found["GPU 1"].value == "Card, 80 GiB"
+    assert found["GPU 0"].value == found["GPU 1"].value == "Card, 85.9 GB"
     assert "GPU" not in found
 
 
@@ -77,9 +77,9 @@ def test_a_gpu_that_this_build_of_pytorch_knows_nothing_of_is_told(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path)
-    assert by_name()["GPU"].value == "one, but this PyTorch is built without CUDA; trains on the processor"
+    assert by_name()["GPU"].value == "one, but this PyTorch is built without CUDA; trains on the CPU"
     monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "none")
-    assert by_name()["GPU"] == Finding("GPU", "none; trains on the processor")
+    assert by_name()["GPU"] == Finding("GPU", "none; trains on the CPU")
 
 
 def test_the_cluster_named_by_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_the_cluster_named_by_the_environment_is_shown(monkeypatch: pytest.Monke
 def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
     disk = by_name()["disk here"]
-    assert disk.value == "1.0 GiB free"
+    assert disk.value == "1.07 GB free"
     assert disk.remedy is not None
 
 

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.cli import show
 from orchestrator.cli.doctor import Finding
 from orchestrator.errors import Problem
-from orchestrator.runs.progress import LiveLine, ProgressFile, describe, format_seconds, live_line
+from orchestrator.runs.progress import ProgressFile, ProgressLine, describe, show_progress
 
 
 class Terminal(io.StringIO):
@@ -72,13 +72,6 @@ def test_findings_show_the_remedy_below() -> None:
     assert out.getvalue() == "ray    2.60.0\ntorch  missing\n    -> pip install torch\n"
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(8.4, "8 s"), (125, "2 min 5 s"), (12000, "3 h 20 min"), (59.6, "1 min 0 s")]
-)
-def test_times_are_told_in_units_that_fit(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
 def test_the_live_line_holds_what_is_known() -> None:
     assert describe({"phase": "loading"}) == "loading"
     state = {"phase": "tune", "step": 3, "steps": 9, "loss": 0.5, "metric": "accuracy", "score": 0.75}
@@ -88,7 +81,7 @@ def test_the_live_line_holds_what_is_known() -> None:
 
 def test_a_terminal_gets_one_line_rewritten_and_a_file_plain_lines(tmp_path: Path) -> None:
     for out, expected in ((Terminal(), "\r\033[Kone\r\033[Ktwo\r\033[K"), (io.StringIO(), "one\ntwo\n")):
-        line = LiveLine(tmp_path, out)
+        line = ProgressLine(tmp_path, out)
         line.refresh()
         for phase in ("one", "one", "two"):
             ProgressFile(tmp_path).show(force=True, phase=phase)
@@ -100,7 +93,7 @@ def test_a_terminal_gets_one_line_rewritten_and_a_file_plain_lines(tmp_path: Pat
 
 def test_progress_is_shown_while_the_run_goes_on_and_its_file_removed(tmp_path: Path) -> None:
     out = io.StringIO()
-    with live_line(tmp_path, out):
+    with show_progress(tmp_path, out):
         ProgressFile(tmp_path).show(force=True, phase="tune", step=1, steps=2)
         while not out.getvalue():
             pass

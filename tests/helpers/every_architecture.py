@@ -19,7 +19,7 @@ from orchestrator import load_recipe
 from orchestrator.data import open_file, open_pictures, rename_columns
 from orchestrator.data.cache import as_table
 from orchestrator.inference.predict import predict_examples
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 from orchestrator.recipe import Recipe
 
 WORDS = tuple(f"{first}{second}" for first in "bcdfghjk" for second in "aeiou")
@@ -128,7 +128,7 @@ def recipe_for(source: Path, data: Path, auto_class: str, **transfer: Any) -> Re
 
 def answers(model: Path, data: Path, auto_class: str, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return what we make of the test split, and what plain transformers does: logits, or each text's loss."""
-    trained = load_trained(model)
+    trained = load_trained_model(model)
     task = TASKS[auto_class]
     found = open_pictures(data / task / "test") if task.startswith("image") else open_file(data / task / "test.jsonl")
     examples = rename_columns(found, trained.task.prompt_columns(trained.task.options), {})

@@ -30,7 +30,7 @@ from orchestrator.cli.main import main
 from orchestrator.errors import InputError
 from orchestrator.inference import harness
 from orchestrator.inference.harness import evaluate_tasks
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 from orchestrator.tasks.bases.chat import SHIPPED
 
 Capture = pytest.CaptureFixture[str]
@@ -237,9 +237,9 @@ def test_a_whole_text_begins_with_one_token_of_the_harness(runs: Path, calls: li
 def test_a_choice_stands_where_the_template_has_the_answer(
     template: str, answer: str, runs: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = load_trained(runs / "chat")
+    trained = load_trained_model(runs / "chat")
     trained.processor.chat_template = SHIPPED[template]
-    monkeypatch.setattr(harness, "load_trained", lambda *_: trained)
+    monkeypatch.setattr(harness, "load_trained_model", lambda *_: trained)
     evaluate_tasks(runs / "chat", ["toy"], chat_template=True)
     asked = [("User: who?\nAssistant:", "me"), ("I think", " me"), ("I think ", "me")]
     found = calls[0]["model"].loglikelihood([SimpleNamespace(arguments=pair) for pair in asked])
@@ -252,15 +252,20 @@ WRONG: dict[str, tuple[str, list[str], Given, str]] = {
     "a task like no other": ("whole", ["zzz"], {}, "no task zzz"),
     "no example": ("whole", ["toy"], {"limit": 0}, "--limit: 0 is too few"),
     "fewer than no example": ("whole", ["toy"], {"num_fewshot": -1}, "--num-fewshot: -1 is too few"),
-    "a folder that is not there": ("whole", ["toy"], {"include": Path("nowhere")}, "nowhere: there is no such folder"),
+    "a folder that is not there": (
+        "whole",
+        ["toy"],
+        {"include": Path("nowhere")},
+        "nowhere: the folder does not exist",
+    ),
     "no model": ("nothing", ["toy"], {}, "there is no trained model"),
-    "a classifier": ("classifier", ["toy"], {}, "a model for text-classification is no language model"),
+    "a classifier": ("classifier", ["toy"], {}, "a model for text-classification is not a language model"),
     "data without a network": ("whole", ["unreachable"], {}, "the data of unreachable are not on this machine"),
     "data that are not there": ("whole", ["broken"], {}, "broken cannot be loaded: Unable to find 'nowhere.jsonl'\n"),
     "a package that is not there": ("whole", ["lacking"], {}, "lacking needs a package: No module named 'antlr4'"),
     "code that the model writes": ("whole", ["unsafe"], {}, "unsafe runs code that the model writes"),
-    "pictures": ("whole", ["pictures"], {}, "pictures asks about more than texts"),
-    "a metric of the Hub": ("whole", ["foreign"], {}, "squad is not the harness's own but code from elsewhere"),
+    "pictures": ("whole", ["pictures"], {}, "pictures has other inputs than texts"),
+    "a metric of the Hub": ("whole", ["foreign"], {}, "squad is not the harness's own but external code"),
     "one that the harness does without": ("whole", ["swallowed"], {}, "squad is not the harness's own"),
     "a task in two ways": ("whole", ["toys", "toy"], {}, "found in both 'toys' and 'toy'"),
 }
@@ -297,10 +302,10 @@ def test_the_command_prints_a_table_or_one_object(runs: Path, calls: list[dict[s
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--limit", "3"], "--limit is for benchmarks alone"),
-        (["--chat-template"], "--chat-template is for benchmarks alone"),
-        (["data.jsonl", "--harness", "toy"], "bring their own data"),
-        (["--split", "train", "--harness", "toy"], "bring their own data"),
+        (["--limit", "3"], "--limit is for benchmarks only"),
+        (["--chat-template"], "--chat-template is for benchmarks only"),
+        (["data.jsonl", "--harness", "toy"], "have their own data"),
+        (["--split", "train", "--harness", "toy"], "have their own data"),
         (["--harness"], "expected at least one argument"),
     ],
 )
@@ -346,7 +351,7 @@ def test_scores_of_the_package_itself_are_those_computed_by_hand(run: str, runs:
         whole = {"task": name, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test", **task}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
     found = evaluate_tasks(runs / run, list(TASKS), include=tmp_path, batch_size=2)
-    trained = load_trained(runs / run)
+    trained = load_trained_model(runs / run)
     start = trained.processor.bos_token
 
     def loss(prompt: str, text: str) -> float:

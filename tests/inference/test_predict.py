@@ -23,7 +23,7 @@ import orchestrator
 from orchestrator.errors import DataError, InputError
 from orchestrator.inference.merge import export
 from orchestrator.inference.predict import evaluate, predict
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 
 TRANSFERS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -228,7 +228,7 @@ def test_standard_input_is_read_as_json_lines(trainer: Trainer, monkeypatch: pyt
 
 Wrong = Callable[[Trainer, Path], Any]
 WRONG: dict[str, tuple[Wrong, str]] = {
-    "no model": (lambda trainer, folder: load_trained(folder), "no trained model"),
+    "no model": (lambda trainer, folder: load_trained_model(folder), "no trained model"),
     "no split": (lambda trainer, _: evaluate(trainer.run("full"), None, "dev"), "no split 'dev'"),
     "no file": (lambda trainer, _: evaluate(trainer.run("full"), "./none.jsonl", "test"), "no such file"),
     "an unknown label": (lambda trainer, folder: evaluate(trainer.run("full"), planet(folder), "test"), "planet"),

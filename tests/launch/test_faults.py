@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from orchestrator import load_recipe, train
 from orchestrator.inference.merge import export
 from orchestrator.inference.predict import evaluate
-from orchestrator.launch.cluster import own_groups
+from orchestrator.launch.cluster import find_placement_groups
 
 pytestmark = pytest.mark.xdist_group("ray")
 # Dropout and shuffling are on (the model's and the recipe's defaults); 60 steps, a checkpoint every 10.
@@ -176,7 +176,7 @@ def test_killed_controller_of_the_workers_is_replaced_with_the_same_losses(
     assert json.loads((directory / "run.json").read_text())["attempt"] == 2
     assert any("controller died" in note for note in notes_of(directory))
     # What it had reserved is free again, and nobody stays behind to look after it.
-    assert not own_groups()
+    assert not find_placement_groups()
     assert not processes_of("ray::PlacementGroupCleaner")
 
 
@@ -224,7 +224,7 @@ def check_interrupted_command(recipe: Path, tmp_path: Path, number: int, *overri
         else:
             os.kill(command.pid, number)
         assert command.wait(60) == 130
-    assert "error: interrupted\n    -> the same command goes on" in (tmp_path / "told").read_text()
+    assert "error: interrupted\n    -> the same command resumes" in (tmp_path / "told").read_text()
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert json.loads((interrupted / "run.json").read_text())["status"] == "interrupted"
     (saved,) = (int(path.name[5:]) for path in (interrupted / "checkpoints").glob("step-*"))

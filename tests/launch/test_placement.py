@@ -14,9 +14,9 @@ from orchestrator import load_recipe
 from orchestrator.cli.main import main
 from orchestrator.errors import ClusterError
 from orchestrator.launch import cluster
-from orchestrator.launch.cluster import scaling
-from orchestrator.launch.placement import count_room, size_of_worker
+from orchestrator.launch.cluster import make_scaling_config
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.worker_resources import count_room, worker_resources
 
 WriteRecipe = Callable[..., Path]
 HEAD, GPUS, CPUS = {"CPU": 96.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 32.0}
@@ -49,7 +49,7 @@ def make(write_recipe: WriteRecipe) -> Callable[..., Recipe]:
 def test_workers_share_the_cores_of_the_nodes_that_they_fit_on(
     scale: dict[str, Any], nodes: list[dict[str, float]], cpus: int, gpus: int, make: Callable[..., Recipe]
 ) -> None:
-    assert size_of_worker(make(**scale), nodes) == {"CPU": cpus, "GPU": gpus}
+    assert worker_resources(make(**scale), nodes) == {"CPU": cpus, "GPU": gpus}
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,11 @@ def test_workers_that_can_never_be_placed_are_refused(
 ) -> None:
     monkeypatch.setattr(cluster, "cluster_nodes", lambda: nodes)
     with pytest.raises(ClusterError, match=words):
-        scaling(make(**scale))
+        make_scaling_config(make(**scale))
     gpus = scale.get("gpus_per_worker", int(any("GPU" in node for node in nodes)))
-    assert scaling(make(**{**scale, "wait_for_nodes": "true", "gpus_per_worker": gpus})).use_gpu is (gpus == 1)
+    assert make_scaling_config(make(**{**scale, "wait_for_nodes": "true", "gpus_per_worker": gpus})).use_gpu is (
+        gpus == 1
+    )
 
 
 @pytest.mark.parametrize("verb", ["train", "search"])

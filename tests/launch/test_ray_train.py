@@ -13,7 +13,7 @@ import pytest
 from orchestrator import load_recipe, train
 from orchestrator.errors import ClusterError, ModelError, RunFailed
 from orchestrator.launch import train as run
-from orchestrator.launch.cluster import scaling
+from orchestrator.launch.cluster import make_scaling_config
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.training import assembling as assemble
 from orchestrator.training.prepare import Prepared
@@ -102,8 +102,8 @@ def test_more_workers_than_the_cluster_holds_are_refused(
 def test_a_run_may_wait_for_nodes_that_are_not_there_yet(write_recipe: Callable[..., Path], ray_cluster: None) -> None:
     wanted = ["scale.workers=8", "scale.cpus_per_worker=1", "scale.gpus_per_worker=1"]
     with pytest.raises(ClusterError, match="8 workers with 1 CPU and 1 GPU each do not fit"):
-        scaling(load_recipe(write_recipe(), wanted))
-    size = scaling(load_recipe(write_recipe(), [*wanted, "scale.wait_for_nodes=true"]))
+        make_scaling_config(load_recipe(write_recipe(), wanted))
+    size = make_scaling_config(load_recipe(write_recipe(), [*wanted, "scale.wait_for_nodes=true"]))
     assert (size.num_workers, size.resources_per_worker) == (8, {"CPU": 1, "GPU": 1})
 
 

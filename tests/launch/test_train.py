@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ from orchestrator.training import hooks
 from orchestrator.training.evaluation import Scored
 
 WriteRecipe = Callable[..., Path]
+
+
+def test_what_starts_a_run_imports_neither_torch_nor_ray() -> None:
+    """Ray starts while the model is checked, which imports torch; recipes are refused without either."""
+    code = "import sys, orchestrator.launch.train; print(sorted({'torch', 'ray', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def rows(directory: Path, split: str) -> list[dict[str, Any]]:
@@ -163,7 +172,7 @@ def test_a_failed_first_attempt_does_not_block_a_corrected_recipe(write_recipe: 
 def test_two_commands_do_not_run_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    with directory.locked(), pytest.raises(InputError, match="another command is running"):
+    with directory.lock(), pytest.raises(InputError, match="another command is running"):
         train(load_recipe(write_recipe()), tmp_path / "run")
 
 
@@ -257,7 +266,7 @@ def test_a_gpu_that_is_not_there_is_refused(write_recipe: WriteRecipe, tmp_path:
 
 def test_fresh_does_not_move_a_run_that_is_running(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     train(load_recipe(write_recipe(), ["train.steps=1"]), tmp_path / "run")
-    with RunDirectory(tmp_path / "run").locked(), pytest.raises(InputError, match="another command is running"):
+    with RunDirectory(tmp_path / "run").lock(), pytest.raises(InputError, match="another command is running"):
         train(load_recipe(write_recipe()), tmp_path / "run", fresh=True)
 
 

@@ -20,7 +20,7 @@ UseMachine = Callable[[int], None]
 LARGE = 2**40
 
 
-def machine_of(memory: int) -> Machine:
+def machine_from_nodes(memory: int) -> Machine:
     """A machine by its memory; with a GPU, since a plan without one begins with what this process holds, and that
     changes from test to test."""
     return Machine("a small machine", 1, 1, memory, 1e12, 1e9, 1e9, is_gpu=True, has_bf16=False)
@@ -29,7 +29,7 @@ def machine_of(memory: int) -> Machine:
 @pytest.fixture
 def use_machine(monkeypatch: pytest.MonkeyPatch) -> UseMachine:
     def use(memory: int) -> None:
-        monkeypatch.setattr(fitting, "machine_here", lambda recipe: machine_of(memory))
+        monkeypatch.setattr(fitting, "local_machine", lambda recipe: machine_from_nodes(memory))
 
     return use
 
@@ -41,7 +41,7 @@ def recipe(write_recipe: WriteRecipe) -> Path:
 
 def needed(recipe: Path) -> int:
     """Bytes of memory that the training takes as it stands, and a plan's reserve."""
-    return int(plan(load_recipe(recipe), machine_of(LARGE)).chosen.memory.total / 0.95)
+    return int(plan(load_recipe(recipe), machine_from_nodes(LARGE)).chosen.memory.total / 0.95)
 
 
 def test_what_fits_stays_as_it_is(recipe: Path, use_machine: UseMachine, tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ def test_a_file_goes_before_a_shipped_recipe_of_its_name(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("name", "what", "remedy"),
     [
-        ("minilm-to-suport-intent", "neither a file nor a shipped recipe", f"did you mean `{FIRST}`?"),
-        ("zzz", "neither a file nor a shipped recipe 'zzz'", "`orchestrator recipes` lists"),
+        ("minilm-to-suport-intent", "there is no file and no recipe called", f"did you mean `{FIRST}`?"),
+        ("zzz", "there is no file and no recipe called 'zzz'", "`orchestrator recipes` lists"),
         ("mine.yml", "there is no file 'mine.yml'", "did you mean `mine.yaml`?"),
         (".", "is a folder", "`mine.yaml`"),
-        ("a\0b", "neither a file nor", "`orchestrator recipes` lists"),
-        ("", "neither a file nor", "`orchestrator recipes` lists"),
+        ("a\0b", "there is no file and no recipe called", "`orchestrator recipes` lists"),
+        ("", "there is no file and no recipe called", "`orchestrator recipes` lists"),
     ],
 )
 def test_a_name_that_leads_nowhere_gets_the_nearest_one(

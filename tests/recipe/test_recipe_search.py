@@ -117,7 +117,7 @@ def test_the_defaults_stand_in_the_schema() -> None:
         ("transfer.adapter: {choice: [{r: 8}]}", "transfer.adapter.choice.0", "`transfer.adapter.type` is miss", "add"),
         ("transfer.adapter: {choice: [{type: lora, rr: 8}]}", "transfer.adapter.choice.0", "unknown key `rr`", "keys"),
         ("transfer.adapter: {choice: [{type: lora, r: 0}]}", "transfer.adapter.choice.0", "`transfer.adapter.r` cannot",
-         "change it, or take it out"),
+         "change it, or remove it"),
         ("transfer.adapter.r: {choice: [8]}", "transfer.adapter.r", "but `transfer.adapter` is null in this recipe",
          "give `transfer.adapter` a value"),
         ("train.keep: {when: {}, choice: [1]}", "train.keep.when", "names no condition", "remove it"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.report.numbers import MISSING, compact, difference, duration, file_size, metric, moment, number, plain
+from orchestrator.report.numbers import MISSING, compact, difference, duration, metric, moment, number, plain
 from orchestrator.report.scales import Linear, Log, fit_scale, widen
 
 NUMBERS = st.floats(-1e99, 1e99, allow_subnormal=False)
@@ -76,7 +76,7 @@ def test_metrics_are_rounded_by_their_size() -> None:
     assert difference(-0.01) == "\N{MINUS SIGN}0.0100" and difference(0.02) == "+0.0200"
 
 
-def test_durations_and_sizes_have_their_units() -> None:
+def test_durations_have_their_units() -> None:
     seconds = (0.421, 8.34, 59.96, 125.0, 12_000.0, None)
     assert [duration(value) for value in seconds] == [
         "0.42 s",
@@ -86,8 +86,6 @@ def test_durations_and_sizes_have_their_units() -> None:
         "3 h 20 min",
         MISSING,
     ]
-    sizes = (512, 1_200_000_000, 412_000_000)
-    assert [file_size(size) for size in sizes] == ["512 bytes", "1.2 GB", "412 MB"]
 
 
 def test_a_moment_that_is_no_date_is_none() -> None:

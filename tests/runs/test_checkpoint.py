@@ -15,7 +15,8 @@ import pytest
 from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
 from orchestrator.runs import checkpoint
-from orchestrator.runs.checkpoint import COMMITTED, MANIFEST, STATE, CheckpointStore, find_damage
+from orchestrator.runs.checkpoint import COMMITTED, STATE, CheckpointStore, find_damage
+from orchestrator.runs.identity import MANIFEST
 
 CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -170,7 +171,7 @@ def test_wherever_the_disk_is_full_the_old_checkpoint_is_whole_and_the_reason_is
         assert not list(folder.glob(".*.partial"))
         assert find_whole(folder) in {10, 20}
     events.arm(0, FULL)
-    with pytest.raises(RunFailed, match="No space left on device; the checkpoints before it are whole"):
+    with pytest.raises(RunFailed, match="No space left on device; earlier checkpoints are intact"):
         save(CheckpointStore(left[0]), 30)
 
 

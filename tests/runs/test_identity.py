@@ -14,9 +14,9 @@ from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.inference.predict import evaluate
 from orchestrator.recipe import Recipe
-from orchestrator.runs.checkpoint import COMMITTED, IDENTITY, MANIFEST, find_damage, hash_file
+from orchestrator.runs.checkpoint import COMMITTED, find_damage, hash_file
 from orchestrator.runs.directory import RunDirectory
-from orchestrator.runs.identity import last_attempt
+from orchestrator.runs.identity import IDENTITY, MANIFEST, last_attempt
 
 STEPS = ["train.steps=12", "train.save_every=4", "train.evaluate_every=4", "train.log_every=1", "train.keep=3"]
 
@@ -103,7 +103,7 @@ def test_without_a_record_the_same_run_goes_on(name: str, how: str, project: Pat
     record = json.loads((run.directory / "run.json").read_text())
     assert (record["status"], record["attempt"]) == ("finished", 2)
     assert load_recipe(run.directory / "recipe.yaml").name == "toy"
-    told = ["run.json was damaged or missing: what it told of before is lost"] if name == "run.json" else []
+    told = ["run.json was damaged or missing: its earlier entries are lost"] if name == "run.json" else []
     assert list(run.notes) == told
 
 

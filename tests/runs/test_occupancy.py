@@ -11,7 +11,7 @@ import pytest
 from orchestrator import load_recipe, search, train
 from orchestrator.errors import InputError
 from orchestrator.runs.directory import RunDirectory
-from orchestrator.runs.occupancy import kind_held
+from orchestrator.runs.occupancy import find_kind
 from orchestrator.search.records import SearchDirectory
 
 WriteRecipe = Callable[..., Path]
@@ -57,7 +57,7 @@ def test_a_training_does_not_go_into_a_search_nor_a_search_into_a_training(
 ) -> None:
     recipe = load_recipe(write_recipe(name="toy-search"), ["train.steps=1"])
     run = train(recipe).directory
-    assert kind_held(RunDirectory(run)) == "run"
+    assert find_kind(RunDirectory(run)) == "run"
     before = contents(run)
     for fresh in (False, True):
         with pytest.raises(InputError, match=r"holds a training, and a search needs[\s\S]*--output"):
@@ -67,7 +67,7 @@ def test_a_training_does_not_go_into_a_search_nor_a_search_into_a_training(
     (run / "trials").mkdir(parents=True)
     (run / "search.json").write_text('{"status": "fin')  # Torn, but it says what the directory is.
     (run / "result.json").write_text("{}")
-    assert kind_held(RunDirectory(run)) == "search"
+    assert find_kind(RunDirectory(run)) == "search"
     for fresh in (False, True):
         with pytest.raises(InputError, match=r"holds a search, and a training needs[\s\S]*--output"):
             train(recipe, fresh=fresh)
@@ -88,7 +88,7 @@ def test_what_a_killed_command_made_before_its_first_record_is_no_obstacle(tmp_p
     for directory in (RunDirectory(tmp_path / "run"), SearchDirectory(tmp_path / "search")):
         directory.create()
         (directory.root / ".lock").touch()
-        assert kind_held(directory) is None
+        assert find_kind(directory) is None
         assert not directory.names() - {"checkpoints", "logs", "trials"}
 
 

@@ -19,9 +19,9 @@ from orchestrator import load_recipe, search, train
 from orchestrator.cli.main import main
 from orchestrator.distributed import Exchange
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.jobs.fetch import download, upload
-from orchestrator.launch import ray_train as worker
-from orchestrator.launch.dead_workers import teller
+from orchestrator.jobs.fetch import download, send
+from orchestrator.launch import trainer
+from orchestrator.launch.dead_workers import failure_callback
 from orchestrator.runs.remote import RemoteRunDirectory, open_run
 from orchestrator.runs.remote_checkpoints import RemoteCheckpointStore
 from orchestrator.storage import RemoteFolder, credentials, is_url, join, split
@@ -108,7 +108,7 @@ def test_a_run_there_is_as_one_in_a_folder(
     from transformers import AutoModelForSequenceClassification
 
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "fetched" / "model").config.num_labels == 3
-    assert "model.safetensors" not in upload(url, ("model",))
+    assert "model.safetensors" not in send(url, ("model",))
 
 
 def test_a_killed_run_goes_on_from_another_machine_with_the_same_losses(
@@ -267,13 +267,13 @@ def test_two_workers_keep_their_run_there(
     recipe, _ = expected
     url = f"{bucket}/two"
     shown_by_ray: list[str] = []
-    fit = worker.fit
+    run_trainer = trainer.run_trainer
 
-    def watched(loop: Any, config: dict[str, Any], *others: Any) -> None:
-        shown_by_ray.append(repr((config, vars(others[-1][0]))))
-        fit(loop, config, *others)
+    def watched(loop: Any, config: dict[str, Any], settings: trainer.TrainerSettings) -> None:
+        shown_by_ray.append(repr((config, vars(settings.callbacks[0]))))
+        run_trainer(loop, config, settings)
 
-    monkeypatch.setattr(worker, "fit", watched)
+    monkeypatch.setattr(trainer, "run_trainer", watched)
     overrides = [*STEPS, "scale.workers=2", "scale.zero_stage=2", "train.steps=10"]
     run = train(load_recipe(recipe, overrides), url)
     assert run.result["steps"] == 10
@@ -302,12 +302,12 @@ def test_that_workers_died_is_told_where_the_run_is_kept(
     for name in credentials():
         monkeypatch.setenv(name, "")
     error = RuntimeError("Traceback\nValueError: no. It may be that")
-    teller(directory.place, keys).after_exception(None, {1: error, 0: error})
+    failure_callback(directory.place, keys).after_exception(None, {1: error, 0: error})
     assert directory.read_record()["notes"] == ["workers 0, 1 died (ValueError: no)"]
     assert "start again" in (directory.root / ".progress.json").read_text(encoding="utf-8")
     # Nor does a run end because nobody can be told.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    teller(directory.place, None).after_exception(None, {1: error})
+    failure_callback(directory.place, None).after_exception(None, {1: error})
 
 
 def test_features_that_one_machine_stored_are_brought_by_another(

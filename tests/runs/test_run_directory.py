@@ -59,8 +59,8 @@ def test_numbers_that_json_lacks_become_null_and_are_never_written_as_they_are(t
 
 def test_updates_add_to_the_record_and_notes_add_up(directory: RunDirectory) -> None:
     directory.update_record(status="running", attempt=1)
-    directory.note("first")
-    directory.note("second")
+    directory.add_note("first")
+    directory.add_note("second")
     directory.update_record(status="finished")
     assert directory.read_record() == {"status": "finished", "attempt": 1, "notes": ["first", "second"]}
 
@@ -90,13 +90,13 @@ def test_a_second_command_is_refused_until_the_first_ends_however_it_ends(direct
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError) as refused, directory.locked():
+        with pytest.raises(InputError) as refused, directory.lock():
             pass
         holder.kill()
     (problem,) = refused.value.problems
     assert problem.where == str(directory.root)
     assert problem.remedy is not None
-    with directory.locked():
+    with directory.lock():
         assert (directory.root / ".lock").exists()
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import orchestrator
 from orchestrator.data.fields.conversations import Sample
-from orchestrator.inference.chat import Screen
+from orchestrator.inference.chat import TerminalStreamer
 from orchestrator.inference.merge import export
 from orchestrator.inference.predict import predict
 from orchestrator.tasks.bases.chat import SHIPPED, Template
@@ -299,7 +299,7 @@ def test_a_chat_shows_no_closing_however_the_words_come(size: int, tiny_gpt2: Pa
     said, closing = "a </b> c </assist and so on", "</assistant>"
     for after in ("", closing, f"{closing}\n### user:\nmore"):
         out = io.StringIO()
-        screen = Screen(AutoTokenizer.from_pretrained(tiny_gpt2), out, closing)
+        screen = TerminalStreamer(AutoTokenizer.from_pretrained(tiny_gpt2), out, closing)
         text = f"\n{said}{after}"
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
         for number, piece in enumerate(pieces):

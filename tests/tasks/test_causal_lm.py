@@ -297,7 +297,7 @@ def test_one_can_talk_with_it(trained: Path) -> None:
 
 def test_only_language_models_talk(tmp_path: Path, write_recipe: WriteRecipe) -> None:
     run = orchestrator.train(orchestrator.load_recipe(write_recipe(train={"epochs": 1})), tmp_path / "run")
-    with pytest.raises(InputError, match="a model for text-classification does not talk"):
+    with pytest.raises(InputError, match="a model for text-classification cannot chat"):
         chat(run.directory, io.StringIO("hi\n"), io.StringIO())
 
 

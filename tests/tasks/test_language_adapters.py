@@ -18,7 +18,7 @@ import orchestrator
 from orchestrator.errors import InputError, RunFailed
 from orchestrator.inference.merge import export
 from orchestrator.inference.predict import evaluate
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 from orchestrator.models import quantized_layers
 from orchestrator.training.assembling import assemble
 from orchestrator.training.export import refuse_untrained
@@ -60,7 +60,7 @@ def test_an_adapter_learns_on_weights_in_4_bits_and_merges(write: WriteRecipe, t
     assert scored == pytest.approx(after, rel=1e-4)
     export(run.directory, tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    trained = load_trained(run.directory)
+    trained = load_trained_model(run.directory)
     assert quantized_layers(trained.model)
     with torch.no_grad():
         expected, found = trained.model(IDS).logits, merged(IDS).logits

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import orchestrator
 from orchestrator.cli.main import main
 from orchestrator.errors import InputError
-from orchestrator.inference.merge import changed_layers, merged_in_turn
+from orchestrator.inference.merge import changed_layers, merging_each_layer
 from orchestrator.inference.merge import export as export_model
 from orchestrator.inference.predict import evaluate
-from orchestrator.inference.trained_model import Wanted, load_base, load_trained, put_adapter_on
+from orchestrator.inference.trained_model import PrecisionChoice, load_adapter, load_base, load_trained_model
 from orchestrator.models import find_source, load_config
 from orchestrator.models.load import is_stored_in_bf16
 from orchestrator.training import export
@@ -30,7 +30,7 @@ from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
 LORA = {"type": "lora", "r": 4}
-WANTED: tuple[Wanted, ...] = ("auto", "fp32", "bf16")
+WANTED: tuple[PrecisionChoice, ...] = ("auto", "fp32", "bf16")
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +119,7 @@ def test_a_trained_model_is_used_in_the_precision_that_is_asked_for(
     assert scores["fp32"]["nll"] == pytest.approx(expected, rel=1e-2)
     assert scores["fp32"]["nll"] != scores["bf16"]["nll"]
     assert scores["auto"] == scores["fp32"]  # There is no GPU.
-    trained = load_trained(tmp_path / "run", "bf16")
+    trained = load_trained_model(tmp_path / "run", "bf16")
     multiplying = [part.weight.dtype for part in trained.model.modules() if isinstance(part, torch.nn.Linear)]
     assert set(multiplying) == {torch.bfloat16}
     # What it writes goes the same way.
@@ -154,22 +154,22 @@ def test_an_adapter_is_merged_in_fp32_and_written_in_the_format_of_its_source(
     )
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     # Peft's own sum, in fp32, and all of it.
-    wide = load_trained(tmp_path / "run", "fp32", as_stored=False)
+    wide = load_trained_model(tmp_path / "run", "fp32", as_stored=False)
     for layer in changed_layers(wide.model.get_base_model()).values():
         assert all(value.dtype != torch.bfloat16 for value in layer.parameters())
     if "quantize" in adapter:
         base, _ = load_base(wide.folder, wide.description, wide.task.auto_class)
-        wide.model = put_adapter_on(base.dequantize(torch.float32), wide.folder)
+        wide.model = load_adapter(base.dequantize(torch.float32), wide.folder)
     expected = wide.model.merge_and_unload().state_dict()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge"]) == 0
-    assert "rounding moved its outputs by" in capsys.readouterr().out
+    assert "rounding changed outputs by up to" in capsys.readouterr().out
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, expected[name].bfloat16()), name
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert "The adapter is merged; the weights are in bfloat16, as the source's; rounding moved" in card
+    assert "The adapter is merged; the weights are in bfloat16, as the source's; rounding changed" in card
     moved = export_model(tmp_path / "run", tmp_path / "again", merge=True)
     assert moved is not None
     assert 0 < moved < 0.05
@@ -181,9 +181,9 @@ def test_an_adapter_is_merged_in_fp32_and_written_in_the_format_of_its_source(
 def test_merging_holds_no_second_copy_in_fp32(write: WriteRecipe, narrow_llama: Path, tmp_path: Path) -> None:
     recipe = write(source={"model": str(narrow_llama)}, transfer={"adapter": LORA}, train={"steps": 3})
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
-    model = load_trained(tmp_path / "run", "fp32", torch.device("cpu"), as_stored=True).model
+    model = load_trained_model(tmp_path / "run", "fp32", torch.device("cpu"), as_stored=True).model
     assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
-    with merged_in_turn(model):
+    with merging_each_layer(model):
         assert {value.dtype for name, value in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
 
 
@@ -194,4 +194,4 @@ def test_bf16_is_refused_where_the_hardware_lacks_it(
     orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     monkeypatch.setattr("orchestrator.inference.trained_model.has_bf16", lambda _: False)
     with pytest.raises(InputError, match=r"does not compute bf16 in hardware(.|\n)*leave it out"):
-        load_trained(tmp_path / "run", "bf16")
+        load_trained_model(tmp_path / "run", "bf16")

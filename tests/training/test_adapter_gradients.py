@@ -82,7 +82,7 @@ def test_a_training_in_which_nothing_gets_a_gradient_is_refused(
     watched: tuple[Any, AdapterGradients, list[str]],
 ) -> None:
     _, reached, _ = watched
-    with pytest.raises(RunFailed, match="nothing of what is trained gets a gradient"):
+    with pytest.raises(RunFailed, match="no trained parameter gets a gradient"):
         reached.after_step(step(1.0, 0.0), TrainingState())
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from orchestrator import load_recipe, train
 from orchestrator.cli.main import main
-from orchestrator.launch import stop_request as wish
+from orchestrator.launch import stop_request
 from orchestrator.launch import train as run
-from orchestrator.launch.cluster import own_groups
-from orchestrator.launch.stop_request import Asker, Listener
+from orchestrator.launch.cluster import find_placement_groups
+from orchestrator.launch.stop_request import StopRequestReceiver, StopRequestSender
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.training import worker
 from orchestrator.training.hooks import Recorder, TrainingState
-from orchestrator.training.interruption import Interruption
+from orchestrator.training.interruption import InterruptHandler
 from orchestrator.training.loop import Step
 
 WriteRecipe = Callable[..., Path]
@@ -74,7 +74,7 @@ def test_the_step_is_saved_and_the_same_command_goes_on_with_the_same_losses(
     assert main(["train", recipe, *STEPS, "--output", str(directory)]) == 130
     told = capsys.readouterr().err
     assert "press Ctrl-C again to end at once" in told
-    assert "error: interrupted\n    -> the same command goes on" in told
+    assert "error: interrupted\n    -> the same command resumes" in told
     assert (status_of(directory), steps_saved(directory)) == ("interrupted", ["step-00000005"])
     assert main(["train", recipe, *STEPS, "--output", str(directory)]) == 0
     assert losses(directory) == losses(whole)
@@ -117,10 +117,10 @@ def test_where_no_step_is_taken_the_first_signal_ends_at_once(
 def test_signals_that_a_process_ignores_stay_ignored(takes_signals: None) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # As a shell starts what is to run in the background.
     try:
-        interruption = Interruption()
-        with interruption.listening():
+        handler = InterruptHandler()
+        with handler.installed():
             os.kill(os.getpid(), signal.SIGINT)
-            assert not interruption.is_given()
+            assert not handler.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -129,7 +129,7 @@ def test_a_training_in_another_thread_leaves_signals_alone(takes_signals: None) 
     seen: list[Any] = []
 
     def listen() -> None:
-        with Interruption().listening():
+        with InterruptHandler().installed():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=listen)
@@ -142,34 +142,34 @@ def test_a_training_in_another_thread_leaves_signals_alone(takes_signals: None) 
 def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """In place of Ray's key-value store."""
     kept: dict[str, bytes] = {}
-    monkeypatch.setattr(wish, "read", kept.get)
-    monkeypatch.setattr(wish, "write", kept.__setitem__)
-    monkeypatch.setattr(wish, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(stop_request, "read", kept.get)
+    monkeypatch.setattr(stop_request, "write", kept.__setitem__)
+    monkeypatch.setattr(stop_request, "SECONDS_BETWEEN_CHECKS", 0.01)
     return kept
 
 
 def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], takes_signals: None) -> None:
-    interruption, asker = Interruption(), Asker()
-    listener, other = Listener(asker.key, listens=True), Listener(asker.key, listens=False)
-    with interruption.listening(), asker.waiting(), interruption.passed_on(asker.ask), listener.while_steps_are_taken():
+    handler, sender = InterruptHandler(), StopRequestSender()
+    receiver, other = StopRequestReceiver(sender.key, listens=True), StopRequestReceiver(sender.key, listens=False)
+    with handler.installed(), sender.waiting(), handler.forwarding_to(sender.ask), receiver.during_steps():
         os.kill(os.getpid(), signal.SIGINT)
-        assert listener._given.wait(10)
+        assert receiver._is_set.wait(10)
         for thread in threading.enumerate():
             if thread.name == "interruption":
                 thread.join(10)
-    assert store == {asker.key: wish.SAVES}
-    assert not other.is_given()
+    assert store == {sender.key: stop_request.SAVING}
+    assert not other.is_set()
 
 
 @pytest.mark.parametrize("listens", [True, False], ids=["they say that they cannot", "they say nothing"])
 def test_workers_that_have_nothing_to_save_are_not(
     listens: bool, store: dict[str, bytes], takes_signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wish, "SECONDS_FOR_AN_ANSWER", 60.0 if listens else 0.01)
-    interruption, asker = Interruption(), Asker()
-    Listener(asker.key, listens)
-    waiting = asker.waiting(), interruption.passed_on(asker.ask)
-    with interruption.listening(), pytest.raises(KeyboardInterrupt), waiting[0], waiting[1]:
+    monkeypatch.setattr(stop_request, "SECONDS_FOR_REPLY", 60.0 if listens else 0.01)
+    handler, sender = InterruptHandler(), StopRequestSender()
+    StopRequestReceiver(sender.key, listens)
+    waiting = sender.waiting(), handler.forwarding_to(sender.ask)
+    with handler.installed(), pytest.raises(KeyboardInterrupt), waiting[0], waiting[1]:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(30)
 
@@ -196,4 +196,4 @@ def test_several_workers_save_their_step_and_give_back_what_they_held(
     assert status_of(tmp_path / "run") == "interrupted"
     (saved,) = steps_saved(tmp_path / "run")
     assert int(saved[5:]) == max(losses(tmp_path / "run")) >= 20
-    assert not [group for group, is_orphan in own_groups() if not is_orphan]
+    assert not [group for group, is_orphan in find_placement_groups() if not is_orphan]

@@ -40,7 +40,7 @@ class FakeNotice:
 
 @pytest.fixture
 def look_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(preemption, "SECONDS_BETWEEN_CHECKS", 0.0)
 
 
 def run(recipe: Path, folder: Path, notice: FakeNotice | None) -> RunDirectory:

@@ -11,7 +11,7 @@ from orchestrator.report.charts.base import FULL_WIDTH, HALF_WIDTH, Chart
 from orchestrator.report.colours import Colours
 from orchestrator.report.drawing import Size, both_sizes, colour_key, drawing, rectangle, shortened, text, text_width
 from orchestrator.report.markup import element
-from orchestrator.report.numbers import count, number
+from orchestrator.report.numbers import number
 from orchestrator.report.tables import TableColumn, table
 
 _MOST_WITH_NUMBERS = 14
@@ -120,7 +120,7 @@ def draw(found: Confusion, split: str, size: Size) -> Markup:
     parts.append(rectangle(left, above, num * cell, num * cell, "outline"))
     if not named:
         parts.append(text(left, 14, "predicted \N{RIGHTWARDS ARROW}", "title"))
-    return drawing(size, above + num * cell + 4, parts, f"Confusion matrix of {count(num, 'class')[:-1]}es on {split}")
+    return drawing(size, above + num * cell + 4, parts, f"Confusion matrix of {num:,} classes on {split}")
 
 
 def draw_cell(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from orchestrator.formatting import format_count
 from orchestrator.report.analysis import readable_range
 from orchestrator.report.charts.base import Chart
 from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, line, path, text, text_width
-from orchestrator.report.numbers import count, number
 from orchestrator.report.numbers import metric as show_metric
+from orchestrator.report.numbers import number
 from orchestrator.report.records import MetricRows, Run
 from orchestrator.report.scales import Linear, Log, Scale, fit_scale, widen
 
@@ -99,7 +100,7 @@ def chart(curves: Curves) -> Chart | None:
         ends = readable_range(values, higher_is_better=False, furthest=_FURTHEST)
     caption, num_cut = curves.caption, sum(value > ends[1] for value in values)
     if num_cut:
-        caption += f" {count(num_cut, 'record')} above {show_metric(ends[1])} cut off."
+        caption += f" {format_count(num_cut, 'record')} above {show_metric(ends[1])} cut off."
     if max(len(item.points) for item in shown) > _MOST_POINTS:
         caption += " Neighbouring records are averaged."
     return Chart(curves.title, plot(curves, shown, ends).both_sizes(), caption)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.tune import Callback
 
-from orchestrator.launch.cluster import own_groups, remove_orphans
+from orchestrator.launch.cluster import find_placement_groups, remove_orphaned_groups
 from orchestrator.training.interruption import SIGNALS
 
 SECONDS_BETWEEN_SWEEPS = 2.0
@@ -62,7 +62,7 @@ class Sweeper(Callback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._others = {group for group, _ in own_groups()}
+        self._others = {group for group, _ in find_placement_groups()}
         self._swept = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Sweeper(Callback):  # type: ignore[misc]
     def _sweep(self) -> bool:
         """Remove placement groups whose makers are dead; whether there are others still."""
         self._swept = time.monotonic()
-        return remove_orphans(self._others)
+        return remove_orphaned_groups(self._others)
 
     @contextlib.contextmanager
     def at_end(self) -> Iterator[None]:

@@ -17,9 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.launch.out_of_memory import is_out_of_memory
-from orchestrator.launch.ray_train import output_to
 from orchestrator.runs.directory import RunDirectory, finite, write_atomically, write_json
-from orchestrator.runs.logs import log_to
+from orchestrator.runs.logs import log_to, redirect_output
 from orchestrator.search.outcome import BEST_WEIGHTS, MEMORY, TRIAL_ERRORS
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial_context import trial_inputs
@@ -63,7 +62,7 @@ def serve(
     done = member.begun if member.told.over else max(0, member.begun - 1)
     while (orders := member.next_trial(done)) is not None:
         run = member.directory.trial(orders.id)
-        with output_to(run.logs / f"worker-{member.rank}.log"):
+        with redirect_output(run.logs / f"worker-{member.rank}.log"):
             member.work(orders, run)
         done = orders.number
 

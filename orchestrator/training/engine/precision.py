@@ -24,16 +24,22 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def resolve_precision(recipe: Recipe, has_bf16: bool) -> Precision:
+    """Return the precision that the recipe asks for on hardware that computes bf16, or does not."""
+    if recipe.train.precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    return recipe.train.precision
+
+
 def choose_precision(recipe: Recipe, device: torch.device) -> Precision:
-    """Return the precision that a recipe asks for, with `auto` resolved for the device.
+    """Return the precision to train in on this device.
 
     Raises:
-        ModelError: the recipe asks for bf16, which the hardware does not support.
+        ModelError: the recipe asks for bf16, and the hardware lacks it.
     """
-    wanted = recipe.train.precision
-    if wanted == "fp32" or (wanted == "auto" and not has_bf16(device)):
-        return "fp32"
-    if not has_bf16(device):
+    has_it = has_bf16(device)
+    precision = resolve_precision(recipe, has_it)
+    if precision == "bf16" and not has_it:
         raise ModelError(
             Problem(
                 f"precision is bf16, which this {device.type} does not compute in hardware",
@@ -41,4 +47,4 @@ def choose_precision(recipe: Recipe, device: torch.device) -> Precision:
                 "set train.precision to auto or fp32",
             )
         )
-    return "bf16"
+    return precision

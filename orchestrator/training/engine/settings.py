@@ -19,3 +19,8 @@ def uses_deepspeed(recipe: Recipe) -> bool:
     if recipe.scale.engine == "auto":
         return recipe.scale.zero_stage > 0
     return recipe.scale.engine == "deepspeed"
+
+
+def autocasts(recipe: Recipe, precision: str) -> bool:
+    """Whether passes compute in bf16 with fp32 weights. ZeRO's stages hold the weights themselves in bf16."""
+    return precision == "bf16" and recipe.scale.zero_stage == 0

@@ -15,6 +15,7 @@ from orchestrator.models import Prefix, PrefixUnavailable
 from orchestrator.models.attempt import CallFailed, try_forward
 from orchestrator.models.shortcuts.prefix import BoundaryNotReached
 from orchestrator.models.shortcuts.token_pooling import eval_mode, is_close
+from orchestrator.recipe import Recipe
 from orchestrator.tasks import Encoded
 from orchestrator.training.assembling import ModelParts
 from orchestrator.training.engine.base import Engine
@@ -45,23 +46,31 @@ def extract_prefix_at_boundary(
     """
     boundary = boundary_of(parts)
     is_asked = boundary is not None and is_wanted(prepared, parts, schedule, boundary)
-    if prepared.recipe.scale.zero_stage == 3:
-        return PrefixUnavailable("ZeRO-3 shards its weights over the workers") if is_asked else None
     encoded = prepared.encoded("train")
+    reason = why_not_replaceable(prepared.recipe, encoded)
+    if prepared.recipe.scale.zero_stage == 3:
+        return PrefixUnavailable(str(reason)) if is_asked else None
     loader, some = examples_to_try(encoded, parts)
     inputs, pooling = use_token_pooling(parts, loader, some)
     if boundary is None or not is_asked:
         return None
+    if reason is not None:
+        return PrefixUnavailable(reason)
+    beside = loader.extra_inputs(some).inputs
+    return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, beside, pooling)
+
+
+def why_not_replaceable(recipe: Recipe, encoded: Encoded) -> str | None:
+    """Return why stored features cannot take the frozen blocks' place, by recipe and data; None where they may."""
+    if recipe.scale.zero_stage == 3:
+        return "ZeRO-3 spreads its weights over the workers"
     if encoded.rows_per_example > 1:
-        return PrefixUnavailable("an example is several texts")
-    if encoded.augments:
-        return PrefixUnavailable("training examples are augmented at random")
-    extra_inputs = loader.extra_inputs(some).inputs
-    return models.extract_prefix(parts.module, parts.body, parts.blocks, boundary, inputs, extra_inputs, pooling)
+        return "an example is several texts"
+    return "training examples are changed at random" if encoded.augments else None
 
 
 def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
-    """Return the loader of a split on the model's device, and some of its rows."""
+    """A split on the model's device, and some of its rows."""
     order = np.argsort(encoded.lengths, kind="stable")
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     return SplitLoader(encoded, torch.device(parts.body.device)), some

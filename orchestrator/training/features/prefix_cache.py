@@ -56,7 +56,7 @@ class PrefixCache:
     def key(self, examples: str, boundary: int) -> str:
         """Return the name of an entry; `examples` is the key of the encoded split."""
         pooling = self.prefix.pooling
-        pooled = pooling.position if pooling is not None and boundary >= self.prefix.num_layers else "all"
+        pooled = pooling.position if pooling is not None and self.prefix.is_pooled(boundary) else "all"
         return content_key(FEATURES_VERSION, *self.identity, examples, boundary, pooled)
 
     def open(self, examples: str, boundary: int) -> StoredFeatures | None:

@@ -15,9 +15,10 @@ from ray.tune.execution import class_cache
 from orchestrator import load_recipe, train
 from orchestrator.cli.main import main
 from orchestrator.errors import ClusterError
+from orchestrator.inference.trained_model import choose_inference_device
 from orchestrator.launch.cluster import HIDES_GPUS
-from orchestrator.launch.ray_train import worker_environment
-from orchestrator.planning.sharding_options import machine_here
+from orchestrator.launch.trainer import worker_environment
+from orchestrator.planning.sharding_options import local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.search import trial_context as bench
@@ -86,7 +87,7 @@ def test_trials_and_the_winner_get_a_gpu_by_its_index(
 
 def test_a_training_that_wants_no_gpu_takes_none(write_recipe: WriteRecipe, gpu: None, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(train={"epochs": 1}), [NO_GPU])
-    assert not machine_here(recipe).is_gpu
+    assert not local_machine(recipe).is_gpu
     assert train(recipe, tmp_path / "run").result["status"] == "finished"
 
 
@@ -114,6 +115,13 @@ def test_a_gpu_whose_driver_is_too_old_is_refused(
     assert "a GPU that PyTorch cannot use: The NVIDIA driver on your system is too old (found version 12020)\n" in told
     assert "set scale.gpus_per_worker to 0" in told
     assert not place.exists()
+
+
+def test_a_trained_model_does_not_go_to_the_cpu_silently(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match=r"driver on your system is too old[\s\S]*export CUDA_VISIBLE_DEVICES="):
+        choose_inference_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # As the remedy has it.
+    assert choose_inference_device() == torch.device("cpu")
 
 
 def test_following_the_remedy_trains_on_the_cpu(write_recipe: WriteRecipe, old_driver: None) -> None:

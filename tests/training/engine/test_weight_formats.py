@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers import LlamaForCausalLM as Llama
 
 import orchestrator
-from orchestrator.inference.trained_model import ready
+from orchestrator.inference.trained_model import prepare_for_inference
 from orchestrator.models import quantized_layers
 from orchestrator.recipe import parse_recipe
 from orchestrator.training.assembling import assemble
@@ -167,7 +167,7 @@ def test_weights_in_4_bits_are_multiplied_in_the_precision_of_the_run(
 
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", record)
     if scale is None:
-        ready(parts.module, recipe, precision, torch.device("cpu"))(**IDS)
+        prepare_for_inference(parts.module, recipe, precision, torch.device("cpu"))(**IDS)
     else:
         with build_engine(parts.module, parts.groups, recipe, precision) as engine:
             engine.model(**IDS)

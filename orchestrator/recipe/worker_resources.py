@@ -1,4 +1,4 @@
-"""How many workers the nodes of a cluster hold: Ray places each worker whole on one node."""
+"""The resources of workers, and how many of them the nodes of a cluster hold. A worker does not span nodes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ KINDS = ("CPU", "GPU")
 
 
 def count_room(each: Mapping[str, float], nodes: Nodes) -> int:
-    """Return how many workers that take `each` fit onto the nodes."""
+    """Return how many workers with the resources `each` fit onto the nodes."""
     wanted = {kind: number for kind, number in each.items() if number}
     return sum(min(int(node.get(kind, 0) // number) for kind, number in wanted.items()) for node in nodes)
 
 
 def gpus_of_worker(recipe: Recipe, nodes: Nodes) -> int:
-    """Return the GPUs of each worker: as the recipe says, or one where any node has one."""
+    """Return the GPUs of each worker; `auto` is one if any node has one."""
     if recipe.scale.gpus_per_worker == "auto":
         return int(any(node.get("GPU", 0) >= 1 for node in nodes))
     return recipe.scale.gpus_per_worker
 
 
-def least_size(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
-    """Return the CPUs and GPUs that each worker has at the least."""
+def minimum_resources(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
+    """Return the CPUs and GPUs that each worker has at least."""
     cpus = 1 if recipe.scale.cpus_per_worker == "auto" else recipe.scale.cpus_per_worker
     return {"CPU": cpus, "GPU": gpus_of_worker(recipe, nodes)}
 
 
-def size_of_worker(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
+def worker_resources(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
     """Return the CPUs and GPUs of each worker of a training.
 
-    `cpus_per_worker: auto` is the most that all workers can have of the nodes they fit on, or as many of them as fit.
+    `cpus_per_worker: auto` is the most CPUs that all workers can have on these nodes, or all that fit onto them.
     """
-    each = least_size(recipe, nodes)
+    each = minimum_resources(recipe, nodes)
     workers = min(recipe.scale.workers, count_room(each, nodes))
     if recipe.scale.cpus_per_worker == "auto" and workers:
         most = int(max(node.get("CPU", 0) for node in nodes))
@@ -48,14 +48,14 @@ def size_of_worker(recipe: Recipe, nodes: Nodes) -> dict[str, int]:
 def refuse_without_room(
     recipe: Recipe, workers: int, each: Mapping[str, float], nodes: Nodes, is_trial: bool = False
 ) -> None:
-    """Refuse workers that could never be placed.
+    """Refuse workers that do not fit onto the nodes.
 
     Args:
         each: CPUs and GPUs of each worker.
-        is_trial: they are those of a search's trial, which does not wait for nodes.
+        is_trial: whether they are those of a search's trial, which does not wait for nodes.
 
     Raises:
-        ClusterError: the nodes do not hold so many, with what they have.
+        ClusterError: there is no room for them; the message names the resources of the nodes.
     """
     room = count_room(each, nodes)
     if room >= workers:
@@ -70,7 +70,7 @@ def refuse_without_room(
         remedy += ", or scale.gpus_per_worker to 0 to use no GPU"
     remedy += ", or give the cluster more nodes"
     if not is_trial:
-        # A run that waits has to know for what.
+        # A run that waits needs to know the resources to wait for.
         known = f", scale.gpus_per_worker to {each['GPU']}" if recipe.scale.gpus_per_worker == "auto" else ""
         remedy += f"; where an autoscaler does, set scale.wait_for_nodes to true{known}"
     raise ClusterError(str(Problem(what, recipe.origin.where("scale.workers"), remedy)))
