@@ -36,7 +36,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # As in torch.optim.AdamW.
 
 
 @dataclass
-class Head:
+class HeadState:
     """One of the heads."""
 
     recipe: Recipe
@@ -54,7 +54,7 @@ class Head:
         return self.failure is not None or self.state.stop is not None
 
 
-class Heads:
+class BatchedHeads:
     """Heads that are trained together, each with its recipe.
 
     Args:
@@ -63,7 +63,7 @@ class Heads:
 
     def __init__(self, session: Session, recipes: Sequence[Recipe]) -> None:
         self.session = session
-        self.heads = [Head(recipe) for recipe in recipes]
+        self.heads = [HeadState(recipe) for recipe in recipes]
         module = session.parts.module
         trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
         count = len(recipes)
@@ -82,7 +82,7 @@ class Heads:
         }
         self.schedules = [rate_schedule(recipe.train, session.schedule.total_steps) for recipe in recipes]
 
-    def train(self) -> list[Head]:
+    def train(self) -> list[HeadState]:
         """Train all heads to their ends.
 
         Raises:
@@ -229,7 +229,7 @@ class Heads:
                 own.append(as_arrays(tree_map(lambda values, number=number: values[number], predictions)))
         return [in_order([(rows, own, 0.0)]) for own in parts], total
 
-    def _complete(self, head: Head) -> None:
+    def _complete(self, head: HeadState) -> None:
         """All metrics at the best evaluation, where until then only the one that decides is known."""
         if head.best_row >= 0:
             targets = self.session.loaders["select"].encoded.targets()

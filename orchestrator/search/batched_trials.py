@@ -15,22 +15,22 @@ from safetensors.torch import save_file
 from orchestrator.models.attempt import CallFailed
 from orchestrator.recipe import dump_recipe
 from orchestrator.runs.directory import RunDirectory, finite
-from orchestrator.search.batched_heads import Head, Heads
+from orchestrator.search.batched_heads import BatchedHeads, HeadState
 from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_whole_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, with_own_name
 from orchestrator.search.trial import Trial
-from orchestrator.search.trial_context import Bench, trial_inputs
-from orchestrator.search.trial_interface import Report
+from orchestrator.search.trial_context import TrialContext, trial_inputs
+from orchestrator.search.trial_interface import TrialResult
 from orchestrator.training.features.build import boundary_of
 
 logger = logging.getLogger(__name__)
 
 
-class NoFeatures(RuntimeError):
+class FeaturesNotStored(RuntimeError):
     """The output of the frozen blocks is not stored."""
 
 
-class Pack:
+class BatchedTrials:
     """The trials of a pack in progress: all of them in one step.
 
     Args:
@@ -38,18 +38,18 @@ class Pack:
     """
 
     def __init__(
-        self, bench: Bench, specs: Sequence[Spec], directory: SearchDirectory, only_on_features: bool = False
+        self, context: TrialContext, specs: Sequence[Spec], directory: SearchDirectory, only_on_features: bool = False
     ) -> None:
-        self.bench = bench
+        self.context = context
         self.directory = directory
         self.only_on_features = only_on_features
         self.specs = [spec for spec in specs if read_whole_outcome(directory.trial(spec.id)) is None]
 
-    def advance(self) -> Report:
+    def advance(self) -> TrialResult:
         """Train all of its trials. Where they cannot be stacked, they are trained one after another."""
         if self.specs and not self._train_together():
             self._train_in_turn()
-        return Report(None, True, {})
+        return TrialResult(None, True, {})
 
     def stop(self) -> None:
         """There is nothing to let go of."""
@@ -71,18 +71,18 @@ class Pack:
         first.create()
         with contextlib.ExitStack() as stack:
             try:
-                session = stack.enter_context(self.bench.session(self.specs[0].parameters, first))
+                session = stack.enter_context(self.context.session(self.specs[0].parameters, first))
             except TRIAL_ERRORS:
                 logger.info("a pack of trials cannot begin, so each one is trained by itself", exc_info=True)
                 return False
             assert boundary_of(session.parts) is not None
             if session.loaders["train"].features is None:
                 if self.only_on_features:
-                    raise NoFeatures
+                    raise FeaturesNotStored
                 return False
-            recipes = [trial_inputs(self.bench.prepared, spec.parameters).recipe for spec in self.specs]
+            recipes = [trial_inputs(self.context.prepared, spec.parameters).recipe for spec in self.specs]
             try:
-                heads = Heads(session, recipes).train()
+                heads = BatchedHeads(session, recipes).train()
             except CallFailed:
                 return False
         seconds = (time.monotonic() - began) / len(heads)
@@ -91,13 +91,13 @@ class Pack:
             self._keep(head, self.directory.trial(spec.id), seconds, core_seconds)
         return True
 
-    def _keep(self, head: Head, run: RunDirectory, seconds: float, core_seconds: float) -> None:
+    def _keep(self, head: HeadState, run: RunDirectory, seconds: float, core_seconds: float) -> None:
         """Write the trial's directory; the outcome comes last."""
         run.create()
         run.recipe.write_text(dump_recipe(with_own_name(head.recipe, run.root.name)), encoding="utf-8")
         lines = (json.dumps(finite({**row, "seconds": seconds})) + "\n" for row in head.rows)
         run.metrics.write_text("".join(lines), encoding="utf-8")
-        if head.weights and head.state.best_score is not None and self.bench.may_win(head.state.best_score):
+        if head.weights and head.state.best_score is not None and self.context.may_win(head.state.best_score):
             save_file(head.weights, run.root / BEST_WEIGHTS)
         status = "finished" if head.failure is None else "failed"
         reason = head.failure or head.state.stop
@@ -105,6 +105,6 @@ class Pack:
 
     def _train_in_turn(self) -> None:
         for spec in self.specs:
-            trial = Trial(self.bench, spec, self.directory.trial(spec.id))
+            trial = Trial(self.context, spec, self.directory.trial(spec.id))
             while not trial.advance().is_last:
                 pass

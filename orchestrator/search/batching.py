@@ -16,7 +16,7 @@ MAY_DIFFER = {"learning_rate", "weight_decay", "schedule", "warmup_ratio"}
 SMALLEST = 2
 
 
-def pack_trials(recipe: Recipe, specs: Iterable[Spec], num_packs: int) -> tuple[list[list[Spec]], list[Spec]]:
+def batch_trials(recipe: Recipe, specs: Iterable[Spec], max_batches: int) -> tuple[list[list[Spec]], list[Spec]]:
     """Which trials can be trained together, and the others.
 
     Args:
@@ -32,7 +32,7 @@ def pack_trials(recipe: Recipe, specs: Iterable[Spec], num_packs: int) -> tuple[
             others.append(spec)
     packs = []
     for group in groups.values():
-        count = max(1, min(num_packs, len(group) // SMALLEST))
+        count = max(1, min(max_batches, len(group) // SMALLEST))
         packs += [group[start::count] for start in range(count)]
     others += [spec for pack in packs if len(pack) < SMALLEST for spec in pack]
     return [pack for pack in packs if len(pack) >= SMALLEST], others

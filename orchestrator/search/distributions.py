@@ -13,7 +13,7 @@ DIGITS = 10_000
 """Numbers are rounded to about this part of their range, so that they can be read and typed again."""
 
 
-class Domain(Protocol):
+class Distribution(Protocol):
     """Values of one place."""
 
     @property
@@ -33,7 +33,7 @@ class Domain(Protocol):
         """The value, moved into the domain where it lies outside."""
 
 
-def domain_of(case: Case) -> Domain:
+def distribution_of(case: Case) -> Distribution:
     """The domain that a case of a recipe's space describes; its choices are written out."""
     if case.choice is not None:
         assert case.choice != "every", "boundaries are written out first"
@@ -43,7 +43,7 @@ def domain_of(case: Case) -> Domain:
     ends = case.loguniform or case.uniform
     assert ends is not None, "a case has values"
     low, high = ends
-    return Numbers(low, high, logarithmic=case.loguniform is not None)
+    return Floats(low, high, logarithmic=case.loguniform is not None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Integers:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Floats:
     """A number from `low` to `high`, both included; each, or where `logarithmic` each order of magnitude, as likely."""
 
     low: float

@@ -22,8 +22,8 @@ from orchestrator.models.attempt import CallFailed
 from orchestrator.models.shortcuts.prefix import NotSeen
 from orchestrator.recipe import Recipe
 from orchestrator.search.batching import trains_only_the_head
-from orchestrator.search.local_runner import can_run_here
-from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.local_runner import can_run_locally
+from orchestrator.search.plan import SearchPlan, plan_search
 from orchestrator.search.resources import nodes_here, num_concurrent, trial_resources
 from orchestrator.search.space import trial_recipe
 from orchestrator.training.assembling import assemble
@@ -79,9 +79,9 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
         InputError: recipe, data or source are wrong.
     """
     prepared = encode_inputs(read_inputs(recipe, strict), strict)
-    plan = make_plan(prepared)
-    nodes, is_here = nodes_here(recipe), can_run_here(plan)
-    concurrent = 1 if is_here else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
+    plan = plan_search(prepared)
+    nodes, is_local = nodes_here(recipe), can_run_locally(plan)
+    concurrent = 1 if is_local else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:
@@ -102,7 +102,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     return Estimate(
         trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
         concurrent=concurrent,
-        seconds=(SECONDS_TO_BEGIN_HERE if is_here else SECONDS_TO_BEGIN) + (shared + own * (1 + repeats)) / concurrent,
+        seconds=(SECONDS_TO_BEGIN_HERE if is_local else SECONDS_TO_BEGIN) + (shared + own * (1 + repeats)) / concurrent,
         cache_bytes=sum(throughput.sizes.values()),
         # The winner's model, weights that may win, and what trials wait with that may go on: under asha, all of them.
         disk_bytes=int(
@@ -114,7 +114,7 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     )
 
 
-def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput) -> float:
+def trial_seconds(plan: SearchPlan, parameters: dict[str, Any], throughput: Throughput) -> float:
     """What one trial takes by itself, its features stored where there can be any."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     share = share_trained(plan, parameters)
@@ -130,7 +130,7 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput
     return begin + part * (computed + frozen)
 
 
-def share_trained(plan: Plan, parameters: dict[str, Any]) -> float:
+def share_trained(plan: SearchPlan, parameters: dict[str, Any]) -> float:
     """The share of the model's layers that a trial trains."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
@@ -147,7 +147,7 @@ def mean_share(evaluations: int, grace: int, reduction: int) -> float:
     return total / evaluations
 
 
-def measure(plan: Plan) -> Throughput:
+def measure(plan: SearchPlan) -> Throughput:
     """Time some steps of the whole model, and size up its features."""
     prepared = plan.prepared
     precision = choose_precision(prepared.recipe, choose_device(prepared.recipe))
@@ -169,7 +169,7 @@ def measure(plan: Plan) -> Throughput:
     return Throughput(step, forward, feature_sizes(plan, precision))
 
 
-def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
+def feature_sizes(plan: SearchPlan, precision: Precision) -> dict[int, int]:
     """Bytes of the stored features at each boundary of the search."""
     if not plan.boundaries or plan.prepared.recipe.train.cache_prefix is False:
         return {}

@@ -15,16 +15,16 @@ import torch
 from orchestrator.launch.cluster import has_cluster
 from orchestrator.recipe.schema import Search
 from orchestrator.search.batching import trains_only_the_head
-from orchestrator.search.plan import Plan
+from orchestrator.search.plan import SearchPlan
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.space import trial_recipe
-from orchestrator.search.trial_interface import Report
-from orchestrator.search.trial_log import Ledger
-from orchestrator.search.trial_process import make_workplace
+from orchestrator.search.trial_interface import TrialResult
+from orchestrator.search.trial_log import TrialLog
+from orchestrator.search.trial_process import make_trial_process
 from orchestrator.training.engine.devices import uses_gpu
 
 
-def can_run_here(plan: Plan) -> bool:
+def can_run_locally(plan: SearchPlan) -> bool:
     """Whether every trial trains only its head, and there is nothing to spread trials over but this machine's cores."""
     if plan.known is None or plan.search.scheduler == "pbt" or has_cluster():
         return False
@@ -33,19 +33,19 @@ def can_run_here(plan: Plan) -> bool:
     return all(trains_only_the_head(trial_recipe(plan.prepared.recipe, parameters)) for parameters in plan.known)
 
 
-class Here:
+class LocalRunner:
     """Runs the trials of a search in this process, with all its cores.
 
     Raises:
         NoFeatures: (when trials are run) the frozen blocks would be computed again and again, which Ray spreads.
     """
 
-    num_packs = 1
+    max_batches = 1
 
-    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+    def __init__(self, plan: SearchPlan, directory: SearchDirectory) -> None:
         self.directory = directory
         self.cores = os.cpu_count() or 1
-        self.workplace = make_workplace(
+        self.process = make_trial_process(
             plan.prepared,
             directory.root,
             plan.boundaries,
@@ -56,7 +56,7 @@ class Here:
         )
 
     def run_trials(
-        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
     ) -> None:
         """Run trials until there are no more or time is up."""
         assert specs is not None
@@ -65,19 +65,19 @@ class Here:
         for spec in specs:
             if time.monotonic() > until:
                 break
-            self._run(ledger, spec, until)
+            self._run(log, spec, until)
 
-    def _run(self, ledger: Ledger, spec: dict[str, Any], until: float) -> None:
+    def _run(self, log: TrialLog, spec: dict[str, Any], until: float) -> None:
         id = spec["id"]
-        trial = self.workplace.begin(id, spec["parameters"], spec.get("members"))
-        ledger.began(id)
-        report = Report(None, False, {})
+        trial = self.process.begin(id, spec["parameters"], spec.get("members"))
+        log.on_trial_start(id)
+        result = TrialResult(None, False, {})
         try:
-            while not report.is_last and time.monotonic() < until:
-                report = trial.advance()
-                if report.row:
-                    ledger.told(id, report.row)
+            while not result.is_last and time.monotonic() < until:
+                result = trial.advance()
+                if result.row:
+                    log.on_trial_result(id, result.row)
         finally:
-            if not report.is_last:
+            if not result.is_last:
                 trial.stop()
-        ledger.ended(id, report.is_last, report.reason)
+        log.on_trial_complete(id, result.is_last, result.reason)

@@ -15,11 +15,11 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.runs.checkpoint import STATE, CheckpointStore
 from orchestrator.runs.directory import RunDirectory, finite, parse_object, write_json
 from orchestrator.search.changes import CHANGES, Changes
-from orchestrator.search.trial_context import Bench
-from orchestrator.search.trial_interface import Report
+from orchestrator.search.trial_context import TrialContext
+from orchestrator.search.trial_interface import TrialResult
 from orchestrator.training.hooks import TrainingState, judge
 
-OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
+OUTCOME, BEST_WEIGHTS, TRAINING_STATE = "outcome.json", "best.safetensors", "memory.json"
 # What a trial's model or numbers may cause, and what therefore ends the trial but not the search.
 TRIAL_ERRORS = (OrchestratorError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError)
 
@@ -45,7 +45,7 @@ class Outcome:
     core_seconds: float = 0.0
 
 
-class OneTrial(abc.ABC):
+class BaseTrial(abc.ABC):
     """A trial in progress: a run directory that is trained evaluation by evaluation.
 
     Args:
@@ -54,8 +54,8 @@ class OneTrial(abc.ABC):
         directory: the trial's run directory; what is in it already is not done again.
     """
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
-        self.bench = bench
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory) -> None:
+        self.context = context
         self.spec = spec
         self.directory = directory
         self.changes = Changes(directory, spec.parameters)
@@ -66,19 +66,23 @@ class OneTrial(abc.ABC):
         self.outcome = read_whole_outcome(directory)
         self._rows = self._replay() if self.outcome else self._advance()
 
-    def advance(self) -> Report:
+    def advance(self) -> TrialResult:
         """Go on to the next evaluation. A trial that was interrupted first tells those that it had."""
         row: dict[str, Any] = {}
         try:
             row, is_last = next(self._rows, ({}, True))
             if not is_last:
-                return Report(self._score(row), False, row, parameters=self.changes.at(row))
+                return TrialResult(self._score(row), False, row, parameters=self.changes.at(row))
             outcome = self._end()
         except TRIAL_ERRORS as error:
             row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
         if outcome.status == "failed":
-            return Report(None, True, row, outcome.reason, self.changes.at(row) if row else {})
-        return Report(self._score(row), True, row, parameters=self.changes.at(row)) if row else Report(None, True, row)
+            return TrialResult(None, True, row, outcome.reason, self.changes.at(row) if row else {})
+        return (
+            TrialResult(self._score(row), True, row, parameters=self.changes.at(row))
+            if row
+            else TrialResult(None, True, row)
+        )
 
     @abc.abstractmethod
     def stop(self) -> None:
@@ -113,12 +117,12 @@ class OneTrial(abc.ABC):
         yield from ((row, row is rows[-1]) for row in rows)
 
     def _score(self, row: dict[str, Any]) -> float | None:
-        metric, value = self.bench.metric, row[self.bench.metric.name]
+        metric, value = self.context.metric, row[self.context.metric.name]
         # Files hold null for what is no number.
         return None if value is None else float(value) if metric.higher_is_better else -float(value)
 
 
-def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingState:
+def take_over_state(folder: Path, directory: RunDirectory, context: TrialContext) -> TrainingState:
     """What a trial remembers that goes on from what another wrote: its best evaluation stays one of its own.
 
     The weights of that one are in its directory, if they are among the best of the search. Its checkpoints go, because
@@ -126,11 +130,11 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingS
     """
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     directory.create()
-    found = TrainingState(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
-    before = best_of(directory, bench)
+    found = TrainingState(**json.loads((folder / TRAINING_STATE).read_text(encoding="utf-8")))
+    before = best_of(directory, context)
     # The other may have been behind: those steps will be taken again.
     num_rows = directory.forget_metrics_after(found.step)
-    own = best_of(directory, bench)
+    own = best_of(directory, context)
     if own.best_step != before.best_step:
         (directory.root / BEST_WEIGHTS).unlink(missing_ok=True)
     return replace(
@@ -138,12 +142,12 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingS
     )
 
 
-def best_of(directory: RunDirectory, bench: Bench) -> TrainingState:
+def best_of(directory: RunDirectory, context: TrialContext) -> TrainingState:
     """The best of a trial's evaluations so far."""
     state = TrainingState()
     for row in history(directory):
-        value, loss = (math.nan if row[name] is None else float(row[name]) for name in (bench.metric.name, "loss"))
-        judge(value, loss, row["step"], state, bench.metric, bench.prepared.recipe.train)
+        value, loss = (math.nan if row[name] is None else float(row[name]) for name in (context.metric.name, "loss"))
+        judge(value, loss, row["step"], state, context.metric, context.prepared.recipe.train)
     return state
 
 

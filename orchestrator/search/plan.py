@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.schema import Search
-from orchestrator.search.distributions import Domain
+from orchestrator.search.distributions import Distribution
 from orchestrator.search.records import BUDGET
 from orchestrator.search.space import FREEZE, Space
 from orchestrator.tasks.base import MainMetric
@@ -18,7 +18,7 @@ from orchestrator.training.session import choose_metric
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search that may begin."""
 
     prepared: Prepared
@@ -61,12 +61,12 @@ class Plan:
         return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
 
     @property
-    def changing(self) -> dict[str, Domain]:
+    def changing(self) -> dict[str, Distribution]:
         """What population-based training changes midway; nothing for other schedulers."""
         return self.space.mutations() if self.search.scheduler == "pbt" else {}
 
 
-def make_plan(prepared: Prepared) -> Plan:
+def plan_search(prepared: Prepared) -> SearchPlan:
     """Settle what will be tried; raises InputError with everything that can be refused before a trial begins."""
     recipe = prepared.recipe
     options = recipe.search or Search()
@@ -79,7 +79,7 @@ def make_plan(prepared: Prepared) -> Plan:
         known = space.grid(options.trials)
     elif options.algorithm == "random":
         known = space.random(options.trials, options.seed)
-    return Plan(prepared, options, space, metric, num_layers, num_parameters, known)
+    return SearchPlan(prepared, options, space, metric, num_layers, num_parameters, known)
 
 
 def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:

@@ -9,7 +9,7 @@ import psutil
 
 from orchestrator.launch.placement import Nodes, count_room, least_size, refuse_without_room
 from orchestrator.recipe import Recipe
-from orchestrator.search.plan import Plan
+from orchestrator.search.plan import SearchPlan
 from orchestrator.training.engine.sizes import BYTES_IN_TRAINING
 
 Resources = dict[str, float]
@@ -57,7 +57,7 @@ def trial_resources(recipe: Recipe, nodes: Nodes) -> TrialResources:
     return TrialResources({kind: float(number) for kind, number in each.items() if number}, recipe.scale.workers)
 
 
-def num_concurrent(plan: Plan, nodes: Nodes, each: TrialResources) -> int:
+def num_concurrent(plan: SearchPlan, nodes: Nodes, each: TrialResources) -> int:
     """Trials at a time: as the recipe says, or as many as cores, GPUs and free memory are for; no more than trials.
 
     Trials of several workers are never more than the cluster holds: one more would hold its actor, and only wait.

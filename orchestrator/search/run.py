@@ -86,11 +86,11 @@ def search(
         inputs = read_inputs(recipe, strict)
         wait_for_cluster = cluster_when_needed(recipe, stack)
         # These need torch, which takes seconds to import: Ray starts meanwhile.
-        from orchestrator.search import run_trials as course
-        from orchestrator.search.plan import make_plan
+        from orchestrator.search import run_trials
+        from orchestrator.search.plan import plan_search
         from orchestrator.training.engine.devices import refuse_unusable_gpu
 
-        plan = make_plan(encode_inputs(inputs, strict))
+        plan = plan_search(encode_inputs(inputs, strict))
         refuse_unusable_gpu(recipe)  # The winner's model is made in this process, wherever the trials run.
         if fresh:
             set_aside(directory)
@@ -110,8 +110,8 @@ def search(
             shown = stack.enter_context(own_stream(screen))
             stack.enter_context(output_to(directory.logs / "command.log"))
         try:
-            course.begin_record(plan, directory, notes)
-            course.run(plan, directory, shown, wait_for_cluster)
+            run_trials.begin_record(plan, directory, notes)
+            run_trials.run(plan, directory, shown, wait_for_cluster)
         except (KeyboardInterrupt, OrchestratorError) as error:
             is_interrupted = isinstance(error, KeyboardInterrupt)
             directory.update_record(status="interrupted" if is_interrupted else "failed")

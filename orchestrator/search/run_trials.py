@@ -14,33 +14,33 @@ from orchestrator.report import write_report
 from orchestrator.runs.checkpoint import IDENTITY
 from orchestrator.runs.directory import write_atomically, write_json
 from orchestrator.runs.identity import identity_to_keep
-from orchestrator.search.batched_trials import NoFeatures
-from orchestrator.search.batching import pack_trials
-from orchestrator.search.local_runner import Here, can_run_here
+from orchestrator.search.batched_trials import FeaturesNotStored
+from orchestrator.search.batching import batch_trials
+from orchestrator.search.local_runner import LocalRunner, can_run_locally
 from orchestrator.search.outcome import BEST_WEIGHTS, Spec
-from orchestrator.search.plan import Plan
+from orchestrator.search.plan import SearchPlan
 from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id, with_own_name
 from orchestrator.search.space import trial_recipe
-from orchestrator.search.trial_log import Ledger
+from orchestrator.search.trial_log import TrialLog
 from orchestrator.search.winner import keep_winner
 
 SEED = "train.seed"
 
 
-class Place(Protocol):
+class Runner(Protocol):
     """Where trials run."""
 
     @property
-    def num_packs(self) -> int:
+    def max_batches(self) -> int:
         """How many packs trials of like heads become at most; 0 where none may be packed."""
 
     def run_trials(
-        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
     ) -> None:
         """Run trials until there are no more or time is up; without `specs`, those that an algorithm suggests."""
 
 
-def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
+def begin_record(plan: SearchPlan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
     """Write down what is searched, and that it has begun.
 
     Args:
@@ -64,7 +64,9 @@ def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = 
     )
 
 
-def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]) -> None:
+def run(
+    plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]
+) -> None:
     """Run what has not been run yet, choose the winner and leave its model.
 
     Args:
@@ -74,14 +76,14 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_
     before = directory.read_record().get("seconds", 0.0)
     limit = plan.search.seconds
     left = None if limit is None else max(1.0, limit - before)
-    place = choose_place(plan, directory, wait_for_cluster, can_run_here(plan))
+    runner = choose_runner(plan, directory, wait_for_cluster, can_run_locally(plan))
     try:
-        run_all(plan, directory, screen, place, left)
-    except NoFeatures:
-        place = choose_place(plan, directory, wait_for_cluster, False)
-        run_all(plan, directory, screen, place, left)
+        run_all(plan, directory, screen, runner, left)
+    except FeaturesNotStored:
+        runner = choose_runner(plan, directory, wait_for_cluster, False)
+        run_all(plan, directory, screen, runner, left)
     if plan.search.reseed_top and plan.search.reseeds:
-        reseed(plan, directory, screen, place)
+        reseed(plan, directory, screen, runner)
     winner = choose_winner(plan, directory)
     best = trial_recipe(plan.prepared.recipe, winner["parameters"])
     write_atomically(directory.best, dump_recipe(with_own_name(best, "best")))
@@ -94,7 +96,7 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_
     write_report(directory.root)
 
 
-def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
+def drop_weights(plan: SearchPlan, directory: SearchDirectory) -> None:
     """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
     rows = read_rows(directory.rows)
     kept = {row["id"] for row in best_first(rows, plan.metric)[: plan.weights_kept]}
@@ -103,35 +105,41 @@ def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
             (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
 
 
-def choose_place(plan: Plan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_here: bool) -> Place:
+def choose_runner(
+    plan: SearchPlan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_local: bool
+) -> Runner:
     """What runs the trials."""
-    if is_here:
-        return Here(plan, directory)
+    if is_local:
+        return LocalRunner(plan, directory)
     wait_for_cluster()
-    from orchestrator.search.ray.runner import OnRay  # Ray Tune takes seconds to import.
+    from orchestrator.search.ray.runner import RayRunner  # Ray Tune takes seconds to import.
 
-    return OnRay(plan, directory)
+    return RayRunner(plan, directory)
 
 
-def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place, seconds: float | None) -> None:
+def run_all(
+    plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, runner: Runner, seconds: float | None
+) -> None:
     """The trials of the space."""
-    ledger = Ledger(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
-    specs = None if plan.known is None else list_trials(plan, plan.known, ledger, place.num_packs)
-    place.run_trials(ledger, specs, plan.search, seconds)
-    ledger.out_of_time()
+    log = TrialLog(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
+    specs = None if plan.known is None else list_trials(plan, plan.known, log, runner.max_batches)
+    runner.run_trials(log, specs, plan.search, seconds)
+    log.stop_running()
 
 
-def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger, num_packs: int) -> Iterator[dict[str, Any]]:
+def list_trials(
+    plan: SearchPlan, known: list[dict[str, Any]], log: TrialLog, max_batches: int
+) -> Iterator[dict[str, Any]]:
     """What a place is told to run: trials that train only the head are packed."""
     specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(known)]
-    packs, others = pack_trials(plan.prepared.recipe, specs, num_packs) if num_packs else ([], specs)
+    packs, others = batch_trials(plan.prepared.recipe, specs, max_batches) if max_batches else ([], specs)
     for number, pack in enumerate(packs):
-        yield ledger.expect_pack(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
+        yield log.add_batch(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
     for spec in sorted(others, key=lambda spec: spec.id):
-        yield ledger.expect(spec.id, spec.parameters)
+        yield log.add(spec.id, spec.parameters)
 
 
-def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place) -> None:
+def reseed(plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, runner: Runner) -> None:
     """Train the best trials again with other seeds."""
     base = plan.prepared.recipe.train.seed
     best = best_first(original_rows(directory), plan.metric)[: plan.search.reseed_top]
@@ -140,9 +148,9 @@ def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place:
         for row in best
         for offset in range(1, plan.search.reseeds + 1)
     ]
-    ledger = Ledger(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
-    place.run_trials(ledger, (ledger.expect(id, parameters) for id, parameters in specs), Search())
-    ledger.out_of_time()
+    log = TrialLog(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
+    runner.run_trials(log, (log.add(id, parameters) for id, parameters in specs), Search())
+    log.stop_running()
 
 
 def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
@@ -156,7 +164,7 @@ def original_id(row: dict[str, Any]) -> str:
     return id
 
 
-def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
+def choose_winner(plan: SearchPlan, directory: SearchDirectory) -> dict[str, Any]:
     """The best trial; among those that were repeated with other seeds, the one with the best mean.
 
     Raises:
@@ -178,7 +186,7 @@ def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
     return {**winner, "seeds": seeds[winner["id"]]}
 
 
-def seed_scores(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def seed_scores(plan: SearchPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The scores of each trial with every seed that it was trained with, by the trial's id."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

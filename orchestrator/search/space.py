@@ -33,7 +33,7 @@ from orchestrator.recipe.rules import tell
 from orchestrator.recipe.schema import Case
 from orchestrator.recipe.wording import write_value
 from orchestrator.search.defaults import default_space
-from orchestrator.search.distributions import Domain, domain_of
+from orchestrator.search.distributions import Distribution, distribution_of
 
 FREEZE = "transfer.freeze"
 MAX_REPEATS = 1000
@@ -97,7 +97,7 @@ class Space:
         counts = self._count_points(combinations, trials)
 
         def values_of(path: str, _: int, case: Case) -> list[Any]:
-            return domain_of(case).points(counts.get(path, 1))
+            return distribution_of(case).points(counts.get(path, 1))
 
         return list(_without_repeats(combinations.walk(values_of)))
 
@@ -105,7 +105,7 @@ class Space:
         """Points of each range."""
         # How often the same ranges take part; no condition asks for a value of a range, so that is all that counts.
         groups = Counter(
-            tuple((path, domain_of(value).size) for path, value in chosen.items() if isinstance(value, Case))
+            tuple((path, distribution_of(value).size) for path, value in chosen.items() if isinstance(value, Case))
             for chosen in combinations.walk_choices()
         )
         counts = {path: 1 for path in self.cases if any(path == other for group in groups for other, _ in group)}
@@ -143,7 +143,7 @@ class Space:
 
     def _draw(self, combinations: Combinations, stream: str) -> Parameters:
         def values_of(path: str, _: int, case: Case) -> list[Any]:
-            return [domain_of(case).draw(Random(f"{stream}/{path}"))]
+            return [distribution_of(case).draw(Random(f"{stream}/{path}"))]
 
         return next(combinations.walk(values_of))
 
@@ -152,16 +152,16 @@ class Space:
 
         def values_of(path: str, number: int, case: Case) -> list[Any]:
             # Optuna wants the same values under the same name, so that each case has one of its own.
-            return [domain_of(case).suggest(trial, f"{path}#{number}")]
+            return [distribution_of(case).suggest(trial, f"{path}#{number}")]
 
         return next(Combinations(self.recipe, self.cases).walk(values_of))
 
-    def mutations(self) -> dict[str, Domain]:
+    def mutations(self) -> dict[str, Distribution]:
         """What population-based training may change midway: places with the bounds or choices of their values.
 
         The recipe's rules see to it that these are numbers of `train`, and depend on nothing else that is searched.
         """
-        return next(Combinations(self.recipe, self.cases).walk(lambda _path, _number, case: [domain_of(case)]))
+        return next(Combinations(self.recipe, self.cases).walk(lambda _path, _number, case: [distribution_of(case)]))
 
 
 def trial_recipe(recipe: Recipe, parameters: Parameters) -> Recipe:

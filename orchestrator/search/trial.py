@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from orchestrator.runs.directory import RunDirectory, write_json
 from orchestrator.search.outcome import (
     BEST_WEIGHTS,
-    MEMORY,
-    OneTrial,
+    TRAINING_STATE,
+    BaseTrial,
     Outcome,
     Spec,
     forget_unscored,
     history,
-    taken_over,
+    take_over_state,
     write_outcome,
 )
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.training.hooks import TrainingState
 from orchestrator.training.loop import Step
 from orchestrator.training.session import Session
@@ -32,11 +32,11 @@ from orchestrator.training.worker import evaluations, resume
 SECONDS_BETWEEN_SAVES = 30.0
 
 
-class Trial(OneTrial):
+class Trial(BaseTrial):
     """A trial in progress in this process."""
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
-        super().__init__(bench, spec, directory)
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory) -> None:
+        super().__init__(context, spec, directory)
         self.session: Session | None = None
         self.state = TrainingState()
         self._best: dict[str, torch.Tensor] = {}
@@ -56,14 +56,14 @@ class Trial(OneTrial):
         """Write what another trial can go on from."""
         if self.session is not None:
             self.session.engine.write_state(folder)
-            write_json(folder / MEMORY, self.state.to_dict())
+            write_json(folder / TRAINING_STATE, self.state.to_dict())
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Go on from what another trial wrote, with other parameters."""
-        if not (folder / MEMORY).exists():
+        if not (folder / TRAINING_STATE).exists():
             return
         self._let_go()
-        self.state = taken_over(folder, self.directory, self.bench)
+        self.state = take_over_state(folder, self.directory, self.context)
         self._change(self.state.step, parameters)
         self._enter()
         assert self.session is not None
@@ -111,7 +111,7 @@ class Trial(OneTrial):
         self._cpu -= self.state.seconds
 
     def _enter(self) -> None:
-        self.session = self._stack.enter_context(self.bench.session(self.spec.parameters, self.directory))
+        self.session = self._stack.enter_context(self.context.session(self.spec.parameters, self.directory))
         self._saved = time.monotonic()
 
     def _is_last(self, row: dict[str, Any]) -> bool:
@@ -153,7 +153,7 @@ class Trial(OneTrial):
     def _keep_best_weights(self) -> None:
         """The weights at the best evaluation go to the disk only where this may be the winner."""
         score = self.state.best_score
-        if self._best and score is not None and self.bench.may_win(score):
+        if self._best and score is not None and self.context.may_win(score):
             temporary = self.directory.root / f".{BEST_WEIGHTS}.partial"
             save_file(self._best, temporary)
             temporary.replace(self.directory.root / BEST_WEIGHTS)

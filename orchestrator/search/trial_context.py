@@ -22,7 +22,7 @@ from orchestrator.training.session import Session, open_session
 PARTS_THAT_CHANGE_DATA = ("source.", "target.")
 
 
-class Bench:
+class TrialContext:
     """The workplace of one process's trials.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Report:
+class TrialResult:
     """What a trial tells after an evaluation."""
 
     score: float | None
@@ -25,7 +25,7 @@ class Report:
 class RunningTrial(Protocol):
     """A trial, as an actor sees it."""
 
-    def advance(self) -> Report:
+    def advance(self) -> TrialResult:
         """Go on to the next evaluation."""
 
     def stop(self) -> None:
@@ -38,7 +38,7 @@ class RunningTrial(Protocol):
         """Go on from what another trial wrote, with other parameters."""
 
 
-class Workplace(Protocol):
+class TrialProcess(Protocol):
     """Makes trials; sent to each actor once."""
 
     def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
@@ -48,12 +48,12 @@ class Workplace(Protocol):
         """No more trials begin here: let go of everything."""
 
 
-class Listener(Protocol):
+class TrialCallback(Protocol):
     """What the search does with what trials tell; called in the process of the command."""
 
-    def began(self, id: str) -> None: ...
+    def on_trial_start(self, id: str) -> None: ...
 
-    def told(self, id: str, row: dict[str, Any]) -> None:
+    def on_trial_result(self, id: str, row: dict[str, Any]) -> None:
         """An evaluation; where parameters change midway, `parameters` in it are those that it was trained with."""
 
-    def ended(self, id: str, is_last: bool, reason: str | None) -> None: ...
+    def on_trial_complete(self, id: str, is_last: bool, reason: str | None) -> None: ...

@@ -32,7 +32,7 @@ class Entry:
     """Parameters of the trials that are trained as one, by their ids."""
 
 
-class Ledger:
+class TrialLog:
     """Keeps trials.jsonl: a line for each trial that has ended, none twice.
 
     Args:
@@ -62,20 +62,20 @@ class Ledger:
         self._before = len(self.rows)
         self._started = time.monotonic()
 
-    def expect(self, id: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    def add(self, id: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """A trial will begin; returns what Ray Tune is to hand to its actor."""
         self.running[id] = Entry(parameters)
         return {"id": id, "parameters": parameters}
 
-    def expect_pack(self, id: str, members: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def add_batch(self, id: str, members: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The same for several trials that are trained as one."""
         self.running[id] = Entry({}, members=members)
         return {"id": id, "parameters": {}, "members": members}
 
-    def began(self, id: str) -> None:
+    def on_trial_start(self, id: str) -> None:
         self.running[id].began = self.running[id].began or time.monotonic()
 
-    def told(self, id: str, row: dict[str, Any]) -> None:
+    def on_trial_result(self, id: str, row: dict[str, Any]) -> None:
         entry = self.running[id]
         # A trial whose process died tells again what it had told.
         while entry.rows and entry.rows[-1]["step"] >= row["step"]:
@@ -83,11 +83,11 @@ class Ledger:
         entry.rows.append(row)
         self._show()
 
-    def ended(self, id: str, is_last: bool, reason: str | None) -> None:
+    def on_trial_complete(self, id: str, is_last: bool, reason: str | None) -> None:
         entry = self.running.pop(id)
         for member, parameters in entry.members.items():
             self.running[member] = Entry(parameters)
-            self.ended(member, is_last, reason)
+            self.on_trial_complete(member, is_last, reason)
         if id in self._known or entry.members:
             return
         run = self.directory.trial(id)
@@ -108,11 +108,11 @@ class Ledger:
         self._failed += row["status"] == "failed"
         self._show(force=True)
 
-    def out_of_time(self) -> None:
+    def stop_running(self) -> None:
         """Trials that were running when time was up have ended too, which Ray Tune does not tell; others wait."""
         for id, entry in list(self.running.items()):
             if entry.rows:
-                self.ended(id, False, None)
+                self.on_trial_complete(id, False, None)
 
     def describe(self, id: str, entry: Entry, outcome: Outcome) -> dict[str, Any]:
         """The line of trials.jsonl."""

@@ -14,25 +14,25 @@ from transformers.utils import logging as transformers_logging
 
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.launch.ray_train import run_crew
-from orchestrator.search.batched_trials import Pack
+from orchestrator.search.batched_trials import BatchedTrials
 from orchestrator.search.outcome import Spec
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.resources import trial_resources
 from orchestrator.search.trial import Trial
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.search.trial_interface import RunningTrial
 from orchestrator.search.workers.group import Crew, Foreman
-from orchestrator.search.workers.trial import NestedTrial
+from orchestrator.search.workers.trial import MultiWorkerTrial
 from orchestrator.search.workers.trial_worker import serve
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
-class Workplace:
+class PreparedTrialProcess:
     """Begins trials, and packs of them, in the process that it was made in."""
 
-    bench: Bench
+    context: TrialContext
     directory: SearchDirectory
     foreman: Foreman | None = None
     """Of the workers, where a trial has several."""
@@ -42,11 +42,11 @@ class Workplace:
     def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
         if members is not None:
             specs = [Spec(*member) for member in members.items()]
-            return Pack(self.bench, specs, self.directory, self.only_on_features)
+            return BatchedTrials(self.context, specs, self.directory, self.only_on_features)
         spec, run = Spec(id, parameters), self.directory.trial(id)
         if self.foreman is not None:
-            return NestedTrial(self.bench, spec, run, self.foreman)
-        return Trial(self.bench, spec, run)
+            return MultiWorkerTrial(self.context, spec, run, self.foreman)
+        return Trial(self.context, spec, run)
 
     def close(self) -> None:
         """No more trials begin here."""
@@ -54,7 +54,7 @@ class Workplace:
             self.foreman.dismiss()
 
 
-def make_workplace(
+def make_trial_process(
     prepared: Prepared,
     root: Path,
     boundaries: Sequence[int],
@@ -62,7 +62,7 @@ def make_workplace(
     keep: int,
     num_threads: int,
     only_on_features: bool = False,
-) -> Workplace:
+) -> PreparedTrialProcess:
     """Set up a process for trials.
 
     Args:
@@ -87,5 +87,5 @@ def make_workplace(
             return Crew(folder, partial(run_crew, prepared, work, resources, folder))
 
         foreman = Foreman(hire)
-    bench = Bench(prepared, boundaries, directory.rows, metric, keep)
-    return Workplace(bench, directory, foreman, only_on_features)
+    context = TrialContext(prepared, boundaries, directory.rows, metric, keep)
+    return PreparedTrialProcess(context, directory, foreman, only_on_features)

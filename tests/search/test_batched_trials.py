@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from orchestrator import load_recipe
 from orchestrator.recipe import Recipe
 from orchestrator.search import batched_heads as heads
-from orchestrator.search.batched_trials import Pack
-from orchestrator.search.batching import pack_trials, trains_only_the_head
+from orchestrator.search.batched_trials import BatchedTrials
+from orchestrator.search.batching import batch_trials, trains_only_the_head
 from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
 from orchestrator.search.records import SearchDirectory, append_row
 from orchestrator.search.trial import Trial
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
 
@@ -79,13 +79,13 @@ def train_together(
     """All in one pack; that they were is made sure of."""
     directory = directory_in(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pack, "_train_in_turn", fail_in_turn)
-        report = Pack(Bench(prepared, [], directory.rows, metric, keep), specs, directory).advance()
-    assert report.is_last
+        patch.setattr(BatchedTrials, "_train_in_turn", fail_in_turn)
+        result = BatchedTrials(TrialContext(prepared, [], directory.rows, metric, keep), specs, directory).advance()
+    assert result.is_last
     return directory
 
 
-def fail_in_turn(self: Pack) -> None:
+def fail_in_turn(self: BatchedTrials) -> None:
     raise AssertionError("the heads were not trained together")
 
 
@@ -93,9 +93,9 @@ def train_alone(
     prepared: Prepared, specs: list[Spec], root: Path, metric: MainMetric = ACCURACY, keep: int = 100
 ) -> SearchDirectory:
     directory = directory_in(root)
-    bench = Bench(prepared, [], directory.rows, metric, keep)
+    context = TrialContext(prepared, [], directory.rows, metric, keep)
     for spec in specs:
-        trial = Trial(bench, spec, directory.trial(spec.id))
+        trial = Trial(context, spec, directory.trial(spec.id))
         while not trial.advance().is_last:
             pass
     return directory
@@ -243,7 +243,7 @@ def test_what_had_ended_is_not_trained_again(prepared: Prepared, tmp_path: Path)
     train_together(prepared, specs, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert outcome_of(directory, "0003").status == "finished"
-    ended = Pack(Bench(prepared, [], directory.rows, ACCURACY, 1), specs, directory)
+    ended = BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 1), specs, directory)
     assert ended.specs == []
     assert ended.advance().is_last
 
@@ -275,7 +275,7 @@ def test_heads_that_cannot_be_trained_together_are_trained_in_turn(
         monkeypatch.setattr("orchestrator.training.worker.split_at_boundary", lambda *_: None)
     specs = specs_of(DIFFERENT[:2])
     directory = directory_in(tmp_path / "pack")
-    assert Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance().is_last
+    assert BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance().is_last
     check_same(directory, train_alone(prepared, specs, tmp_path / "alone"), specs)
     if trouble == "cannot be stacked":
         log = (directory.trial("0000").logs / "worker-0.log").read_text()
@@ -289,11 +289,11 @@ def test_a_mistake_of_our_own_is_not_taken_for_heads_that_cannot_be_stacked(
     def mistake(*_: Any) -> None:
         raise RuntimeError("an index is wrong")
 
-    monkeypatch.setattr(heads.Heads, "_update", mistake)
+    monkeypatch.setattr(heads.BatchedHeads, "_update", mistake)
     specs = specs_of(DIFFERENT[:2])
     directory = directory_in(tmp_path / "pack")
     with pytest.raises(RuntimeError, match="an index is wrong"):
-        Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance()
+        BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance()
 
 
 # ---- what is packed
@@ -318,7 +318,7 @@ def test_only_trials_of_like_heads_are_packed(write_recipe: Callable[..., Path])
         Spec("g", {FREEZE: "all", "train.seed": 9}),
         Spec("h", {FREEZE: "100%"}),
     ]
-    packed, others = ids(pack_trials(recipe_of(write_recipe), specs, 1))
+    packed, others = ids(batch_trials(recipe_of(write_recipe), specs, 1))
     assert packed == [["a", "c"], ["d", "e"]]
     assert sorted(others) == ["b", "f", "g", "h"]
 
@@ -326,10 +326,10 @@ def test_only_trials_of_like_heads_are_packed(write_recipe: Callable[..., Path])
 def test_there_are_as_many_packs_as_run_at_a_time_and_none_of_one(write_recipe: Callable[..., Path]) -> None:
     specs = [Spec(str(number), {FREEZE: "all", RATE: 1e-3 * (number + 1)}) for number in range(7)]
     recipe = recipe_of(write_recipe)
-    assert ids(pack_trials(recipe, specs, 2)) == ([["0", "2", "4", "6"], ["1", "3", "5"]], [])
-    assert [len(pack) for pack in pack_trials(recipe, specs, 4)[0]] == [3, 2, 2]
-    assert ids(pack_trials(recipe, specs[:1], 2)) == ([], ["0"])
-    assert ids(pack_trials(recipe, [], 2)) == ([], [])
+    assert ids(batch_trials(recipe, specs, 2)) == ([["0", "2", "4", "6"], ["1", "3", "5"]], [])
+    assert [len(pack) for pack in batch_trials(recipe, specs, 4)[0]] == [3, 2, 2]
+    assert ids(batch_trials(recipe, specs[:1], 2)) == ([], ["0"])
+    assert ids(batch_trials(recipe, [], 2)) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.search import estimate as estimates
 from orchestrator.search.estimate import Estimate, Throughput, estimate, mean_share, measure, trial_seconds
-from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.plan import SearchPlan, plan_search
 from orchestrator.training.prepare import prepare
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -39,10 +39,10 @@ def estimate_of(write_recipe: Callable[..., Path]) -> Callable[..., Estimate]:
 
 
 @pytest.fixture
-def plan_of(write_recipe: Callable[..., Path]) -> Callable[..., Plan]:
-    def make(*overrides: str, **search: Any) -> Plan:
+def plan_of(write_recipe: Callable[..., Path]) -> Callable[..., SearchPlan]:
+    def make(*overrides: str, **search: Any) -> SearchPlan:
         recipe = write_recipe(search={"space": SPACE, "trials": 6, **search}, train={"epochs": 3})
-        return make_plan(prepare(load_recipe(recipe, list(overrides))))
+        return plan_search(prepare(load_recipe(recipe, list(overrides))))
 
     return make
 
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_refused(estimate_of: Callable[..., Estimate]) -> None:
         estimate_of("search.space={transfer.freeze: {choice: [7]}}")
 
 
-def test_a_trial_costs_what_it_computes(plan_of: Callable[..., Plan]) -> None:
+def test_a_trial_costs_what_it_computes(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
     seconds = {depth: trial_seconds(plan, {FREEZE: depth}, PACE) for depth in (0, "stem", 1, 2, "all")}
     # 3 epochs of 60 examples, and 3 evaluations of 30.
@@ -118,7 +118,9 @@ def test_a_trial_costs_what_it_computes(plan_of: Callable[..., Plan]) -> None:
     assert seconds["all"] < seconds[2] < 1.0
 
 
-def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch(plan_of: Callable[..., Plan]) -> None:
+def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch(
+    plan_of: Callable[..., SearchPlan],
+) -> None:
     plan = plan_of()
     uncached = Throughput(PACE.step, PACE.forward, {})
     stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (PACE, uncached))
@@ -126,7 +128,7 @@ def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch
     assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, PACE)
 
 
-def test_the_values_of_a_trial_count(plan_of: Callable[..., Plan]) -> None:
+def test_the_values_of_a_trial_count(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
     once = trial_seconds(plan, {FREEZE: 0, "train.epochs": 1}, PACE)
     twice = trial_seconds(plan, {FREEZE: 0, "train.epochs": 2}, PACE)
@@ -143,7 +145,9 @@ def test_halving_gives_an_average_trial_this_share(
     assert mean_share(evaluations, grace, reduction) == pytest.approx(expected)
 
 
-def test_the_pace_is_that_of_the_whole_model(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_is_that_of_the_whole_model(
+    plan_of: Callable[..., SearchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     real = estimates.take_step
 

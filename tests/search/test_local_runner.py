@@ -13,9 +13,8 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.search import local_runner as here
-from orchestrator.search import run
-from orchestrator.search.ray import runner as on_ray
+from orchestrator.search import local_runner, run
+from orchestrator.search.ray import runner as ray_runner
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun, freezes_all
 
@@ -26,7 +25,7 @@ WriteToy = Callable[..., Path]
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process without a cluster, which the tests' process may have."""
-    monkeypatch.setattr(here, "has_cluster", lambda: False)
+    monkeypatch.setattr(local_runner, "has_cluster", lambda: False)
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_an_interrupted_search_of_heads_goes_on(
 ) -> None:
     recipe = write(reseed_top=1, reseeds=1)
     with monkeypatch.context() as patch:
-        patch.setattr(here.Here, "_run", interrupt_at("-seed-1", here.Here._run))
+        patch.setattr(local_runner.LocalRunner, "_run", interrupt_at("-seed-1", local_runner.LocalRunner._run))
         with pytest.raises(KeyboardInterrupt):
             search(recipe, tmp_path / "search")
     assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
@@ -87,17 +86,17 @@ def test_an_interrupted_search_of_heads_goes_on(
 def test_a_search_that_is_terminated_says_that_it_was_interrupted(
     write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(here.Here, "_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(local_runner.LocalRunner, "_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         search(write(), tmp_path / "search")
     assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
 
 
 def interrupt_at(id: str, run: Callable[..., None]) -> Callable[..., None]:
-    def interrupted(self: here.Here, ledger: Any, spec: dict[str, Any], until: float) -> None:
+    def interrupted(self: local_runner.LocalRunner, log: Any, spec: dict[str, Any], until: float) -> None:
         if spec["id"].endswith(id):
             raise KeyboardInterrupt
-        run(self, ledger, spec, until)
+        run(self, log, spec, until)
 
     return interrupted
 
@@ -106,7 +105,7 @@ def test_time_that_is_up_ends_a_search_of_heads(
     write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, *[1e9] * 1000])
-    monkeypatch.setattr(here, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
+    monkeypatch.setattr(local_runner, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
     with pytest.raises(RunFailed, match="time was up before the first evaluation"):
         search(write(seconds=100), tmp_path / "search")
 
@@ -116,7 +115,7 @@ def test_heads_that_have_no_features_are_left_to_ray(
 ) -> None:
     """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
     used = []
-    monkeypatch.setattr(on_ray.OnRay, "run_trials", noted(used, on_ray.OnRay.run_trials))
+    monkeypatch.setattr(ray_runner.RayRunner, "run_trials", noted(used, ray_runner.RayRunner.run_trials))
     found = search(write(), tmp_path / "search", "train.epochs=1")
     assert len(used) == 1
     assert found.counts == {"finished": 2}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.search.records import Newcomers, SearchDirectory, append_row, best_first, read_rows, score_of
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.tasks.base import MainMetric
 
 ACCURACY, LOSS = MainMetric("accuracy", higher_is_better=True), MainMetric("loss", higher_is_better=False)
@@ -84,11 +84,11 @@ def test_a_score_may_win_while_fewer_than_are_kept_are_better(scores: list[float
     for metric in (ACCURACY, LOSS):
         with tempfile.TemporaryDirectory() as folder:
             path, known = Path(folder) / "trials.jsonl", list[float | None]()
-            bench = Bench(unused, [], path, metric, keep)
+            context = TrialContext(unused, [], path, metric, keep)
             for number, score in enumerate(scores):
                 for asked in (0.0, 0.3, 0.6, 1.0):
                     better = [each for each in known if each is not None and metric.improves(each, asked)]
-                    assert bench.may_win(asked) == (len(better) < keep)
+                    assert context.may_win(asked) == (len(better) < keep)
                 append_row(path, {"id": str(number), "metrics": {metric.name: score}})
                 known.append(score)
 

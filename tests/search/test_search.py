@@ -11,7 +11,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.search import run_trials as course
+from orchestrator.search import run_trials
 from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun
 
@@ -115,8 +115,8 @@ def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: Search
 def test_a_finished_search_is_told_again_without_a_trial(
     finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(course, "choose_place", lambda *_: pytest.fail("trials were run"))
-    monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
+    monkeypatch.setattr(run_trials, "choose_runner", lambda *_: pytest.fail("trials were run"))
+    monkeypatch.setattr(run_trials, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
     again = run_search(recipe, finished.directory, "search.concurrent=2")
     assert (again.record, again.rows, again.result) == (finished.record, finished.rows, finished.result)

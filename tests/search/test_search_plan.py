@@ -10,21 +10,21 @@ import pytest
 
 from orchestrator import load_recipe
 from orchestrator.errors import ModelError, RecipeError
-from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.plan import SearchPlan, plan_search
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import prepare
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., SearchPlan]
 
 
 @pytest.fixture
 def plan_of(write_recipe: Callable[..., Path]) -> MakePlan:
     """A plan of the toy recipe with these sections; its model has 2 layers."""
 
-    def make(search: dict[str, Any] | None = None, *overrides: str, **sections: Any) -> Plan:
+    def make(search: dict[str, Any] | None = None, *overrides: str, **sections: Any) -> SearchPlan:
         both = sections if search is None else {"search": {"trials": 100, **search}, **sections}
-        return make_plan(prepare(load_recipe(write_recipe(**both), list(overrides))))
+        return plan_search(prepare(load_recipe(write_recipe(**both), list(overrides))))
 
     return make
 

@@ -18,7 +18,7 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from orchestrator.recipe.schema import Case
 from orchestrator.search.defaults import rates_of
-from orchestrator.search.distributions import Choice, Integers, Numbers, domain_of
+from orchestrator.search.distributions import Choice, Floats, Integers, distribution_of
 from orchestrator.search.space import Space, describe, short_names, trial_recipe
 
 FREEZE, RATE, ADAPTER = "transfer.freeze", "train.learning_rate", "transfer.adapter"
@@ -312,20 +312,20 @@ def test_population_based_training_gets_the_bounds_of_what_it_may_change() -> No
     written = {RATE: {"loguniform": [1e-5, 1e-3]}, "train.weight_decay": {"choice": [0.0, 0.1]}}
     space = space_of(written, search={"scheduler": "pbt", "trials": 8})
     rate, decay = space.mutations().values()
-    assert isinstance(rate, Numbers)
+    assert isinstance(rate, Floats)
     assert (rate.clip(1.0), rate.clip(0.0), rate.clip(1e-4)) == (1e-3, 1e-5, 1e-4)
     assert isinstance(decay, Choice)
     assert (decay.clip(0.08), decay.clip(0.0)) == (0.1, 0.0)
     (default,) = space_of(None, search={"scheduler": "pbt", "trials": 8}).mutations().items()
-    assert default == (RATE, Numbers(1e-5, 5e-5, logarithmic=True))
+    assert default == (RATE, Floats(1e-5, 5e-5, logarithmic=True))
 
 
 @pytest.mark.parametrize(
     ("domain", "points"),
     [
         (Integers(1, 4), {1: [2], 2: [1, 4], 3: [1, 3, 4], 4: [1, 2, 3, 4], 9: [1, 2, 3, 4]}),
-        (Numbers(0.0, 1.0, False), {1: [0.5], 2: [0.0, 1.0], 5: [0.0, 0.25, 0.5, 0.75, 1.0]}),
-        (Numbers(1e-4, 1.0, True), {1: [1e-2], 3: [1e-4, 1e-2, 1.0], 5: [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}),
+        (Floats(0.0, 1.0, False), {1: [0.5], 2: [0.0, 1.0], 5: [0.0, 0.25, 0.5, 0.75, 1.0]}),
+        (Floats(1e-4, 1.0, True), {1: [1e-2], 3: [1e-4, 1e-2, 1.0], 5: [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}),
         (Choice(("a", None)), {1: ["a", None], 5: ["a", None]}),
     ],
 )
@@ -349,7 +349,7 @@ def test_whole_points_are_different_and_inside(ends: list[int], count: int) -> N
 )
 def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, count: int, seed: int) -> None:
     low, high = sorted(ends)
-    domain = Numbers(low, high, logarithmic)
+    domain = Floats(low, high, logarithmic)
     points = domain.points(count)
     assert (points[0], points[-1]) == (low, high)
     assert points == sorted(points)
@@ -419,7 +419,7 @@ def test_the_shipped_search_tries_sixteen_points_each_of_which_runs() -> None:
 
 
 def test_a_case_becomes_the_domain_of_its_kind() -> None:
-    assert domain_of(Case(choice=[0, "all"])) == Choice((0, "all"))
-    assert domain_of(Case(integers=[1, 3])) == Integers(1, 3)
-    assert domain_of(Case(uniform=[0, 1])) == Numbers(0, 1, logarithmic=False)
-    assert domain_of(Case(loguniform=[0.1, 1])) == Numbers(0.1, 1, logarithmic=True)
+    assert distribution_of(Case(choice=[0, "all"])) == Choice((0, "all"))
+    assert distribution_of(Case(integers=[1, 3])) == Integers(1, 3)
+    assert distribution_of(Case(uniform=[0, 1])) == Floats(0, 1, logarithmic=False)
+    assert distribution_of(Case(loguniform=[0.1, 1])) == Floats(0.1, 1, logarithmic=True)

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 Standing = tuple[float, float]  # Score, and the loss below zero, which decides between equal scores.
-Place = tuple[float, float, int, str]
+Rank = tuple[float, float, int, str]
 """Of a trial at a rung; the least is the best: its standing below zero, how many came before it, and its id."""
 
 
@@ -38,9 +38,9 @@ class Rung:
     """The trials that came to a rung, in an order that is kept: a decision costs little, however many they are."""
 
     def __init__(self) -> None:
-        self._places: dict[str, Place] = {}
-        self._ranked: list[Place] = []
-        self._candidates: list[Place] = []
+        self._places: dict[str, Rank] = {}
+        self._ranked: list[Rank] = []
+        self._candidates: list[Rank] = []
         """A heap; those that have gone on are dropped when they come to its top."""
 
     def __len__(self) -> int:
@@ -51,10 +51,10 @@ class Rung:
         before = self._places.get(id)
         if before is not None:
             self._ranked.remove(before)
-        place = (-standing[0], -standing[1], len(self) if before is None else before[2], id)
-        self._places[id] = place
-        insort(self._ranked, place)
-        heapq.heappush(self._candidates, place)
+        rank = (-standing[0], -standing[1], len(self) if before is None else before[2], id)
+        self._places[id] = rank
+        insort(self._ranked, rank)
+        heapq.heappush(self._candidates, rank)
 
     def standing(self, id: str) -> Standing:
         return -self._places[id][0], -self._places[id][1]
@@ -67,11 +67,11 @@ class Rung:
             return None
         return self._candidates[0][3]
 
-    def _may_be_chosen(self, place: Place, is_waiting: Callable[[str], bool]) -> bool:
-        return self._places[place[3]] == place and is_waiting(place[3])
+    def _may_be_chosen(self, rank: Rank, is_waiting: Callable[[str], bool]) -> bool:
+        return self._places[rank[3]] == rank and is_waiting(rank[3])
 
 
-class Halving(FIFOScheduler):  # type: ignore[misc]
+class ASHA(FIFOScheduler):  # type: ignore[misc]
     """A trial gets `grace` evaluations, then `reduction` times as many as often as it is among the best.
 
     Args:

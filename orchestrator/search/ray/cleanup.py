@@ -25,7 +25,7 @@ SECONDS_TO_DIE = 10.0  # For actors that were told to end.
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Have Ctrl-C, or SIGTERM, end the search as Ray Tune ends one, with its trials stopped; raise KeyboardInterrupt.
 
     Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second signal does
@@ -55,7 +55,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-class Sweeper(Callback):  # type: ignore[misc]
+class PlacementGroupCleaner(Callback):  # type: ignore[misc]
     """Gives back what trials had reserved whose actors died: others may be waiting for it.
 
     What was reserved before the search is somebody else's.

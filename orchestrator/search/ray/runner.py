@@ -10,21 +10,21 @@ from typing import Any
 
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.recipe.schema import Search
-from orchestrator.search.plan import Plan
+from orchestrator.search.plan import SearchPlan
 from orchestrator.search.ray import tuner as tuning
-from orchestrator.search.ray.searchers import Listed, Suggested
+from orchestrator.search.ray.searchers import ListSearcher, OptunaSearcher
 from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
 from orchestrator.search.resources import num_concurrent, trial_resources
-from orchestrator.search.trial_log import Ledger
-from orchestrator.search.trial_process import make_workplace
+from orchestrator.search.trial_log import TrialLog
+from orchestrator.search.trial_process import make_trial_process
 
 SUGGESTED = "suggested.jsonl"
 
 
-class OnRay:
+class RayRunner:
     """Runs the trials of a search on the Ray cluster that this process is in."""
 
-    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+    def __init__(self, plan: SearchPlan, directory: SearchDirectory) -> None:
         self.plan = plan
         self.directory = directory
         nodes = cluster_nodes()
@@ -32,12 +32,12 @@ class OnRay:
         self.concurrent = num_concurrent(plan, nodes, self.resources)
 
     @property
-    def num_packs(self) -> int:
+    def max_batches(self) -> int:
         """How many packs trials of like heads become; population-based training, which changes rates, wants none."""
         return 0 if self.plan.search.scheduler == "pbt" else self.concurrent
 
     def run_trials(
-        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
     ) -> None:
         """Run trials until there are no more or time is up.
 
@@ -49,10 +49,10 @@ class OnRay:
         cores = os.cpu_count() or 1
         self.directory.update_record(concurrent=self.concurrent, cores=cores)
         tuning.run_trials(
-            self._suggesting(ledger) if specs is None else Listed(specs, changing),
+            self._suggesting(log) if specs is None else ListSearcher(specs, changing),
             tuning.make_scheduler(how, changing, self.concurrent),
             partial(
-                make_workplace,
+                make_trial_process,
                 plan.prepared,
                 self.directory.root,
                 plan.boundaries,
@@ -60,14 +60,14 @@ class OnRay:
                 plan.weights_kept,
                 max(1, cores // self.concurrent),
             ),
-            ledger,
+            log,
             self.concurrent,
             self.resources,
             self.directory.logs / "ray",
             seconds,
         )
 
-    def _suggesting(self, ledger: Ledger) -> Suggested:
+    def _suggesting(self, log: TrialLog) -> OptunaSearcher:
         """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
         plan, path = self.plan, self.directory.root / SUGGESTED
         recorded = read_rows(path)
@@ -77,6 +77,6 @@ class OnRay:
             number = next(count)
             if number >= len(recorded):
                 append_row(path, point)
-            return ledger.expect(trial_id(number), parameters)
+            return log.add(trial_id(number), parameters)
 
-        return Suggested(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)
+        return OptunaSearcher(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)

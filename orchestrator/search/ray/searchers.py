@@ -18,14 +18,14 @@ TPE_ATTEMPTS = 10
 """Suggestions in a row that were made before, after which points are drawn at random."""
 
 
-class Unsaved:
+class NotSaved:
     """Of which Ray Tune's snapshots hold nothing: they are not read again."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Listed(Unsaved, Searcher):  # type: ignore[misc]
+class ListSearcher(NotSaved, Searcher):  # type: ignore[misc]
     """Hands out trials that are known beforehand."""
 
     def __init__(self, specs: Iterator[dict[str, Any]], changing: Iterable[str] = ()) -> None:
@@ -75,7 +75,7 @@ def parameter_of(path: str, config: dict[str, Any]) -> Any:
     return config["spec"]["parameters"][path]
 
 
-class Suggested(Listed):
+class OptunaSearcher(ListSearcher):
     """Hands out trials that Optuna's TPE suggests from what earlier ones scored, each of them once.
 
     Every suggestion has a random stream of its own, which depends on the seed and on how many came before. A search

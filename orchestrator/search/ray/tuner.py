@@ -22,12 +22,12 @@ from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialSch
 
 from orchestrator.launch.cluster import HIDES_GPUS
 from orchestrator.recipe.schema import Search
-from orchestrator.search.distributions import Choice, Domain
-from orchestrator.search.ray.asha import Halving
-from orchestrator.search.ray.cleanup import Sweeper, interruptible
-from orchestrator.search.ray.searchers import SCORE, Listed, Unsaved
+from orchestrator.search.distributions import Choice, Distribution
+from orchestrator.search.ray.asha import ASHA
+from orchestrator.search.ray.cleanup import PlacementGroupCleaner, stop_on_signals
+from orchestrator.search.ray.searchers import SCORE, ListSearcher, NotSaved
 from orchestrator.search.resources import TrialResources
-from orchestrator.search.trial_interface import Listener, Workplace
+from orchestrator.search.trial_interface import TrialCallback, TrialProcess
 
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 PARAMETERS = "parameters"
@@ -43,26 +43,26 @@ VARIABLES = {
 }
 
 
-class Actor(Trainable):  # type: ignore[misc]
+class TrialActor(Trainable):  # type: ignore[misc]
     """Runs trials, one after another."""
 
-    def setup(self, config: dict[str, Any], make_workplace: Callable[[], Workplace]) -> None:
-        self.workplace = make_workplace()
+    def setup(self, config: dict[str, Any], make_trial_process: Callable[[], TrialProcess]) -> None:
+        self.process = make_trial_process()
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.spec = config["spec"]
         # What has changed midway the trial knows itself, or is told with another's weights.
-        self.running = self.workplace.begin(self.spec["id"], self.spec["parameters"], self.spec.get("members"))
+        self.running = self.process.begin(self.spec["id"], self.spec["parameters"], self.spec.get("members"))
         self.is_over = False
 
     def step(self) -> dict[str, Any]:
-        report = self.running.advance()
-        self.is_over = report.is_last
-        score = WORST if report.score is None or math.isnan(report.score) else report.score
+        result = self.running.advance()
+        self.is_over = result.is_last
+        score = WORST if result.score is None or math.isnan(result.score) else result.score
         # Ray Tune sets `done`, too, for a trial that it stops; the second word stays the trial's own.
-        own = {"is_last": report.is_last, "row": report.row, "reason": report.reason, PARAMETERS: report.parameters}
-        return {SCORE: score, "done": report.is_last, **own}
+        own = {"is_last": result.is_last, "row": result.row, "reason": result.reason, PARAMETERS: result.parameters}
+        return {SCORE: score, "done": result.is_last, **own}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         self.running.save(Path(checkpoint_dir))
@@ -79,7 +79,7 @@ class Actor(Trainable):  # type: ignore[misc]
         try:
             self._leave()
         finally:
-            self.workplace.close()
+            self.process.close()
 
     def _leave(self) -> None:
         if not self.is_over:
@@ -92,28 +92,30 @@ def mutated(config: dict[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in config.items() if path != "spec"}
 
 
-class Messenger(Unsaved, Callback):  # type: ignore[misc]
+class TuneCallback(NotSaved, Callback):  # type: ignore[misc]
     """Hands on what Ray Tune says."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: TrialCallback) -> None:
         self.listener = listener
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.listener.began(id_of(trial))
+        self.listener.on_trial_start(id_of(trial))
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get("row"):
             # Not those in its config: that may be changed already for what comes next.
             changed = {path: result[PARAMETERS][path] for path in mutated(trial.config)}
-            self.listener.told(id_of(trial), {**result["row"], **({"parameters": changed} if changed else {})})
+            self.listener.on_trial_result(
+                id_of(trial), {**result["row"], **({"parameters": changed} if changed else {})}
+            )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        self.listener.ended(id_of(trial), bool(result.get("is_last")), result.get("reason"))
+        self.listener.on_trial_complete(id_of(trial), bool(result.get("is_last")), result.get("reason"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
-        self.listener.ended(id_of(trial), True, lines[-1] if lines else "its process died")
+        self.listener.on_trial_complete(id_of(trial), True, lines[-1] if lines else "its process died")
 
 
 def id_of(trial: Any) -> str:
@@ -135,7 +137,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         return {**config, "spec": trial.config["spec"]}, operations
 
 
-def make_scheduler(search: Search, domains: Mapping[str, Domain], concurrent: int) -> TrialScheduler:
+def make_scheduler(search: Search, distributions: Mapping[str, Distribution], concurrent: int) -> TrialScheduler:
     """The scheduler of the recipe's name; its time is counted in evaluations.
 
     Args:
@@ -143,21 +145,22 @@ def make_scheduler(search: Search, domains: Mapping[str, Domain], concurrent: in
         concurrent: trials at a time.
     """
     if search.scheduler == "asha":
-        return Halving(search.grace, search.reduction, SCORE, WORST, concurrent)
+        return ASHA(search.grace, search.reduction, SCORE, WORST, concurrent)
     if search.scheduler == "pbt":
         return Population(
             time_attr="training_iteration",
             perturbation_interval=search.grace,
-            hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in domains.items()},
+            hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in distributions.items()},
             # Ray multiplies numbers by 0.8 or 1.2, whatever their bounds.
             custom_explore_fn=lambda config: {
-                path: domains[path].clip(value) if path in domains else value for path, value in config.items()
+                path: distributions[path].clip(value) if path in distributions else value
+                for path, value in config.items()
             },
         )
     return FIFOScheduler()
 
 
-def as_mutation(domain: Domain, seed: int) -> Any:
+def as_mutation(domain: Distribution, seed: int) -> Any:
     """Ray's way to say where values come from: a list, or a function that draws one."""
     if isinstance(domain, Choice):
         return list(domain.values)
@@ -166,10 +169,10 @@ def as_mutation(domain: Domain, seed: int) -> Any:
 
 
 def run_trials(
-    searcher: Listed,
+    searcher: ListSearcher,
     scheduler: TrialScheduler,
-    make_workplace: Callable[[], Workplace],
-    listener: Listener,
+    make_trial_process: Callable[[], TrialProcess],
+    listener: TrialCallback,
     concurrent: int,
     resources: TrialResources,
     folder: Path,
@@ -184,13 +187,15 @@ def run_trials(
     Raises:
         KeyboardInterrupt: after the trials have let go of what they held.
     """
-    sweepers = [Sweeper()] if resources.workers > 1 else []
+    sweepers = [PlacementGroupCleaner()] if resources.workers > 1 else []
     with contextlib.ExitStack() as stack:
-        for context in (variables(VARIABLES), interruptible(), *(each.at_end() for each in sweepers), plain_actors()):
+        for context in (variables(VARIABLES), stop_on_signals(), *(each.at_end() for each in sweepers), plain_actors()):
             stack.enter_context(context)
-        trainable = tune.with_resources(tune.with_parameters(Actor, make_workplace=make_workplace), resources.actor)
+        trainable = tune.with_resources(
+            tune.with_parameters(TrialActor, make_trial_process=make_trial_process), resources.actor
+        )
         is_population = isinstance(scheduler, Population)
-        if isinstance(scheduler, Halving):
+        if isinstance(scheduler, ASHA):
             scheduler.source = searcher
             searcher.has_room, searcher.is_over = scheduler.has_room, scheduler.is_over
         Tuner(
@@ -202,14 +207,14 @@ def run_trials(
                 num_samples=1 if is_population else -1,
                 search_alg=None if is_population else searcher,
                 scheduler=scheduler,
-                max_concurrent_trials=None if isinstance(scheduler, Halving) else concurrent,
+                max_concurrent_trials=None if isinstance(scheduler, ASHA) else concurrent,
                 reuse_actors=True,
                 time_budget_s=seconds,
             ),
             run_config=RunConfig(
                 name="trials",
                 storage_path=str(folder),
-                callbacks=[Messenger(listener), *sweepers],
+                callbacks=[TuneCallback(listener), *sweepers],
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 verbose=0,
             ),

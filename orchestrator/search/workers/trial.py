@@ -13,26 +13,26 @@ from orchestrator.recipe import dump_recipe
 from orchestrator.runs.directory import RunDirectory, write_atomically, write_json
 from orchestrator.search.outcome import (
     BEST_WEIGHTS,
-    MEMORY,
-    OneTrial,
+    TRAINING_STATE,
+    BaseTrial,
     Outcome,
     Spec,
     history,
-    taken_over,
+    take_over_state,
     write_outcome,
 )
 from orchestrator.search.records import with_own_name
-from orchestrator.search.trial_context import Bench, trial_inputs
+from orchestrator.search.trial_context import TrialContext, trial_inputs
 from orchestrator.search.workers.group import SECONDS_TO_STOP, Crew, Foreman, Told
 
 HANDOVER = "handover"
 
 
-class NestedTrial(OneTrial):
+class MultiWorkerTrial(BaseTrial):
     """A trial in progress on several workers, in the trial's actor."""
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory, foreman: Foreman) -> None:
-        super().__init__(bench, spec, directory)
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory, foreman: Foreman) -> None:
+        super().__init__(context, spec, directory)
         self.foreman = foreman
         self.crew: Crew | None = None
         """Where it is being trained."""
@@ -49,7 +49,7 @@ class NestedTrial(OneTrial):
             return
         best = self._told.state.get("best_score")
         try:
-            crew.change(stop=True, keep=best is not None and self.bench.may_win(best))
+            crew.change(stop=True, keep=best is not None and self.context.may_win(best))
             self._told = crew.wait(lambda told: told.over, SECONDS_TO_STOP)
         except RunFailed:
             self.foreman.dismiss()
@@ -66,16 +66,16 @@ class NestedTrial(OneTrial):
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Go on from what another trial wrote, with other parameters."""
-        if not (folder / MEMORY).exists():
+        if not (folder / TRAINING_STATE).exists():
             return
         self.stop()
-        state = taken_over(folder, self.directory, self.bench)
+        state = take_over_state(folder, self.directory, self.context)
         self._change(state.step, parameters)
         # The folder is one of this process's machine; the workers may be on others.
         self._start_from = self.directory.root / HANDOVER
         shutil.rmtree(self._start_from, ignore_errors=True)
         shutil.copytree(folder, self._start_from)
-        write_json(self._start_from / MEMORY, state.to_dict())
+        write_json(self._start_from / TRAINING_STATE, state.to_dict())
         (self._start_from / BEST_WEIGHTS).unlink(missing_ok=True)
         self._seen = 0
         self._rows = self._advance()
@@ -101,7 +101,7 @@ class NestedTrial(OneTrial):
 
     def _begin(self) -> None:
         self.directory.create()
-        recipe = trial_inputs(self.bench.prepared, self.spec.parameters).recipe
+        recipe = trial_inputs(self.context.prepared, self.spec.parameters).recipe
         write_atomically(self.directory.recipe, dump_recipe(with_own_name(recipe, self.spec.id)))
         self.crew = self.foreman.crew()
         self.crew.begin(self.spec.id, self.spec.parameters, self._seen, self._start_from)

@@ -20,7 +20,7 @@ from orchestrator.launch.out_of_memory import is_out_of_memory
 from orchestrator.launch.ray_train import output_to
 from orchestrator.runs.directory import RunDirectory, finite, write_atomically, write_json
 from orchestrator.runs.logs import log_to
-from orchestrator.search.outcome import BEST_WEIGHTS, MEMORY, TRIAL_ERRORS
+from orchestrator.search.outcome import BEST_WEIGHTS, TRAINING_STATE, TRIAL_ERRORS
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial_context import trial_inputs
 from orchestrator.search.workers.group import SECONDS_BETWEEN_LOOKS, TOLD, Orders, Told, read_orders, read_told
@@ -218,7 +218,10 @@ class Keeper:
             folder = session.store.at(state.step).folder
         else:
             session.engine.read_state(start_from)
-            state, folder = TrainingState(**json.loads((start_from / MEMORY).read_text(encoding="utf-8"))), start_from
+            state, folder = (
+                TrainingState(**json.loads((start_from / TRAINING_STATE).read_text(encoding="utf-8"))),
+                start_from,
+            )
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
@@ -267,7 +270,7 @@ class Keeper:
 
         engine.first_worker_does(make_room)
         self._write(folder)
-        engine.first_worker_does(lambda: write_json(folder / MEMORY, state.to_dict()))
+        engine.first_worker_does(lambda: write_json(folder / TRAINING_STATE, state.to_dict()))
 
     def keep_best_weights(self) -> None:
         """Put the weights of the best evaluation where the winner's are looked for."""

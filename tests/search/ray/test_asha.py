@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.ray.asha import Halving, Rung
+from orchestrator.search.ray.asha import ASHA, Rung
 
 WORST = -1e30
 
@@ -38,7 +38,7 @@ class Source:
 class Controller:
     """Runs trials as Ray Tune does, one evaluation of each running trial after another."""
 
-    scheduler: Halving
+    scheduler: ASHA
     scores: Callable[[str, int], float]
     length: int
     losses: Callable[[str], float] | None = None
@@ -102,7 +102,7 @@ class Controller:
 def controller(
     scores: Callable[[str, int], float], length: int = 9, concurrent: int = 2, grace: int = 1, reduction: int = 3
 ) -> Controller:
-    return Controller(Halving(grace, reduction, "score", WORST, concurrent), scores, length)
+    return Controller(ASHA(grace, reduction, "score", WORST, concurrent), scores, length)
 
 
 def rising(id: str, number: int) -> float:

@@ -10,7 +10,7 @@ import yaml
 from ray.tune.search import Searcher
 
 from orchestrator.recipe import parse_recipe
-from orchestrator.search.ray.searchers import SCORE, Suggested
+from orchestrator.search.ray.searchers import SCORE, OptunaSearcher
 from orchestrator.search.space import Space, key_of
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -46,7 +46,7 @@ class Attempt:
         self.points: list[dict[str, Any]] = []
         self.parameters: list[dict[str, Any]] = []
         self.concurrent = concurrent
-        self.searcher = Suggested(Space.of(recipe, 6).optuna_define, 3, limit, recorded, self._make_spec)
+        self.searcher = OptunaSearcher(Space.of(recipe, 6).optuna_define, 3, limit, recorded, self._make_spec)
 
     def _make_spec(self, point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         self.points.append(point)

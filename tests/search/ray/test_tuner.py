@@ -9,7 +9,7 @@ import pytest
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.utils import flatten_dict
 
-from orchestrator.search.ray.tuner import Messenger, Population
+from orchestrator.search.ray.tuner import Population, TuneCallback
 
 RATE = "train.learning_rate"
 RESULT = {"row": {"step": 8}, "parameters": {RATE: 1.0e-3, "transfer.freeze": 1}}
@@ -26,7 +26,7 @@ def test_an_evaluation_is_told_with_what_it_was_trained_with_also_where_the_conf
     told: list[Any] = []
     trial = Tried(config={"spec": {"id": "0000"}, RATE: 5.0e-3})
     listener: Any = SimpleNamespace(told=lambda *arguments: told.append(arguments))
-    Messenger(listener).on_trial_result(1, [trial], trial, RESULT)
+    TuneCallback(listener).on_trial_result(1, [trial], trial, RESULT)
     assert told == [("0000", {"step": 8, "parameters": {RATE: 1.0e-3}})]
 
 
