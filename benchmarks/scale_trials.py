@@ -17,6 +17,7 @@ from typing import Any
 from common import RECIPE
 
 import orchestrator
+from orchestrator.json_lines import append_json_line
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
 from orchestrator.runs.directory import write_atomically
@@ -25,7 +26,7 @@ from orchestrator.search.outcome import Outcome, Spec
 from orchestrator.search.ray.asha import ASHA
 from orchestrator.search.ray.searchers import SCORE, ListSearcher
 from orchestrator.search.ray.tuner import WORST
-from orchestrator.search.records import SearchDirectory, append_row, trial_id
+from orchestrator.search.records import SearchDirectory, trial_id
 from orchestrator.search.run_trials import choose_winner, drop_weights
 from orchestrator.search.space import Space, trial_recipe
 from orchestrator.search.trial_context import TrialContext
@@ -94,7 +95,7 @@ def ended_rows(size: int, directory: SearchDirectory) -> list[dict[str, Any]]:
 def search_with_rows(size: int, folder: Path) -> SearchDirectory:
     directory = search_directory(folder)
     for row in ended_rows(size, directory):
-        append_row(directory.rows, row)
+        append_json_line(directory.rows, row)
     return directory
 
 
@@ -146,7 +147,7 @@ def prepare_weights(size: int, folder: Path) -> Callable[[], object]:
     def work() -> None:
         for row in rows:
             context.may_win(row["metrics"]["accuracy"])
-            append_row(directory.rows, row)
+            append_json_line(directory.rows, row)
 
     return work
 

@@ -17,8 +17,8 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Each room may import those before it.
 ORDER = (
-    *("errors", "process", "storage", "distributed", "recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
-    *("runs", "training", "planning", "inference", "launch", "search", "__init__", "cli"),
+    *("errors", "json_lines", "process", "storage", "distributed", "recipe", "report", "jobs", "data", "models"),
+    *("tasks", "transfer", "runs", "training", "planning", "inference", "launch", "search", "__init__", "cli"),
 )
 KNOWS_RAY = (
     *("jobs/client.py", "jobs/on_cluster.py", "search/ray/"),

@@ -11,9 +11,10 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import InputError, Problem
+from orchestrator.json_lines import parse_object
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, parse_recipe
-from orchestrator.runs.directory import DESCRIPTION, parse_object
+from orchestrator.runs.directory import DESCRIPTION
 from orchestrator.tasks import Task, find_task
 from orchestrator.training.engine.precision import Precision, dtype_of, has_bf16
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen, may_load_as_stored

@@ -21,7 +21,8 @@ from typing import Any
 
 from orchestrator.distributed import Exchange
 from orchestrator.errors import RunFailed
-from orchestrator.runs.directory import parse_object, write_atomically
+from orchestrator.json_lines import parse_object
+from orchestrator.runs.directory import write_atomically
 
 MANIFEST = "MANIFEST.json"
 COMMITTED = "COMMITTED"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError, Problem
+from orchestrator.json_lines import append_json_line, finite, format_json_lines, parse_object, read_json_lines
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -29,24 +29,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def parse_object(data: bytes | None) -> dict[str, Any]:
-    """Return a JSON object; an empty one for what is none, such as a torn file or no file."""
-    try:
-        found = json.loads(data or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 DESCRIPTION = "transfer.json"
@@ -164,18 +146,14 @@ class RunDirectory:
             self.update_record(notes=[*notes, text])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a torn last line is passed over."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().split(b"\n")
-        return [row for line in lines if (row := parse_object(line))]
+        """Return the rows of metrics.jsonl; damaged lines are skipped."""
+        return read_json_lines(self.metrics)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+        append_json_line(self.metrics, row)
 
     def forget_metrics_after(self, step: int) -> int:
         """Drop the rows of steps that a resumed run will take again; returns how many of its training are left."""
         kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
-        write_atomically(self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_atomically(self.metrics, format_json_lines(kept))
         return sum(row.get("split") != "test" for row in kept)

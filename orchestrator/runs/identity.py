@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import InputError, Problem, RecipeError
+from orchestrator.json_lines import parse_object
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
 from orchestrator.runs.checkpoint import IDENTITY, read_identity
-from orchestrator.runs.directory import RunDirectory, parse_object
+from orchestrator.runs.directory import RunDirectory
 
 Names = dict[str, set[str]]
 # Where source and data lie, which may be elsewhere on another cluster; what is in them is held against the record.

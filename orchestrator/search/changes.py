@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.runs.directory import RunDirectory, parse_object, write_json
+from orchestrator.json_lines import parse_object
+from orchestrator.runs.directory import RunDirectory, write_json
 
 CHANGES = "changes.json"
 

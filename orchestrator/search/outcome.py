@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.json_lines import finite, parse_object
 from orchestrator.runs.checkpoint import STATE, CheckpointStore
-from orchestrator.runs.directory import RunDirectory, finite, parse_object, write_json
+from orchestrator.runs.directory import RunDirectory, write_json
 from orchestrator.search.changes import CHANGES, Changes
 from orchestrator.search.trial_context import TrialContext
 from orchestrator.search.trial_interface import TrialResult

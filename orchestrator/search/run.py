@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import InputError, OrchestratorError, Problem
+from orchestrator.json_lines import read_json_lines
 from orchestrator.launch import import_ahead
 from orchestrator.launch.cluster import ray_cluster
 from orchestrator.launch.ray_train import output_to
@@ -21,7 +22,7 @@ from orchestrator.report import write_report
 from orchestrator.runs.identity import PLACES, refuse_changes
 from orchestrator.runs.occupancy import kind_held
 from orchestrator.runs.progress import own_stream
-from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows, read_rows
+from orchestrator.search.records import BUDGET, SearchDirectory, drop_damaged_rows
 from orchestrator.search.space import FREEZE
 from orchestrator.storage import is_url
 from orchestrator.training.interruption import Interruption
@@ -158,5 +159,5 @@ def default_output(recipe: Recipe) -> Path:
 
 
 def finished(warnings: list[Problem], directory: SearchDirectory) -> SearchRun:
-    record, rows = directory.read_record(), read_rows(directory.rows)
+    record, rows = directory.read_record(), read_json_lines(directory.rows)
     return SearchRun(directory.root, record, rows, directory.read_result(), warnings)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 from orchestrator.errors import RunFailed
+from orchestrator.json_lines import read_json_lines
 from orchestrator.recipe import dump_recipe
 from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
@@ -19,7 +20,7 @@ from orchestrator.search.batching import batch_trials
 from orchestrator.search.local_runner import LocalRunner, can_run_locally
 from orchestrator.search.outcome import BEST_WEIGHTS, Spec
 from orchestrator.search.plan import SearchPlan
-from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id, with_own_name
+from orchestrator.search.records import SearchDirectory, best_first, score_of, trial_id, with_own_name
 from orchestrator.search.space import trial_recipe
 from orchestrator.search.trial_log import TrialLog
 from orchestrator.search.winner import keep_winner
@@ -98,7 +99,7 @@ def run(
 
 def drop_weights(plan: SearchPlan, directory: SearchDirectory) -> None:
     """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
-    rows = read_rows(directory.rows)
+    rows = read_json_lines(directory.rows)
     kept = {row["id"] for row in best_first(rows, plan.metric)[: plan.weights_kept]}
     for row in rows:
         if row["id"] not in kept:
@@ -155,7 +156,7 @@ def reseed(plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, 
 
 def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
     """Trials of the space, without those that repeat one with another seed."""
-    return [row for row in read_rows(directory.rows) if row["id"] == original_id(row)]
+    return [row for row in read_json_lines(directory.rows) if row["id"] == original_id(row)]
 
 
 def original_id(row: dict[str, Any]) -> str:
@@ -170,7 +171,7 @@ def choose_winner(plan: SearchPlan, directory: SearchDirectory) -> dict[str, Any
     Raises:
         RunFailed: no trial has a score.
     """
-    rows = read_rows(directory.rows)
+    rows = read_json_lines(directory.rows)
     ranked = best_first(original_rows(directory), plan.metric)
     if not ranked:
         reasons = sorted({str(row["reason"]) for row in rows if row["reason"]})

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.streaming import num_streamed
+from orchestrator.json_lines import JsonLinesFollower
 from orchestrator.recipe import dump_recipe
 from orchestrator.runs.directory import RunDirectory, write_atomically
 from orchestrator.runs.logs import log_to
-from orchestrator.search.records import Newcomers, score_of, with_own_name
+from orchestrator.search.records import score_of, with_own_name
 from orchestrator.search.space import trial_recipe
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.engine.devices import choose_device
@@ -38,7 +39,7 @@ class TrialContext:
         self.trials = trials
         self.metric = metric
         self.keep = keep
-        self._newcomers = Newcomers(trials)
+        self._follower = JsonLinesFollower(trials)
         self._best_scores: list[float] = []
         """The best of `trials` until now, best first, as many as are kept."""
 
@@ -54,7 +55,7 @@ class TrialContext:
 
     def may_win(self, score: float) -> bool:
         """Whether so few trials were better until now that this score may be among the best in the end."""
-        found = [score_of(row, self.metric.name) for row in self._newcomers.read()]
+        found = [score_of(row, self.metric.name) for row in self._follower.read_new()]
         scores = self._best_scores + [other for other in found if other is not None]
         self._best_scores = sorted(scores, reverse=self.metric.higher_is_better)[: self.keep]
         return len(self._best_scores) < self.keep or not self.metric.improves(self._best_scores[-1], score)

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from orchestrator.json_lines import append_json_line, read_json_lines
 from orchestrator.runs.progress import format_seconds
 from orchestrator.search.changes import Changes
 from orchestrator.search.outcome import Outcome, history, read_outcome, write_outcome
-from orchestrator.search.records import SearchDirectory, append_row, best_first, read_rows
+from orchestrator.search.records import SearchDirectory, best_first
 from orchestrator.search.space import describe
 from orchestrator.tasks.base import MainMetric
 
@@ -28,7 +29,7 @@ class Entry:
     parameters: dict[str, Any]
     began: float | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
-    members: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batched: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Parameters of the trials that are trained as one, by their ids."""
 
 
@@ -53,7 +54,7 @@ class TrialLog:
         self.num_trials = num_trials
         self.end_together = end_together
         self.running: dict[str, Entry] = {}
-        self.rows = read_rows(directory.rows)
+        self.rows = read_json_lines(directory.rows)
         self.table = None if screen is None else LiveTable(screen)
         self._known = {row["id"] for row in self.rows}
         # The table is drawn after each trial, for which the others are not put in order again.
@@ -67,10 +68,10 @@ class TrialLog:
         self.running[id] = Entry(parameters)
         return {"id": id, "parameters": parameters}
 
-    def add_batch(self, id: str, members: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def add_batch(self, id: str, batched: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The same for several trials that are trained as one."""
-        self.running[id] = Entry({}, members=members)
-        return {"id": id, "parameters": {}, "members": members}
+        self.running[id] = Entry({}, batched=batched)
+        return {"id": id, "parameters": {}, "batched": batched}
 
     def on_trial_start(self, id: str) -> None:
         self.running[id].began = self.running[id].began or time.monotonic()
@@ -85,10 +86,10 @@ class TrialLog:
 
     def on_trial_complete(self, id: str, is_last: bool, reason: str | None) -> None:
         entry = self.running.pop(id)
-        for member, parameters in entry.members.items():
+        for member, parameters in entry.batched.items():
             self.running[member] = Entry(parameters)
             self.on_trial_complete(member, is_last, reason)
-        if id in self._known or entry.members:
+        if id in self._known or entry.batched:
             return
         run = self.directory.trial(id)
         outcome = read_outcome(run)
@@ -101,7 +102,7 @@ class TrialLog:
             write_outcome(run, outcome)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # Nothing goes on from here.
         row = self.describe(id, entry, outcome)
-        append_row(self.directory.rows, row)
+        append_json_line(self.directory.rows, row)
         self.rows.append(row)
         self._known.add(id)
         self._leaders = best_first([*self._leaders, row], self.metric)[:TRIALS_SHOWN]

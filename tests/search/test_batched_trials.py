@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import load_recipe
+from orchestrator.json_lines import append_json_line
 from orchestrator.recipe import Recipe
 from orchestrator.search import batched_heads as heads
 from orchestrator.search.batched_trials import BatchedTrials
 from orchestrator.search.batching import batch_trials, trains_only_the_head
 from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
-from orchestrator.search.records import SearchDirectory, append_row
+from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial import Trial
 from orchestrator.search.trial_context import TrialContext
 from orchestrator.tasks.base import MainMetric
@@ -257,7 +258,7 @@ def test_the_rest_of_a_pack_has_the_numbers_of_the_whole(prepared: Prepared, tmp
 
 def test_weights_are_kept_where_they_may_win(prepared: Prepared, tmp_path: Path) -> None:
     directory = directory_in(tmp_path)
-    append_row(directory.rows, {"id": "x", "metrics": {"accuracy": 1.1}, "status": "finished"})
+    append_json_line(directory.rows, {"id": "x", "metrics": {"accuracy": 1.1}, "status": "finished"})
     train_together(prepared, specs_of(DIFFERENT[:2]), tmp_path, keep=1)
     assert not list(tmp_path.rglob(BEST_WEIGHTS))
 

@@ -13,9 +13,9 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
+from orchestrator.json_lines import read_json_lines
 from orchestrator.search import local_runner, run
 from orchestrator.search.ray import runner as ray_runner
-from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun, freezes_all
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -76,7 +76,7 @@ def test_an_interrupted_search_of_heads_goes_on(
         with pytest.raises(KeyboardInterrupt):
             search(recipe, tmp_path / "search")
     assert json.loads((tmp_path / "search" / "search.json").read_text())["status"] == "interrupted"
-    before = read_rows(tmp_path / "search" / "trials.jsonl")
+    before = read_json_lines(tmp_path / "search" / "trials.jsonl")
     found = search(recipe, tmp_path / "search")
     assert [row["id"] for row in before] == ["0000", "0001"]
     assert found.rows[:2] == before

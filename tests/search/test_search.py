@@ -11,8 +11,8 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
+from orchestrator.json_lines import read_json_lines
 from orchestrator.search import run_trials
-from orchestrator.search.records import read_rows
 from orchestrator.search.run import SearchRun
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -53,7 +53,7 @@ def unfinish(directory: Path) -> None:
 
 def keep_rows(directory: Path, *ids: str) -> None:
     """What trials.jsonl is to hold."""
-    rows = [row for row in read_rows(directory / "trials.jsonl") if row["id"] in ids]
+    rows = [row for row in read_json_lines(directory / "trials.jsonl") if row["id"] in ids]
     (directory / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -222,7 +222,7 @@ def test_where_every_trial_fails_the_search_fails_with_their_reasons(
     with pytest.raises(RunFailed, match=r"no trial has a score: [\s\S]*at step \d+") as failed:
         run_search(recipe, tmp_path / "s", space, "train.max_grad_norm=null", "train.epochs=1")
     assert "train.learning_rate" in str(failed.value)
-    assert [row["status"] for row in read_rows(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
+    assert [row["status"] for row in read_json_lines(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
     assert json.loads((tmp_path / "s" / "search.json").read_text())["status"] == "failed"
     assert (tmp_path / "s" / "report.html").exists()
 

@@ -10,9 +10,10 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import RunFailed
+from orchestrator.json_lines import append_json_line
 from orchestrator.search import run_trials
 from orchestrator.search.plan import SearchPlan, plan_search
-from orchestrator.search.records import SearchDirectory, append_row
+from orchestrator.search.records import SearchDirectory
 from orchestrator.search.run import default_output
 from orchestrator.search.run_trials import choose_winner
 from orchestrator.training.prepare import prepare
@@ -43,7 +44,7 @@ def write_row(
     parameters = {RATE: 1.0e-3, **({"train.seed": int(seed)} if seed else {})}
     metrics = {} if accuracy is None else {"accuracy": accuracy, "loss": loss}
     reason = "the loss is nan" if status == "failed" else None
-    append_row(
+    append_json_line(
         directory.rows, {"id": id, "parameters": parameters, "metrics": metrics, "status": status, "reason": reason}
     )
 
@@ -110,7 +111,7 @@ def test_a_line_is_asked_for_its_trial_as_often_however_many_there_are(
             Counted(id=f"{number:04d}", status="finished", parameters={}, metrics={"accuracy": number / count})
             for number in range(count)
         ]
-        monkeypatch.setattr(run_trials, "read_rows", lambda _, rows=rows: rows)
+        monkeypatch.setattr(run_trials, "read_json_lines", lambda _, rows=rows: rows)
         Counted.asked = 0
         assert choose_winner(plan, directory)["id"] == f"{count - 1:04d}"
         asked.append(Counted.asked / count)

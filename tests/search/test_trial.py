@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import load_recipe, train
+from orchestrator.json_lines import append_json_line
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.search import trial as trials
 from orchestrator.search.changes import CHANGES
 from orchestrator.search.outcome import BEST_WEIGHTS, OUTCOME, Spec, history, read_outcome
-from orchestrator.search.records import append_row
 from orchestrator.search.trial import Trial
 from orchestrator.search.trial_context import TrialContext, trial_inputs
 from orchestrator.search.trial_interface import TrialResult
@@ -275,7 +275,7 @@ def test_a_stopped_trial_leaves_its_best_weights_where_it_may_win(
     better: int, context: TrialContext, folder: RunDirectory
 ) -> None:
     for number in range(better):
-        append_row(context.trials, {"id": f"{number}", "metrics": {"accuracy": 1.1}, "status": "finished"})
+        append_json_line(context.trials, {"id": f"{number}", "metrics": {"accuracy": 1.1}, "status": "finished"})
     trial = Trial(context, Spec("0000", PARAMETERS), folder)
     trial.advance()
     trial.stop()

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.json_lines import read_json_lines
 from orchestrator.search import trial_log as trial_logs
 from orchestrator.search.changes import Changes
 from orchestrator.search.outcome import Outcome, read_outcome, write_outcome
-from orchestrator.search.records import SearchDirectory, read_rows
+from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial_log import TrialLog
 from orchestrator.tasks.base import MainMetric
 
@@ -67,10 +68,10 @@ def test_a_trial_that_ended_is_a_line_with_everything_about_it(directory: Search
     rows = [evaluation(8, 0.5), evaluation(16, 0.9), evaluation(24, 0.7)]
     for row in rows:
         log.on_trial_result("0000", row)
-    assert read_rows(directory.rows) == []
+    assert read_json_lines(directory.rows) == []
     write_history(directory, "0000", *rows, best_step=16, seconds=3.0, core_seconds=5.0)
     log.on_trial_complete("0000", True, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert row.keys() == FIELDS
     assert row == {
         "id": "0000",
@@ -98,7 +99,7 @@ def test_of_equal_evaluations_the_one_with_the_lower_loss_is_the_best(
     for row in (evaluation(8, 0.9, 0.5), evaluation(16, 0.9, 0.4), evaluation(24, 0.9, 0.4), evaluation(32, 0.8, 0.1)):
         log.on_trial_result("0000", row)
     log.on_trial_complete("0000", True, None)
-    assert read_rows(directory.rows)[0]["best_step"] == 16
+    assert read_json_lines(directory.rows)[0]["best_step"] == 16
 
 
 def test_where_low_is_good_the_lowest_is_the_best(directory: SearchDirectory) -> None:
@@ -107,14 +108,14 @@ def test_where_low_is_good_the_lowest_is_the_best(directory: SearchDirectory) ->
     for row in (evaluation(8, 0.9, 0.5), evaluation(16, 0.9, 0.4), evaluation(24, 0.9, 0.6)):
         log.on_trial_result("0000", row)
     log.on_trial_complete("0000", True, None)
-    assert read_rows(directory.rows)[0]["best_step"] == 16
+    assert read_json_lines(directory.rows)[0]["best_step"] == 16
 
 
 def test_a_trial_that_was_stopped_is_told_so_and_stays_stopped(directory: SearchDirectory, log: TrialLog) -> None:
     log.add("0000", PARAMETERS)
     log.on_trial_result("0000", evaluation(8, 0.5))
     log.on_trial_complete("0000", False, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
     assert (row["metrics"]["accuracy"], row["seconds"], row["evaluations"]) == (0.5, 0.8, 1)
     outcome = read_outcome(directory.trial("0000"))
@@ -130,7 +131,7 @@ def test_a_trial_that_failed_is_told_with_its_reason(
     if evaluated:
         log.on_trial_result("0000", evaluation(8, 0.5))
     log.on_trial_complete("0000", True, "its process died")
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert (row["status"], row["reason"]) == ("failed", "its process died")
     assert bool(row["metrics"]) == evaluated
     outcome = read_outcome(directory.trial("0000"))
@@ -142,7 +143,7 @@ def test_what_the_trial_itself_wrote_down_counts(directory: SearchDirectory, log
     log.add("0000", {})
     write_history(directory, "0000", status="failed", reason="the loss is nan at step 3")
     log.on_trial_complete("0000", True, "something that Ray says")
-    assert read_rows(directory.rows)[0]["reason"] == "the loss is nan at step 3"
+    assert read_json_lines(directory.rows)[0]["reason"] == "the loss is nan at step 3"
 
 
 def test_no_line_is_written_twice(directory: SearchDirectory, log: TrialLog) -> None:
@@ -154,7 +155,7 @@ def test_no_line_is_written_twice(directory: SearchDirectory, log: TrialLog) -> 
         for row in rows:
             each.told("0000", row)
         each.ended("0000", True, None)
-    assert len(read_rows(directory.rows)) == 1
+    assert len(read_json_lines(directory.rows)) == 1
 
 
 def test_a_trial_that_ended_before_the_search_was_killed_gets_its_line_later(directory: SearchDirectory) -> None:
@@ -163,7 +164,7 @@ def test_a_trial_that_ended_before_the_search_was_killed_gets_its_line_later(dir
     log = TrialLog(directory, ACCURACY, 4, None)
     log.add("0000", PARAMETERS)
     log.on_trial_complete("0000", True, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert (row["metrics"]["accuracy"], row["evaluations"], row["seconds"]) == (0.9, 2, 3.0)
 
 
@@ -172,19 +173,19 @@ def test_a_trial_whose_process_died_tells_again_what_it_had_told(directory: Sear
     for step in (8, 16, 24, 8, 16, 24, 32):
         log.on_trial_result("0000", evaluation(step, 0.5))
     log.on_trial_complete("0000", True, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert [each["step"] for each in row["history"]] == [8, 16, 24, 32]
 
 
 def test_each_trial_of_a_pack_has_its_line(directory: SearchDirectory, log: TrialLog) -> None:
     members = {"0001": {"train.learning_rate": 1.0}, "0002": {"train.learning_rate": 2.0}}
     spec = log.add_batch("pack-0", members)
-    assert (spec["id"], spec["members"]) == ("pack-0", members)
+    assert (spec["id"], spec["batched"]) == ("pack-0", members)
     log.on_trial_start("pack-0")
     write_history(directory, "0001", evaluation(8, 0.5), best_step=8, seconds=1.0)
     write_history(directory, "0002", evaluation(8, 0.7), best_step=8, status="failed", reason="the loss is inf")
     log.on_trial_complete("pack-0", True, None)
-    rows = read_rows(directory.rows)
+    rows = read_json_lines(directory.rows)
     assert [(row["id"], row["status"], row["parameters"]) for row in rows] == [
         ("0001", "finished", members["0001"]),
         ("0002", "failed", members["0002"]),
@@ -196,7 +197,7 @@ def test_a_pack_whose_process_died_fails_those_that_had_not_ended(directory: Sea
     log.add_batch("pack-0", {"0001": {}, "0002": {}})
     write_history(directory, "0001", evaluation(8, 0.5), best_step=8)
     log.on_trial_complete("pack-0", True, "its process died")
-    assert [(row["id"], row["status"]) for row in read_rows(directory.rows)] == [
+    assert [(row["id"], row["status"]) for row in read_json_lines(directory.rows)] == [
         ("0001", "finished"),
         ("0002", "failed"),
     ]
@@ -212,7 +213,7 @@ def test_when_time_is_up_those_that_were_running_are_stopped_and_those_that_had_
         log.on_trial_start(id)
     log.on_trial_result("0000", evaluation(8, 0.5))
     log.stop_running()
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert (row["id"], row["status"], row["metrics"]["accuracy"]) == ("0000", "stopped", 0.5)
     assert read_outcome(directory.trial("0000")) is not None
     assert read_outcome(directory.trial("0001")) is None
@@ -235,7 +236,7 @@ def test_evaluations_that_are_no_numbers_are_no_best_ones(
     log.add("0001", {})
     log.on_trial_result("0001", evaluation(8, unknown))
     log.on_trial_complete("0001", True, None)
-    first, second = read_rows(directory.rows)
+    first, second = read_json_lines(directory.rows)
     assert first["best_step"] == 24
     assert first["history"][0]["accuracy"] is None
     assert (second["best_step"], second["metrics"]) == (None, {})
@@ -327,7 +328,7 @@ def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
     for step, accuracy, rate in ((8, 0.5, 1.0e-3), (16, 0.8, 2.0e-3), (24, 0.7, 3.0e-3)):
         log.on_trial_result("0000", {**evaluation(step, accuracy), "parameters": {"train.learning_rate": rate}})
     log.on_trial_complete("0000", True, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert row["parameters"] == {"train.learning_rate": 2.0e-3, "transfer.freeze": "all"}
     assert [each["parameters"]["train.learning_rate"] for each in row["history"]] == [1.0e-3, 2.0e-3, 3.0e-3]
     assert "parameters" not in row["metrics"]
@@ -341,7 +342,7 @@ def test_parameters_that_changed_midway_are_told_also_where_only_the_directory_h
     Changes(run, PARAMETERS).record(8, {**PARAMETERS, "train.learning_rate": 2.0e-3})
     log.add("0000", PARAMETERS)
     log.on_trial_complete("0000", True, None)
-    (row,) = read_rows(directory.rows)
+    (row,) = read_json_lines(directory.rows)
     assert row["parameters"] == {"train.learning_rate": 2.0e-3, "transfer.freeze": "all"}
     assert [each["parameters"]["train.learning_rate"] for each in row["history"]] == [1.0e-3, 2.0e-3]
 

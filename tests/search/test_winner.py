@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RunFailed
-from orchestrator.search.records import SearchDirectory, append_row
+from orchestrator.json_lines import append_json_line
+from orchestrator.search.records import SearchDirectory
 from orchestrator.search.run_trials import choose_winner
 from orchestrator.tasks.base import MainMetric
 
@@ -33,7 +34,9 @@ def put(directory: SearchDirectory, **scores: float | None) -> None:
         seed = name.partition("_seed_")[2]
         parameters = {"train.seed": int(seed)} if seed else {}
         row = {"id": name.replace("_", "-"), "parameters": parameters, "metrics": {"score": score}}
-        append_row(directory.rows, {**row, "status": "finished" if score is not None else "failed", "reason": "odd"})
+        append_json_line(
+            directory.rows, {**row, "status": "finished" if score is not None else "failed", "reason": "odd"}
+        )
 
 
 def test_without_repetitions_the_best_score_wins(directory: SearchDirectory) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from orchestrator.json_lines import append_json_line, read_json_lines
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.recipe.schema import Search
 from orchestrator.search.plan import SearchPlan
 from orchestrator.search.ray import tuner as tuning
 from orchestrator.search.ray.searchers import ListSearcher, OptunaSearcher
-from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
+from orchestrator.search.records import SearchDirectory, trial_id
 from orchestrator.search.resources import num_concurrent, trial_resources
 from orchestrator.search.trial_log import TrialLog
 from orchestrator.search.trial_process import make_trial_process
@@ -70,13 +71,13 @@ class RayRunner:
     def _suggesting(self, log: TrialLog) -> OptunaSearcher:
         """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
         plan, path = self.plan, self.directory.root / SUGGESTED
-        recorded = read_rows(path)
+        recorded = read_json_lines(path)
         count = itertools.count()
 
         def make_spec(point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
             number = next(count)
             if number >= len(recorded):
-                append_row(path, point)
+                append_json_line(path, point)
             return log.add(trial_id(number), parameters)
 
         return OptunaSearcher(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)
