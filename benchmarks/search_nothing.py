@@ -54,7 +54,7 @@ class TrialProcess:
         assert torch.nn is not None
         assert transformers.Trainer is not None
 
-    def begin(self, id: str, parameters: dict[str, Any], members: Any) -> Nothing:
+    def start(self, id: str, parameters: dict[str, Any], batched: Any) -> Nothing:
         return Nothing(parameters["number"])
 
     def close(self) -> None: ...

@@ -87,8 +87,8 @@ def run_workers(prepared: Prepared, directory: RunDirectory, attempt: int, inter
         remove_orphans()
 
 
-def run_crew(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
-    """Run workers for trials of a search, from within a trial's actor; returns when `work` has returned on all of them.
+def run_worker_group(prepared: Prepared, work: Work, resources: dict[str, float], folder: Path) -> None:
+    """Run workers for trials of a search, from within a trial's process; return when `work` has returned on all.
 
     Args:
         work: called on every worker with the prepared data and the worker's device; what it raises counts as the
@@ -197,7 +197,7 @@ def fit(
 
 
 def work_on_worker(config: dict[str, Any]) -> None:
-    """What every worker of a crew runs."""
+    """Run the work of a worker group on this worker."""
     import ray.train
     from ray.train.torch import get_device
 

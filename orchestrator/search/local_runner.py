@@ -69,7 +69,7 @@ class LocalRunner:
 
     def _run(self, log: TrialLog, spec: dict[str, Any], until: float) -> None:
         id = spec["id"]
-        trial = self.process.begin(id, spec["parameters"], spec.get("members"))
+        trial = self.process.start(id, spec["parameters"], spec.get("batched"))
         log.on_trial_start(id)
         result = TrialResult(None, False, {})
         try:

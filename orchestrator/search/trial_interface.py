@@ -41,7 +41,7 @@ class RunningTrial(Protocol):
 class TrialProcess(Protocol):
     """Makes trials; sent to each actor once."""
 
-    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
+    def start(self, id: str, parameters: dict[str, Any], batched: dict[str, dict[str, Any]] | None) -> RunningTrial:
         """A trial; or several that are trained as one, where `members` holds the parameters of each by its id."""
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where trials run: what Ray Tune's actors are set up with."""
+"""The processes that trials run in: Ray Tune's actors, or the process of the command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchestrator.launch.cluster import cluster_nodes
-from orchestrator.launch.ray_train import run_crew
+from orchestrator.launch.ray_train import run_worker_group
 from orchestrator.search.batched_trials import BatchedTrials
 from orchestrator.search.outcome import Spec
 from orchestrator.search.records import SearchDirectory
@@ -21,37 +21,37 @@ from orchestrator.search.resources import trial_resources
 from orchestrator.search.trial import Trial
 from orchestrator.search.trial_context import TrialContext
 from orchestrator.search.trial_interface import RunningTrial
-from orchestrator.search.workers.group import Crew, Foreman
+from orchestrator.search.workers.group import WorkerGroup, WorkerGroups
 from orchestrator.search.workers.trial import MultiWorkerTrial
-from orchestrator.search.workers.trial_worker import serve
+from orchestrator.search.workers.trial_worker import run_trial_worker
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
 class PreparedTrialProcess:
-    """Begins trials, and packs of them, in the process that it was made in."""
+    """Starts trials of a prepared recipe in this process."""
 
     context: TrialContext
     directory: SearchDirectory
-    foreman: Foreman | None = None
-    """Of the workers, where a trial has several."""
+    groups: WorkerGroups | None = None
+    """The workers, where a trial has several."""
     only_on_features: bool = False
-    """Of packs."""
+    """Whether batched trials raise `FeaturesNotStored`."""
 
-    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
-        if members is not None:
-            specs = [Spec(*member) for member in members.items()]
+    def start(self, id: str, parameters: dict[str, Any], batched: dict[str, dict[str, Any]] | None) -> RunningTrial:
+        if batched is not None:
+            specs = [Spec(*item) for item in batched.items()]
             return BatchedTrials(self.context, specs, self.directory, self.only_on_features)
         spec, run = Spec(id, parameters), self.directory.trial(id)
-        if self.foreman is not None:
-            return MultiWorkerTrial(self.context, spec, run, self.foreman)
+        if self.groups is not None:
+            return MultiWorkerTrial(self.context, spec, run, self.groups)
         return Trial(self.context, spec, run)
 
     def close(self) -> None:
-        """No more trials begin here."""
-        if self.foreman is not None:
-            self.foreman.dismiss()
+        """Release all resources: no more trials start here."""
+        if self.groups is not None:
+            self.groups.shut_down()
 
 
 def make_trial_process(
@@ -63,29 +63,39 @@ def make_trial_process(
     num_threads: int,
     only_on_features: bool = False,
 ) -> PreparedTrialProcess:
-    """Set up a process for trials.
+    """Set up this process for trials.
 
     Args:
+        root: folder of the search.
         boundaries: freeze boundaries of the search's trials.
-        keep: of how many of the best trials the weights are kept.
+        keep: number of the best trials whose weights are kept.
         num_threads: for each trial.
-        only_on_features: have packs raise NoFeatures where there are none.
+        only_on_features: let batched trials raise `FeaturesNotStored` where the frozen blocks' output is not stored.
     """
     torch.set_num_threads(num_threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     directory = SearchDirectory(root)
-    foreman = None
-    workers = prepared.recipe.scale.workers
-    if workers > 1:
-        resources = trial_resources(prepared.recipe, cluster_nodes()).worker
-        threads = max(int(resources["CPU"]), num_threads // workers)
-
-        def hire() -> Crew:
-            folder = directory.logs / "crews" / uuid.uuid4().hex[:8]
-            work = partial(serve, folder, root, boundaries, metric, threads)
-            return Crew(folder, partial(run_crew, prepared, work, resources, folder))
-
-        foreman = Foreman(hire)
     context = TrialContext(prepared, boundaries, directory.rows, metric, keep)
-    return PreparedTrialProcess(context, directory, foreman, only_on_features)
+    groups = None
+    if prepared.recipe.scale.workers > 1:
+        groups = WorkerGroups(partial(start_worker_group, context, directory, num_threads))
+    return PreparedTrialProcess(context, directory, groups, only_on_features)
+
+
+def start_worker_group(context: TrialContext, directory: SearchDirectory, num_threads: int) -> WorkerGroup:
+    """Start the workers of this process's trials.
+
+    Args:
+        num_threads: for all workers together.
+    """
+    from orchestrator.search.ray.channel import RayChannel  # Trials of one worker do without Ray.
+
+    prepared = context.prepared
+    resources = trial_resources(prepared.recipe, cluster_nodes()).worker
+    threads = max(int(resources["CPU"]), num_threads // prepared.recipe.scale.workers)
+    folder = directory.logs / "worker-groups" / uuid.uuid4().hex[:8]
+    folder.mkdir(parents=True)
+    channel = RayChannel()
+    work = partial(run_trial_worker, channel, directory.root, context.boundaries, context.metric, threads)
+    return WorkerGroup(channel, partial(run_worker_group, prepared, work, resources, folder), folder)

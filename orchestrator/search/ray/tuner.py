@@ -53,7 +53,7 @@ class TrialActor(Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         self.spec = config["spec"]
         # What has changed midway the trial knows itself, or is told with another's weights.
-        self.running = self.process.begin(self.spec["id"], self.spec["parameters"], self.spec.get("members"))
+        self.running = self.process.start(self.spec["id"], self.spec["parameters"], self.spec.get("batched"))
         self.is_over = False
 
     def step(self) -> dict[str, Any]:
