@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.launch.cluster import ray_cluster
 from orchestrator.recipe.schema import Search
 from orchestrator.search.ray.searchers import ListSearcher
-from orchestrator.search.ray.tuner import make_scheduler, run_trials
+from orchestrator.search.ray.tuner import make_scheduler, run_with_tune
 from orchestrator.search.resources import TrialResources
 from orchestrator.search.trial_interface import TrialResult
 
@@ -82,7 +82,7 @@ def main() -> None:
         time.sleep(SECONDS_OF_READING)
         specs = ({"id": f"{number:04d}", "parameters": {"number": number}} for number in range(NUM_TRIALS))
         began = time.perf_counter()
-        run_trials(
+        run_with_tune(
             ListSearcher(specs),
             make_scheduler(Search(), {}, cores),
             TrialProcess,

@@ -1,9 +1,8 @@
-"""A pack: trials that train only the head, trained together, told to Ray Tune as one."""
+"""Trials that train only the head, trained together and reported to Ray Tune as one."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from orchestrator.json_lines import format_json_lines
 from orchestrator.models.attempt import CallFailed
 from orchestrator.recipe import dump_recipe
-from orchestrator.runs.directory import RunDirectory, finite
+from orchestrator.runs.directory import RunDirectory
 from orchestrator.search.batched_heads import BatchedHeads, HeadState
 from orchestrator.search.outcome import BEST_WEIGHTS, TRIAL_ERRORS, Outcome, Spec, read_whole_outcome, write_outcome
 from orchestrator.search.records import SearchDirectory, with_own_name
@@ -31,10 +31,10 @@ class FeaturesNotStored(RuntimeError):
 
 
 class BatchedTrials:
-    """The trials of a pack in progress: all of them in one step.
+    """The trials of one batch in progress; all of them are trained in one call of `advance`.
 
     Args:
-        only_on_features: raise NoFeatures where there are none, rather than train the heads one after another.
+        only_on_features: raise FeaturesNotStored where there are none, rather than train one trial after another.
     """
 
     def __init__(
@@ -46,34 +46,34 @@ class BatchedTrials:
         self.specs = [spec for spec in specs if read_whole_outcome(directory.trial(spec.id)) is None]
 
     def advance(self) -> TrialResult:
-        """Train all of its trials. Where they cannot be stacked, they are trained one after another."""
+        """Train all trials together; one after another where their heads cannot be stacked."""
         if self.specs and not self._train_together():
             self._train_in_turn()
         return TrialResult(None, True, {})
 
     def stop(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: between calls of `advance` no resources are held."""
 
     def save(self, folder: Path) -> None:
-        """A pack is trained in one go."""
+        """Do nothing: no other trial can continue from a batch."""
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """A pack is trained in one go."""
+        """Do nothing: a batch cannot continue from another trial."""
 
     def _train_together(self) -> bool:
-        """Train them on one model; False where that is not possible.
+        """Train the trials on one model; return False where that is not possible.
 
         Raises:
-            NoFeatures: as `only_on_features` says.
+            FeaturesNotStored: as `only_on_features` says.
         """
-        began, cpu = time.monotonic(), time.process_time()
+        start, cpu_start = time.monotonic(), time.process_time()
         first = self.directory.trial(self.specs[0].id)
         first.create()
         with contextlib.ExitStack() as stack:
             try:
                 session = stack.enter_context(self.context.session(self.specs[0].parameters, first))
             except TRIAL_ERRORS:
-                logger.info("a pack of trials cannot begin, so each one is trained by itself", exc_info=True)
+                logger.info("batched trials cannot start, so each one is trained by itself", exc_info=True)
                 return False
             assert boundary_of(session.parts) is not None
             if session.loaders["train"].features is None:
@@ -85,18 +85,18 @@ class BatchedTrials:
                 heads = BatchedHeads(session, recipes).train()
             except CallFailed:
                 return False
-        seconds = (time.monotonic() - began) / len(heads)
-        core_seconds = (time.process_time() - cpu) / len(heads)
+        seconds = (time.monotonic() - start) / len(heads)
+        core_seconds = (time.process_time() - cpu_start) / len(heads)
         for spec, head in zip(self.specs, heads, strict=True):
-            self._keep(head, self.directory.trial(spec.id), seconds, core_seconds)
+            self._write(head, self.directory.trial(spec.id), seconds, core_seconds)
         return True
 
-    def _keep(self, head: HeadState, run: RunDirectory, seconds: float, core_seconds: float) -> None:
+    def _write(self, head: HeadState, run: RunDirectory, seconds: float, core_seconds: float) -> None:
         """Write the trial's directory; the outcome comes last."""
         run.create()
         run.recipe.write_text(dump_recipe(with_own_name(head.recipe, run.root.name)), encoding="utf-8")
-        lines = (json.dumps(finite({**row, "seconds": seconds})) + "\n" for row in head.rows)
-        run.metrics.write_text("".join(lines), encoding="utf-8")
+        rows = [{**row, "seconds": seconds} for row in head.rows]
+        run.metrics.write_text(format_json_lines(rows), encoding="utf-8")
         if head.weights and head.state.best_score is not None and self.context.may_win(head.state.best_score):
             save_file(head.weights, run.root / BEST_WEIGHTS)
         status = "finished" if head.failure is None else "failed"

@@ -1,6 +1,6 @@
-"""Trials in the process of the command, one after another, without Ray.
+"""Runs trials in the process of the command, one after another, without Ray.
 
-For a search whose trials train only their heads: on stored features, all of them take less than Ray takes to start.
+For a search whose trials train only their heads: on stored features, all of them take less time than starting Ray.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.training.engine.devices import uses_gpu
 
 
 def can_run_locally(plan: SearchPlan) -> bool:
-    """Whether every trial trains only its head, and there is nothing to spread trials over but this machine's cores."""
+    """Whether every trial trains only its head, and there are no devices but this machine's cores to use."""
     if plan.known is None or plan.search.scheduler == "pbt" or has_cluster():
         return False
     if uses_gpu(plan.prepared.recipe) and torch.cuda.device_count() > 1:
@@ -37,7 +37,7 @@ class LocalRunner:
     """Runs the trials of a search in this process, with all its cores.
 
     Raises:
-        NoFeatures: (when trials are run) the frozen blocks would be computed again and again, which Ray spreads.
+        FeaturesNotStored: (when trials are run) each trial would compute the frozen blocks, for which Ray is faster.
     """
 
     max_batches = 1
@@ -55,25 +55,25 @@ class LocalRunner:
             only_on_features=True,
         )
 
-    def run_trials(
-        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    def run(
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more or time is up."""
+        """Run trials until there are no more, or for so many seconds."""
         assert specs is not None
         self.directory.update_record(concurrent=1, cores=self.cores)
-        until = time.monotonic() + (float("inf") if seconds is None else seconds)
+        deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
         for spec in specs:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 break
-            self._run(log, spec, until)
+            self._run(log, spec, deadline)
 
-    def _run(self, log: TrialLog, spec: dict[str, Any], until: float) -> None:
+    def _run(self, log: TrialLog, spec: dict[str, Any], deadline: float) -> None:
         id = spec["id"]
         trial = self.process.start(id, spec["parameters"], spec.get("batched"))
         log.on_trial_start(id)
         result = TrialResult(None, False, {})
         try:
-            while not result.is_last and time.monotonic() < until:
+            while not result.is_last and time.monotonic() < deadline:
                 result = trial.advance()
                 if result.row:
                     log.on_trial_result(id, result.row)

@@ -1,4 +1,4 @@
-"""What a search will do, settled before a trial begins."""
+"""Plans a search: its metric and its trials, settled and checked before a trial starts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from orchestrator.training.session import choose_metric
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search that may begin."""
+    """A search that may start."""
 
     prepared: Prepared
     search: Search
     space: Space
     metric: MainMetric
-    """What trials are compared by, on *select*."""
+    """Metric on *select* that trials are compared by."""
     num_layers: int
     num_parameters: int
-    """Of the source model."""
+    """Parameters of the source model."""
     known: list[dict[str, Any]] | None
     """Parameters of every trial; None where they depend on earlier scores."""
 
@@ -42,7 +42,7 @@ class SearchPlan:
 
     @property
     def weights_kept(self) -> int:
-        """Of how many of the best trials the weights are kept."""
+        """Number of the best trials whose weights are kept."""
         return max(1, self.search.reseed_top)
 
     @property
@@ -61,13 +61,13 @@ class SearchPlan:
         return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
 
     @property
-    def changing(self) -> dict[str, Distribution]:
-        """What population-based training changes midway; nothing for other schedulers."""
+    def mutations(self) -> dict[str, Distribution]:
+        """Distributions of the parameters that population-based training changes; empty for other schedulers."""
         return self.space.mutations() if self.search.scheduler == "pbt" else {}
 
 
 def plan_search(prepared: Prepared) -> SearchPlan:
-    """Settle what will be tried; raises InputError with everything that can be refused before a trial begins."""
+    """Return the plan of a search; raise InputError with all problems that can be found before a trial starts."""
     recipe = prepared.recipe
     options = recipe.search or Search()
     metric = choose_search_metric(prepared, options)
@@ -83,7 +83,11 @@ def plan_search(prepared: Prepared) -> SearchPlan:
 
 
 def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:
-    """The search's metric, or what picks the best checkpoint; raises RecipeError where the task has none such."""
+    """Return the search's metric, by default the one that picks the best checkpoint.
+
+    Raises:
+        RecipeError: the task has no such metric, or its best value is not the recipe's `search.mode`.
+    """
     if options.metric is None:
         metric = choose_metric(prepared)
     else:

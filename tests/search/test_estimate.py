@@ -19,7 +19,7 @@ from orchestrator.training.prepare import prepare
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
 SPACE = {FREEZE: {"choice": [0, 1, "all"]}, RATE: {"choice": [1.0e-3, 1.0e-2]}}
-PACE = Throughput(step=0.10, forward=0.02, sizes={1: 1})
+THROUGHPUT = Throughput(step=0.10, forward=0.02, sizes={1: 1})
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_a_search_of_heads_takes_one_process_and_no_ray(estimate_of: Callable[..
 
 def test_what_stops_trials_early_is_said(estimate_of: Callable[..., Estimate]) -> None:
     (note,) = estimate_of("search.scheduler=asha").notes
-    assert "asha leaves trials early" in note
+    assert "asha stops trials early" in note
 
 
 def test_trials_that_are_not_known_are_counted_too(estimate_of: Callable[..., Estimate]) -> None:
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_refused(estimate_of: Callable[..., Estimate]) -> None:
 
 def test_a_trial_costs_what_it_computes(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
-    seconds = {depth: trial_seconds(plan, {FREEZE: depth}, PACE) for depth in (0, "stem", 1, 2, "all")}
+    seconds = {depth: trial_seconds(plan, {FREEZE: depth}, THROUGHPUT) for depth in (0, "stem", 1, 2, "all")}
     # 3 epochs of 60 examples, and 3 evaluations of 30.
     whole = 3 * 60 * 0.10 + 3 * 30 * 0.02
     assert seconds[0] - seconds[2] == pytest.approx(whole)
@@ -122,16 +122,16 @@ def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch
     plan_of: Callable[..., SearchPlan],
 ) -> None:
     plan = plan_of()
-    uncached = Throughput(PACE.step, PACE.forward, {})
-    stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (PACE, uncached))
+    uncached = Throughput(THROUGHPUT.step, THROUGHPUT.forward, {})
+    stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (THROUGHPUT, uncached))
     assert computed - stored == pytest.approx((3 * 60 + 3 * 30) * 0.02 / 2)
-    assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, PACE)
+    assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, THROUGHPUT)
 
 
 def test_the_values_of_a_trial_count(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
-    once = trial_seconds(plan, {FREEZE: 0, "train.epochs": 1}, PACE)
-    twice = trial_seconds(plan, {FREEZE: 0, "train.epochs": 2}, PACE)
+    once = trial_seconds(plan, {FREEZE: 0, "train.epochs": 1}, THROUGHPUT)
+    twice = trial_seconds(plan, {FREEZE: 0, "train.epochs": 2}, THROUGHPUT)
     assert twice - once == pytest.approx(60 * 0.10 + 30 * 0.02)
 
 
@@ -145,7 +145,7 @@ def test_halving_gives_an_average_trial_this_share(
     assert mean_share(evaluations, grace, reduction) == pytest.approx(expected)
 
 
-def test_the_pace_is_that_of_the_whole_model(
+def test_the_throughput_is_that_of_the_whole_model(
     plan_of: Callable[..., SearchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []

@@ -93,10 +93,10 @@ def test_a_search_that_is_terminated_says_that_it_was_interrupted(
 
 
 def interrupt_at(id: str, run: Callable[..., None]) -> Callable[..., None]:
-    def interrupted(self: local_runner.LocalRunner, log: Any, spec: dict[str, Any], until: float) -> None:
+    def interrupted(self: local_runner.LocalRunner, log: Any, spec: dict[str, Any], deadline: float) -> None:
         if spec["id"].endswith(id):
             raise KeyboardInterrupt
-        run(self, log, spec, until)
+        run(self, log, spec, deadline)
 
     return interrupted
 
@@ -106,7 +106,7 @@ def test_time_that_is_up_ends_a_search_of_heads(
 ) -> None:
     clock = iter([0.0, *[1e9] * 1000])
     monkeypatch.setattr(local_runner, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
-    with pytest.raises(RunFailed, match="time was up before the first evaluation"):
+    with pytest.raises(RunFailed, match="the time limit was reached before the first evaluation"):
         search(write(seconds=100), tmp_path / "search")
 
 
@@ -115,7 +115,7 @@ def test_heads_that_have_no_features_are_left_to_ray(
 ) -> None:
     """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
     used = []
-    monkeypatch.setattr(ray_runner.RayRunner, "run_trials", noted(used, ray_runner.RayRunner.run_trials))
+    monkeypatch.setattr(ray_runner.RayRunner, "run", noted(used, ray_runner.RayRunner.run))
     found = search(write(), tmp_path / "search", "train.epochs=1")
     assert len(used) == 1
     assert found.counts == {"finished": 2}
@@ -204,7 +204,7 @@ def test_lines_of_trials_that_are_torn_are_told_and_come_back(
     again = search(recipe, tmp_path / "search")
     assert {row["id"]: row["metrics"] for row in again.rows} == {row["id"]: row["metrics"] for row in first.rows}
     assert again.record["notes"] == [
-        "1 of the lines of trials.jsonl could not be read: what their trials left is looked at again"
+        "1 line of trials.jsonl could not be read; the results of those trials are read from their directories"
     ]
     assert search(recipe, tmp_path / "search").record["notes"] == again.record["notes"]
 

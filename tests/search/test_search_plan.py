@@ -123,7 +123,7 @@ def test_boundaries_are_those_of_all_trials(
 
 def test_only_population_based_training_changes_values_midway(plan_of: MakePlan) -> None:
     space = {RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
-    assert plan_of({"space": space, "trials": 4}).changing == {}
-    changing = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).changing
-    assert list(changing) == [RATE]
-    assert changing[RATE].clip(1.0) == 1.0e-2
+    assert plan_of({"space": space, "trials": 4}).mutations == {}
+    mutations = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).mutations
+    assert list(mutations) == [RATE]
+    assert mutations[RATE].clip(1.0) == 1.0e-2

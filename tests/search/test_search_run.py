@@ -126,7 +126,7 @@ class Listing:
     def __init__(self) -> None:
         self.specs: list[dict[str, Any]] = []
 
-    def run_trials(self, log: Any, specs: Any, how: Any, seconds: float | None = None) -> None:
+    def run(self, log: Any, specs: Any, search: Any, seconds: float | None = None) -> None:
         self.specs = list(specs)
 
 
@@ -137,11 +137,11 @@ def test_a_search_killed_while_it_repeats_trials_goes_on_with_the_same_seeds(
     for number, accuracy in enumerate((0.7, 0.9, 0.8)):
         write_row(directory, f"000{number}", accuracy)
     first, again = Listing(), Listing()
-    run_trials.reseed(plan, directory, None, first)
+    run_trials.repeat_best(plan, directory, None, first)
     assert [spec["id"] for spec in first.specs] == ["0001-seed-1", "0001-seed-2", "0002-seed-1", "0002-seed-2"]
     write_row(directory, "0001-seed-1", 0.95)
     write_row(directory, "0001-seed-2", 0.1)
-    run_trials.reseed(plan, directory, None, again)
+    run_trials.repeat_best(plan, directory, None, again)
     assert again.specs == first.specs
 
 
@@ -154,7 +154,7 @@ def test_a_killed_search_that_knows_its_trials_beforehand_has_the_same_under_the
     for _ in range(2):
         plan = plan_of(algorithm=algorithm, trials=6, space=space)
         runner = Listing()
-        run_trials.run_all(plan, directory, None, runner, None)
+        run_trials.run_trials_of_space(plan, directory, None, runner, None)
         listed.append(runner.specs)
         write_row(directory, "0000", 0.7)
         write_row(directory, "0003", 0.9)
@@ -166,7 +166,7 @@ def test_without_a_score_there_is_no_winner_but_reasons(
     plan_of: Callable[..., SearchPlan], directory: SearchDirectory
 ) -> None:
     plan = plan_of()
-    with pytest.raises(RunFailed, match="time was up before the first evaluation"):
+    with pytest.raises(RunFailed, match="the time limit was reached before the first evaluation"):
         choose_winner(plan, directory)
     write_row(directory, "0000", None, status="failed")
     write_row(directory, "0001", None, status="failed")

@@ -353,7 +353,7 @@ def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, c
     points = domain.points(count)
     assert (points[0], points[-1]) == (low, high)
     assert points == sorted(points)
-    assert all(low <= value <= high for value in [*points, domain.draw(Random(seed))])
+    assert all(low <= value <= high for value in [*points, domain.sample(Random(seed))])
 
 
 class TestDefaultSpace:

@@ -1,4 +1,4 @@
-"""Trials in Ray Tune's actors, as many at a time as there is room for."""
+"""Runs trials in Ray Tune's actors, as many at a time as the cluster has room for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from orchestrator.json_lines import append_json_line, read_json_lines
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.recipe.schema import Search
 from orchestrator.search.plan import SearchPlan
-from orchestrator.search.ray import tuner as tuning
 from orchestrator.search.ray.searchers import ListSearcher, OptunaSearcher
+from orchestrator.search.ray.tuner import make_scheduler, run_with_tune
 from orchestrator.search.records import SearchDirectory, trial_id
 from orchestrator.search.resources import num_concurrent, trial_resources
 from orchestrator.search.trial_log import TrialLog
@@ -34,24 +34,24 @@ class RayRunner:
 
     @property
     def max_batches(self) -> int:
-        """How many packs trials of like heads become; population-based training, which changes rates, wants none."""
+        """Most batches of a group of alike trials; none for population-based training, which changes single trials."""
         return 0 if self.plan.search.scheduler == "pbt" else self.concurrent
 
-    def run_trials(
-        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    def run(
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more or time is up.
+        """Run trials until there are no more, or for so many seconds.
 
         Args:
-            specs: None where Optuna suggests them.
+            specs: id and parameters of each; None for those that Optuna suggests.
         """
         plan = self.plan
-        changing = plan.changing if how.scheduler == "pbt" else {}
+        mutations = plan.mutations if search.scheduler == "pbt" else {}
         cores = os.cpu_count() or 1
         self.directory.update_record(concurrent=self.concurrent, cores=cores)
-        tuning.run_trials(
-            self._suggesting(log) if specs is None else ListSearcher(specs, changing),
-            tuning.make_scheduler(how, changing, self.concurrent),
+        run_with_tune(
+            self._optuna_searcher(log) if specs is None else ListSearcher(specs, mutations),
+            make_scheduler(search, mutations, self.concurrent),
             partial(
                 make_trial_process,
                 plan.prepared,
@@ -68,8 +68,8 @@ class RayRunner:
             seconds,
         )
 
-    def _suggesting(self, log: TrialLog) -> OptunaSearcher:
-        """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
+    def _optuna_searcher(self, log: TrialLog) -> OptunaSearcher:
+        """Return a searcher with TPE; it first suggests again what an earlier attempt had suggested."""
         plan, path = self.plan, self.directory.root / SUGGESTED
         recorded = read_json_lines(path)
         count = itertools.count()

@@ -1,8 +1,8 @@
-"""Ray Tune: which trial runs where and when. With `searchers.py`, `halving.py` and `ending.py`, all that knows Ray.
+"""Runs trials with Ray Tune.
 
 Trials run one after another in actors that Ray Tune keeps from trial to trial: torch is imported, the data are mapped
-and features are on the disk when a trial begins, so that it costs what it computes. Ray Tune's own snapshots are not
-used: a trial is a run directory, and a search that was killed is told again, from those, what it had seen.
+and features are on the disk when a trial starts, so that it costs the time of its computation. Ray Tune's own snapshots
+are not used: a trial is a run directory, from which a resumed search reports again what it had reported.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from orchestrator.search.ray.searchers import SCORE, ListSearcher, NotSaved
 from orchestrator.search.resources import TrialResources
 from orchestrator.search.trial_interface import TrialCallback, TrialProcess
 
-WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
+WORST = -1e30
+"""Score of a trial without one; Ray Tune and Optuna sort it last."""
 PARAMETERS = "parameters"
-MAX_RESTARTS = 2  # Of a trial whose process died.
-VARIABLES = {
+MAX_RESTARTS = 2
+"""Restarts of a trial whose process died."""
+ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl and metrics.jsonl hold all that Tune's loggers would.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `interruptible` listens instead.
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # When all ends: a trial may be minutes from its next evaluation.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `stop_on_signals` handles it.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # A trial may be minutes from its next evaluation.
 }
 
 
@@ -48,11 +50,11 @@ class TrialActor(Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], make_trial_process: Callable[[], TrialProcess]) -> None:
         self.process = make_trial_process()
-        self._begin(config)
+        self._start(config)
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _start(self, config: dict[str, Any]) -> None:
         self.spec = config["spec"]
-        # What has changed midway the trial knows itself, or is told with another's weights.
+        # Parameters that were changed during the trial are in its directory, or come with the weights of another.
         self.running = self.process.start(self.spec["id"], self.spec["parameters"], self.spec.get("batched"))
         self.is_over = False
 
@@ -60,7 +62,7 @@ class TrialActor(Trainable):  # type: ignore[misc]
         result = self.running.advance()
         self.is_over = result.is_last
         score = WORST if result.score is None or math.isnan(result.score) else result.score
-        # Ray Tune sets `done`, too, for a trial that it stops; the second word stays the trial's own.
+        # Ray Tune sets `done` for a trial that it stops, too; `is_last` stays the trial's own.
         own = {"is_last": result.is_last, "row": result.row, "reason": result.reason, PARAMETERS: result.parameters}
         return {SCORE: score, "done": result.is_last, **own}
 
@@ -71,65 +73,66 @@ class TrialActor(Trainable):  # type: ignore[misc]
         self.running.restore(Path(checkpoint), self.spec["parameters"] | mutated(self.config))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._leave()
-        self._begin(new_config)
+        self._stop()
+        self._start(new_config)
         return True
 
     def cleanup(self) -> None:
         try:
-            self._leave()
+            self._stop()
         finally:
             self.process.close()
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         if not self.is_over:
             self.running.stop()
         self.is_over = True
 
 
 def mutated(config: dict[str, Any]) -> dict[str, Any]:
-    """Parameters that population-based training has changed midway."""
+    """Return the parameters that population-based training has changed during the trial."""
     return {path: value for path, value in config.items() if path != "spec"}
 
 
 class TuneCallback(NotSaved, Callback):  # type: ignore[misc]
-    """Hands on what Ray Tune says."""
+    """Passes Ray Tune's events on to a `TrialCallback`."""
 
-    def __init__(self, listener: TrialCallback) -> None:
-        self.listener = listener
+    def __init__(self, callback: TrialCallback) -> None:
+        self.callback = callback
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.listener.on_trial_start(id_of(trial))
+        self.callback.on_trial_start(id_of(trial))
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get("row"):
-            # Not those in its config: that may be changed already for what comes next.
+            # Not those in its config, which may be changed already for the next evaluations.
             changed = {path: result[PARAMETERS][path] for path in mutated(trial.config)}
-            self.listener.on_trial_result(
+            self.callback.on_trial_result(
                 id_of(trial), {**result["row"], **({"parameters": changed} if changed else {})}
             )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        self.listener.on_trial_complete(id_of(trial), bool(result.get("is_last")), result.get("reason"))
+        self.callback.on_trial_complete(id_of(trial), bool(result.get("is_last")), result.get("reason"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
-        self.listener.on_trial_complete(id_of(trial), True, lines[-1] if lines else "its process died")
+        self.callback.on_trial_complete(id_of(trial), True, lines[-1] if lines else "its process died")
 
 
 def id_of(trial: Any) -> str:
+    """Return our id of a trial of Ray Tune."""
     found: str = trial.config["spec"]["id"]
     return found
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Has a trial that takes over another's weights and changes its parameters stay the trial that it is."""
+    """Population-based training in which a trial that continues from another, with other parameters, keeps its id."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-        # A trial of a killed search has the parameters that it had been given then.
-        told = {path: result.get(f"{PARAMETERS}/{path}", value) for path, value in mutated(trial.config).items()}
-        trial.set_config({**trial.config, **told})
+        # A trial of a resumed search has the parameters that it was given before.
+        own = {path: result.get(f"{PARAMETERS}/{path}", value) for path, value in mutated(trial.config).items()}
+        trial.set_config({**trial.config, **own})
         return super().on_trial_result(tune_controller, trial, result)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,10 +141,10 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
 
 def make_scheduler(search: Search, distributions: Mapping[str, Distribution], concurrent: int) -> TrialScheduler:
-    """The scheduler of the recipe's name; its time is counted in evaluations.
+    """Return the scheduler that the recipe names; it counts time in evaluations.
 
     Args:
-        domains: of what population-based training may change.
+        distributions: of the parameters that population-based training may change.
         concurrent: trials at a time.
     """
     if search.scheduler == "asha":
@@ -151,7 +154,7 @@ def make_scheduler(search: Search, distributions: Mapping[str, Distribution], co
             time_attr="training_iteration",
             perturbation_interval=search.grace,
             hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in distributions.items()},
-            # Ray multiplies numbers by 0.8 or 1.2, whatever their bounds.
+            # Ray multiplies numbers by 0.8 or 1.2, regardless of their bounds.
             custom_explore_fn=lambda config: {
                 path: distributions[path].clip(value) if path in distributions else value
                 for path, value in config.items()
@@ -161,35 +164,41 @@ def make_scheduler(search: Search, distributions: Mapping[str, Distribution], co
 
 
 def as_mutation(domain: Distribution, seed: int) -> Any:
-    """Ray's way to say where values come from: a list, or a function that draws one."""
+    """Return a distribution as Ray's schedulers take it: a list of values, or a function that samples one."""
     if isinstance(domain, Choice):
         return list(domain.values)
     stream = Random(seed)
-    return lambda: domain.draw(stream)
+    return lambda: domain.sample(stream)
 
 
-def run_trials(
+def run_with_tune(
     searcher: ListSearcher,
     scheduler: TrialScheduler,
     make_trial_process: Callable[[], TrialProcess],
-    listener: TrialCallback,
+    callback: TrialCallback,
     concurrent: int,
     resources: TrialResources,
     folder: Path,
     seconds: float | None = None,
 ) -> None:
-    """Run trials until the searcher has no more, or time is up.
+    """Run trials until the searcher has no more, or for so many seconds.
 
     Args:
+        concurrent: trials at a time.
         resources: of one trial.
-        folder: where Ray Tune may keep what it wants to; nothing of it is read again.
+        folder: for the files of Ray Tune, which are not read again.
 
     Raises:
-        KeyboardInterrupt: after the trials have let go of what they held.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the trials have released their resources.
     """
-    sweepers = [PlacementGroupCleaner()] if resources.workers > 1 else []
+    cleaners = [PlacementGroupCleaner()] if resources.workers > 1 else []
     with contextlib.ExitStack() as stack:
-        for context in (variables(VARIABLES), stop_on_signals(), *(each.at_end() for each in sweepers), plain_actors()):
+        for context in (
+            environment(ENVIRONMENT),
+            stop_on_signals(),
+            *(each.at_end() for each in cleaners),
+            plain_actors(),
+        ):
             stack.enter_context(context)
         trainable = tune.with_resources(
             tune.with_parameters(TrialActor, make_trial_process=make_trial_process), resources.actor
@@ -214,7 +223,7 @@ def run_trials(
             run_config=RunConfig(
                 name="trials",
                 storage_path=str(folder),
-                callbacks=[TuneCallback(listener), *sweepers],
+                callbacks=[TuneCallback(callback), *cleaners],
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 verbose=0,
             ),
@@ -223,10 +232,10 @@ def run_trials(
 
 @contextlib.contextmanager
 def plain_actors() -> Iterator[None]:
-    """Have Ray Tune's actors run in processes that Ray has started already, with what those have imported.
+    """Run Ray Tune's actors in processes that Ray has started already, with the modules that those have imported.
 
-    It hands environment variables to its actors, for which Ray would start other processes. On a cluster that this
-    process has started they are there anyway; on any other, actors without a GPU are told to see none.
+    Ray Tune passes environment variables to its actors, for which Ray would start other processes. The processes of a
+    cluster that this process has started have them already; on another cluster, actors without a GPU must not see one.
     """
     handed = (class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE)
     before = [each.copy() for each in handed]
@@ -244,8 +253,8 @@ def plain_actors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def variables(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for as long as this lasts."""
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the duration of a block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -30,7 +30,7 @@ class Source:
     is_exhausted: bool = False
     heard: list[str] = field(default_factory=list)
 
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_pause(self, trial_id: str, result: dict[str, Any]) -> None:
         self.heard.append(trial_id)
 
 

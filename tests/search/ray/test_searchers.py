@@ -117,8 +117,8 @@ def test_tpe_learns_from_scores() -> None:
 def test_a_trial_that_is_left_and_taken_up_again_is_learned_from_once() -> None:
     attempt = Attempt(CONDITIONS, 20, [], 1)
     attempt.searcher.suggest("a")
-    attempt.searcher.left("a", {SCORE: 0.5})
-    attempt.searcher.left("a", {SCORE: 0.7})
+    attempt.searcher.on_trial_pause("a", {SCORE: 0.5})
+    attempt.searcher.on_trial_pause("a", {SCORE: 0.7})
     attempt.searcher.on_trial_complete("a", {SCORE: 0.9})
     assert [trial.value for trial in attempt.searcher._study.trials] == [0.5]
 

@@ -25,8 +25,8 @@ class Tried(SimpleNamespace):
 def test_an_evaluation_is_told_with_what_it_was_trained_with_also_where_the_config_has_changed_since() -> None:
     told: list[Any] = []
     trial = Tried(config={"spec": {"id": "0000"}, RATE: 5.0e-3})
-    listener: Any = SimpleNamespace(told=lambda *arguments: told.append(arguments))
-    TuneCallback(listener).on_trial_result(1, [trial], trial, RESULT)
+    callback: Any = SimpleNamespace(on_trial_result=lambda *arguments: told.append(arguments))
+    TuneCallback(callback).on_trial_result(1, [trial], trial, RESULT)
     assert told == [("0000", {"step": 8, "parameters": {RATE: 1.0e-3}})]
 
 
