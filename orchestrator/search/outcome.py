@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.json_lines import finite, parse_object
 from orchestrator.runs.checkpoint import STATE, CheckpointStore
 from orchestrator.runs.directory import RunDirectory, write_json
+from orchestrator.runs.logs import log_to
 from orchestrator.search.changes import CHANGES, Changes
 from orchestrator.search.trial_context import TrialContext
 from orchestrator.search.trial_interface import TrialResult
 from orchestrator.training.hooks import TrainingState, judge
 
+logger = logging.getLogger(__name__)
 OUTCOME, BEST_WEIGHTS, TRAINING_STATE = "outcome.json", "best.safetensors", "memory.json"
-# Errors that a trial's parameters may cause, in its model or its numbers; they end the trial but not the search.
+# Errors that a trial's parameters may cause, in its model or its numbers; they end the trial but not the search. The
+# traceback of those that are not meant for users is in the trial's log.
 TRIAL_ERRORS = (OrchestratorError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError)
 
 
@@ -77,6 +81,9 @@ class BaseTrial(abc.ABC):
             outcome = self._end()
         except TRIAL_ERRORS as error:
             row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
+            if not isinstance(error, OrchestratorError):
+                with log_to(self.directory.logs):
+                    logger.error("the trial failed", exc_info=error)
         if outcome.status == "failed":
             return TrialResult(None, True, row, outcome.reason, self.changes.at(row) if row else {})
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ import torch
 from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.search import estimate as estimates
-from orchestrator.search.estimate import Estimate, Throughput, estimate, mean_share, measure, trial_seconds
+from orchestrator.search.estimate import (
+    STARTUP_SECONDS,
+    Estimate,
+    Throughput,
+    estimate,
+    mean_share,
+    measure,
+    trial_seconds,
+)
 from orchestrator.search.plan import SearchPlan, plan_search
-from orchestrator.training.prepare import prepare
+from orchestrator.training.prepare import Prepared
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
 SPACE = {FREEZE: {"choice": [0, 1, "all"]}, RATE: {"choice": [1.0e-3, 1.0e-2]}}
@@ -39,10 +48,10 @@ def estimate_of(write_recipe: Callable[..., Path]) -> Callable[..., Estimate]:
 
 
 @pytest.fixture
-def plan_of(write_recipe: Callable[..., Path]) -> Callable[..., SearchPlan]:
+def plan_of(prepared_toy: Prepared, write_recipe: Callable[..., Path]) -> Callable[..., SearchPlan]:
     def make(*overrides: str, **search: Any) -> SearchPlan:
         recipe = write_recipe(search={"space": SPACE, "trials": 6, **search}, train={"epochs": 3})
-        return plan_search(prepare(load_recipe(recipe, list(overrides))))
+        return plan_search(replace(prepared_toy, recipe=load_recipe(recipe, list(overrides))))
 
     return make
 
@@ -77,28 +86,28 @@ def test_the_disk_for_features_is_what_they_take(estimate_of: Callable[..., Esti
     assert expected.free_bytes > 0
 
 
-def test_without_features_they_take_nothing(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("train.cache_prefix=false").cache_bytes == 0
-    assert estimate_of("search.space={train.learning_rate: {choice: [1.0e-3]}}").cache_bytes == 0
+def test_without_features_they_take_nothing_and_a_scheduler_that_stops_trials_early_is_noted(
+    estimate_of: Callable[..., Estimate],
+) -> None:
+    found = estimate_of("train.cache_prefix=false", "search.scheduler=asha")
+    assert found.cache_bytes == 0
+    assert found.notes == ["asha stops trials early: the time is an average"]
 
 
-def test_trials_that_are_repeated_with_other_seeds_count(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("search.reseed_top=2", "search.reseeds=3").trials == 12
+def test_trials_that_are_suggested_later_or_repeated_with_other_seeds_count_and_without_depths_nothing_is_stored(
+    estimate_of: Callable[..., Estimate],
+) -> None:
+    rates = "search.space={train.learning_rate: {choice: [1.0e-3, 2.0e-3, 3.0e-3, 4.0e-3, 5.0e-3]}}"
+    tpe = ["search.algorithm=tpe", "search.trials=5"]
+    found = estimate_of(rates, *tpe, "search.reseed_top=2", "search.reseeds=3")
+    assert found.trials == 5 + 2 * 3
+    assert found.cache_bytes == 0
 
 
 def test_a_search_of_heads_takes_one_process_and_no_ray(estimate_of: Callable[..., Estimate]) -> None:
     found = estimate_of("search.space={transfer.freeze: {choice: [all]}, train.learning_rate: {choice: [0.01, 0.1]}}")
     assert (found.trials, found.concurrent) == (2, 1)
-    assert found.seconds < estimate_of().seconds
-
-
-def test_what_stops_trials_early_is_said(estimate_of: Callable[..., Estimate]) -> None:
-    (note,) = estimate_of("search.scheduler=asha").notes
-    assert "asha stops trials early" in note
-
-
-def test_trials_that_are_not_known_are_counted_too(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("search.algorithm=tpe", "search.trials=5").trials == 5
+    assert found.seconds < STARTUP_SECONDS
 
 
 def test_what_is_wrong_is_refused(estimate_of: Callable[..., Estimate]) -> None:
@@ -135,14 +144,15 @@ def test_the_values_of_a_trial_count(plan_of: Callable[..., SearchPlan]) -> None
     assert twice - once == pytest.approx(60 * 0.10 + 30 * 0.02)
 
 
-@pytest.mark.parametrize(
-    ("evaluations", "grace", "reduction", "expected"),
-    [(1, 1, 3, 1.0), (3, 1, 3, (1 + 2 / 3) / 3), (9, 1, 3, (1 + 2 / 3 + 6 / 9) / 9), (4, 4, 2, 1.0), (4, 2, 2, 0.75)],
-)
-def test_halving_gives_an_average_trial_this_share(
-    evaluations: int, grace: int, reduction: int, expected: float
-) -> None:
-    assert mean_share(evaluations, grace, reduction) == pytest.approx(expected)
+def test_successive_halving_gives_an_average_trial_its_share() -> None:
+    shares = {
+        (1, 1, 3): 1.0,
+        (3, 1, 3): (1 + 2 / 3) / 3,
+        (9, 1, 3): (1 + 2 / 3 + 6 / 9) / 9,
+        (4, 4, 2): 1.0,
+        (4, 2, 2): 0.75,
+    }
+    assert {each: mean_share(*each) for each in shares} == pytest.approx(shares)
 
 
 def test_the_throughput_is_that_of_the_whole_model(

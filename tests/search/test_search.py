@@ -334,6 +334,6 @@ def test_when_time_is_up_the_best_so_far_wins(recipe: Path, tmp_path: Path, ray_
     options = [space, "search.seconds=60", "train.epochs=100000", "search.concurrent=1"]
     found = run_search(recipe, tmp_path / "s", *options)
     (row,) = found.rows
-    assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
+    assert (row["status"], row["reason"]) == ("stopped", "behind the other trials, or out of time")
     assert found.record["winner"]["id"] == row["id"]
     assert found.result["metrics"]["select"]["accuracy"] == pytest.approx(row["metrics"]["accuracy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import re
@@ -190,19 +191,18 @@ def test_choices_are_crossed_in_written_order_with_points_of_the_ranges() -> Non
     assert [point[RATE] for point in space.grid(3)] == pytest.approx([4.472e-5, 0.05477], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("trials", "points"), [(3, 3), (6, 6), (11, 9), (12, 12), (17, 12), (18, 18), (27, 27), (47, 45), (48, 48)]
-)
-def test_ranges_get_as_many_points_as_the_trials_allow_in_turn(trials: int, points: int) -> None:
+def test_ranges_get_as_many_points_as_the_trials_allow_in_turn() -> None:
     space = space_of({
         FREEZE: {"choice": [0, 1, 2]}, RATE: {"loguniform": [1e-5, 1e-3]}, "train.weight_decay": {"uniform": [0, 0.1]},
     })  # fmt: skip
-    grid = space.grid(trials)
-    assert len(grid) == points
-    assert all(0 <= point["train.weight_decay"] <= 0.1 for point in grid)
-    rates, decays = ({point[path] for point in grid} for path in (RATE, "train.weight_decay"))
-    largest = max(p for p in range(1, 10) if p * p * 3 <= trials)
-    assert min(len(rates), len(decays)) >= largest
+    expected = {3: 3, 6: 6, 11: 9, 12: 12, 17: 12, 18: 18, 27: 27, 47: 45, 48: 48}
+    grids = {trials: space.grid(trials) for trials in expected}
+    assert {trials: len(grid) for trials, grid in grids.items()} == expected
+    for trials, grid in grids.items():
+        assert all(0 <= point["train.weight_decay"] <= 0.1 for point in grid)
+        rates, decays = ({point[path] for point in grid} for path in (RATE, "train.weight_decay"))
+        largest = max(p for p in range(1, 10) if p * p * 3 <= trials)
+        assert min(len(rates), len(decays)) >= largest
 
 
 def test_whole_numbers_have_no_more_points_than_there_are() -> None:
@@ -359,21 +359,18 @@ def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, c
 class TestDefaultSpace:
     """What is searched when the recipe names no space."""
 
-    @pytest.mark.parametrize("algorithm", ["grid", "random", "tpe"])
-    @pytest.mark.parametrize("trials", [1, 2, 5, 16, 24, 64])
-    @pytest.mark.parametrize("num_layers", [1, 2, 6, 12])
-    @pytest.mark.parametrize(
-        "transfer",
-        [{}, {"adapter": {"type": "lora"}}, {"layer_decay": 0.9}, {"from_scratch": True}, {"freeze": "all"}],
-        ids=str,
-    )
-    def test_it_fits_any_model_and_any_number_of_trials(
-        self, algorithm: str, trials: int, num_layers: int, transfer: dict[str, Any]
-    ) -> None:
-        space = space_of(None, num_layers, transfer=transfer, search={"trials": trials, "algorithm": algorithm})
-        points = space.grid(trials) if algorithm == "grid" else space.random(trials, seed=0)
-        assert 0 < len(points) <= trials
-        assert all(trial_recipe(space.recipe, point) for point in points)
+    def test_it_fits_any_model_and_any_number_of_trials(self) -> None:
+        transfers: list[dict[str, Any]] = [{}, {"adapter": {"type": "lora"}}, {"layer_decay": 0.9}, {"freeze": "all"}]
+        transfers.append({"from_scratch": True})
+        wrong = []
+        for transfer, num_layers in itertools.product(transfers, (1, 2, 6, 12)):
+            # For `tpe` the space is that of `random`.
+            for algorithm, trials in itertools.product(("grid", "random"), (1, 2, 5, 16, 24)):
+                space = space_of(None, num_layers, transfer=transfer, search={"trials": trials, "algorithm": algorithm})
+                points = space.grid(trials) if algorithm == "grid" else space.random(trials, seed=0)
+                if not 0 < len(points) <= trials or not all(trial_recipe(space.recipe, point) for point in points):
+                    wrong.append((transfer, num_layers, algorithm, trials))
+        assert not wrong
 
     def test_depth_and_rate_are_searched_about_evenly_by_a_grid(self) -> None:
         grid = space_of(None, 12, search={"trials": 16}).grid(16)

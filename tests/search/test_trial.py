@@ -1,4 +1,4 @@
-"""One trial: evaluation by evaluation, left at any of them and taken up again, failing without harm to the others."""
+"""One trial: evaluation by evaluation, paused and resumed at any of them, failing without harm to the others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @contextmanager
 def saving_at_every_step() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "SECONDS_BETWEEN_SAVES", -1.0)
+        patch.setattr(trials, "SAVE_INTERVAL_S", -1.0)
         yield
 
 
@@ -255,6 +255,7 @@ def test_errors_of_the_model_end_the_trial_and_not_the_process(
     result = trial.advance()
     assert result.is_last
     assert result.reason == (str(error) or "MemoryError")
+    assert "Traceback" in (folder.logs / "worker-0.log").read_text()
     assert trial.session is None
 
 

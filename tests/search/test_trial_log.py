@@ -1,4 +1,4 @@
-"""The ledger: a line for each trial that ended, none twice, whatever way it ended; and the table beside it."""
+"""The trial log: one line for each trial that ended, in whatever way; and the table on the screen."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_trial_that_was_stopped_is_told_so_and_stays_stopped(directory: Search
     log.on_trial_result("0000", evaluation(8, 0.5))
     log.on_trial_complete("0000", False, None)
     (row,) = read_json_lines(directory.rows)
-    assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
+    assert (row["status"], row["reason"]) == ("stopped", "behind the other trials, or out of time")
     assert (row["metrics"]["accuracy"], row["seconds"], row["evaluations"]) == (0.5, 0.8, 1)
     outcome = read_outcome(directory.trial("0000"))
     assert outcome is not None
@@ -177,26 +177,28 @@ def test_a_trial_whose_process_died_tells_again_what_it_had_told(directory: Sear
     assert [each["step"] for each in row["history"]] == [8, 16, 24, 32]
 
 
-def test_each_trial_of_a_pack_has_its_line(directory: SearchDirectory, log: TrialLog) -> None:
-    members = {"0001": {"train.learning_rate": 1.0}, "0002": {"train.learning_rate": 2.0}}
-    spec = log.add_batch("pack-0", members)
-    assert (spec["id"], spec["batched"]) == ("pack-0", members)
-    log.on_trial_start("pack-0")
+def test_each_batched_trial_has_its_line(directory: SearchDirectory, log: TrialLog) -> None:
+    parameters_of = {"0001": {"train.learning_rate": 1.0}, "0002": {"train.learning_rate": 2.0}}
+    spec = log.add_batch("batch-0", parameters_of)
+    assert (spec["id"], spec["batched"]) == ("batch-0", parameters_of)
+    log.on_trial_start("batch-0")
     write_history(directory, "0001", evaluation(8, 0.5), best_step=8, seconds=1.0)
     write_history(directory, "0002", evaluation(8, 0.7), best_step=8, status="failed", reason="the loss is inf")
-    log.on_trial_complete("pack-0", True, None)
+    log.on_trial_complete("batch-0", True, None)
     rows = read_json_lines(directory.rows)
     assert [(row["id"], row["status"], row["parameters"]) for row in rows] == [
-        ("0001", "finished", members["0001"]),
-        ("0002", "failed", members["0002"]),
+        ("0001", "finished", parameters_of["0001"]),
+        ("0002", "failed", parameters_of["0002"]),
     ]
     assert log.running == {}
 
 
-def test_a_pack_whose_process_died_fails_those_that_had_not_ended(directory: SearchDirectory, log: TrialLog) -> None:
-    log.add_batch("pack-0", {"0001": {}, "0002": {}})
+def test_a_batch_whose_process_died_fails_its_trials_that_had_not_ended(
+    directory: SearchDirectory, log: TrialLog
+) -> None:
+    log.add_batch("batch-0", {"0001": {}, "0002": {}})
     write_history(directory, "0001", evaluation(8, 0.5), best_step=8)
-    log.on_trial_complete("pack-0", True, "its process died")
+    log.on_trial_complete("batch-0", True, "its process died")
     assert [(row["id"], row["status"]) for row in read_json_lines(directory.rows)] == [
         ("0001", "finished"),
         ("0002", "failed"),
@@ -208,8 +210,8 @@ def test_when_time_is_up_those_that_were_running_are_stopped_and_those_that_had_
 ) -> None:
     for id in ("0000", "0001", "0002"):
         log.add(id, {})
-    log.add_batch("pack-0", {"0003": {}, "0004": {}})
-    for id in ("0000", "0001", "pack-0"):
+    log.add_batch("batch-0", {"0003": {}, "0004": {}})
+    for id in ("0000", "0001", "batch-0"):
         log.on_trial_start(id)
     log.on_trial_result("0000", evaluation(8, 0.5))
     log.stop_running()
@@ -265,22 +267,22 @@ def run_some(log: TrialLog, directory: SearchDirectory) -> None:
 def test_the_table_is_written_over_best_first_with_the_time_left(
     directory: SearchDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial_logs, "SECONDS_BETWEEN_TABLES", 0.0)
+    monkeypatch.setattr(trial_logs, "TABLE_INTERVAL_S", 0.0)
     screen = Terminal()
     run_some(TrialLog(directory, ACCURACY, 4, screen), directory)
     last = screen.getvalue().rpartition("\033[4A")[2]
     lines = [line.replace("\033[K", "") for line in last.splitlines()]
-    assert lines[0].startswith("3/4 trials ended, 1 in progress, ")
+    assert lines[0].startswith("3/4 trials ended, 1 running, ")
     assert lines[1].split() == ["0001", "accuracy", "0.9000", "1", "evaluations", "finished", "learning_rate=0.1"]
     assert lines[2].split()[0] == "0002"
-    assert lines[3] == "  1 failed; their reasons are in trials.jsonl"
+    assert lines[3] == "  1 failed; the reasons are in trials.jsonl"
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_table_shows_the_best_whenever_they_ended_also_in_an_earlier_attempt(
     order: int, directory: SearchDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial_logs, "TRIALS_SHOWN", 3)
+    monkeypatch.setattr(trial_logs, "NUM_TRIALS_SHOWN", 3)
     ids = [f"{number:04d}" for number in range(8)][::order]
     for attempt in (ids[:4], ids[4:]):
         log = TrialLog(directory, ACCURACY, 8, None)
@@ -291,7 +293,7 @@ def test_the_table_shows_the_best_whenever_they_ended_also_in_an_earlier_attempt
     head, *shown, failed = log._lines()
     assert head.startswith("8/8 trials ended")
     assert [line.split()[0] for line in shown] == ["0007", "0005", "0004"]
-    assert failed == "  1 failed; their reasons are in trials.jsonl"
+    assert failed == "  1 failed; the reasons are in trials.jsonl"
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(
@@ -301,7 +303,7 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
     run_some(TrialLog(directory, ACCURACY, 4, screen), directory)
     assert len(screen.getvalue().splitlines()) <= 1
     assert "\033" not in screen.getvalue()
-    monkeypatch.setattr(trial_logs, "SECONDS_BETWEEN_TABLES", 0.0)
+    monkeypatch.setattr(trial_logs, "TABLE_INTERVAL_S", 0.0)
     screen = io.StringIO()
     log = TrialLog(directory, ACCURACY, 4, screen)
     log.add("0003", {})

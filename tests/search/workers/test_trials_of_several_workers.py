@@ -76,13 +76,15 @@ def test_the_workers_of_a_trial_are_placed_whole_on_nodes(write_recipe: Callable
     assert num_concurrent(plan, [{"CPU": 4.0}] * 6, TrialResources({"CPU": 3.0}, workers=2)) == 3
 
 
-@pytest.mark.parametrize(("concurrent", "expected"), [("auto", 3), (2, 2), (8, 3)])
-def test_as_many_trials_run_as_their_workers_fit(concurrent: Any, expected: int) -> None:
-    plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=concurrent))
+def test_as_many_trials_run_as_their_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
     each = TrialResources({"CPU": 2.0}, workers=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
-        assert num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each) == expected
+
+    def num_for(concurrent: int | str) -> int:
+        plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=concurrent))
+        return num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each)
+
+    assert {concurrent: num_for(concurrent) for concurrent in ("auto", 2, 8)} == {"auto": 3, 2: 2, 8: 3}
 
 
 # ---- the trial's process and its worker group
