@@ -58,7 +58,7 @@ class LocalRunner:
     def run(
         self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more, or for so many seconds."""
+        """Run trials until there are no more, for at most `seconds` seconds."""
         assert specs is not None
         self.directory.update_record(concurrent=1, cores=self.cores)
         deadline = time.monotonic() + (float("inf") if seconds is None else seconds)

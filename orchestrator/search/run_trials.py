@@ -38,7 +38,7 @@ class Runner(Protocol):
     def run(
         self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more, or for so many seconds.
+        """Run trials until there are no more, for at most `seconds` seconds.
 
         Args:
             specs: id and parameters of each; None for the trials that an algorithm suggests.

@@ -1,4 +1,4 @@
-"""Trials that train only the head, trained as one: each has its own numbers, and what befalls one harms no other."""
+"""Trials that train only the head, trained as one: each has its own numbers, and a failure of one harms no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search will take, told before anything starts: trials, time, disk."""
+"""Estimates before anything starts: trials, time, disk."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_best_are_trained_with_other_seeds_without_ray(
     assert [seed["seed"] for seed in found.record["winner"]["seeds"]] == [0, 1, 2]
 
 
-def test_an_interrupted_search_of_heads_goes_on(
+def test_an_interrupted_search_of_heads_resumes(
     write: Callable[..., Path], tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(reseed_top=1, reseeds=1)
@@ -126,7 +126,7 @@ def test_time_that_is_up_ends_a_search_of_heads(
         search(write(seconds=100), tmp_path / "search")
 
 
-def test_heads_that_have_no_features_are_left_to_ray(
+def test_heads_that_have_no_features_are_trained_with_ray(
     write: Callable[..., Path], tmp_path: Path, alone: None, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
@@ -195,7 +195,7 @@ def again(finished: SearchRun, tmp_path: Path, no_ray: None) -> Callable[..., Se
 
 @pytest.mark.parametrize("how", ["torn", "missing"])
 @pytest.mark.parametrize("names", [["search.json"], ["search.json", "recipe.yaml"]], ids=len)
-def test_without_its_record_a_search_is_gone_on_with_on_the_same_recipe_alone(
+def test_without_its_record_a_search_is_resumed_with_the_same_recipe_alone(
     names: list[str], how: str, finished: SearchRun, again: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
     for name in names:

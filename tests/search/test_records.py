@@ -43,7 +43,7 @@ def test_rows_come_back_in_their_order_and_no_file_has_none(tmp_path: Path) -> N
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
     append_json_line(tmp_path / "x", {"id": "0", "metrics": {"loss": math.inf, "accuracy": math.nan}})
     assert json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail) == {
         "id": "0",
@@ -94,7 +94,7 @@ def test_a_score_may_win_while_fewer_than_are_kept_are_better(scores: list[float
                 known.append(score)
 
 
-def test_a_score_that_is_no_number_is_none() -> None:
+def test_a_score_that_is_not_a_number_is_none() -> None:
     assert score_of(row("0", accuracy=0.5), "accuracy") == 0.5
     for metrics in ({"accuracy": None}, {"accuracy": math.nan}, {}):
         assert score_of({"metrics": metrics}, "accuracy") is None

@@ -1,4 +1,4 @@
-"""A whole search on the toy problem: its records, its winner, how it goes on after a kill, and what it refuses."""
+"""A whole search on the toy problem: its records, its winner, how it resumes after a kill, and what it refuses."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: Search
     assert not any(notes)
 
 
-def test_a_finished_search_is_told_again_without_a_trial(
+def test_a_finished_search_is_reported_again_without_a_trial(
     finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_trials, "choose_runner", lambda *_: pytest.fail("trials were run"))
@@ -200,7 +200,7 @@ def test_another_search_in_the_same_directory_is_refused(
     assert {path.name for path in after if before.get(path) != after[path]} <= {".lock"}
 
 
-def test_a_trial_that_fails_is_told_with_its_reason_and_ends_nothing(
+def test_a_trial_that_fails_is_reported_with_its_reason_and_ends_nothing(
     recipe: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     found = run_search(
@@ -228,7 +228,7 @@ def test_where_every_trial_fails_the_search_fails_with_their_reasons(
 
 
 @pytest.mark.slow
-def test_halving_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_asha_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
     found = run_search(
         recipe,
         tmp_path / "s",
@@ -274,7 +274,7 @@ def test_the_best_are_repeated_with_other_seeds_and_the_better_mean_wins(
 
 
 @pytest.mark.slow
-def test_population_based_training_goes_on_from_good_trials_with_other_rates(
+def test_population_based_training_continues_from_good_trials_with_other_rates(
     recipe: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     found = run_search(

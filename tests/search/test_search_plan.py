@@ -111,7 +111,7 @@ def test_boundaries_are_those_of_all_trials(plan_of: MakePlan) -> None:
     assert found == cases
 
 
-def test_only_population_based_training_changes_values_midway(plan_of: MakePlan) -> None:
+def test_only_population_based_training_changes_values_during_a_trial(plan_of: MakePlan) -> None:
     space = {RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
     assert plan_of({"space": space, "trials": 4}).mutations == {}
     mutations = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).mutations

@@ -56,7 +56,7 @@ class Listing:
         self.specs = list(specs)
 
 
-def test_a_search_killed_while_it_repeats_trials_goes_on_with_the_same_seeds(
+def test_a_search_killed_while_it_repeats_trials_continues_with_the_same_seeds(
     plan_of: Callable[..., SearchPlan], directory: SearchDirectory
 ) -> None:
     plan = plan_of(reseed_top=2, reseeds=2)

@@ -43,7 +43,7 @@ def space_of(space: dict[str, Any] | None = None, num_layers: int | None = 6, **
 
 
 def has_the_values_of_its_space(parameters: dict[str, Any], written: dict[str, Any]) -> bool:
-    """Whether each value lies in a case whose conditions hold; told without the code that is tested."""
+    """Whether each value lies in a case whose conditions hold; computed without the code that is tested."""
     depth, adapter = parameters.get(FREEZE, 0), parameters.get(ADAPTER)
 
     def applies(case: dict[str, Any]) -> bool:
@@ -109,8 +109,8 @@ class Suggestions:
         self.generator = generator
         self.known = known
 
-    def _remember(self, name: str, domain: Any) -> None:
-        assert self.known.setdefault(name, domain) == domain
+    def _remember(self, name: str, distribution: Any) -> None:
+        assert self.known.setdefault(name, distribution) == distribution
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
         self._remember(name, choices)
@@ -321,7 +321,7 @@ def test_population_based_training_gets_the_bounds_of_what_it_may_change() -> No
 
 
 @pytest.mark.parametrize(
-    ("domain", "points"),
+    ("distribution", "points"),
     [
         (Integers(1, 4), {1: [2], 2: [1, 4], 3: [1, 3, 4], 4: [1, 2, 3, 4], 9: [1, 2, 3, 4]}),
         (Floats(0.0, 1.0, False), {1: [0.5], 2: [0.0, 1.0], 5: [0.0, 0.25, 0.5, 0.75, 1.0]}),
@@ -329,8 +329,8 @@ def test_population_based_training_gets_the_bounds_of_what_it_may_change() -> No
         (Choice(("a", None)), {1: ["a", None], 5: ["a", None]}),
     ],
 )
-def test_points_are_evenly_spread_with_both_ends(domain: Any, points: dict[int, list[Any]]) -> None:
-    assert {count: domain.points(count) for count in points} == points
+def test_points_are_evenly_spread_with_both_ends(distribution: Any, points: dict[int, list[Any]]) -> None:
+    assert {count: distribution.points(count) for count in points} == points
 
 
 @given(ends=st.lists(st.integers(-(10**9), 10**9), min_size=2, max_size=2, unique=True), count=st.integers(1, 50))
@@ -349,11 +349,11 @@ def test_whole_points_are_different_and_inside(ends: list[int], count: int) -> N
 )
 def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, count: int, seed: int) -> None:
     low, high = sorted(ends)
-    domain = Floats(low, high, logarithmic)
-    points = domain.points(count)
+    distribution = Floats(low, high, logarithmic)
+    points = distribution.points(count)
     assert (points[0], points[-1]) == (low, high)
     assert points == sorted(points)
-    assert all(low <= value <= high for value in [*points, domain.sample(Random(seed))])
+    assert all(low <= value <= high for value in [*points, distribution.sample(Random(seed))])
 
 
 class TestDefaultSpace:
@@ -415,7 +415,7 @@ def test_the_shipped_search_tries_sixteen_points_each_of_which_runs() -> None:
     assert all(trial_recipe(recipe, point).train.seed == 0 for point in grid)
 
 
-def test_a_case_becomes_the_domain_of_its_kind() -> None:
+def test_a_case_becomes_the_distribution_of_its_kind() -> None:
     assert distribution_of(Case(choice=[0, "all"])) == Choice((0, "all"))
     assert distribution_of(Case(integers=[1, 3])) == Integers(1, 3)
     assert distribution_of(Case(uniform=[0, 1])) == Floats(0, 1, logarithmic=False)

@@ -119,7 +119,7 @@ def test_where_low_is_good_the_score_is_turned_round(prepared: Prepared, tmp_pat
 
 
 @pytest.mark.parametrize("done", [1, 2, 4])
-def test_an_interrupted_trial_tells_what_it_had_and_goes_on_with_the_same_losses(
+def test_an_interrupted_trial_repeats_its_evaluations_and_continues_with_the_same_losses(
     done: int, whole: tuple[list[TrialResult], RunDirectory], context: TrialContext, folder: RunDirectory
 ) -> None:
     expected, undisturbed = whole
@@ -127,7 +127,7 @@ def test_an_interrupted_trial_tells_what_it_had_and_goes_on_with_the_same_losses
         torn = Trial(context, Spec("0000", PARAMETERS), folder)
         for _ in range(done - 1):
             torn.advance()
-        next(torn._rows)  # The last evaluation before the end was never told.
+        next(torn._rows)  # The last evaluation before the end was never reported.
         kill(torn)
     assert not (folder.root / OUTCOME).exists()
     resumed = Trial(context, Spec("0000", PARAMETERS), folder)
@@ -144,7 +144,7 @@ def test_an_interrupted_trial_tells_what_it_had_and_goes_on_with_the_same_losses
     assert all(torch.equal(value, expected_weights[name]) for name, value in found.items())
 
 
-def test_a_trial_that_is_left_after_each_evaluation_takes_the_same_course(
+def test_a_trial_that_is_paused_after_each_evaluation_has_the_same_results(
     whole: tuple[list[TrialResult], RunDirectory], context: TrialContext, folder: RunDirectory
 ) -> None:
     expected, undisturbed = whole
@@ -200,7 +200,7 @@ class NoTraining(TrialContext):
         raise AssertionError("a trial that had ended was trained")
 
 
-def test_an_ended_trial_is_told_again_without_training(
+def test_an_ended_trial_is_reported_again_without_training(
     whole: tuple[list[TrialResult], RunDirectory], prepared: Prepared, tmp_path: Path
 ) -> None:
     expected, directory = whole
@@ -211,7 +211,7 @@ def test_an_ended_trial_is_told_again_without_training(
     assert {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")} == before
 
 
-def test_a_loss_that_is_no_number_ends_the_trial_with_a_reason(context: TrialContext, folder: RunDirectory) -> None:
+def test_a_loss_that_is_not_finite_ends_the_trial_with_a_reason(context: TrialContext, folder: RunDirectory) -> None:
     parameters = {RATE: 1.0e30, "train.max_grad_norm": None}
     results = run_to_the_end(Trial(context, Spec("0000", parameters), folder))
     assert results[-1].score is None
@@ -294,11 +294,11 @@ def test_the_weights_kept_are_those_of_the_best_evaluation(
 
     real, scores = hooks.score, iter([0.2, 0.9, 0.5, math.nan])
 
-    def score_as_told(*arguments: Any) -> Scored:
+    def score_as_given(*arguments: Any) -> Scored:
         scored = real(*arguments)
         return Scored({**scored.metrics, "accuracy": next(scores)}, scored.predictions)
 
-    monkeypatch.setattr(hooks, "score", score_as_told)
+    monkeypatch.setattr(hooks, "score", score_as_given)
     trial = Trial(context, Spec("0000", PARAMETERS), folder)
     trial.advance()
     trial.advance()
@@ -313,7 +313,7 @@ def test_the_weights_kept_are_those_of_the_best_evaluation(
     assert all(torch.equal(at_best[name], value) for name, value in kept.items())
 
 
-def test_another_trial_goes_on_from_what_one_saved(context: TrialContext, tmp_path: Path) -> None:
+def test_another_trial_continues_from_what_one_saved(context: TrialContext, tmp_path: Path) -> None:
     good = Trial(context, Spec("0000", PARAMETERS), RunDirectory(tmp_path / "0000"))
     poor = Trial(context, Spec("0001", {RATE: 1.0e-9}), RunDirectory(tmp_path / "0001"))
     good.advance()
@@ -335,7 +335,7 @@ def test_another_trial_goes_on_from_what_one_saved(context: TrialContext, tmp_pa
     poor.stop()
 
 
-def test_a_trial_that_goes_on_from_another_has_the_weights_of_its_own_best(
+def test_a_trial_that_continues_from_another_has_the_weights_of_its_own_best(
     context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from orchestrator.training import hooks
@@ -343,11 +343,11 @@ def test_a_trial_that_goes_on_from_another_has_the_weights_of_its_own_best(
 
     real, scores = hooks.score, iter([0.5, 0.7, 0.9, 0.1, 0.8, 0.6])
 
-    def score_as_told(*arguments: Any) -> Scored:
+    def score_as_given(*arguments: Any) -> Scored:
         scored = real(*arguments)
         return Scored({**scored.metrics, "accuracy": next(scores)}, scored.predictions)
 
-    monkeypatch.setattr(hooks, "score", score_as_told)
+    monkeypatch.setattr(hooks, "score", score_as_given)
     good = Trial(context, Spec("0000", PARAMETERS), RunDirectory(tmp_path / "0000"))
     good.advance(), good.advance()
     (tmp_path / "handed").mkdir()
@@ -359,7 +359,7 @@ def test_a_trial_that_goes_on_from_another_has_the_weights_of_its_own_best(
     at_best = {name: value.clone() for name, value in falling.session.engine.trained_weights().items()}
     falling.advance()
     falling.stop()
-    # Ray Tune begins a trial anew before it hands over another's weights.
+    # Ray Tune starts a trial again before it passes another's weights to it.
     falling = Trial(context, Spec("0001", {RATE: 3.0e-3}), falling.directory)
     falling.restore(tmp_path / "handed", {RATE: 3.0e-3})
     assert [result.score for result in run_to_the_end(falling)] == [0.8, 0.6]
@@ -375,7 +375,7 @@ INITIAL, TAKEN_OVER = {RATE: 1.0e-9}, {RATE: 3.0e-3}
 
 @pytest.fixture
 def changed(context: TrialContext, folder: RunDirectory, tmp_path: Path) -> Trial:
-    """A trial that goes on from another's second evaluation, with another rate, and was evaluated once before."""
+    """A trial that continues from another's second evaluation, with another rate, and was evaluated once before."""
     good = Trial(context, Spec("0001", PARAMETERS), RunDirectory(tmp_path / "0001"))
     good.advance(), good.advance()
     (tmp_path / "handed").mkdir()
@@ -387,25 +387,25 @@ def changed(context: TrialContext, folder: RunDirectory, tmp_path: Path) -> Tria
     return poor
 
 
-def rates_told(results: list[TrialResult]) -> dict[int, float]:
+def rates_reported(results: list[TrialResult]) -> dict[int, float]:
     return {result.row["step"]: result.parameters[RATE] for result in results}
 
 
 @pytest.mark.parametrize("end", ["killed", "stopped"])
-def test_a_resumed_trial_goes_on_with_the_parameters_that_its_checkpoint_was_trained_with(
+def test_a_resumed_trial_continues_with_the_parameters_that_its_checkpoint_was_trained_with(
     end: str, changed: Trial, context: TrialContext, folder: RunDirectory
 ) -> None:
     with saving_at_every_step():
-        assert rates_told([changed.advance()]) == {24: 3.0e-3}
+        assert rates_reported([changed.advance()]) == {24: 3.0e-3}
         kill(changed) if end == "killed" else changed.stop()
     resumed = Trial(context, Spec("0000", INITIAL), folder)
     first = resumed.advance()
     assert resumed.session is not None
     assert resumed.session.schedule.learning_rate == 3.0e-3
-    assert rates_told([first, *run_to_the_end(resumed)]) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
+    assert rates_reported([first, *run_to_the_end(resumed)]) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
     assert f"learning_rate: {3.0e-3}" in folder.recipe.read_text()
     replayed = run_to_the_end(Trial(context, Spec("0000", INITIAL), folder))
-    assert rates_told(replayed) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
+    assert rates_reported(replayed) == {8: 1.0e-9, 24: 3.0e-3, 32: 3.0e-3}
 
 
 @pytest.mark.parametrize("loss", ["no checkpoint", "a damaged checkpoint", "damaged changes"])
@@ -421,17 +421,17 @@ def test_a_trial_whose_changed_weights_are_lost_begins_again_with_its_initial_pa
     elif loss == "damaged changes":
         (folder.root / CHANGES).write_text("{")
     resumed = Trial(context, Spec("0000", INITIAL), folder)
-    assert rates_told(run_to_the_end(resumed)) == dict.fromkeys((8, 16, 24, 32), 1.0e-9)
+    assert rates_reported(run_to_the_end(resumed)) == dict.fromkeys((8, 16, 24, 32), 1.0e-9)
 
 
-def test_a_trial_that_takes_over_weights_twice_tells_each_evaluation_with_its_own_parameters(
+def test_a_trial_that_takes_over_weights_twice_reports_each_evaluation_with_its_own_parameters(
     changed: Trial, context: TrialContext, folder: RunDirectory, tmp_path: Path
 ) -> None:
     changed.advance()
     changed.restore(tmp_path / "handed", {RATE: 5.0e-3})  # Back to step 16: what came after is taken again.
-    assert rates_told(run_to_the_end(changed)) == {24: 5.0e-3, 32: 5.0e-3}
+    assert rates_reported(run_to_the_end(changed)) == {24: 5.0e-3, 32: 5.0e-3}
     replayed = run_to_the_end(Trial(context, Spec("0000", INITIAL), folder))
-    assert rates_told(replayed) == {8: 1.0e-9, 24: 5.0e-3, 32: 5.0e-3}
+    assert rates_reported(replayed) == {8: 1.0e-9, 24: 5.0e-3, 32: 5.0e-3}
 
 
 def test_values_that_change_the_examples_have_them_read_again(context: TrialContext, folder: RunDirectory) -> None:

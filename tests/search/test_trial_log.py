@@ -111,7 +111,9 @@ def test_where_low_is_good_the_lowest_is_the_best(directory: SearchDirectory) ->
     assert read_json_lines(directory.rows)[0]["best_step"] == 16
 
 
-def test_a_trial_that_was_stopped_is_told_so_and_stays_stopped(directory: SearchDirectory, log: TrialLog) -> None:
+def test_a_trial_that_was_stopped_is_recorded_as_stopped_and_stays_so(
+    directory: SearchDirectory, log: TrialLog
+) -> None:
     log.add("0000", PARAMETERS)
     log.on_trial_result("0000", evaluation(8, 0.5))
     log.on_trial_complete("0000", False, None)
@@ -124,7 +126,7 @@ def test_a_trial_that_was_stopped_is_told_so_and_stays_stopped(directory: Search
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_a_trial_that_failed_is_told_with_its_reason(
+def test_a_trial_that_failed_is_recorded_with_its_reason(
     evaluated: bool, directory: SearchDirectory, log: TrialLog
 ) -> None:
     log.add("0000", PARAMETERS)
@@ -153,8 +155,8 @@ def test_no_line_is_written_twice(directory: SearchDirectory, log: TrialLog) -> 
         each = TrialLog(directory, ACCURACY, 4, None) if attempt else log
         each.add("0000", PARAMETERS)
         for row in rows:
-            each.told("0000", row)
-        each.ended("0000", True, None)
+            each.on_trial_result("0000", row)
+        each.on_trial_complete("0000", True, None)
     assert len(read_json_lines(directory.rows)) == 1
 
 
@@ -168,7 +170,7 @@ def test_a_trial_that_ended_before_the_search_was_killed_gets_its_line_later(dir
     assert (row["metrics"]["accuracy"], row["evaluations"], row["seconds"]) == (0.9, 2, 3.0)
 
 
-def test_a_trial_whose_process_died_tells_again_what_it_had_told(directory: SearchDirectory, log: TrialLog) -> None:
+def test_evaluations_that_a_restarted_trial_reports_again_count_once(directory: SearchDirectory, log: TrialLog) -> None:
     log.add("0000", {})
     for step in (8, 16, 24, 8, 16, 24, 32):
         log.on_trial_result("0000", evaluation(step, 0.5))
@@ -314,7 +316,7 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
     assert "accuracy 0.9000" in line
 
 
-def test_where_trials_end_together_no_time_is_told(directory: SearchDirectory) -> None:
+def test_where_trials_end_together_the_time_left_is_not_estimated(directory: SearchDirectory) -> None:
     for end_together in (False, True):
         log = TrialLog(directory, ACCURACY, 9, None, end_together)
         log.add(f"000{end_together:d}", {})
@@ -323,7 +325,7 @@ def test_where_trials_end_together_no_time_is_told(directory: SearchDirectory) -
         assert (" left" in log._lines()[0]) is not end_together
 
 
-def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
+def test_parameters_that_changed_during_a_trial_are_those_of_the_best_evaluation(
     log: TrialLog, directory: SearchDirectory
 ) -> None:
     log.add("0000", PARAMETERS)
@@ -336,7 +338,7 @@ def test_parameters_that_changed_midway_are_those_of_the_best_evaluation(
     assert "parameters" not in row["metrics"]
 
 
-def test_parameters_that_changed_midway_are_told_also_where_only_the_directory_has_the_evaluations(
+def test_changed_parameters_are_recorded_also_where_only_the_directory_has_the_evaluations(
     directory: SearchDirectory, log: TrialLog
 ) -> None:
     run = directory.trial("0000")

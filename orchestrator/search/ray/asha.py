@@ -78,7 +78,7 @@ class ASHA(FIFOScheduler):  # type: ignore[misc]
 
     Args:
         grace: evaluations up to the first rung.
-        reduction: one in so many of the trials at a rung is promoted.
+        reduction: one in this many of the trials at a rung is promoted.
         score: name of the metric in a trial's results; higher is better.
         worst: the score of a trial without one; such a trial is never promoted.
         concurrent: trials at a time. Ray Tune's own limit counts paused trials, too.

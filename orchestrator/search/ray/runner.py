@@ -40,7 +40,7 @@ class RayRunner:
     def run(
         self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more, or for so many seconds.
+        """Run trials until there are no more, for at most `seconds` seconds.
 
         Args:
             specs: id and parameters of each; None for those that Optuna suggests.

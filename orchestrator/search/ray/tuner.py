@@ -153,7 +153,9 @@ def make_scheduler(search: Search, distributions: Mapping[str, Distribution], co
         return Population(
             time_attr="training_iteration",
             perturbation_interval=search.grace,
-            hyperparam_mutations={path: as_mutation(domain, search.seed) for path, domain in distributions.items()},
+            hyperparam_mutations={
+                path: as_mutation(distribution, search.seed) for path, distribution in distributions.items()
+            },
             # Ray multiplies numbers by 0.8 or 1.2, regardless of their bounds.
             custom_explore_fn=lambda config: {
                 path: distributions[path].clip(value) if path in distributions else value
@@ -163,12 +165,12 @@ def make_scheduler(search: Search, distributions: Mapping[str, Distribution], co
     return FIFOScheduler()
 
 
-def as_mutation(domain: Distribution, seed: int) -> Any:
+def as_mutation(distribution: Distribution, seed: int) -> Any:
     """Return a distribution as Ray's schedulers take it: a list of values, or a function that samples one."""
-    if isinstance(domain, Choice):
-        return list(domain.values)
+    if isinstance(distribution, Choice):
+        return list(distribution.values)
     stream = Random(seed)
-    return lambda: domain.sample(stream)
+    return lambda: distribution.sample(stream)
 
 
 def run_with_tune(
@@ -181,7 +183,7 @@ def run_with_tune(
     folder: Path,
     seconds: float | None = None,
 ) -> None:
-    """Run trials until the searcher has no more, or for so many seconds.
+    """Run trials until the searcher has no more, for at most `seconds` seconds.
 
     Args:
         concurrent: trials at a time.

@@ -30,7 +30,7 @@ def quiet_optuna() -> Any:
 
 
 class Attempt:
-    """One attempt at a search, as Ray Tune makes it: so many trials at a time, ended in the order of their begin."""
+    """One attempt at a search, as Ray Tune makes it: some trials at a time, which end in the order of their start."""
 
     def __init__(self, written: dict[str, Any], limit: int, recorded: list[dict[str, Any]], concurrent: int) -> None:
         recipe = parse_recipe(
@@ -54,7 +54,7 @@ class Attempt:
         return parameters
 
     def run(self, num_ended: int | None = None) -> Attempt:
-        """Go on to the end, or until so many trials have ended."""
+        """Run to the end, or until `num_ended` trials have ended."""
         running: list[tuple[str, dict[str, Any]]] = []
         ended = 0
         while num_ended is None or ended < num_ended:
@@ -76,7 +76,7 @@ def score_of(parameters: dict[str, Any]) -> float:
     return (1.0 if parameters[FREEZE] == 2 else 0.0) - float(parameters[RATE])
 
 
-def test_a_killed_tpe_search_goes_on_as_if_it_had_not_been_killed() -> None:
+def test_a_killed_tpe_search_continues_as_if_it_had_not_been_killed() -> None:
     for concurrent in (1, 3):
         whole = Attempt(CONDITIONS, 20, [], concurrent).run()
         assert len({key_of(each) for each in whole.parameters}) == 20
@@ -114,7 +114,7 @@ def test_tpe_learns_from_scores() -> None:
     assert sum(good[20:]) > sum(good[:20])
 
 
-def test_a_trial_that_is_left_and_taken_up_again_is_learned_from_once() -> None:
+def test_a_trial_that_is_paused_and_resumed_is_learned_from_once() -> None:
     attempt = Attempt(CONDITIONS, 20, [], 1)
     attempt.searcher.suggest("a")
     attempt.searcher.on_trial_pause("a", {SCORE: 0.5})

@@ -241,7 +241,7 @@ def test_trials_of_deepspeed_workers_follow_each_other(
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_gives_everything_back_and_goes_on(
+def test_an_interrupted_search_releases_everything_and_resumes(
     write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
 ) -> None:
     overrides = ["train.steps=120", "train.evaluate_every=6", rates(GOOD, 5e-4, 2e-3), "search.concurrent=2"]
@@ -290,7 +290,7 @@ def actors(class_name: str) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "Trainable", "ChannelActor"])
-def test_a_killed_process_is_replaced_and_the_trial_goes_on_from_its_checkpoint(
+def test_a_killed_process_is_replaced_and_the_trial_continues_from_its_checkpoint(
     write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None, victim: str
 ) -> None:
     overrides = ["train.steps=120", rates(GOOD), "search.concurrent=1"]
