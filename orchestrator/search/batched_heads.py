@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ STACKING = "training several heads together"
 class RowsInMemory(RunDirectory):
     """Keeps the rows that hooks write to metrics.jsonl until the best evaluation has all of its metrics."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.rows: list[dict[str, Any]] = []
 
@@ -206,7 +207,8 @@ class BatchedHeads:
             return [as_arrays(tree_map(lambda values, head=head: values[head], stacked)) for head in heads], losses
 
         size = session.schedule.micro_batch_size, session.schedule.tokens_per_pass
-        ((rows, parts, losses),) = predict_share(session.engine, task, session.loaders["select"], *size, predict)
+        gathered: Any = predict_share(session.engine, task, session.loaders["select"], *size, predict)
+        ((rows, parts, losses),) = gathered  # One worker.
         found = [in_order([(rows, [part[number] for part in parts], 0.0)]) for number in range(len(self.heads))]
         return found, losses.tolist()
 

@@ -101,13 +101,17 @@ class TrialWorker:
         """Train the trials that are commanded, until the command is to exit."""
         done = self.resumed_number if self.status.is_over else max(0, self.resumed_number - 1)
         while True:
-            command = self.wait(lambda new, done=done: new.exit or new.number > done)
+            command = self.next_trial(done)
             if command.exit:
                 return
             run = self.directory.trial(command.id)
             with output_to(run.logs / f"worker-{self.rank}.log"):
                 self.run_trial(command, run)
             done = command.number
+
+    def next_trial(self, done: int) -> Command:
+        """Return the command for a trial after number `done`, or the command to exit."""
+        return self.wait(lambda command: command.exit or command.number > done)
 
     def wait(self, is_expected: Callable[[Command], bool]) -> Command:
         """Return the command once it is as expected."""
