@@ -2,7 +2,7 @@
 
 Seconds and memory of our own code in the process of the command, without training and without Ray's share. Workers have
 no model, and take turns; they go through records and checkpoints as real ones do. Trials are scores without a training
-behind them; they go through the plan, their recipes, successive halving, the ledger, the choice of the winner and the
+behind them; they go through the plan, their recipes, successive halving, the trial log, the choice of the winner, the
 page. All of that is the package's own code. It writes where temporary files are (`--folder` for another disk).
 
 The cost of each size is the least of several turns. The exponent is the slope of a line through the three largest sizes
@@ -38,7 +38,6 @@ from orchestrator.report import write_report
 from orchestrator.runs.checkpoint import CheckpointStore
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.directory import write_json as write_record
-from orchestrator.search.trial_log import Ledger
 from orchestrator.training.hooks import Recorder, TrainingState
 from orchestrator.training.loop import Step
 
@@ -168,12 +167,12 @@ def prepare_run_page(size: int, folder: Path) -> Callable[[], object]:
 
 def prepare_telling(size: int, folder: Path) -> Callable[[], object]:
     """One trial with very many evaluations."""
-    ledger = Ledger(search_directory(folder), ACCURACY, 1, None)
-    ledger.expect("0000", {})
+    log = TrialLog(search_directory(folder), ACCURACY, 1, None)
+    log.add("0000", {})
 
     def work() -> None:
         for number in range(size):
-            ledger.told("0000", select_row(number, 0.5))
+            log.on_trial_result("0000", select_row(number, 0.5))
 
     return work
 

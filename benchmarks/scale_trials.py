@@ -17,19 +17,20 @@ from typing import Any
 from common import RECIPE
 
 import orchestrator
+from orchestrator.json_lines import append_json_line
 from orchestrator.recipe import Recipe, dump_recipe
 from orchestrator.report import write_report
 from orchestrator.runs.directory import write_atomically
-from orchestrator.search.batching import pack_trials
+from orchestrator.search.batching import batch_trials
 from orchestrator.search.outcome import Outcome, Spec
-from orchestrator.search.ray.asha import Halving
-from orchestrator.search.ray.searchers import SCORE, Listed
+from orchestrator.search.ray.asha import ASHA
+from orchestrator.search.ray.searchers import SCORE, ListSearcher
 from orchestrator.search.ray.tuner import WORST
-from orchestrator.search.records import SearchDirectory, append_row, trial_id
+from orchestrator.search.records import SearchDirectory, trial_id
 from orchestrator.search.run_trials import choose_winner, drop_weights
 from orchestrator.search.space import Space, trial_recipe
-from orchestrator.search.trial_context import Bench
-from orchestrator.search.trial_log import Entry, Ledger
+from orchestrator.search.trial_context import TrialContext
+from orchestrator.search.trial_log import Entry, TrialLog
 from orchestrator.tasks.base import MainMetric
 
 SIZES = (10, 100, 500, 2000)
@@ -84,9 +85,9 @@ def evaluations_of(number: int) -> list[dict[str, Any]]:
 
 def ended_rows(size: int, directory: SearchDirectory) -> list[dict[str, Any]]:
     """The lines that trials leave in trials.jsonl."""
-    ledger = Ledger(directory, ACCURACY, size, None)
+    log = TrialLog(directory, ACCURACY, size, None)
     return [
-        ledger.describe(trial_id(number), Entry(parameters, rows=evaluations_of(number)), Outcome(core_seconds=9.0))
+        log.describe(trial_id(number), Entry(parameters, rows=evaluations_of(number)), Outcome(core_seconds=9.0))
         for number, parameters in enumerate(parameters_of(size))
     ]
 
@@ -94,7 +95,7 @@ def ended_rows(size: int, directory: SearchDirectory) -> list[dict[str, Any]]:
 def search_with_rows(size: int, folder: Path) -> SearchDirectory:
     directory = search_directory(folder)
     for row in ended_rows(size, directory):
-        append_row(directory.rows, row)
+        append_json_line(directory.rows, row)
     return directory
 
 
@@ -107,7 +108,7 @@ def prepare_recipes(size: int, folder: Path) -> Callable[[], object]:
     recipe = search_recipe()
     specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(parameters_of(size))]
     return lambda: (
-        pack_trials(recipe, specs, 2),
+        batch_trials(recipe, specs, 2),
         [dump_recipe(trial_recipe(recipe, spec.parameters)) for spec in specs],
     )
 
@@ -122,18 +123,18 @@ class Terminal(io.StringIO):
         return len(text)
 
 
-def prepare_ledger(size: int, folder: Path) -> Callable[[], object]:
+def prepare_log(size: int, folder: Path) -> Callable[[], object]:
     """Trials begin, tell what they score, and end, while a person looks on."""
-    ledger = Ledger(search_directory(folder), ACCURACY, size, Terminal())
+    log = TrialLog(search_directory(folder), ACCURACY, size, Terminal())
     told = [(trial_id(number), each, evaluations_of(number)) for number, each in enumerate(parameters_of(size))]
 
     def work() -> None:
         for id, parameters, rows in told:
-            ledger.expect(id, parameters)
-            ledger.began(id)
+            log.add(id, parameters)
+            log.on_trial_start(id)
             for row in rows:
-                ledger.told(id, row)
-            ledger.ended(id, True, None)
+                log.on_trial_result(id, row)
+            log.on_trial_complete(id, True, None)
 
     return work
 
@@ -141,12 +142,12 @@ def prepare_ledger(size: int, folder: Path) -> Callable[[], object]:
 def prepare_weights(size: int, folder: Path) -> Callable[[], object]:
     """Whether each trial's weights are worth keeping, asked in the process that trains it."""
     directory = search_directory(folder)
-    rows, bench = ended_rows(size, directory), Bench(plan().prepared, [], directory.rows, ACCURACY, 3)
+    rows, context = ended_rows(size, directory), TrialContext(plan().prepared, [], directory.rows, ACCURACY, 3)
 
     def work() -> None:
         for row in rows:
-            bench.may_win(row["metrics"]["accuracy"])
-            append_row(directory.rows, row)
+            context.may_win(row["metrics"]["accuracy"])
+            append_json_line(directory.rows, row)
 
     return work
 
@@ -156,7 +157,7 @@ def prepare_winner(size: int, folder: Path) -> Callable[[], object]:
     directory = search_with_rows(size, folder)
 
     def work() -> None:
-        Ledger(directory, ACCURACY, size, None)
+        TrialLog(directory, ACCURACY, size, None)
         winner = choose_winner(plan(), directory)
         write_atomically(directory.best, dump_recipe(trial_recipe(search_recipe(), winner["parameters"])))
         drop_weights(plan(), directory)
@@ -186,7 +187,7 @@ class StandIn:
 class Loop:
     """Asks the searcher and the scheduler as Ray Tune does, at no cost of its own that grows with the trials."""
 
-    def __init__(self, searcher: Listed, scheduler: Halving) -> None:
+    def __init__(self, searcher: ListSearcher, scheduler: ASHA) -> None:
         self.searcher, self.scheduler = searcher, scheduler
         scheduler.source = searcher
         searcher.has_room, searcher.is_over = scheduler.has_room, scheduler.is_over
@@ -234,7 +235,7 @@ def prepare_halving(size: int, folder: Path) -> Callable[[], object]:
     def specs() -> Iterator[dict[str, Any]]:
         return ({"id": trial_id(number), "parameters": {}} for number in range(size))
 
-    loop = Loop(Listed(specs()), Halving(1, 3, SCORE, WORST, CONCURRENT))
+    loop = Loop(ListSearcher(specs()), ASHA(1, 3, SCORE, WORST, CONCURRENT))
 
     def work() -> None:
         loop.run()
@@ -248,7 +249,7 @@ COSTS: dict[str, Callable[[int, Path], Callable[[], object]]] = {
     "planning of a grid and of random draws": prepare_planning,
     "recipes, and who trains together": prepare_recipes,
     "successive halving": prepare_halving,
-    "ledger, with its table": prepare_ledger,
+    "trial log, with its table": prepare_log,
     "whose weights may win": prepare_weights,
     "going on, the winner, best.yaml": prepare_winner,
     "the search's page": prepare_search_page,

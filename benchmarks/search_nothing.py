@@ -18,10 +18,10 @@ from typing import Any
 
 from orchestrator.launch.cluster import ray_cluster
 from orchestrator.recipe.schema import Search
-from orchestrator.search.ray.searchers import Listed
-from orchestrator.search.ray.tuner import make_scheduler, run_trials
+from orchestrator.search.ray.searchers import ListSearcher
+from orchestrator.search.ray.tuner import make_scheduler, run_with_tune
 from orchestrator.search.resources import TrialResources
-from orchestrator.search.trial_interface import Report
+from orchestrator.search.trial_interface import TrialResult
 
 NUM_TRIALS = 16
 MODULES = ("torch", "transformers.trainer")
@@ -34,8 +34,8 @@ class Nothing:
     def __init__(self, number: float) -> None:
         self.number = number
 
-    def advance(self) -> Report:
-        return Report(self.number, True, {"score": self.number})
+    def advance(self) -> TrialResult:
+        return TrialResult(self.number, True, {"score": self.number})
 
     def stop(self) -> None: ...
 
@@ -44,7 +44,7 @@ class Nothing:
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None: ...
 
 
-class Workplace:
+class TrialProcess:
     """The same imports as any trial's process."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Workplace:
         assert torch.nn is not None
         assert transformers.Trainer is not None
 
-    def begin(self, id: str, parameters: dict[str, Any], members: Any) -> Nothing:
+    def start(self, id: str, parameters: dict[str, Any], batched: Any) -> Nothing:
         return Nothing(parameters["number"])
 
     def close(self) -> None: ...
@@ -65,11 +65,11 @@ class Count:
 
     ended_trials = 0
 
-    def began(self, id: str) -> None: ...
+    def on_trial_start(self, id: str) -> None: ...
 
-    def told(self, id: str, row: dict[str, Any]) -> None: ...
+    def on_trial_result(self, id: str, row: dict[str, Any]) -> None: ...
 
-    def ended(self, id: str, is_last: bool, reason: str | None) -> None:
+    def on_trial_complete(self, id: str, is_last: bool, reason: str | None) -> None:
         assert reason is None, reason
         self.ended_trials += 1
 
@@ -82,10 +82,10 @@ def main() -> None:
         time.sleep(SECONDS_OF_READING)
         specs = ({"id": f"{number:04d}", "parameters": {"number": number}} for number in range(NUM_TRIALS))
         began = time.perf_counter()
-        run_trials(
-            Listed(specs),
+        run_with_tune(
+            ListSearcher(specs),
             make_scheduler(Search(), {}, cores),
-            Workplace,
+            TrialProcess,
             count,
             cores,
             TrialResources({"CPU": 1.0}, 1),

@@ -17,7 +17,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Each room may import those before it.
 ORDER = (
-    *("errors", "formatting", "process", "storage", "distributed"),
+    *("errors", "formatting", "json_lines", "process", "storage", "distributed"),
     *("recipe", "report", "jobs", "data", "models", "tasks", "transfer"),
     *("runs", "training", "planning", "inference", "launch", "search", "__init__", "cli"),
 )

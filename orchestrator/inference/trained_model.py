@@ -12,10 +12,11 @@ import torch
 
 from orchestrator import models
 from orchestrator.errors import ClusterError, InputError, Problem
+from orchestrator.json_lines import parse_object
 from orchestrator.models import SourceModel
 from orchestrator.models.shortcuts.forward import AroundForward, wrap_forward
 from orchestrator.recipe import Recipe, parse_recipe
-from orchestrator.runs.directory import DESCRIPTION, parse_object
+from orchestrator.runs.directory import DESCRIPTION
 from orchestrator.tasks import Task, find_task
 from orchestrator.training.engine.devices import driver_remedy, find_gpu_problem
 from orchestrator.training.engine.precision import Precision, dtype_of, has_bf16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError, Problem, RecipeError
+from orchestrator.json_lines import read_damaged_json_lines, read_json_lines
 from orchestrator.recipe.reading import read_yaml
 from orchestrator.report.analysis import better
 from orchestrator.report.numbers import number
@@ -149,7 +149,7 @@ class Run:
 def read_search(directory: Path) -> Search:
     """Read a search directory; raises InputError if search.json cannot be read."""
     record, recipe = read_record(directory / "search.json"), read_recipe(directory / "recipe.yaml")
-    rows, num_damaged = read_rows(directory / "trials.jsonl")
+    rows, num_damaged = read_damaged_json_lines(directory / "trials.jsonl")
     with_id = [row for row in rows if isinstance(row.get("id"), str | int)]
     # A trial that was run again has a later line, which replaces the first.
     named = {str(row["id"]): row for row in with_id}
@@ -176,7 +176,7 @@ def read_run(directory: Path) -> Run:
         recipe=read_recipe(directory / "recipe.yaml"),
         record=read_record(directory / "run.json"),
         result=read_result(directory),
-        rows=read_rows(directory / "metrics.jsonl")[0],
+        rows=read_json_lines(directory / "metrics.jsonl"),
         files=names_in(directory),
     )
 
@@ -197,23 +197,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(Problem("it is damaged: not a JSON object", str(path), "restore it, or run the command again"))
     return record
-
-
-def read_rows(path: Path) -> tuple[MetricRows, int]:
-    """Return the JSON objects of a JSON Lines file, if it exists, and the number of lines that hold something else."""
-    rows: MetricRows = []
-    num_damaged = 0
-    # Not `splitlines`: texts in JSON may contain other line separators.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    for line in lines:
-        row = None
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            num_damaged += 1
-    return rows, num_damaged
 
 
 def read_recipe(path: Path) -> RecipeText:

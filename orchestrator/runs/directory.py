@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import InputError, Problem
+from orchestrator.json_lines import append_json_line, finite, format_json_lines, parse_object
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,24 +30,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Return the value with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def parse_object(data: bytes | None) -> dict[str, Any]:
-    """Parse a JSON object; return an empty one for anything else, such as None or half a file."""
-    try:
-        found = json.loads(data or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 DESCRIPTION = "transfer.json"
@@ -183,11 +165,10 @@ class RunDirectory:
         return [row for line in lines if (row := parse_object(line))]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+        append_json_line(self.metrics, row)
 
     def forget_metrics_after(self, step: int) -> int:
         """Drop the rows of steps that a resumed run takes again; return the number of rows left but those of *test*."""
         kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
-        write_atomically(self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_atomically(self.metrics, format_json_lines(kept))
         return sum(row.get("split") != "test" for row in kept)

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import InputError, Problem, RecipeError
+from orchestrator.json_lines import parse_object
 from orchestrator.recipe import Recipe, dump_recipe, parse_recipe
-from orchestrator.runs.directory import RunDirectory, parse_object
+from orchestrator.runs.directory import RunDirectory
 
 IDENTITY, MANIFEST = "identity.json", "MANIFEST.json"
 """Files of a checkpoint: its identity, and the hashes of all its files."""

@@ -1,7 +1,7 @@
-"""Search: the space, trials in Ray Tune's actors, the winner.
+"""Searches a space of recipes with Ray Tune and keeps the best trial's model.
 
 `orchestrator.search` is also a function of the Python API. Importing a package binds its name in the parent, over the
-function; so the package itself can be called, and does what the function does.
+function; so the package itself can be called as the function.
 """
 
 import sys
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 
-class _Room(ModuleType):
+class _CallablePackage(ModuleType):
     """A package that can be called."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -18,4 +18,4 @@ class _Room(ModuleType):
         return search(*arguments, **named)
 
 
-sys.modules[__name__].__class__ = _Room
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,16 +1,17 @@
 """Many heads on one frozen body, trained as one batched problem.
 
-Trials that train nothing but the head, and differ in nothing but how fast it learns, see the same features in the same
-order. Their heads are stacked along a new first axis (`torch.func.vmap` over the parameters), so that a step of all of
-them costs little more than a step of one. The numbers are those of the trials by themselves: the same batches, the same
-dropout, each head clipped by its own norm and stepped by AdamW (Loshchilov & Hutter 2019) at its own rate.
+Trials that train only the head, and differ only in how fast it learns, see the same features in the same order. Their
+heads are stacked along a new first axis (`torch.func.vmap` over the parameters), so that a step of all of them costs
+little more than a step of one. The numbers are those of the trials by themselves: the same batches, the same dropout,
+each head clipped by its own norm and stepped at its own rate, its evaluations judged and recorded by the hooks of the
+loop.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,108 +21,130 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from orchestrator.data.batches import evaluation_batches
 from orchestrator.models.attempt import calling_model
 from orchestrator.recipe import Recipe
+from orchestrator.runs.directory import RunDirectory
+from orchestrator.search.batched_optimizer import BatchedAdamW
 from orchestrator.tasks.base import Batch, Predictions, Totals
 from orchestrator.tasks.bases.padded import as_arrays
-from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
-from orchestrator.training.hooks import PHASE, TrainingState, is_due, judge
-from orchestrator.training.loop import cut, rate_schedule, seed_dropout
+from orchestrator.training.evaluation import in_order, predict_share
+from orchestrator.training.hooks import Evaluator, Recorder, TrainingState, is_due
+from orchestrator.training.loop import Step, cut, rate_schedule, seed_dropout
 from orchestrator.training.session import Session
+from orchestrator.training.split_loader import SplitLoader
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
 STACKING = "training several heads together"
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # As in torch.optim.AdamW.
 
 
-@dataclass
-class Head:
-    """One of the heads."""
+class RowsInMemory(RunDirectory):
+    """Keeps the rows that hooks write to metrics.jsonl until the best evaluation has all of its metrics."""
 
-    recipe: Recipe
-    state: TrainingState = field(default_factory=TrainingState)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """Its rows of metrics.jsonl."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """At the best evaluation."""
-    best_row: int = -1
-    best_predictions: Predictions = field(default_factory=dict)
-    failure: str | None = None
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.rows: list[dict[str, Any]] = []
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+class HeadState:
+    """One of the heads: its recipe, its hooks, and what they remember.
+
+    Args:
+        session: of any of the heads.
+    """
+
+    def __init__(self, session: Session, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.state = TrainingState()
+        self.failure: str | None = None
+        self.weights: dict[str, Tensor] = {}
+        """At the best evaluation."""
+        self.best_row: dict[str, Any] | None = None
+        self.best_predictions: Predictions = {}
+        self.rate_factor = rate_schedule(recipe.train, session.schedule.total_steps)
+        self._directory = RowsInMemory(session.directory.root)
+        self.recorder = Recorder(session.engine.exchange, self._directory, recipe.train.log_every)
+        task, select = session.prepared.task, session.loaders["select"]
+        self.evaluator = Evaluator(
+            session.engine, task, select, session.metric, recipe.train, session.schedule, self._directory
+        )
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its rows of metrics.jsonl."""
+        return self._directory.rows
 
     @property
     def is_over(self) -> bool:
         return self.failure is not None or self.state.stop is not None
 
 
-class Heads:
+class BatchedHeads:
     """Heads that are trained together, each with its recipe.
 
     Args:
-        session: of any one of the recipes; its features are fed, its head is where all of them begin.
+        session: of any one of the recipes; all heads read its features and start as its head.
     """
 
     def __init__(self, session: Session, recipes: Sequence[Recipe]) -> None:
         self.session = session
-        self.heads = [Head(recipe) for recipe in recipes]
-        module = session.parts.module
-        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.heads = [HeadState(session, recipe) for recipe in recipes]
+        trained = session.engine.trained
         count = len(recipes)
         self.stacked = {
             name: value.detach().repeat(count, *[1] * value.dim()).view(count, *value.shape).requires_grad_()
             for name, value in trained.items()
         }
-        self.moments = {
-            name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in self.stacked.items()
-        }
-        # With a rate and a decay of 1 the groups tell what each parameter's are multiplied with.
+        # At a rate and a decay of 1 the groups hold the multipliers of each parameter.
         groups = parameter_groups(trained, rate_multipliers(session.parts.blocks, recipes[0].transfer), 1.0, 1.0)
         names = {id(value): name for name, value in trained.items()}
-        self.multipliers = {
+        multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]
         }
-        self.schedules = [rate_schedule(recipe.train, session.schedule.total_steps) for recipe in recipes]
+        self.optimizer = BatchedAdamW(self.stacked, multipliers, [recipe.train for recipe in recipes])
 
-    def train(self) -> list[Head]:
+    def train(self) -> list[HeadState]:
         """Train all heads to their ends.
 
         Raises:
-            CallFailed: the model, its head or the task's loss cannot be stacked, or there is no memory for all of them.
+            CallFailed: the model, its head or the task's loss cannot be stacked, or memory does not suffice for all.
         """
-        session, plan = self.session, self.session.schedule
-        losses: list[Tensor] = []
-        for index in range(plan.total_steps):
-            epoch, position = divmod(index, plan.order.steps_per_epoch)
+        session, schedule = self.session, self.session.schedule
+        for index in range(schedule.total_steps):
+            epoch, position = divmod(index, schedule.order.steps_per_epoch)
             if position == 0:
-                batches = plan.order.epoch(epoch)
+                batches = schedule.order.epoch(epoch)
             session.parts.frozen.set_train_mode(session.engine.model)
-            losses.append(self._step(index, batches[position]))
+            self._step(index, batches[position])
             every = session.prepared.recipe.train.evaluate_every
-            if is_due(every, index + 1, plan.order.steps_per_epoch, plan.total_steps):
-                self._record_losses(losses, index + 1)
-                losses = []
-                self._evaluate(index + 1)
+            if is_due(every, index + 1, schedule.order.steps_per_epoch, schedule.total_steps):
+                self._evaluate(index)
             if all(head.is_over for head in self.heads):
                 break
         for head in self.heads:
             self._complete(head)
         return self.heads
 
-    def _step(self, index: int, rows: npt.NDArray[np.int64]) -> Tensor:
-        """One optimizer step of all heads; returns their losses before it, shape [heads]."""
-        session, plan = self.session, self.session.schedule
+    def _step(self, index: int, rows: npt.NDArray[np.int64]) -> None:
+        """Take one optimizer step of all heads on the global batch `rows`."""
+        session, schedule = self.session, self.session.schedule
         loader = session.loaders["train"]
         totals = loader.encoded.totals(rows)
-        total = torch.zeros(len(self.heads), device=session.engine.device)
-        for number, (mine,) in enumerate(cut(session.engine, loader, plan, rows)):
-            seed_dropout(plan.seed, index, number, 0)
-            batch = loader.batch(mine)
+        stream = (schedule.seed, index // schedule.order.steps_per_epoch)
+        losses = torch.zeros(len(self.heads), device=session.engine.device)
+        for number, (mine,) in enumerate(cut(session.engine, loader, schedule, rows)):
+            seed_dropout(schedule.seed, index, number, 0)
+            batch = loader.batch(mine, stream)
             with calling_model(STACKING):
-                losses = vmap(self._loss_function(batch, totals), randomness="same")(self.stacked)
-                torch.autograd.backward(losses.sum())
-            total += losses.detach()
-        self._update(index, total)
-        return total
+                share = vmap(self._loss_function(batch, totals), randomness="same")(self.stacked)
+                torch.autograd.backward(share.sum())
+            losses += share.detach()
+        norms = self.optimizer.gradient_norms()
+        self._record(index, losses.tolist(), norms.tolist(), len(rows))
+        factors = [0.0 if head.is_over else head.rate_factor(index) for head in self.heads]
+        self.optimizer.step(norms, torch.tensor(factors, device=session.engine.device))
 
     def _loss_function(self, batch: Batch, totals: Totals) -> Callable[[dict[str, Tensor]], Tensor]:
         def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -131,106 +154,66 @@ class Heads:
 
         return loss
 
-    @torch.no_grad()
-    def _update(self, index: int, losses: Tensor) -> None:
-        gradients = {name: value.grad for name, value in self.stacked.items()}
-        squares = [g.flatten(1).pow(2).sum(1) for g in gradients.values() if g is not None]
-        norms = torch.stack(squares).sum(0).sqrt()
-        finite = torch.isfinite(norms) & torch.isfinite(losses)
-        self._tell_failures(index, losses, finite)
-        limit = self.session.prepared.recipe.train.max_grad_norm
-        clip = torch.ones_like(norms) if limit is None else (limit / (norms + 1e-6)).clamp(max=1.0)
-        live = torch.tensor([not head.is_over for head in self.heads], device=norms.device) & finite
-        factors = [schedule(index) for schedule in self.schedules]
-        rates = self._per_head([head.recipe.train.learning_rate for head in self.heads]) * self._per_head(factors)
-        decays = self._per_head([head.recipe.train.weight_decay for head in self.heads])
-        for name, value in self.stacked.items():
-            gradient = gradients[name]
-            assert gradient is not None
-            shape = (-1, *[1] * (value.dim() - 1))
-            # What is not finite must not reach the moments; such a head is not looked at any more.
-            gradient = torch.nan_to_num(gradient * clip.view(shape), 0.0, 0.0, 0.0)
-            multiplier, decay = self.multipliers[name]
-            rate = torch.where(live, rates * multiplier, 0.0).view(shape)
-            self._adamw(value, gradient, self.moments[name], rate, (decays * decay).view(shape), index + 1)
-            value.grad = None
-
-    @staticmethod
-    def _adamw(
-        value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: Tensor, decay: Tensor, step: int
-    ) -> None:
-        first, second = moments
-        value.mul_(1 - rate * decay)
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        denominator = (second.sqrt() / math.sqrt(1 - BETAS[1] ** step)).add_(EPSILON)
-        value.sub_(rate / (1 - BETAS[0] ** step) * first / denominator)
-
-    def _per_head(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.session.engine.device)
-
-    def _tell_failures(self, index: int, losses: Tensor, finite: Tensor) -> None:
-        for head, loss, is_finite in zip(self.heads, losses.tolist(), finite.tolist(), strict=True):
-            if not is_finite and not head.is_over:
+    def _record(self, index: int, losses: list[float], norms: list[float], num_examples: int) -> None:
+        """Record the step of each head; one whose loss or gradient is not finite has failed."""
+        for head, loss, norm in zip(self.heads, losses, norms, strict=True):
+            if head.is_over:
+                continue
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
                 head.failure = f"the {what} at step {index + 1}"
+                continue
+            head.recorder.after_step(self._step_of(head, index, loss, norm, num_examples), head.state)
 
-    def _record_losses(self, losses: list[Tensor], step: int) -> None:
-        """A train row for each head: the mean loss since the last evaluation."""
-        means = torch.stack(losses).mean(0).tolist()
-        for head, loss in zip(self.heads, means, strict=True):
-            if not head.is_over:
-                head.rows.append({**self._place(step), "split": "train", "loss": loss, "seconds": 0.0})
-
-    def _place(self, step: int) -> dict[str, Any]:
-        return {"step": step, "epoch": step / self.session.schedule.order.steps_per_epoch, "phase": PHASE}
+    def _step_of(self, head: HeadState, index: int, loss: float, norm: float, num_examples: int) -> Step:
+        epoch = (index + 1) / self.session.schedule.order.steps_per_epoch
+        rate = head.recipe.train.learning_rate * head.rate_factor(index)
+        head.state.step = index + 1
+        return Step(index + 1, epoch, loss, norm, rate, num_examples)
 
     @torch.no_grad()
-    def _evaluate(self, step: int) -> None:
-        session = self.session
-        task, metric, loader = session.prepared.task, session.metric, session.loaders["select"]
-        targets = loader.encoded.targets()
+    def _evaluate(self, index: int) -> None:
+        """Score each head on *select* by the metric that decides."""
+        task, metric = self.session.prepared.task, self.session.metric
+        targets = self.session.loaders["select"].encoded.targets()
         predictions, losses = self._predict()
         for number, head in enumerate(self.heads):
             if head.is_over:
                 continue
-            own = predictions[number]
-            loss = float(losses[number])
+            own, loss = predictions[number], losses[number]
             value = loss if metric.name == "loss" else task.score(metric.name, own, targets)
-            head.state.step = step
-            head.rows.append({**self._place(step), "split": "select", "loss": loss, metric.name: value, "seconds": 0.0})
-            judge(value, loss, step, head.state, metric, head.recipe.train)
+            step = self._step_of(head, index, loss, 0.0, 0)
+            head.evaluator.record(step, head.state, {"loss": loss, metric.name: value})
             if head.state.improved:
-                head.best_row, head.best_predictions = len(head.rows) - 1, own
+                head.best_row, head.best_predictions = head.evaluator.last, own
                 head.weights = {name: value[number].detach().clone() for name, value in self.stacked.items()}
 
-    def _predict(self) -> tuple[list[Predictions], Tensor]:
-        """Return the predictions of each head on *select*, and their losses, shape [heads]."""
-        session = self.session
-        task, loader = session.prepared.task, session.loaders["select"]
-        session.engine.model.eval()
-        total = torch.zeros(len(self.heads), device=session.engine.device)
-        totals = loader.encoded.totals()
-        rows: list[npt.NDArray[np.int64]] = []
-        parts: list[list[Predictions]] = [[] for _ in self.heads]
-        size = session.schedule.micro_batch_size * EVALUATION_BATCH_FACTOR
-        for mine in evaluation_batches(loader.lengths, size, 1, 0, session.engine.cost_of_pass):
-            batch = loader.batch(mine)
+    def _predict(self) -> tuple[list[Predictions], list[float]]:
+        """Return the predictions of each head on *select*, and their losses."""
+        session, task = self.session, self.session.prepared.task
 
-            def score(parameters: dict[str, Tensor], batch: Batch = batch) -> Any:
-                outputs = functional_call(session.engine.model, parameters, (), batch.inputs)
+        def predict(
+            model: Any, task: Any, loader: SplitLoader, rows: npt.NDArray[np.int64], totals: Totals
+        ) -> tuple[list[Predictions], Tensor]:
+            batch = loader.batch(rows)
+
+            def of_head(parameters: dict[str, Tensor]) -> Any:
+                outputs = functional_call(model, parameters, (), batch.inputs)
                 return task.predict(outputs, batch), task.loss(outputs, batch, totals)
 
             with calling_model(STACKING):
-                predictions, losses = vmap(score)(self.stacked)
-            total += losses
-            rows.append(mine)
-            for number, own in enumerate(parts):
-                own.append(as_arrays(tree_map(lambda values, number=number: values[number], predictions)))
-        return [in_order([(rows, own, 0.0)]) for own in parts], total
+                stacked, losses = vmap(of_head)(self.stacked)
+            heads = range(len(self.heads))
+            return [as_arrays(tree_map(lambda values, head=head: values[head], stacked)) for head in heads], losses
 
-    def _complete(self, head: Head) -> None:
-        """All metrics at the best evaluation, where until then only the one that decides is known."""
-        if head.best_row >= 0:
+        size = session.schedule.micro_batch_size, session.schedule.tokens_per_pass
+        gathered: Any = predict_share(session.engine, task, session.loaders["select"], *size, predict)
+        ((rows, parts, losses),) = gathered  # One worker.
+        found = [in_order([(rows, [part[number] for part in parts], 0.0)]) for number in range(len(self.heads))]
+        return found, losses.tolist()
+
+    def _complete(self, head: HeadState) -> None:
+        """Add all metrics to the row of the best evaluation, which until then has only the one that decides."""
+        if head.best_row is not None:
             targets = self.session.loaders["select"].encoded.targets()
-            head.rows[head.best_row].update(self.session.prepared.task.metrics(head.best_predictions, targets))
+            head.best_row.update(self.session.prepared.task.metrics(head.best_predictions, targets))

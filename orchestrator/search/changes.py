@@ -1,19 +1,20 @@
-"""Parameters that population-based training changes in the middle of a trial."""
+"""Parameters that population-based training changes during a trial."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.runs.directory import RunDirectory, parse_object, write_json
+from orchestrator.json_lines import parse_object
+from orchestrator.runs.directory import RunDirectory, write_json
 
 CHANGES = "changes.json"
 
 
 class Changes:
-    """The parameters of a trial at each step; what changed midway is in a file in the trial's directory.
+    """The parameters of a trial at each step; changes are in a file in the trial's directory.
 
     Args:
-        initial: parameters that the trial begins with.
+        initial: parameters that the trial starts with.
     """
 
     def __init__(self, directory: RunDirectory, initial: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ class Changes:
         return not self._found and self.path.exists()
 
     def after(self, step: int) -> dict[str, Any]:
-        """Return the parameters that the training goes on with from `step`."""
+        """Return the parameters of the training from `step` on."""
         return next((each["parameters"] for each in reversed(self._found) if each["step"] <= step), self.initial)
 
     def at(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -39,13 +40,13 @@ class Changes:
         return self.after(row["step"] - 1)
 
     def record(self, step: int, parameters: dict[str, Any]) -> None:
-        """Have the trial go on with other parameters from `step`, whatever came after that before."""
+        """Record that the trial continues from `step` with other parameters; drops changes from `step` on."""
         self.forget_after(step - 1)
         if self.after(step) != parameters:
             self._write([*self._found, {"step": step, "parameters": parameters}])
 
     def forget_after(self, step: int) -> None:
-        """Drop the changes after `step`, from which the trial goes on."""
+        """Drop the changes after `step`, from which the trial continues."""
         kept = [each for each in self._found if each["step"] <= step]
         if kept != self._found:
             self._write(kept)

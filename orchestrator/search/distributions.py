@@ -1,4 +1,4 @@
-"""The kinds of values that a searched place may take: what a grid, a random draw and TPE need of each."""
+"""Distributions of the values that a searched parameter may take: for a grid, for random sampling, for TPE."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any, Protocol
 from orchestrator.recipe.schema import Case
 
 DIGITS = 10_000
-"""Numbers are rounded to about this part of their range, so that they can be read and typed again."""
+"""Numbers are rounded to about this fraction of their range, so that they can be read and typed again."""
 
 
-class Domain(Protocol):
-    """Values of one place."""
+class Distribution(Protocol):
+    """Values of one parameter."""
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for a range of numbers."""
+        """Number of values; infinity for a range of floats."""
 
     def points(self, count: int) -> list[Any]:
-        """`count` values (fewer where there are no more), evenly spread from end to end; one stands in the middle."""
+        """Return `count` values, or as many as there are, evenly spaced from end to end; a single one in the middle."""
 
-    def draw(self, generator: Random) -> Any:
-        """A random value."""
+    def sample(self, generator: Random) -> Any:
+        """Return a random value."""
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """The value that an `optuna.Trial` suggests under this name."""
+        """Return the value that an `optuna.Trial` suggests under this name."""
 
     def clip(self, value: Any) -> Any:
-        """The value, moved into the domain where it lies outside."""
+        """Return the value, or the nearest value of the distribution."""
 
 
-def domain_of(case: Case) -> Domain:
-    """The domain that a case of a recipe's space describes; its choices are written out."""
+def distribution_of(case: Case) -> Distribution:
+    """Return the distribution that a case of a recipe's space describes; its choices are written out."""
     if case.choice is not None:
         assert case.choice != "every", "boundaries are written out first"
         return Choice(tuple(case.choice))
@@ -43,12 +43,12 @@ def domain_of(case: Case) -> Domain:
     ends = case.loguniform or case.uniform
     assert ends is not None, "a case has values"
     low, high = ends
-    return Numbers(low, high, logarithmic=case.loguniform is not None)
+    return Floats(low, high, logarithmic=case.loguniform is not None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values of any kind."""
+    """One of several values of any type."""
 
     values: tuple[Any, ...]
 
@@ -57,14 +57,14 @@ class Choice:
         return len(self.values)
 
     def points(self, count: int) -> list[Any]:
-        """All values, whatever the count: they have no order in which some could stand for the others."""
+        """Return all values, regardless of the count: they have no order to choose some by."""
         return list(self.values)
 
-    def draw(self, generator: Random) -> Any:
+    def sample(self, generator: Random) -> Any:
         return generator.choice(self.values)
 
     def suggest(self, trial: Any, name: str) -> Any:
-        # By number, because Optuna knows no mappings and takes 1 and true for the same.
+        # By index, because Optuna takes no mappings, and takes 1 and true for the same.
         return self.values[trial.suggest_categorical(name, list(range(len(self.values))))]
 
     def clip(self, value: Any) -> Any:
@@ -74,7 +74,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Integers:
-    """A whole number from `low` to `high`, both included."""
+    """An integer from `low` to `high`, both included."""
 
     low: int
     high: int
@@ -87,10 +87,10 @@ class Integers:
         span, gaps = self.high - self.low, min(count, self.high - self.low + 1) - 1
         if gaps == 0:
             return [self.low + span // 2]
-        # In whole numbers, so that steps of one or more never round to the same number.
+        # In integer arithmetic, so that no two of them round to the same number.
         return [self.low + (2 * index * span + gaps) // (2 * gaps) for index in range(gaps + 1)]
 
-    def draw(self, generator: Random) -> Any:
+    def sample(self, generator: Random) -> Any:
         return generator.randint(self.low, self.high)
 
     def suggest(self, trial: Any, name: str) -> Any:
@@ -101,8 +101,8 @@ class Integers:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A number from `low` to `high`, both included; each, or where `logarithmic` each order of magnitude, as likely."""
+class Floats:
+    """A float from `low` to `high`, both included, uniform or, where `logarithmic`, log-uniform."""
 
     low: float
     high: float
@@ -117,7 +117,7 @@ class Numbers:
             return [self._at(0.5)]
         return [self._at(index / (count - 1)) for index in range(count)]
 
-    def draw(self, generator: Random) -> Any:
+    def sample(self, generator: Random) -> Any:
         return self._at(generator.random())
 
     def suggest(self, trial: Any, name: str) -> Any:
@@ -126,15 +126,15 @@ class Numbers:
     def clip(self, value: Any) -> Any:
         return min(max(float(value), self.low), self.high)
 
-    def _at(self, share: float) -> float:
-        """The number at a share (0 to 1) of the way from low to high."""
-        if share in (0.0, 1.0):
-            return self.high if share else self.low
+    def _at(self, fraction: float) -> float:
+        """Return the number at this fraction (0 to 1) of the way from low to high."""
+        if fraction in (0.0, 1.0):
+            return self.high if fraction else self.low
         if self.logarithmic:
-            value = math.exp(math.log(self.low) * (1 - share) + math.log(self.high) * share)
+            value = math.exp(math.log(self.low) * (1 - fraction) + math.log(self.high) * fraction)
             step = value * (math.log(self.high) - math.log(self.low)) / DIGITS
         else:
-            value = self.low * (1 - share) + self.high * share
+            value = self.low * (1 - fraction) + self.high * fraction
             step = (self.high - self.low) / DIGITS
         if 0 < step < 1:
             value = round(value, -math.floor(math.log10(step)))

@@ -1,8 +1,8 @@
-"""What a search will take: trials, seconds and disk, from a few steps that are measured here.
+"""Estimates the time and the disk space of a search, from a few steps that are timed on this machine.
 
-Seconds are those of the whole model times the share of it that a trial computes (formulae: with `L` layers of which `k`
-are frozen and stored, a trial costs its epochs times `(L - k) / L` of a training step and an evaluation; what is frozen
-is computed once for all trials).
+The time of a trial is that of the whole model times the share of it that the trial computes: with `L` layers of which
+`k` are frozen and stored, its epochs times `(L - k) / L` of a training step and an evaluation. The frozen layers are
+computed once for all trials.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from orchestrator.models.attempt import CallFailed
 from orchestrator.models.shortcuts.prefix import BoundaryNotReached
 from orchestrator.recipe import Recipe
 from orchestrator.search.batching import trains_only_the_head
-from orchestrator.search.local_runner import can_run_here
-from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.local_runner import can_run_locally
+from orchestrator.search.plan import SearchPlan, plan_search
 from orchestrator.search.resources import nodes_here, num_concurrent, trial_resources
 from orchestrator.search.space import trial_recipe
 from orchestrator.training.assembling import assemble
@@ -39,15 +39,15 @@ from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
 from orchestrator.training.split_loader import SplitLoader
 
 STEPS_TIMED = 3
-SECONDS_TO_BEGIN = 12.0  # Imports, Ray, and a process for each trial at a time.
-SECONDS_TO_BEGIN_HERE = 8.0  # Imports.
-SECONDS_OF_A_TRIAL = 0.4  # Building the model, writing the records.
-SECONDS_OF_A_HEAD = 0.05  # Of one among others on the same features.
+STARTUP_SECONDS = 12.0  # Imports, Ray, and a process for each trial at a time.
+LOCAL_STARTUP_SECONDS = 8.0  # Imports.
+SECONDS_PER_TRIAL = 0.4  # To build the model and write the records.
+SECONDS_PER_BATCHED_TRIAL = 0.05
 
 
 @dataclass
 class Estimate:
-    """What a search will take on this machine."""
+    """Time and disk space that a search will take on this machine."""
 
     trials: int
     concurrent: int
@@ -62,7 +62,7 @@ class Estimate:
 
 @dataclass
 class Throughput:
-    """Seconds that the whole model takes for an example."""
+    """Seconds per example of the whole model."""
 
     step: float
     """In training."""
@@ -73,15 +73,14 @@ class Throughput:
 
 
 def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
-    """Measure a few steps and work out the rest; nothing is started or kept.
+    """Time a few steps on this machine and compute the rest; nothing is started or kept.
 
     Raises:
         InputError: recipe, data or source are wrong.
     """
-    prepared = encode_inputs(read_inputs(recipe, strict), strict)
-    plan = make_plan(prepared)
-    nodes, is_here = nodes_here(recipe), can_run_here(plan)
-    concurrent = 1 if is_here else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
+    plan = plan_search(encode_inputs(read_inputs(recipe, strict), strict))
+    nodes, is_local = nodes_here(recipe), can_run_locally(plan)
+    concurrent = 1 if is_local else num_concurrent(plan, nodes, trial_resources(recipe, nodes))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrent))
     try:
@@ -89,33 +88,43 @@ def estimate(recipe: Recipe, strict: bool = False) -> Estimate:
     finally:
         torch.set_num_threads(threads)
     known = plan.known if plan.known is not None else plan.space.random(plan.num_trials, plan.search.seed)
-    prefix = max(plan.boundaries) / plan.num_layers if throughput.sizes else 0.0
-    shared = sum(len(prepared.encoded(name)) for name in CACHED_SPLITS) * throughput.forward * min(1.0, prefix)
-    own = sum(trial_seconds(plan, parameters, throughput) for parameters in known)
-    repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
-    notes = []
-    model_bytes = 4 * plan.num_parameters
-    # A checkpoint with the optimizer and the best weights, and those weights once more.
-    waiting = [5 * share_trained(plan, parameters) * model_bytes for parameters in known]
-    if plan.search.scheduler == "asha":
-        notes.append("asha leaves trials early: the time is that of an average course")
+    startup = LOCAL_STARTUP_SECONDS if is_local else STARTUP_SECONDS
+    is_asha = plan.search.scheduler == "asha"
     return Estimate(
         trials=plan.num_trials + plan.search.reseed_top * plan.search.reseeds,
         concurrent=concurrent,
-        seconds=(SECONDS_TO_BEGIN_HERE if is_here else SECONDS_TO_BEGIN) + (shared + own * (1 + repeats)) / concurrent,
+        seconds=startup + computing_seconds(plan, known, throughput) / concurrent,
         cache_bytes=sum(throughput.sizes.values()),
-        # The winner's model, weights that may win, and what trials wait with that may go on: under asha, all of them.
-        disk_bytes=int(
-            model_bytes * (1 + max(1, plan.search.reseed_top))
-            + sum(sorted(waiting)[-(len(known) if plan.search.scheduler == "asha" else concurrent) :])
-        ),
+        disk_bytes=disk_bytes(plan, known, len(known) if is_asha else concurrent),
         free_bytes=shutil.disk_usage(cache_folder()).free,
-        notes=notes,
+        notes=["asha stops trials early: the time is an average"] if is_asha else [],
     )
 
 
-def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput) -> float:
-    """What one trial takes by itself, its features stored where there can be any."""
+def computing_seconds(plan: SearchPlan, known: list[dict[str, Any]], throughput: Throughput) -> float:
+    """Return the time of all trials one after another, and of the features that they share."""
+    prefix = max(plan.boundaries) / plan.num_layers if throughput.sizes else 0.0
+    num_examples = sum(len(plan.prepared.encoded(name)) for name in CACHED_SPLITS)
+    shared = num_examples * throughput.forward * min(1.0, prefix)
+    own = sum(trial_seconds(plan, parameters, throughput) for parameters in known)
+    repeats = plan.search.reseed_top * plan.search.reseeds / max(1, len(known))
+    return shared + own * (1 + repeats)
+
+
+def disk_bytes(plan: SearchPlan, known: list[dict[str, Any]], num_checkpoints: int) -> int:
+    """Return the size of the search directory: the winner's model, weights that may win, and checkpoints.
+
+    Args:
+        num_checkpoints: trials that may have a checkpoint at the same time.
+    """
+    model_bytes = 4 * plan.num_parameters
+    # A checkpoint has the optimizer's state and the best weights, and those weights are written once more.
+    checkpoints = sorted(5 * share_trained(plan, parameters) * model_bytes for parameters in known)
+    return int(model_bytes * (1 + plan.weights_kept) + sum(checkpoints[-num_checkpoints:]))
+
+
+def trial_seconds(plan: SearchPlan, parameters: dict[str, Any], throughput: Throughput) -> float:
+    """Return the time of one trial by itself, its features stored where that is possible."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     share = share_trained(plan, parameters)
     steps = steps_of(replace(plan.prepared, recipe=recipe))
@@ -126,19 +135,20 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput
     part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
     computed = share * (num_examples * throughput.step + scored * throughput.forward)
     frozen = 0.0 if throughput.sizes else (1 - share) * (num_examples + scored) * throughput.forward
-    begin = SECONDS_OF_A_HEAD if throughput.sizes and trains_only_the_head(recipe) else SECONDS_OF_A_TRIAL
-    return begin + part * (computed + frozen)
+    is_batched = bool(throughput.sizes) and trains_only_the_head(recipe)
+    overhead = SECONDS_PER_BATCHED_TRIAL if is_batched else SECONDS_PER_TRIAL
+    return overhead + part * (computed + frozen)
 
 
-def share_trained(plan: Plan, parameters: dict[str, Any]) -> float:
-    """The share of the model's layers that a trial trains."""
+def share_trained(plan: SearchPlan, parameters: dict[str, Any]) -> float:
+    """Return the share of the model's layers that a trial trains."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
     return 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
 
 
 def mean_share(evaluations: int, grace: int, reduction: int) -> float:
-    """The share of its evaluations that an average trial gets under successive halving."""
+    """Return the share of its evaluations that an average trial runs under successive halving."""
     total, done, going_on, rung = 0.0, 0, 1.0, grace
     while done < evaluations:
         end = min(rung, evaluations)
@@ -147,8 +157,8 @@ def mean_share(evaluations: int, grace: int, reduction: int) -> float:
     return total / evaluations
 
 
-def measure(plan: Plan) -> Throughput:
-    """Time some steps of the whole model, and size up its features."""
+def measure(plan: SearchPlan) -> Throughput:
+    """Time some steps of the whole model, and measure the size of its features."""
     prepared = plan.prepared
     precision = choose_precision(prepared.recipe, choose_device(prepared.recipe))
     whole = with_transfer(prepared, freeze=0, adapter=None)
@@ -158,19 +168,19 @@ def measure(plan: Plan) -> Throughput:
         loader = SplitLoader(prepared.encoded("train"), engine.device, engine.input_dtype)
         batches = steps.order.epoch(0)[: STEPS_TIMED + 1]
         take_step(engine, prepared.task, loader, steps, 0, batches[0])
-        began = time.perf_counter()
+        start = time.perf_counter()
         for index, rows in enumerate(batches[1:] or batches):
             take_step(engine, prepared.task, loader, steps, index + 1, rows)
-        step = (time.perf_counter() - began) / sum(len(rows) for rows in batches[1:] or batches)
+        step = (time.perf_counter() - start) / sum(len(rows) for rows in batches[1:] or batches)
         select = SplitLoader(prepared.encoded("select"), engine.device, engine.input_dtype)
-        began = time.perf_counter()
+        start = time.perf_counter()
         score(engine, prepared.task, select, steps.micro_batch_size)
-        forward = (time.perf_counter() - began) / len(select)
+        forward = (time.perf_counter() - start) / len(select)
     return Throughput(step, forward, feature_sizes(plan, precision))
 
 
-def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
-    """Bytes of the stored features at each boundary of the search."""
+def feature_sizes(plan: SearchPlan, precision: Precision) -> dict[int, int]:
+    """Return the bytes of the stored features at each boundary of the search."""
     if not plan.boundaries or plan.prepared.recipe.train.cache_prefix is False:
         return {}
     frozen = with_transfer(plan.prepared, freeze="all", adapter=None)
@@ -193,7 +203,7 @@ def feature_sizes(plan: Plan, precision: Precision) -> dict[int, int]:
 
 
 def with_transfer(prepared: Prepared, **changes: Any) -> Prepared:
-    """The same with other values under `transfer`, in one process."""
+    """Return the same with other values under `transfer`, in one process."""
     recipe = prepared.recipe
     transfer = recipe.transfer.model_copy(update=changes)
     scale = recipe.scale.model_copy(update={"zero_stage": 0, "workers": 1, "engine": "torch"})
@@ -201,5 +211,6 @@ def with_transfer(prepared: Prepared, **changes: Any) -> Prepared:
 
 
 def steps_of(prepared: Prepared) -> Schedule:
+    """Return the schedule of a recipe."""
     recipe = prepared.recipe
     return make_schedule(recipe.train, prepared.encoded("train").lengths, micro_batch_size(recipe))

@@ -1,9 +1,10 @@
-"""What a trial is told and leaves, whether one process trains it or several."""
+"""A trial's specification, its outcome, and the parts of its course that do not depend on the number of processes."""
 
 from __future__ import annotations
 
 import abc
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,30 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.json_lines import finite, parse_object
 from orchestrator.runs.checkpoint import STATE, CheckpointStore
-from orchestrator.runs.directory import RunDirectory, finite, parse_object, write_json
+from orchestrator.runs.directory import RunDirectory, write_json
+from orchestrator.runs.logs import log_to
 from orchestrator.search.changes import CHANGES, Changes
-from orchestrator.search.trial_context import Bench
-from orchestrator.search.trial_interface import Report
+from orchestrator.search.trial_context import TrialContext
+from orchestrator.search.trial_interface import TrialResult
 from orchestrator.training.hooks import TrainingState, judge
 
-OUTCOME, BEST_WEIGHTS, MEMORY = "outcome.json", "best.safetensors", "memory.json"
-# What a trial's model or numbers may cause, and what therefore ends the trial but not the search.
+logger = logging.getLogger(__name__)
+OUTCOME, BEST_WEIGHTS, TRAINING_STATE = "outcome.json", "best.safetensors", "memory.json"
+# Errors that a trial's parameters may cause, in its model or its numbers; they end the trial but not the search. The
+# traceback of those that are not meant for users is in the trial's log.
 TRIAL_ERRORS = (OrchestratorError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is tried."""
+    """The id and the parameters of a trial."""
 
     id: str
     parameters: dict[str, Any]
-    """Dotted places of the recipe and their values."""
+    """Values by their dotted paths in the recipe."""
 
 
 @dataclass
 class Outcome:
-    """What became of a trial; the content of outcome.json. Its scores are in metrics.jsonl."""
+    """How a trial ended; the content of outcome.json. Its scores are in metrics.jsonl."""
 
     status: str = "finished"
     """finished, stopped (by the scheduler or the time limit) or failed."""
@@ -45,55 +50,62 @@ class Outcome:
     core_seconds: float = 0.0
 
 
-class OneTrial(abc.ABC):
+class BaseTrial(abc.ABC):
     """A trial in progress: a run directory that is trained evaluation by evaluation.
 
     Args:
-        bench: the workplace of this process.
-        spec: its parameters are those that the trial begins with.
-        directory: the trial's run directory; what is in it already is not done again.
+        context: shared by the trials of this process.
+        spec: holds the parameters that the trial starts with.
+        directory: the trial's run directory; evaluations that are in it are not repeated.
     """
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
-        self.bench = bench
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory) -> None:
+        self.context = context
         self.spec = spec
         self.directory = directory
         self.changes = Changes(directory, spec.parameters)
-        if self.changes.are_lost:  # It is run again: nothing tells what its checkpoints and rows were trained with.
+        if self.changes.are_lost:  # It starts again: the parameters of its checkpoints and rows are unknown.
             for name in (OUTCOME, CHANGES):
                 (directory.root / name).unlink(missing_ok=True)
             shutil.rmtree(directory.checkpoints, ignore_errors=True)
         self.outcome = read_whole_outcome(directory)
         self._rows = self._replay() if self.outcome else self._advance()
 
-    def advance(self) -> Report:
-        """Go on to the next evaluation. A trial that was interrupted first tells those that it had."""
+    def advance(self) -> TrialResult:
+        """Train up to the next evaluation; a trial that was interrupted first repeats its recorded ones."""
         row: dict[str, Any] = {}
         try:
             row, is_last = next(self._rows, ({}, True))
             if not is_last:
-                return Report(self._score(row), False, row, parameters=self.changes.at(row))
+                return TrialResult(self._score(row), False, row, parameters=self.changes.at(row))
             outcome = self._end()
         except TRIAL_ERRORS as error:
             row, outcome = {}, self._end("failed", str(error) or type(error).__name__)
+            if not isinstance(error, OrchestratorError):
+                with log_to(self.directory.logs):
+                    logger.error("the trial failed", exc_info=error)
         if outcome.status == "failed":
-            return Report(None, True, row, outcome.reason, self.changes.at(row) if row else {})
-        return Report(self._score(row), True, row, parameters=self.changes.at(row)) if row else Report(None, True, row)
+            return TrialResult(None, True, row, outcome.reason, self.changes.at(row) if row else {})
+        return (
+            TrialResult(self._score(row), True, row, parameters=self.changes.at(row))
+            if row
+            else TrialResult(None, True, row)
+        )
 
     @abc.abstractmethod
     def stop(self) -> None:
-        """Let go of everything; the weights are kept where this may be among the best."""
+        """Release all resources; the weights are kept where the trial may be among the best."""
 
     @abc.abstractmethod
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Evaluations, each with whether it is the last."""
+        """Yield the row of each evaluation, and whether it is the last."""
 
     @abc.abstractmethod
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
-        """Write down what became of the trial, unless that has been done, and let go of what it held."""
+        """Write the outcome, unless that has been done, and release all resources."""
 
     def _use_parameters_of_checkpoint(self) -> None:
-        """Go on with the parameters that the newest whole checkpoint was trained with."""
+        """Continue with the parameters that the newest valid checkpoint was trained with."""
         if not self.changes:
             return
         found, notes = CheckpointStore(self.directory.checkpoints).newest_valid()
@@ -104,7 +116,7 @@ class OneTrial(abc.ABC):
         self.spec = Spec(self.spec.id, self.changes.after(step))
 
     def _change(self, step: int, parameters: dict[str, Any]) -> None:
-        """Go on from `step`, which another trial wrote, with other parameters."""
+        """Continue with other parameters from `step`, which another trial wrote."""
         self.changes.record(step, parameters)
         self.spec = Spec(self.spec.id, parameters)
 
@@ -113,24 +125,28 @@ class OneTrial(abc.ABC):
         yield from ((row, row is rows[-1]) for row in rows)
 
     def _score(self, row: dict[str, Any]) -> float | None:
-        metric, value = self.bench.metric, row[self.bench.metric.name]
-        # Files hold null for what is no number.
+        metric, value = self.context.metric, row[self.context.metric.name]
+        # Files hold null for NaN.
         return None if value is None else float(value) if metric.higher_is_better else -float(value)
 
 
-def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingState:
-    """What a trial remembers that goes on from what another wrote: its best evaluation stays one of its own.
+def take_over_state(folder: Path, directory: RunDirectory, context: TrialContext) -> TrainingState:
+    """Return the training state of a trial that continues from another; its best evaluation stays one of its own.
 
-    The weights of that one are in its directory, if they are among the best of the search. Its checkpoints go, because
-    they lead elsewhere.
+    The weights of that evaluation are in its directory, if they are among the best of the search. Its checkpoints are
+    deleted, because they do not lead to the new state.
+
+    Args:
+        folder: written by the other trial.
+        directory: of the trial that continues.
     """
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     directory.create()
-    found = TrainingState(**json.loads((folder / MEMORY).read_text(encoding="utf-8")))
-    before = best_of(directory, bench)
-    # The other may have been behind: those steps will be taken again.
+    found = TrainingState(**json.loads((folder / TRAINING_STATE).read_text(encoding="utf-8")))
+    before = best_evaluation(directory, context)
+    # The other trial may be at an earlier step: the steps after it will be taken again.
     num_rows = directory.forget_metrics_after(found.step)
-    own = best_of(directory, bench)
+    own = best_evaluation(directory, context)
     if own.best_step != before.best_step:
         (directory.root / BEST_WEIGHTS).unlink(missing_ok=True)
     return replace(
@@ -138,28 +154,28 @@ def taken_over(folder: Path, directory: RunDirectory, bench: Bench) -> TrainingS
     )
 
 
-def best_of(directory: RunDirectory, bench: Bench) -> TrainingState:
-    """The best of a trial's evaluations so far."""
+def best_evaluation(directory: RunDirectory, context: TrialContext) -> TrainingState:
+    """Return a training state with the best of a trial's evaluations so far."""
     state = TrainingState()
     for row in history(directory):
-        value, loss = (math.nan if row[name] is None else float(row[name]) for name in (bench.metric.name, "loss"))
-        judge(value, loss, row["step"], state, bench.metric, bench.prepared.recipe.train)
+        value, loss = (math.nan if row[name] is None else float(row[name]) for name in (context.metric.name, "loss"))
+        judge(value, loss, row["step"], state, context.metric, context.prepared.recipe.train)
     return state
 
 
 def history(directory: RunDirectory) -> list[dict[str, Any]]:
-    """The evaluations on *select* so far, as rows of metrics.jsonl."""
+    """Return the evaluations on *select* so far, as rows of metrics.jsonl."""
     return [row for row in directory.read_metrics() if row.get("split") == "select"]
 
 
 def read_whole_outcome(directory: RunDirectory) -> Outcome | None:
-    """Return what became of the trial; None also where the evaluations that it goes by are lost: it is run again."""
+    """Return the outcome; None also where the evaluation that it refers to is lost, so that the trial is run again."""
     outcome = read_outcome(directory)
     return outcome if outcome is None or has_evaluation(directory, outcome.best_step) else None
 
 
 def forget_unscored(directory: RunDirectory) -> None:
-    """Have a trial begin again whose checkpoints go by evaluations that are lost: it could not be compared."""
+    """Delete the checkpoints of a trial where the evaluations that they refer to are lost: it has to start again."""
     states = [parse_object(directory.read(f"checkpoints/{name}/{STATE}")) for name in directory.committed()]
     if not all(has_evaluation(directory, state.get("best_step")) for state in states):
         shutil.rmtree(directory.checkpoints)
@@ -172,7 +188,7 @@ def has_evaluation(directory: RunDirectory, step: int | None) -> bool:
 
 
 def read_outcome(directory: RunDirectory) -> Outcome | None:
-    """What became of the trial; None while it has not ended."""
+    """Return how the trial ended; None while it has not ended."""
     try:
         return Outcome(**json.loads((directory.root / OUTCOME).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What a search will do, settled before a trial begins."""
+"""Plans a search: its metric and its trials, settled and checked before a trial starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
 from orchestrator.recipe.schema import Search
-from orchestrator.search.distributions import Domain
+from orchestrator.search.distributions import Distribution
 from orchestrator.search.records import BUDGET
 from orchestrator.search.space import FREEZE, Space
 from orchestrator.tasks.base import MainMetric
@@ -18,17 +18,17 @@ from orchestrator.training.session import choose_metric
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A search that may begin."""
+class SearchPlan:
+    """A search that may start."""
 
     prepared: Prepared
     search: Search
     space: Space
     metric: MainMetric
-    """What trials are compared by, on *select*."""
+    """Metric on *select* that trials are compared by."""
     num_layers: int
     num_parameters: int
-    """Of the source model."""
+    """Parameters of the source model."""
     known: list[dict[str, Any]] | None
     """Parameters of every trial; None where they depend on earlier scores."""
 
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def weights_kept(self) -> int:
-        """Of how many of the best trials the weights are kept."""
+        """Number of the best trials whose weights are kept."""
         return max(1, self.search.reseed_top)
 
     @property
@@ -61,13 +61,13 @@ class Plan:
         return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
 
     @property
-    def changing(self) -> dict[str, Domain]:
-        """What population-based training changes midway; nothing for other schedulers."""
+    def mutations(self) -> dict[str, Distribution]:
+        """Distributions of the parameters that population-based training changes; empty for other schedulers."""
         return self.space.mutations() if self.search.scheduler == "pbt" else {}
 
 
-def make_plan(prepared: Prepared) -> Plan:
-    """Settle what will be tried; raises InputError with everything that can be refused before a trial begins."""
+def plan_search(prepared: Prepared) -> SearchPlan:
+    """Return the plan of a search; raise InputError with all problems that can be found before a trial starts."""
     recipe = prepared.recipe
     options = recipe.search or Search()
     metric = choose_search_metric(prepared, options)
@@ -79,11 +79,15 @@ def make_plan(prepared: Prepared) -> Plan:
         known = space.grid(options.trials)
     elif options.algorithm == "random":
         known = space.random(options.trials, options.seed)
-    return Plan(prepared, options, space, metric, num_layers, num_parameters, known)
+    return SearchPlan(prepared, options, space, metric, num_layers, num_parameters, known)
 
 
 def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:
-    """The search's metric, or what picks the best checkpoint; raises RecipeError where the task has none such."""
+    """Return the search's metric, by default the one that picks the best checkpoint.
+
+    Raises:
+        RecipeError: the task has no such metric, or its best value is not the recipe's `search.mode`.
+    """
     if options.metric is None:
         metric = choose_metric(prepared)
     else:

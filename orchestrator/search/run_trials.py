@@ -1,4 +1,4 @@
-"""The course of a search: run the trials, name the best, leave its model."""
+"""Runs the trials of a search, chooses the winner and leaves its model."""
 
 from __future__ import annotations
 
@@ -8,39 +8,44 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 from orchestrator.errors import RunFailed
+from orchestrator.json_lines import read_json_lines
 from orchestrator.recipe import dump_recipe
 from orchestrator.recipe.schema import Search
 from orchestrator.report import write_report
 from orchestrator.runs.directory import write_atomically, write_json
 from orchestrator.runs.identity import IDENTITY, identity_to_keep
-from orchestrator.search.batched_trials import NoFeatures
-from orchestrator.search.batching import pack_trials
-from orchestrator.search.local_runner import Here, can_run_here
+from orchestrator.search.batched_trials import FeaturesNotStored
+from orchestrator.search.batching import batch_trials
+from orchestrator.search.local_runner import LocalRunner, can_run_locally
 from orchestrator.search.outcome import BEST_WEIGHTS, Spec
-from orchestrator.search.plan import Plan
-from orchestrator.search.records import SearchDirectory, best_first, read_rows, score_of, trial_id, with_own_name
+from orchestrator.search.plan import SearchPlan
+from orchestrator.search.records import SearchDirectory, best_first, score_of, trial_id, with_own_name
 from orchestrator.search.space import trial_recipe
-from orchestrator.search.trial_log import Ledger
+from orchestrator.search.trial_log import TrialLog
 from orchestrator.search.winner import keep_winner
 
 SEED = "train.seed"
 
 
-class Place(Protocol):
-    """Where trials run."""
+class Runner(Protocol):
+    """Runs trials."""
 
     @property
-    def num_packs(self) -> int:
-        """How many packs trials of like heads become at most; 0 where none may be packed."""
+    def max_batches(self) -> int:
+        """Most batches that a group of alike trials is divided into; 0 where trials may not be batched."""
 
-    def run_trials(
-        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    def run(
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more or time is up; without `specs`, those that an algorithm suggests."""
+        """Run trials until there are no more, for at most `seconds` seconds.
+
+        Args:
+            specs: id and parameters of each; None for the trials that an algorithm suggests.
+        """
 
 
-def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
-    """Write down what is searched, and that it has begun.
+def record_start(plan: SearchPlan, directory: SearchDirectory, notes: Sequence[str] = ()) -> None:
+    """Record what is searched, and that the search runs.
 
     Args:
         notes: sentences for the user.
@@ -63,29 +68,32 @@ def begin_record(plan: Plan, directory: SearchDirectory, notes: Sequence[str] = 
     )
 
 
-def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]) -> None:
-    """Run what has not been run yet, choose the winner and leave its model.
+def run_trials(
+    plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, wait_for_cluster: Callable[[], None]
+) -> None:
+    """Run the trials that have not ended yet, choose the winner and leave its model.
 
     Args:
-        wait_for_cluster: called when it is known that Ray is needed.
+        screen: where to show the progress; None for nowhere.
+        wait_for_cluster: called where Ray is needed.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     before = directory.read_record().get("seconds", 0.0)
     limit = plan.search.seconds
-    left = None if limit is None else max(1.0, limit - before)
-    place = choose_place(plan, directory, wait_for_cluster, can_run_here(plan))
+    seconds_left = None if limit is None else max(1.0, limit - before)
+    runner = choose_runner(plan, directory, wait_for_cluster, can_run_locally(plan))
     try:
-        run_all(plan, directory, screen, place, left)
-    except NoFeatures:
-        place = choose_place(plan, directory, wait_for_cluster, False)
-        run_all(plan, directory, screen, place, left)
+        run_trials_of_space(plan, directory, screen, runner, seconds_left)
+    except FeaturesNotStored:
+        runner = choose_runner(plan, directory, wait_for_cluster, False)
+        run_trials_of_space(plan, directory, screen, runner, seconds_left)
     if plan.search.reseed_top and plan.search.reseeds:
-        reseed(plan, directory, screen, place)
+        repeat_best(plan, directory, screen, runner)
     winner = choose_winner(plan, directory)
     best = trial_recipe(plan.prepared.recipe, winner["parameters"])
     write_atomically(directory.best, dump_recipe(with_own_name(best, "best")))
     result = keep_winner(plan.prepared, plan.metric, directory, winner)
-    seconds = before + time.monotonic() - started
+    seconds = before + time.monotonic() - start
     directory.update_record(
         status="finished", seconds=seconds, winner={**winner, "metrics": result["metrics"]}, ended=time.time()
     )
@@ -93,44 +101,50 @@ def run(plan: Plan, directory: SearchDirectory, screen: TextIO | None, wait_for_
     write_report(directory.root)
 
 
-def drop_weights(plan: Plan, directory: SearchDirectory) -> None:
-    """The best weights stay of those trials alone that could have been repeated, should more repetitions be wanted."""
-    rows = read_rows(directory.rows)
+def drop_weights(plan: SearchPlan, directory: SearchDirectory) -> None:
+    """Delete the best weights of all trials but those that the recipe repeats: more repetitions may be asked for."""
+    rows = read_json_lines(directory.rows)
     kept = {row["id"] for row in best_first(rows, plan.metric)[: plan.weights_kept]}
     for row in rows:
         if row["id"] not in kept:
             (directory.trial(row["id"]).root / BEST_WEIGHTS).unlink(missing_ok=True)
 
 
-def choose_place(plan: Plan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_here: bool) -> Place:
-    """What runs the trials."""
-    if is_here:
-        return Here(plan, directory)
+def choose_runner(
+    plan: SearchPlan, directory: SearchDirectory, wait_for_cluster: Callable[[], None], is_local: bool
+) -> Runner:
+    """Return a local runner or a Ray runner."""
+    if is_local:
+        return LocalRunner(plan, directory)
     wait_for_cluster()
-    from orchestrator.search.ray.runner import OnRay  # Ray Tune takes seconds to import.
+    from orchestrator.search.ray.runner import RayRunner  # Ray Tune takes seconds to import.
 
-    return OnRay(plan, directory)
-
-
-def run_all(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place, seconds: float | None) -> None:
-    """The trials of the space."""
-    ledger = Ledger(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
-    specs = None if plan.known is None else list_trials(plan, plan.known, ledger, place.num_packs)
-    place.run_trials(ledger, specs, plan.search, seconds)
-    ledger.out_of_time()
+    return RayRunner(plan, directory)
 
 
-def list_trials(plan: Plan, known: list[dict[str, Any]], ledger: Ledger, num_packs: int) -> Iterator[dict[str, Any]]:
-    """What a place is told to run: trials that train only the head are packed."""
+def run_trials_of_space(
+    plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, runner: Runner, seconds: float | None
+) -> None:
+    """Run the trials of the space."""
+    log = TrialLog(directory, plan.metric, plan.num_trials, screen, plan.search.scheduler == "asha")
+    specs = None if plan.known is None else list_trials(plan, plan.known, log, runner.max_batches)
+    runner.run(log, specs, plan.search, seconds)
+    log.stop_running()
+
+
+def list_trials(
+    plan: SearchPlan, known: list[dict[str, Any]], log: TrialLog, max_batches: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the trials for a runner; those that train only the head are batched."""
     specs = [Spec(trial_id(number), parameters) for number, parameters in enumerate(known)]
-    packs, others = pack_trials(plan.prepared.recipe, specs, num_packs) if num_packs else ([], specs)
-    for number, pack in enumerate(packs):
-        yield ledger.expect_pack(f"pack-{number}", {spec.id: spec.parameters for spec in pack})
+    batches, others = batch_trials(plan.prepared.recipe, specs, max_batches) if max_batches else ([], specs)
+    for number, batch in enumerate(batches):
+        yield log.add_batch(f"batch-{number}", {spec.id: spec.parameters for spec in batch})
     for spec in sorted(others, key=lambda spec: spec.id):
-        yield ledger.expect(spec.id, spec.parameters)
+        yield log.add(spec.id, spec.parameters)
 
 
-def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place: Place) -> None:
+def repeat_best(plan: SearchPlan, directory: SearchDirectory, screen: TextIO | None, runner: Runner) -> None:
     """Train the best trials again with other seeds."""
     base = plan.prepared.recipe.train.seed
     best = best_first(original_rows(directory), plan.metric)[: plan.search.reseed_top]
@@ -139,33 +153,35 @@ def reseed(plan: Plan, directory: SearchDirectory, screen: TextIO | None, place:
         for row in best
         for offset in range(1, plan.search.reseeds + 1)
     ]
-    ledger = Ledger(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
-    place.run_trials(ledger, (ledger.expect(id, parameters) for id, parameters in specs), Search())
-    ledger.out_of_time()
+    log = TrialLog(directory, plan.metric, len(original_rows(directory)) + len(specs), screen)
+    runner.run(log, (log.add(id, parameters) for id, parameters in specs), Search())
+    log.stop_running()
 
 
 def original_rows(directory: SearchDirectory) -> list[dict[str, Any]]:
-    """Trials of the space, without those that repeat one with another seed."""
-    return [row for row in read_rows(directory.rows) if row["id"] == original_id(row)]
+    """Return the rows of the trials of the space, without their repetitions with other seeds."""
+    return [row for row in read_json_lines(directory.rows) if row["id"] == original_id(row)]
 
 
 def original_id(row: dict[str, Any]) -> str:
-    """The id of the trial that a row repeats with another seed; its own where it repeats none."""
+    """Return the id of the trial that a row repeats with another seed; its own id where it repeats none."""
     id: str = row["id"].partition("-seed-")[0]
     return id
 
 
-def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
-    """The best trial; among those that were repeated with other seeds, the one with the best mean.
+def choose_winner(plan: SearchPlan, directory: SearchDirectory) -> dict[str, Any]:
+    """Return the row of the best trial; among those that were repeated with other seeds, by the mean score.
 
     Raises:
         RunFailed: no trial has a score.
     """
-    rows = read_rows(directory.rows)
+    rows = read_json_lines(directory.rows)
     ranked = best_first(original_rows(directory), plan.metric)
     if not ranked:
         reasons = sorted({str(row["reason"]) for row in rows if row["reason"]})
-        raise RunFailed("no trial has a score: " + ("; ".join(reasons) or "time was up before the first evaluation"))
+        raise RunFailed(
+            "no trial has a score: " + ("; ".join(reasons) or "the time limit was reached before the first evaluation")
+        )
     seeds = seed_scores(plan, rows)
     repeated = [row for row in ranked if len(seeds[row["id"]]) > 1]
     sign = 1 if plan.metric.higher_is_better else -1
@@ -177,8 +193,8 @@ def choose_winner(plan: Plan, directory: SearchDirectory) -> dict[str, Any]:
     return {**winner, "seeds": seeds[winner["id"]]}
 
 
-def seed_scores(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The scores of each trial with every seed that it was trained with, by the trial's id."""
+def seed_scores(plan: SearchPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the score of each trial with every seed that it was trained with, by the trial's id."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         score = score_of(row, plan.metric.name)

@@ -1,4 +1,4 @@
-"""The space of a search: which trials a grid, random draws or TPE make of it, and the recipe of each.
+"""The space of a search: the points of a grid, random points, suggestions of TPE, and the recipe of each point.
 
 It knows recipes only; what runs the trials is elsewhere.
 """
@@ -33,23 +33,23 @@ from orchestrator.recipe.rules import as_problems
 from orchestrator.recipe.schema import Case
 from orchestrator.recipe.wording import write_value
 from orchestrator.search.defaults import default_space
-from orchestrator.search.distributions import Domain, domain_of
+from orchestrator.search.distributions import Distribution, distribution_of
 
 FREEZE = "transfer.freeze"
 MAX_REPEATS = 1000
-"""Random draws in a row that bring nothing new, after which a space counts as used up."""
+"""Random points in a row that are not new, after which a space counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Places of a recipe with the values that trials give them; freeze depths are written out."""
+    """Parameters of a recipe and the values that trials give them; freeze depths are written out."""
 
     recipe: Recipe
     cases: Cases
 
     @classmethod
     def of(cls, recipe: Recipe, num_layers: int | None = None, num_parameters: int | None = None) -> Space:
-        """The space that a recipe describes, or the default one of its kind.
+        """Return the space that a recipe describes, or the default one.
 
         Args:
             num_layers: of the source model. `every` becomes its boundaries, and of depths that freeze the same blocks
@@ -75,18 +75,18 @@ class Space:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The places that vary, as written."""
+        """Dotted paths of the parameters, in written order."""
         return tuple(self.cases)
 
     def written(self) -> dict[str, Any]:
-        """The space as plain data, with defaults and boundaries written out, as it may stand in a recipe."""
+        """Return the space as plain data for a recipe, with defaults and boundaries written out."""
         plain = {path: [case.model_dump() for case in cases] for path, cases in self.cases.items()}
         return {path: cases[0] if len(cases) == 1 else cases for path, cases in plain.items()}
 
     def grid(self, trials: int) -> list[Parameters]:
-        """All choices crossed with points of the ranges: as many of each as make no more than `trials` points.
+        """Return the product of all choices and evenly spaced points of the ranges, at most `trials` points.
 
-        Each range in turn, in written order, gets one point more while that fits.
+        Each range in turn, in written order, gets one more point as long as that fits.
 
         Raises:
             RecipeError: the choices alone make more points.
@@ -97,15 +97,15 @@ class Space:
         counts = self._count_points(combinations, trials)
 
         def values_of(path: str, _: int, case: Case) -> list[Any]:
-            return domain_of(case).points(counts.get(path, 1))
+            return distribution_of(case).points(counts.get(path, 1))
 
         return list(_without_repeats(combinations.walk(values_of)))
 
     def _count_points(self, combinations: Combinations, trials: int) -> dict[str, int]:
-        """Points of each range."""
+        """Return the number of points of each range."""
         # How often the same ranges take part; no condition asks for a value of a range, so that is all that counts.
         groups = Counter(
-            tuple((path, domain_of(value).size) for path, value in chosen.items() if isinstance(value, Case))
+            tuple((path, distribution_of(value).size) for path, value in chosen.items() if isinstance(value, Case))
             for chosen in combinations.walk_choices()
         )
         counts = {path: 1 for path in self.cases if any(path == other for group in groups for other, _ in group)}
@@ -126,9 +126,9 @@ class Space:
         return counts
 
     def random(self, trials: int, seed: int) -> list[Parameters]:
-        """Different random points of the space, up to `trials` of them (fewer where there are no more).
+        """Return `trials` different random points of the space, or fewer where there are no more.
 
-        Each has a random stream of its own, so the first ten are the same however many follow.
+        Each has a random stream of its own, so the first ten are the same for any number of trials.
         """
         found: dict[str, Parameters] = {}
         index = repeats = 0
@@ -143,29 +143,29 @@ class Space:
 
     def _draw(self, combinations: Combinations, stream: str) -> Parameters:
         def values_of(path: str, _: int, case: Case) -> list[Any]:
-            return [domain_of(case).draw(Random(f"{stream}/{path}"))]
+            return [distribution_of(case).sample(Random(f"{stream}/{path}"))]
 
         return next(combinations.walk(values_of))
 
     def optuna_define(self, trial: Any) -> dict[str, Any]:
-        """Let an `optuna.Trial` suggest a point; returns its parameters, without Optuna's own names for them."""
+        """Let an `optuna.Trial` suggest a point; return its parameters by their paths."""
 
         def values_of(path: str, number: int, case: Case) -> list[Any]:
             # Optuna wants the same values under the same name, so that each case has one of its own.
-            return [domain_of(case).suggest(trial, f"{path}#{number}")]
+            return [distribution_of(case).suggest(trial, f"{path}#{number}")]
 
         return next(Combinations(self.recipe, self.cases).walk(values_of))
 
-    def mutations(self) -> dict[str, Domain]:
-        """What population-based training may change midway: places with the bounds or choices of their values.
+    def mutations(self) -> dict[str, Distribution]:
+        """Return the distributions of the parameters that population-based training changes during a trial.
 
         The recipe's rules see to it that these are numbers of `train`, and depend on nothing else that is searched.
         """
-        return next(Combinations(self.recipe, self.cases).walk(lambda _path, _number, case: [domain_of(case)]))
+        return next(Combinations(self.recipe, self.cases).walk(lambda _path, _number, case: [distribution_of(case)]))
 
 
 def trial_recipe(recipe: Recipe, parameters: Parameters) -> Recipe:
-    """The recipe of one trial, as `train` runs it: with its parameters and without `search`.
+    """Return the recipe of one trial, as `train` runs it: with its parameters and without `search`.
 
     Messages about a parameter name the line of the space that it came from.
 
@@ -177,12 +177,12 @@ def trial_recipe(recipe: Recipe, parameters: Parameters) -> Recipe:
 
 
 def describe(parameters: Mapping[str, Any]) -> str:
-    """Parameters in short, for a table: `freeze=3 learning_rate=5e-05`."""
+    """Return parameters as a short text for a table: `freeze=3 learning_rate=5e-05`."""
     return " ".join(f"{name}={write_value(value)}" for name, value in short_names(parameters).items())
 
 
 def short_names(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the last part of each path, or as many parts as tell it from the others."""
+    """Return the values by the last part of each path, or by as many parts as distinguish it from the others."""
     names = {}
     for path, value in parameters.items():
         parts = path.split(".")
@@ -193,7 +193,7 @@ def short_names(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fit_to_model(recipe: Recipe, cases: Cases, num_layers: int) -> dict[str, tuple[Case, ...]]:
-    """The space with the model's boundaries for `every`, and each depth once."""
+    """Return the space with the model's boundaries for `every`, and each depth once."""
     fitted = write_boundaries(cases, boundaries(recipe, num_layers))
     if problems := list(_find_too_deep(recipe, fitted, num_layers)):
         raise RecipeError(problems)
@@ -227,7 +227,7 @@ def _find_too_deep(recipe: Recipe, cases: Cases, num_layers: int) -> Iterator[Pr
 
 
 def _move_origin(origin: Origin, parameters: Parameters) -> Origin:
-    """Where the values of a trial were written: parameters in the space, everything else where it was."""
+    """Return the origin of a trial's values: lines of the space for its parameters, of the recipe for all others."""
 
     def move(places: Mapping[str, Any]) -> dict[str, Any]:
         kept = {path: place for path, place in places.items() if not any(is_within(path, each) for each in parameters)}
@@ -240,7 +240,7 @@ def _move_origin(origin: Origin, parameters: Parameters) -> Origin:
 
 
 def key_of(parameters: Parameters) -> str:
-    """A text that is equal for equal parameters."""
+    """Return a text that is equal for equal parameters."""
     return json.dumps(parameters, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""One trial in one process, which can be left and taken up at any of its evaluations."""
+"""One trial in one process, which can be paused and resumed at any of its evaluations."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from safetensors.torch import load_file, save_file
 from orchestrator.runs.directory import RunDirectory, write_json
 from orchestrator.search.outcome import (
     BEST_WEIGHTS,
-    MEMORY,
-    OneTrial,
+    TRAINING_STATE,
+    BaseTrial,
     Outcome,
     Spec,
     forget_unscored,
     history,
-    taken_over,
+    take_over_state,
     write_outcome,
 )
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.training.hooks import TrainingState
 from orchestrator.training.loop import Step
 from orchestrator.training.session import Session
 from orchestrator.training.worker import evaluations, resume
 
-SECONDS_BETWEEN_SAVES = 30.0
+SAVE_INTERVAL_S = 30.0
 
 
-class Trial(OneTrial):
+class Trial(BaseTrial):
     """A trial in progress in this process."""
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory) -> None:
-        super().__init__(bench, spec, directory)
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory) -> None:
+        super().__init__(context, spec, directory)
         self.session: Session | None = None
         self.state = TrainingState()
         self._best: dict[str, torch.Tensor] = {}
@@ -47,25 +47,25 @@ class Trial(OneTrial):
         self._takes_step = False
 
     def stop(self) -> None:
-        # It may be taken up again; but not from a step that was broken off, whose weights are half changed.
+        # The trial may be resumed; but not from a step that was interrupted, whose weights are partly changed.
         if self.session is not None and not self._takes_step and self.state.step > self._saved_step:
             self._checkpoint()
-        self._let_go()
+        self._release()
 
     def save(self, folder: Path) -> None:
-        """Write what another trial can go on from."""
+        """Write the state that another trial can continue from."""
         if self.session is not None:
             self.session.engine.write_state(folder)
-            write_json(folder / MEMORY, self.state.to_dict())
+            write_json(folder / TRAINING_STATE, self.state.to_dict())
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Go on from what another trial wrote, with other parameters."""
-        if not (folder / MEMORY).exists():
+        """Continue from the state that another trial wrote, with other parameters."""
+        if not (folder / TRAINING_STATE).exists():
             return
-        self._let_go()
-        self.state = taken_over(folder, self.directory, self.bench)
+        self._release()
+        self.state = take_over_state(folder, self.directory, self.context)
         self._change(self.state.step, parameters)
-        self._enter()
+        self._open_session()
         assert self.session is not None
         self.session.engine.read_state(folder)
         self._saved_step = 0
@@ -73,19 +73,19 @@ class Trial(OneTrial):
         self._rows = self._evaluations()
 
     def after_step(self, step: Step, state: TrainingState) -> None:
-        """The last hook of the loop: keeps the best weights in memory, and saves a checkpoint now and then."""
+        """Keep the best weights in memory, and save a checkpoint from time to time; the last hook of the loop."""
         assert self.session is not None
         if state.improved:
             weights = self.session.engine.trained_weights()
             self._best = {name: value.clone() for name, value in weights.items()}
-        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - self._saved > SAVE_INTERVAL_S:
             self._checkpoint()
 
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
         self.directory.create()
         forget_unscored(self.directory)
         self._use_parameters_of_checkpoint()
-        self._enter()
+        self._open_session()
         assert self.session is not None
         self.state = resume(self.session)
         self._saved_step = self.state.step
@@ -106,12 +106,12 @@ class Trial(OneTrial):
         self._takes_step = False
 
     def _count_earlier_time(self) -> None:
-        """What it took before it was left, or interrupted, counts too."""
+        """Add the time before the trial was paused or interrupted."""
         self._started -= self.state.seconds
         self._cpu -= self.state.seconds
 
-    def _enter(self) -> None:
-        self.session = self._stack.enter_context(self.bench.session(self.spec.parameters, self.directory))
+    def _open_session(self) -> None:
+        self.session = self._stack.enter_context(self.context.session(self.spec.parameters, self.directory))
         self._saved = time.monotonic()
 
     def _is_last(self, row: dict[str, Any]) -> bool:
@@ -120,7 +120,7 @@ class Trial(OneTrial):
         return over and row["step"] == self.state.step
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
-        self._let_go()
+        self._release()
         if self.outcome is None:
             self.outcome = Outcome(
                 status=status,
@@ -133,7 +133,7 @@ class Trial(OneTrial):
         return self.outcome
 
     def _checkpoint(self) -> None:
-        """Save what the trial goes on from after an interruption."""
+        """Save a checkpoint to resume from."""
         session = self.session
         assert session is not None
 
@@ -145,15 +145,15 @@ class Trial(OneTrial):
         session.store.prune(1, None)
         self._saved, self._saved_step = time.monotonic(), self.state.step
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._keep_best_weights()
         self._stack.close()
         self.session = None
 
     def _keep_best_weights(self) -> None:
-        """The weights at the best evaluation go to the disk only where this may be the winner."""
+        """Write the weights of the best evaluation to the disk where the trial may be among the best."""
         score = self.state.best_score
-        if self._best and score is not None and self.bench.may_win(score):
+        if self._best and score is not None and self.context.may_win(score):
             temporary = self.directory.root / f".{BEST_WEIGHTS}.partial"
             save_file(self._best, temporary)
             temporary.replace(self.directory.root / BEST_WEIGHTS)

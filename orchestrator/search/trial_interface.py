@@ -1,4 +1,4 @@
-"""What a trial is to those that run it, in Ray Tune's actors or in the command's own process."""
+"""The interface between trials and those that run them: Ray Tune's actors, or the process of the command."""
 
 from __future__ import annotations
 
@@ -8,52 +8,62 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a trial tells after an evaluation."""
+class TrialResult:
+    """The result of a trial after an evaluation."""
 
     score: float | None
-    """High is good; None where there is no number."""
+    """Higher is better; None where there is no score."""
     is_last: bool
     row: dict[str, Any]
     """The evaluation, as in metrics.jsonl."""
     reason: str | None = None
-    """Why it failed."""
+    """Why the trial failed."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Those that the evaluation was trained with; population-based training changes them midway."""
+    """Parameters that were used up to this evaluation; population-based training changes them during the trial."""
 
 
 class RunningTrial(Protocol):
-    """A trial, as an actor sees it."""
+    """A trial in progress."""
 
-    def advance(self) -> Report:
-        """Go on to the next evaluation."""
+    def advance(self) -> TrialResult:
+        """Train up to the next evaluation."""
 
     def stop(self) -> None:
-        """The scheduler, or the time limit, has had enough of it."""
+        """Release all resources: the scheduler or the time limit ends the trial here."""
 
     def save(self, folder: Path) -> None:
-        """Write what another trial can go on from."""
+        """Write the state that another trial can continue from."""
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Go on from what another trial wrote, with other parameters."""
+        """Continue from the state that another trial wrote, with other parameters."""
 
 
-class Workplace(Protocol):
-    """Makes trials; sent to each actor once."""
+class TrialProcess(Protocol):
+    """Starts trials in the process that it was created in."""
 
-    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
-        """A trial; or several that are trained as one, where `members` holds the parameters of each by its id."""
+    def start(self, id: str, parameters: dict[str, Any], batched: dict[str, dict[str, Any]] | None) -> RunningTrial:
+        """Start a trial; or several that are trained as one, where `batched` holds the parameters of each by its id."""
 
     def close(self) -> None:
-        """No more trials begin here: let go of everything."""
+        """Release all resources: no more trials start here."""
 
 
-class StopRequestReceiver(Protocol):
-    """What the search does with what trials tell; called in the process of the command."""
+class TrialCallback(Protocol):
+    """Called in the process of the command."""
 
-    def began(self, id: str) -> None: ...
+    def on_trial_start(self, id: str) -> None: ...
 
-    def told(self, id: str, row: dict[str, Any]) -> None:
-        """An evaluation; where parameters change midway, `parameters` in it are those that it was trained with."""
+    def on_trial_result(self, id: str, row: dict[str, Any]) -> None:
+        """Handle an evaluation.
 
-    def ended(self, id: str, is_last: bool, reason: str | None) -> None: ...
+        Args:
+            row: as in metrics.jsonl; with `parameters` where population-based training changes them.
+        """
+
+    def on_trial_complete(self, id: str, is_last: bool, reason: str | None) -> None:
+        """Handle the end of a trial.
+
+        Args:
+            is_last: whether it came to its last evaluation, or failed.
+            reason: why it failed.
+        """

@@ -1,4 +1,4 @@
-"""Where trials run: what Ray Tune's actors are set up with."""
+"""The processes that trials run in: Ray Tune's actors, or the process of the command."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from transformers.utils import logging as transformers_logging
 
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.launch.ray_train import run_worker_group
-from orchestrator.search.batched_trials import Pack
+from orchestrator.search.batched_trials import BatchedTrials
 from orchestrator.search.outcome import Spec
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.resources import trial_resources
 from orchestrator.search.trial import Trial
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.search.trial_interface import RunningTrial
-from orchestrator.search.workers.group import Crew, Foreman
-from orchestrator.search.workers.trial import NestedTrial
-from orchestrator.search.workers.trial_worker import serve
+from orchestrator.search.workers.group import WorkerGroup, WorkerGroups
+from orchestrator.search.workers.trial import MultiWorkerTrial
+from orchestrator.search.workers.trial_worker import run_trial_worker
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Begins trials, and packs of them, in the process that it was made in."""
+class PreparedTrialProcess:
+    """Starts trials of a prepared recipe in this process."""
 
-    bench: Bench
+    context: TrialContext
     directory: SearchDirectory
-    foreman: Foreman | None = None
-    """Of the workers, where a trial has several."""
+    groups: WorkerGroups | None = None
+    """The workers, where a trial has several."""
     only_on_features: bool = False
-    """Of packs."""
+    """Whether batched trials raise `FeaturesNotStored`."""
 
-    def begin(self, id: str, parameters: dict[str, Any], members: dict[str, dict[str, Any]] | None) -> RunningTrial:
-        if members is not None:
-            specs = [Spec(*member) for member in members.items()]
-            return Pack(self.bench, specs, self.directory, self.only_on_features)
+    def start(self, id: str, parameters: dict[str, Any], batched: dict[str, dict[str, Any]] | None) -> RunningTrial:
+        if batched is not None:
+            specs = [Spec(*item) for item in batched.items()]
+            return BatchedTrials(self.context, specs, self.directory, self.only_on_features)
         spec, run = Spec(id, parameters), self.directory.trial(id)
-        if self.foreman is not None:
-            return NestedTrial(self.bench, spec, run, self.foreman)
-        return Trial(self.bench, spec, run)
+        if self.groups is not None:
+            return MultiWorkerTrial(self.context, spec, run, self.groups)
+        return Trial(self.context, spec, run)
 
     def close(self) -> None:
-        """No more trials begin here."""
-        if self.foreman is not None:
-            self.foreman.dismiss()
+        """Release all resources: no more trials start here."""
+        if self.groups is not None:
+            self.groups.shut_down()
 
 
-def make_workplace(
+def make_trial_process(
     prepared: Prepared,
     root: Path,
     boundaries: Sequence[int],
@@ -62,30 +62,40 @@ def make_workplace(
     keep: int,
     num_threads: int,
     only_on_features: bool = False,
-) -> Workplace:
-    """Set up a process for trials.
+) -> PreparedTrialProcess:
+    """Set up this process for trials.
 
     Args:
+        root: folder of the search.
         boundaries: freeze boundaries of the search's trials.
-        keep: of how many of the best trials the weights are kept.
+        keep: number of the best trials whose weights are kept.
         num_threads: for each trial.
-        only_on_features: have packs raise NoFeatures where there are none.
+        only_on_features: let batched trials raise `FeaturesNotStored` where the frozen blocks' output is not stored.
     """
     torch.set_num_threads(num_threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     directory = SearchDirectory(root)
-    foreman = None
-    workers = prepared.recipe.scale.workers
-    if workers > 1:
-        resources = trial_resources(prepared.recipe, cluster_nodes()).worker
-        threads = max(int(resources["CPU"]), num_threads // workers)
+    context = TrialContext(prepared, boundaries, directory.rows, metric, keep)
+    groups = None
+    if prepared.recipe.scale.workers > 1:
+        groups = WorkerGroups(partial(start_worker_group, context, directory, num_threads))
+    return PreparedTrialProcess(context, directory, groups, only_on_features)
 
-        def hire() -> Crew:
-            folder = directory.logs / "crews" / uuid.uuid4().hex[:8]
-            work = partial(serve, folder, root, boundaries, metric, threads)
-            return Crew(folder, partial(run_worker_group, prepared, work, resources, folder))
 
-        foreman = Foreman(hire)
-    bench = Bench(prepared, boundaries, directory.rows, metric, keep)
-    return Workplace(bench, directory, foreman, only_on_features)
+def start_worker_group(context: TrialContext, directory: SearchDirectory, num_threads: int) -> WorkerGroup:
+    """Start the workers of this process's trials.
+
+    Args:
+        num_threads: for all workers together.
+    """
+    from orchestrator.search.ray.channel import RayChannel  # Trials of one worker do without Ray.
+
+    prepared = context.prepared
+    resources = trial_resources(prepared.recipe, cluster_nodes()).worker
+    threads = max(int(resources["CPU"]), num_threads // prepared.recipe.scale.workers)
+    folder = directory.logs / "worker-groups" / uuid.uuid4().hex[:8]
+    folder.mkdir(parents=True)
+    channel = RayChannel()
+    work = partial(run_trial_worker, channel, directory.root, context.boundaries, context.metric, threads)
+    return WorkerGroup(channel, partial(run_worker_group, prepared, work, resources, folder), folder)

@@ -1,4 +1,4 @@
-"""The winner's model: its weights from the trial, scored on *test*, left as a training leaves its model."""
+"""Exports the winner's model as a training exports its model: weights from the trial, scored on *test*."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from orchestrator.training.worker import evaluations, make_saver, resume
 def keep_winner(
     prepared: Prepared, metric: MainMetric, directory: SearchDirectory, winner: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the winner's model, its predictions and result.json into the search's directory; returns the result.
+    """Write the winner's model, its predictions and result.json into the search's directory; return the result.
 
-    Weights that are not there any more are trained again: the same recipe and seed give the same.
+    Where its weights were deleted it is trained again: the same recipe and seed give the same weights.
     """
     inputs = trial_inputs(prepared, winner["parameters"])
-    # In one process nothing needs to be spread, and the weights are put in as they are.
+    # In one process nothing needs to be sharded.
     scale = inputs.recipe.scale.model_copy(update={name: getattr(Scale(), name) for name in ("zero_stage", "engine")})
     plain = replace(inputs, recipe=inputs.recipe.model_copy(update={"scale": scale}))
     run = directory.trial(winner["id"])
@@ -40,7 +40,7 @@ def keep_winner(
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
             state = TrainingState(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])
-            put_weights(session, weights)
+            load_weights(session, weights)
         else:
             state = resume(session)
             for _ in evaluations(session, state, [make_saver(session)]):
@@ -52,8 +52,8 @@ def keep_winner(
     return result
 
 
-def put_weights(session: Session, path: Path) -> None:
-    """Give the model the trained values in a file."""
+def load_weights(session: Session, path: Path) -> None:
+    """Load the trained values of a file into the model."""
     module = session.parts.module
     here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():

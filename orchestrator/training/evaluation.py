@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,18 @@ def score(
 
 
 def predict_share(
-    engine: Engine, task: Task, loader: SplitLoader, micro_batch_size: int, tokens_per_pass: int | None = None
+    engine: Engine,
+    task: Task,
+    loader: SplitLoader,
+    micro_batch_size: int,
+    tokens_per_pass: int | None = None,
+    predict: Callable[..., tuple[Any, Any]] = predict_rows,
 ) -> Gathered:
-    """Predict this worker's share of a split; returns those of all workers, on worker 0."""
+    """Predict this worker's share of a split; returns those of all workers, on worker 0.
+
+    Args:
+        predict: called as `predict_rows` for each batch; of several models at once it returns what holds theirs all.
+    """
     engine.model.eval()
     rows, parts, total, totals = [], [], 0.0, loader.encoded.totals()
     batch_size, lengths = micro_batch_size * EVALUATION_BATCH_FACTOR, loader.lengths
@@ -84,7 +93,7 @@ def predict_share(
     most = loader.tokens_per_pass(most, lengths)
     for mine in evaluation_batches(lengths, batch_size, engine.num_workers, engine.rank, engine.cost_of_pass, most):
         asked = mine if len(mine) else np.zeros(1, dtype=np.int64)
-        predictions, loss = predict_rows(engine.model, task, loader, asked, totals)
+        predictions, loss = predict(engine.model, task, loader, asked, totals)
         if len(mine):
             rows.append(mine)
             parts.append(predictions)

@@ -167,7 +167,10 @@ class Evaluator:
         ):
             return
         size = (self.schedule.micro_batch_size, self.schedule.tokens_per_pass)
-        metrics = score(self.engine, self.task, self.select, *size).metrics
+        self.record(step, state, score(self.engine, self.task, self.select, *size).metrics)
+
+    def record(self, step: Step, state: TrainingState, metrics: dict[str, float]) -> None:
+        """Write the row of an evaluation, and judge it."""
         place = {"step": step.number, "epoch": step.epoch, "phase": PHASE, "split": "select"}
         state.num_rows += 1
         row = self.last = {**place, **metrics, "seconds": state.seconds}

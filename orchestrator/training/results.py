@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from orchestrator import models
+from orchestrator.json_lines import finite
 from orchestrator.runs.checkpoint import find_damage
-from orchestrator.runs.directory import finite, write_json
+from orchestrator.runs.directory import write_json
 from orchestrator.tasks.base import Arrays
 from orchestrator.training.evaluation import score
 from orchestrator.training.export import AfterTraining, export_model, formats_to_write, write_predictions

@@ -103,5 +103,5 @@ def test_a_source_that_starting_over_would_move_away_is_refused(write_recipe: Wr
 
 
 def test_a_search_in_an_object_store_is_refused_wherever_it_is_named(write_recipe: WriteRecipe) -> None:
-    with pytest.raises(InputError, match=r"--output: a search needs a folder, and s3://bucket/x is none"):
+    with pytest.raises(InputError, match=r"--output: a search needs a folder, and s3://bucket/x is a URL"):
         search(load_recipe(write_recipe()), "s3://bucket/x")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import InputError
-from orchestrator.runs.directory import RunDirectory, finite, write_atomically, write_json
+from orchestrator.json_lines import finite
+from orchestrator.runs.directory import RunDirectory, write_atomically, write_json
 
 HOLD = """
 import sys, time

@@ -1,8 +1,7 @@
-"""Trials that train only the head, trained as one: each has its own numbers, and what befalls one harms no other."""
+"""Trials that train only the head, trained as one: each has its own numbers, and a failure of one harms no other."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import load_recipe
+from orchestrator.json_lines import append_json_line
 from orchestrator.recipe import Recipe
 from orchestrator.search import batched_heads as heads
-from orchestrator.search.batched_trials import Pack
-from orchestrator.search.batching import pack_trials, trains_only_the_head
+from orchestrator.search.batched_optimizer import BatchedAdamW
+from orchestrator.search.batched_trials import BatchedTrials
+from orchestrator.search.batching import batch_trials, trains_only_the_head
 from orchestrator.search.outcome import BEST_WEIGHTS, Outcome, Spec, history, read_outcome
-from orchestrator.search.records import SearchDirectory, append_row
+from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial import Trial
-from orchestrator.search.trial_context import Bench
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.prepare import Prepared, prepare
 
@@ -76,16 +77,28 @@ def directory_in(root: Path) -> SearchDirectory:
 def train_together(
     prepared: Prepared, specs: list[Spec], root: Path, metric: MainMetric = ACCURACY, keep: int = 100
 ) -> SearchDirectory:
-    """All in one pack; that they were is made sure of."""
+    """Train the trials as one batch; fail where they are trained one after another."""
     directory = directory_in(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pack, "_train_in_turn", fail_in_turn)
-        report = Pack(Bench(prepared, [], directory.rows, metric, keep), specs, directory).advance()
-    assert report.is_last
+        patch.setattr(BatchedTrials, "_train_in_turn", fail_in_turn)
+        result = BatchedTrials(TrialContext(prepared, [], directory.rows, metric, keep), specs, directory).advance()
+    assert result.is_last
     return directory
 
 
-def fail_in_turn(self: Pack) -> None:
+@pytest.fixture(scope="module")
+def together(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SearchDirectory:
+    """The trials of `DIFFERENT`, trained as one batch."""
+    return train_together(prepared, specs_of(DIFFERENT), tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(scope="module")
+def alone(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SearchDirectory:
+    """The same trials, each trained by itself."""
+    return train_alone(prepared, specs_of(DIFFERENT), tmp_path_factory.mktemp("alone"))
+
+
+def fail_in_turn(self: BatchedTrials) -> None:
     raise AssertionError("the heads were not trained together")
 
 
@@ -93,9 +106,9 @@ def train_alone(
     prepared: Prepared, specs: list[Spec], root: Path, metric: MainMetric = ACCURACY, keep: int = 100
 ) -> SearchDirectory:
     directory = directory_in(root)
-    bench = Bench(prepared, [], directory.rows, metric, keep)
+    context = TrialContext(prepared, [], directory.rows, metric, keep)
     for spec in specs:
-        trial = Trial(bench, spec, directory.trial(spec.id))
+        trial = Trial(context, spec, directory.trial(spec.id))
         while not trial.advance().is_last:
             pass
     return directory
@@ -111,8 +124,12 @@ def numbers_in(row: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in row.items() if not isinstance(value, str) and key != "seconds"}
 
 
+def train_rows(directory: SearchDirectory, spec: Spec) -> list[dict[str, Any]]:
+    return [row for row in directory.trial(spec.id).read_metrics() if row["split"] == "train"]
+
+
 def check_same(together: SearchDirectory, alone: SearchDirectory, specs: list[Spec]) -> None:
-    """Scores, losses, the best step with all of its metrics, and its weights."""
+    """Compare scores, losses, the best step with all of its metrics, its weights, and the rows of the training."""
     for spec in specs:
         rows, expected_rows = (history(each.trial(spec.id)) for each in (together, alone))
         assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
@@ -128,6 +145,9 @@ def check_same(together: SearchDirectory, alone: SearchDirectory, specs: list[Sp
             assert row["accuracy"] == pytest.approx(expected_row["accuracy"], abs=1e-5)
             if row["step"] == outcome.best_step:
                 assert numbers_in(row) == pytest.approx(numbers_in(expected_row), rel=1e-5, abs=1e-5)
+        for row, expected_row in zip(*(train_rows(each, spec) for each in (together, alone)), strict=True):
+            assert row.keys() == expected_row.keys()
+            assert numbers_in(row) == pytest.approx(numbers_in(expected_row), rel=1e-4, abs=1e-6)
         found, kept = (load_file(each.trial(spec.id).root / BEST_WEIGHTS) for each in (together, alone))
         assert found.keys() == kept.keys()
         if outcome.best_step == expected.best_step:
@@ -135,10 +155,8 @@ def check_same(together: SearchDirectory, alone: SearchDirectory, specs: list[Sp
         assert together.trial(spec.id).recipe.read_text() == alone.trial(spec.id).recipe.read_text()
 
 
-def test_each_head_has_the_numbers_of_its_trial_by_itself(prepared: Prepared, tmp_path: Path) -> None:
+def test_each_head_has_the_numbers_of_its_trial_by_itself(together: SearchDirectory, alone: SearchDirectory) -> None:
     specs = specs_of(DIFFERENT)
-    together = train_together(prepared, specs, tmp_path / "together")
-    alone = train_alone(prepared, specs, tmp_path / "alone")
     check_same(together, alone, specs)
     scores = {tuple(row["loss"] for row in history(together.trial(spec.id))) for spec in specs}
     assert len(scores) == len(specs)
@@ -243,28 +261,28 @@ def test_what_had_ended_is_not_trained_again(prepared: Prepared, tmp_path: Path)
     train_together(prepared, specs, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert outcome_of(directory, "0003").status == "finished"
-    ended = Pack(Bench(prepared, [], directory.rows, ACCURACY, 1), specs, directory)
+    ended = BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 1), specs, directory)
     assert ended.specs == []
     assert ended.advance().is_last
 
 
-def test_the_rest_of_a_pack_has_the_numbers_of_the_whole(prepared: Prepared, tmp_path: Path) -> None:
-    specs = specs_of(DIFFERENT)
-    together = train_together(prepared, specs, tmp_path / "together")
-    rest = train_together(prepared, specs[2:], tmp_path / "rest")
-    check_same(rest, together, specs[2:])
+def test_the_rest_of_a_batch_has_the_numbers_of_the_whole(
+    prepared: Prepared, together: SearchDirectory, tmp_path: Path
+) -> None:
+    specs = specs_of(DIFFERENT)[2:]
+    check_same(train_together(prepared, specs, tmp_path), together, specs)
 
 
 def test_weights_are_kept_where_they_may_win(prepared: Prepared, tmp_path: Path) -> None:
     directory = directory_in(tmp_path)
-    append_row(directory.rows, {"id": "x", "metrics": {"accuracy": 1.1}, "status": "finished"})
+    append_json_line(directory.rows, {"id": "x", "metrics": {"accuracy": 1.1}, "status": "finished"})
     train_together(prepared, specs_of(DIFFERENT[:2]), tmp_path, keep=1)
     assert not list(tmp_path.rglob(BEST_WEIGHTS))
 
 
 @pytest.mark.parametrize("trouble", ["cannot be stacked", "no features"])
 def test_heads_that_cannot_be_trained_together_are_trained_in_turn(
-    trouble: str, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: str, prepared: Prepared, alone: SearchDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("vmap: there is no rule for this")
@@ -272,11 +290,11 @@ def test_heads_that_cannot_be_trained_together_are_trained_in_turn(
     if trouble == "cannot be stacked":
         monkeypatch.setattr(heads, "vmap", lambda *_, **__: fail)
     else:
-        monkeypatch.setattr("orchestrator.training.worker.split_at_boundary", lambda *_: None)
+        monkeypatch.setattr("orchestrator.training.session.extract_prefix_at_boundary", lambda *_: None)
     specs = specs_of(DIFFERENT[:2])
-    directory = directory_in(tmp_path / "pack")
-    assert Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance().is_last
-    check_same(directory, train_alone(prepared, specs, tmp_path / "alone"), specs)
+    directory = directory_in(tmp_path / "batch")
+    assert BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance().is_last
+    check_same(directory, alone, specs)
     if trouble == "cannot be stacked":
         log = (directory.trial("0000").logs / "worker-0.log").read_text()
         assert "training several heads together: not possible" in log
@@ -289,25 +307,25 @@ def test_a_mistake_of_our_own_is_not_taken_for_heads_that_cannot_be_stacked(
     def mistake(*_: Any) -> None:
         raise RuntimeError("an index is wrong")
 
-    monkeypatch.setattr(heads.Heads, "_update", mistake)
+    monkeypatch.setattr(BatchedAdamW, "step", mistake)
     specs = specs_of(DIFFERENT[:2])
-    directory = directory_in(tmp_path / "pack")
+    directory = directory_in(tmp_path / "batch")
     with pytest.raises(RuntimeError, match="an index is wrong"):
-        Pack(Bench(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance()
+        BatchedTrials(TrialContext(prepared, [], directory.rows, ACCURACY, 100), specs, directory).advance()
 
 
-# ---- what is packed
+# ---- which trials are batched
 
 
 def recipe_of(write: Callable[..., Path], **sections: Any) -> Recipe:
     return load_recipe(write(**sections))
 
 
-def ids(packed: tuple[list[list[Spec]], list[Spec]]) -> tuple[list[list[str]], list[str]]:
-    return [[spec.id for spec in pack] for pack in packed[0]], [spec.id for spec in packed[1]]
+def ids(found: tuple[list[list[Spec]], list[Spec]]) -> tuple[list[list[str]], list[str]]:
+    return [[spec.id for spec in batch] for batch in found[0]], [spec.id for spec in found[1]]
 
 
-def test_only_trials_of_like_heads_are_packed(write_recipe: Callable[..., Path]) -> None:
+def test_only_trials_of_alike_heads_are_batched(write_recipe: Callable[..., Path]) -> None:
     specs = [
         Spec("a", {FREEZE: "all", RATE: 1e-3}),
         Spec("b", {FREEZE: 1, RATE: 1e-3}),
@@ -318,40 +336,31 @@ def test_only_trials_of_like_heads_are_packed(write_recipe: Callable[..., Path])
         Spec("g", {FREEZE: "all", "train.seed": 9}),
         Spec("h", {FREEZE: "100%"}),
     ]
-    packed, others = ids(pack_trials(recipe_of(write_recipe), specs, 1))
-    assert packed == [["a", "c"], ["d", "e"]]
+    batches, others = ids(batch_trials(recipe_of(write_recipe), specs, 1))
+    assert batches == [["a", "c"], ["d", "e"]]
     assert sorted(others) == ["b", "f", "g", "h"]
 
 
-def test_there_are_as_many_packs_as_run_at_a_time_and_none_of_one(write_recipe: Callable[..., Path]) -> None:
+def test_there_are_as_many_batches_as_run_at_a_time_and_none_of_one(write_recipe: Callable[..., Path]) -> None:
     specs = [Spec(str(number), {FREEZE: "all", RATE: 1e-3 * (number + 1)}) for number in range(7)]
     recipe = recipe_of(write_recipe)
-    assert ids(pack_trials(recipe, specs, 2)) == ([["0", "2", "4", "6"], ["1", "3", "5"]], [])
-    assert [len(pack) for pack in pack_trials(recipe, specs, 4)[0]] == [3, 2, 2]
-    assert ids(pack_trials(recipe, specs[:1], 2)) == ([], ["0"])
-    assert ids(pack_trials(recipe, [], 2)) == ([], [])
+    assert ids(batch_trials(recipe, specs, 2)) == ([["0", "2", "4", "6"], ["1", "3", "5"]], [])
+    assert [len(batch) for batch in batch_trials(recipe, specs, 4)[0]] == [3, 2, 2]
+    assert ids(batch_trials(recipe, specs[:1], 2)) == ([], ["0"])
+    assert ids(batch_trials(recipe, [], 2)) == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("sections", "packed"),
-    [
-        ({}, True),
-        ({"transfer": {"freeze": 1}}, False),
-        ({"train": {"cache_prefix": False}}, False),
-        ({"scale": {"workers": 2}}, False),
-        ({"scale": {"zero_stage": 1}}, False),
-        ({"scale": {"engine": "deepspeed"}}, False),
-    ],
-)
-def test_only_one_process_that_trains_a_head_on_features_is_packed(
-    sections: dict[str, Any], packed: bool, write_recipe: Callable[..., Path]
-) -> None:
-    assert trains_only_the_head(recipe_of(write_recipe, **{"transfer": {"freeze": "all"}, **sections})) == packed
+def test_only_one_process_that_trains_a_head_on_features_is_batched(write_recipe: Callable[..., Path]) -> None:
+    others = [
+        {"transfer": {"freeze": 1}},
+        {"train": {"cache_prefix": False}},
+        {"scale": {"workers": 2}},
+        {"scale": {"zero_stage": 1}},
+        {"scale": {"engine": "deepspeed"}},
+    ]
 
+    def is_batched(sections: dict[str, Any]) -> bool:
+        return trains_only_the_head(recipe_of(write_recipe, **{"transfer": {"freeze": "all"}, **sections}))
 
-def test_the_rows_of_a_pack_are_those_of_a_run(prepared: Prepared, tmp_path: Path) -> None:
-    directory = train_together(prepared, specs_of(DIFFERENT[:2]), tmp_path)
-    lines = (directory.trial("0000").metrics).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [row["split"] for row in rows] == ["train", "select"] * 4
-    assert all(row["seconds"] >= 0 and row["epoch"] == row["step"] / 8 for row in rows)
+    assert is_batched({})
+    assert not [sections for sections in others if is_batched(sections)]

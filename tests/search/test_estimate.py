@@ -1,9 +1,10 @@
-"""What a search will take, told before anything starts: trials, time, disk."""
+"""Estimates before anything starts: trials, time, disk."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ import torch
 from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.search import estimate as estimates
-from orchestrator.search.estimate import Estimate, Throughput, estimate, mean_share, measure, trial_seconds
-from orchestrator.search.plan import Plan, make_plan
-from orchestrator.training.prepare import prepare
+from orchestrator.search.estimate import (
+    STARTUP_SECONDS,
+    Estimate,
+    Throughput,
+    estimate,
+    mean_share,
+    measure,
+    trial_seconds,
+)
+from orchestrator.search.plan import SearchPlan, plan_search
+from orchestrator.training.prepare import Prepared
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
 SPACE = {FREEZE: {"choice": [0, 1, "all"]}, RATE: {"choice": [1.0e-3, 1.0e-2]}}
-PACE = Throughput(step=0.10, forward=0.02, sizes={1: 1})
+THROUGHPUT = Throughput(step=0.10, forward=0.02, sizes={1: 1})
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +48,10 @@ def estimate_of(write_recipe: Callable[..., Path]) -> Callable[..., Estimate]:
 
 
 @pytest.fixture
-def plan_of(write_recipe: Callable[..., Path]) -> Callable[..., Plan]:
-    def make(*overrides: str, **search: Any) -> Plan:
+def plan_of(prepared_toy: Prepared, write_recipe: Callable[..., Path]) -> Callable[..., SearchPlan]:
+    def make(*overrides: str, **search: Any) -> SearchPlan:
         recipe = write_recipe(search={"space": SPACE, "trials": 6, **search}, train={"epochs": 3})
-        return make_plan(prepare(load_recipe(recipe, list(overrides))))
+        return plan_search(replace(prepared_toy, recipe=load_recipe(recipe, list(overrides))))
 
     return make
 
@@ -77,28 +86,28 @@ def test_the_disk_for_features_is_what_they_take(estimate_of: Callable[..., Esti
     assert expected.free_bytes > 0
 
 
-def test_without_features_they_take_nothing(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("train.cache_prefix=false").cache_bytes == 0
-    assert estimate_of("search.space={train.learning_rate: {choice: [1.0e-3]}}").cache_bytes == 0
+def test_without_features_they_take_nothing_and_a_scheduler_that_stops_trials_early_is_noted(
+    estimate_of: Callable[..., Estimate],
+) -> None:
+    found = estimate_of("train.cache_prefix=false", "search.scheduler=asha")
+    assert found.cache_bytes == 0
+    assert found.notes == ["asha stops trials early: the time is an average"]
 
 
-def test_trials_that_are_repeated_with_other_seeds_count(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("search.reseed_top=2", "search.reseeds=3").trials == 12
+def test_trials_that_are_suggested_later_or_repeated_with_other_seeds_count_and_without_depths_nothing_is_stored(
+    estimate_of: Callable[..., Estimate],
+) -> None:
+    rates = "search.space={train.learning_rate: {choice: [1.0e-3, 2.0e-3, 3.0e-3, 4.0e-3, 5.0e-3]}}"
+    tpe = ["search.algorithm=tpe", "search.trials=5"]
+    found = estimate_of(rates, *tpe, "search.reseed_top=2", "search.reseeds=3")
+    assert found.trials == 5 + 2 * 3
+    assert found.cache_bytes == 0
 
 
 def test_a_search_of_heads_takes_one_process_and_no_ray(estimate_of: Callable[..., Estimate]) -> None:
     found = estimate_of("search.space={transfer.freeze: {choice: [all]}, train.learning_rate: {choice: [0.01, 0.1]}}")
     assert (found.trials, found.concurrent) == (2, 1)
-    assert found.seconds < estimate_of().seconds
-
-
-def test_what_stops_trials_early_is_said(estimate_of: Callable[..., Estimate]) -> None:
-    (note,) = estimate_of("search.scheduler=asha").notes
-    assert "asha leaves trials early" in note
-
-
-def test_trials_that_are_not_known_are_counted_too(estimate_of: Callable[..., Estimate]) -> None:
-    assert estimate_of("search.algorithm=tpe", "search.trials=5").trials == 5
+    assert found.seconds < STARTUP_SECONDS
 
 
 def test_what_is_wrong_is_refused(estimate_of: Callable[..., Estimate]) -> None:
@@ -106,9 +115,9 @@ def test_what_is_wrong_is_refused(estimate_of: Callable[..., Estimate]) -> None:
         estimate_of("search.space={transfer.freeze: {choice: [7]}}")
 
 
-def test_a_trial_costs_what_it_computes(plan_of: Callable[..., Plan]) -> None:
+def test_a_trial_costs_what_it_computes(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
-    seconds = {depth: trial_seconds(plan, {FREEZE: depth}, PACE) for depth in (0, "stem", 1, 2, "all")}
+    seconds = {depth: trial_seconds(plan, {FREEZE: depth}, THROUGHPUT) for depth in (0, "stem", 1, 2, "all")}
     # 3 epochs of 60 examples, and 3 evaluations of 30.
     whole = 3 * 60 * 0.10 + 3 * 30 * 0.02
     assert seconds[0] - seconds[2] == pytest.approx(whole)
@@ -118,32 +127,37 @@ def test_a_trial_costs_what_it_computes(plan_of: Callable[..., Plan]) -> None:
     assert seconds["all"] < seconds[2] < 1.0
 
 
-def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch(plan_of: Callable[..., Plan]) -> None:
+def test_a_trial_whose_frozen_blocks_are_not_stored_computes_them_in_every_epoch(
+    plan_of: Callable[..., SearchPlan],
+) -> None:
     plan = plan_of()
-    uncached = Throughput(PACE.step, PACE.forward, {})
-    stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (PACE, uncached))
+    uncached = Throughput(THROUGHPUT.step, THROUGHPUT.forward, {})
+    stored, computed = (trial_seconds(plan, {FREEZE: 1}, throughput) for throughput in (THROUGHPUT, uncached))
     assert computed - stored == pytest.approx((3 * 60 + 3 * 30) * 0.02 / 2)
-    assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, PACE)
+    assert trial_seconds(plan, {FREEZE: 0}, uncached) == trial_seconds(plan, {FREEZE: 0}, THROUGHPUT)
 
 
-def test_the_values_of_a_trial_count(plan_of: Callable[..., Plan]) -> None:
+def test_the_values_of_a_trial_count(plan_of: Callable[..., SearchPlan]) -> None:
     plan = plan_of()
-    once = trial_seconds(plan, {FREEZE: 0, "train.epochs": 1}, PACE)
-    twice = trial_seconds(plan, {FREEZE: 0, "train.epochs": 2}, PACE)
+    once = trial_seconds(plan, {FREEZE: 0, "train.epochs": 1}, THROUGHPUT)
+    twice = trial_seconds(plan, {FREEZE: 0, "train.epochs": 2}, THROUGHPUT)
     assert twice - once == pytest.approx(60 * 0.10 + 30 * 0.02)
 
 
-@pytest.mark.parametrize(
-    ("evaluations", "grace", "reduction", "expected"),
-    [(1, 1, 3, 1.0), (3, 1, 3, (1 + 2 / 3) / 3), (9, 1, 3, (1 + 2 / 3 + 6 / 9) / 9), (4, 4, 2, 1.0), (4, 2, 2, 0.75)],
-)
-def test_halving_gives_an_average_trial_this_share(
-    evaluations: int, grace: int, reduction: int, expected: float
+def test_successive_halving_gives_an_average_trial_its_share() -> None:
+    shares = {
+        (1, 1, 3): 1.0,
+        (3, 1, 3): (1 + 2 / 3) / 3,
+        (9, 1, 3): (1 + 2 / 3 + 6 / 9) / 9,
+        (4, 4, 2): 1.0,
+        (4, 2, 2): 0.75,
+    }
+    assert {each: mean_share(*each) for each in shares} == pytest.approx(shares)
+
+
+def test_the_throughput_is_that_of_the_whole_model(
+    plan_of: Callable[..., SearchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert mean_share(evaluations, grace, reduction) == pytest.approx(expected)
-
-
-def test_the_pace_is_that_of_the_whole_model(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = estimates.take_step
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.records import Newcomers, SearchDirectory, append_row, best_first, read_rows, score_of
-from orchestrator.search.trial_context import Bench
+from orchestrator.json_lines import JsonLinesFollower, append_json_line, read_json_lines
+from orchestrator.search.records import SearchDirectory, best_first, score_of
+from orchestrator.search.trial_context import TrialContext
 from orchestrator.tasks.base import MainMetric
 
 ACCURACY, LOSS = MainMetric("accuracy", higher_is_better=True), MainMetric("loss", higher_is_better=False)
@@ -34,16 +35,16 @@ def test_a_directory_is_closed_to_others_and_has_a_run_for_each_trial(tmp_path: 
 
 def test_rows_come_back_in_their_order_and_no_file_has_none(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    assert read_rows(path) == []
+    assert read_json_lines(path) == []
     rows = [{"id": str(number), "text": "größer\n日本語"} for number in range(3)]
     for each in rows:
-        append_row(path, each)
-    assert read_rows(path) == rows
+        append_json_line(path, each)
+    assert read_json_lines(path) == rows
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
-    append_row(tmp_path / "x", {"id": "0", "metrics": {"loss": math.inf, "accuracy": math.nan}})
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    append_json_line(tmp_path / "x", {"id": "0", "metrics": {"loss": math.inf, "accuracy": math.nan}})
     assert json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail) == {
         "id": "0",
         "metrics": {"loss": None, "accuracy": None},
@@ -54,28 +55,28 @@ def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_passed_over_and_harms_no_later_one(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     for number in range(2):
-        append_row(path, {"id": f"000{number}", "parameters": {"a": 1}})
+        append_json_line(path, {"id": f"000{number}", "parameters": {"a": 1}})
     path.write_bytes(path.read_bytes()[:-cut])
     kept = ["0000", "0001"] if cut == 1 else ["0000"]  # Only the end of the line is missing.
-    assert [each["id"] for each in read_rows(path)] == kept
-    append_row(path, {"id": "0002"})
-    assert [each["id"] for each in read_rows(path)] == [*kept, "0002"]
+    assert [each["id"] for each in read_json_lines(path)] == kept
+    append_json_line(path, {"id": "0002"})
+    assert [each["id"] for each in read_json_lines(path)] == [*kept, "0002"]
 
 
 def test_each_line_that_others_add_is_read_once_and_not_before_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    newcomers = Newcomers(path)
-    assert newcomers.read() == []
+    follower = JsonLinesFollower(path)
+    assert follower.read_new() == []
     for id in ("größer", "0001"):
-        append_row(path, {"id": id})
-    assert [each["id"] for each in newcomers.read()] == ["größer", "0001"]
-    assert newcomers.read() == []
+        append_json_line(path, {"id": id})
+    assert [each["id"] for each in follower.read_new()] == ["größer", "0001"]
+    assert follower.read_new() == []
     with path.open("a", encoding="utf-8") as file:
         file.write('{"id": "00')
-    assert newcomers.read() == []
+    assert follower.read_new() == []
     with path.open("a", encoding="utf-8") as file:
         file.write('02"}\n')
-    assert [each["id"] for each in newcomers.read()] == ["0002"]
+    assert [each["id"] for each in follower.read_new()] == ["0002"]
 
 
 @given(st.lists(st.sampled_from([None, 0.1, 0.3, 0.5, 0.7, 0.9, math.nan]), max_size=12), st.integers(1, 4))
@@ -84,16 +85,16 @@ def test_a_score_may_win_while_fewer_than_are_kept_are_better(scores: list[float
     for metric in (ACCURACY, LOSS):
         with tempfile.TemporaryDirectory() as folder:
             path, known = Path(folder) / "trials.jsonl", list[float | None]()
-            bench = Bench(unused, [], path, metric, keep)
+            context = TrialContext(unused, [], path, metric, keep)
             for number, score in enumerate(scores):
                 for asked in (0.0, 0.3, 0.6, 1.0):
                     better = [each for each in known if each is not None and metric.improves(each, asked)]
-                    assert bench.may_win(asked) == (len(better) < keep)
-                append_row(path, {"id": str(number), "metrics": {metric.name: score}})
+                    assert context.may_win(asked) == (len(better) < keep)
+                append_json_line(path, {"id": str(number), "metrics": {metric.name: score}})
                 known.append(score)
 
 
-def test_a_score_that_is_no_number_is_none() -> None:
+def test_a_score_that_is_not_a_number_is_none() -> None:
     assert score_of(row("0", accuracy=0.5), "accuracy") == 0.5
     for metrics in ({"accuracy": None}, {"accuracy": math.nan}, {}):
         assert score_of({"metrics": metrics}, "accuracy") is None

@@ -1,4 +1,4 @@
-"""A whole search on the toy problem: its records, its winner, how it goes on after a kill, and what it refuses."""
+"""A whole search on the toy problem: its records, its winner, how it resumes after a kill, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InputError, RunFailed
-from orchestrator.search import run_trials as course
-from orchestrator.search.records import read_rows
+from orchestrator.json_lines import read_json_lines
+from orchestrator.search import run_trials
 from orchestrator.search.run import SearchRun
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -53,7 +53,7 @@ def unfinish(directory: Path) -> None:
 
 def keep_rows(directory: Path, *ids: str) -> None:
     """What trials.jsonl is to hold."""
-    rows = [row for row in read_rows(directory / "trials.jsonl") if row["id"] in ids]
+    rows = [row for row in read_json_lines(directory / "trials.jsonl") if row["id"] in ids]
     (directory / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -112,11 +112,11 @@ def test_the_rates_of_trials_on_one_boundary_share_its_features(finished: Search
     assert not any(notes)
 
 
-def test_a_finished_search_is_told_again_without_a_trial(
+def test_a_finished_search_is_reported_again_without_a_trial(
     finished: SearchRun, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(course, "choose_place", lambda *_: pytest.fail("trials were run"))
-    monkeypatch.setattr(course, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
+    monkeypatch.setattr(run_trials, "choose_runner", lambda *_: pytest.fail("trials were run"))
+    monkeypatch.setattr(run_trials, "keep_winner", lambda *_: pytest.fail("the winner was scored again"))
     before = times_of(finished.directory)
     again = run_search(recipe, finished.directory, "search.concurrent=2")
     assert (again.record, again.rows, again.result) == (finished.record, finished.rows, finished.result)
@@ -200,7 +200,7 @@ def test_another_search_in_the_same_directory_is_refused(
     assert {path.name for path in after if before.get(path) != after[path]} <= {".lock"}
 
 
-def test_a_trial_that_fails_is_told_with_its_reason_and_ends_nothing(
+def test_a_trial_that_fails_is_reported_with_its_reason_and_ends_nothing(
     recipe: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     found = run_search(
@@ -222,13 +222,13 @@ def test_where_every_trial_fails_the_search_fails_with_their_reasons(
     with pytest.raises(RunFailed, match=r"no trial has a score: [\s\S]*at step \d+") as failed:
         run_search(recipe, tmp_path / "s", space, "train.max_grad_norm=null", "train.epochs=1")
     assert "train.learning_rate" in str(failed.value)
-    assert [row["status"] for row in read_rows(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
+    assert [row["status"] for row in read_json_lines(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
     assert json.loads((tmp_path / "s" / "search.json").read_text())["status"] == "failed"
     assert (tmp_path / "s" / "report.html").exists()
 
 
 @pytest.mark.slow
-def test_halving_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_asha_stops_trials_and_keeps_the_best(recipe: Path, tmp_path: Path, ray_cluster: None) -> None:
     found = run_search(
         recipe,
         tmp_path / "s",
@@ -274,7 +274,7 @@ def test_the_best_are_repeated_with_other_seeds_and_the_better_mean_wins(
 
 
 @pytest.mark.slow
-def test_population_based_training_goes_on_from_good_trials_with_other_rates(
+def test_population_based_training_continues_from_good_trials_with_other_rates(
     recipe: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     found = run_search(
@@ -334,6 +334,6 @@ def test_when_time_is_up_the_best_so_far_wins(recipe: Path, tmp_path: Path, ray_
     options = [space, "search.seconds=60", "train.epochs=100000", "search.concurrent=1"]
     found = run_search(recipe, tmp_path / "s", *options)
     (row,) = found.rows
-    assert (row["status"], row["reason"]) == ("stopped", "behind the others, or out of time")
+    assert (row["status"], row["reason"]) == ("stopped", "behind the other trials, or out of time")
     assert found.record["winner"]["id"] == row["id"]
     assert found.result["metrics"]["select"]["accuracy"] == pytest.approx(row["metrics"]["accuracy"])

@@ -1,8 +1,9 @@
-"""What is settled before a trial begins: the metric, the trials, the boundaries whose features they share."""
+"""What is settled before a trial starts: the metric, the trials, the boundaries whose features they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +11,54 @@ import pytest
 
 from orchestrator import load_recipe
 from orchestrator.errors import ModelError, RecipeError
-from orchestrator.search.plan import Plan, make_plan
+from orchestrator.search.plan import SearchPlan, plan_search
 from orchestrator.tasks.base import MainMetric
-from orchestrator.training.prepare import prepare
+from orchestrator.training.prepare import Prepared
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., SearchPlan]
 
 
 @pytest.fixture
-def plan_of(write_recipe: Callable[..., Path]) -> MakePlan:
-    """A plan of the toy recipe with these sections; its model has 2 layers."""
+def plan_of(prepared_toy: Prepared, write_recipe: Callable[..., Path]) -> MakePlan:
+    """Return a plan of the toy recipe with these sections; its model has 2 layers."""
 
-    def make(search: dict[str, Any] | None = None, *overrides: str, **sections: Any) -> Plan:
+    def make(search: dict[str, Any] | None = None, *overrides: str, **sections: Any) -> SearchPlan:
         both = sections if search is None else {"search": {"trials": 100, **search}, **sections}
-        return make_plan(prepare(load_recipe(write_recipe(**both), list(overrides))))
+        recipe = load_recipe(write_recipe(**both), list(overrides))
+        return plan_search(replace(prepared_toy, recipe=recipe))
 
     return make
 
 
-@pytest.mark.parametrize(
-    ("search", "train", "expected"),
-    [
+def test_the_metric_is_the_searchs_or_what_picks_the_best_checkpoint(plan_of: MakePlan) -> None:
+    by_f1 = {"early_stopping": {"metric": "f1_macro"}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], MainMetric]] = [
         ({}, {}, MainMetric("accuracy", True)),
         ({"metric": "loss"}, {}, MainMetric("loss", False)),
         ({"metric": "f1_macro", "mode": "max"}, {}, MainMetric("f1_macro", True)),
-        # What picks the best checkpoint picks the best trial, where nothing else is said.
-        ({}, {"early_stopping": {"metric": "f1_macro"}}, MainMetric("f1_macro", True)),
-        ({"metric": "loss"}, {"early_stopping": {"metric": "f1_macro"}}, MainMetric("loss", False)),
-    ],
-)
-def test_the_metric_is_the_searchs_or_what_picks_the_best_checkpoint(
-    search: dict[str, Any], train: dict[str, Any], expected: MainMetric, plan_of: MakePlan
-) -> None:
-    assert plan_of({"space": {FREEZE: {"choice": [0]}}, **search}, train=train).metric == expected
+        # The metric that picks the best checkpoint picks the best trial, unless the search has its own.
+        ({}, by_f1, MainMetric("f1_macro", True)),
+        ({"metric": "loss"}, by_f1, MainMetric("loss", False)),
+    ]
+    space = {FREEZE: {"choice": [0]}}
+    found = [(search, train, plan_of({"space": space, **search}, train=train).metric) for search, train, _ in cases]
+    assert found == cases
 
 
-@pytest.mark.parametrize(
-    ("search", "what", "remedy"),
-    [
+def test_a_metric_that_does_not_exist_is_refused_in_its_line(plan_of: MakePlan) -> None:
+    cases = [
         ({"metric": "acuracy"}, "the task has no metric 'acuracy'", "did you mean accuracy?"),
         ({"metric": "bleu"}, "the task has no metric 'bleu'", "use one of: accuracy, "),
         ({"metric": "loss", "mode": "max"}, "the best loss is the minimum", "set search.mode to min, or remove it"),
-    ],
-)
-def test_a_metric_that_is_none_is_refused_in_its_line(
-    search: dict[str, Any], what: str, remedy: str, plan_of: MakePlan
-) -> None:
-    with pytest.raises(RecipeError) as refused:
-        plan_of({"space": {FREEZE: {"choice": [0]}}, **search})
-    (problem,) = refused.value.problems
-    assert what in problem.what
-    assert remedy in (problem.remedy or "")
-    assert "recipe.yaml:" in (problem.where or "")
+    ]
+    for search, what, remedy in cases:
+        with pytest.raises(RecipeError) as refused:
+            plan_of({"space": {FREEZE: {"choice": [0]}}, **search})
+        (problem,) = refused.value.problems
+        assert what in problem.what
+        assert remedy in (problem.remedy or "")
+        assert "recipe.yaml:" in (problem.where or "")
 
 
 def test_a_depth_that_the_model_does_not_have_is_refused_before_anything_starts(plan_of: MakePlan) -> None:
@@ -97,9 +93,9 @@ def test_a_recipe_without_a_search_gets_its_defaults_for_its_model(plan_of: Make
     assert min(probe) > max(full)
 
 
-@pytest.mark.parametrize(
-    ("space", "freeze", "expected"),
-    [
+def test_boundaries_are_those_of_all_trials(plan_of: MakePlan) -> None:
+    on_schedule = {"when": {"train.schedule": "linear"}, "choice": ["all"]}
+    cases: list[tuple[dict[str, Any], int, list[int]]] = [
         ({FREEZE: {"choice": "every"}}, 0, [0, 1, 2, 3]),
         ({FREEZE: {"choice": [0, "50%", "all"]}}, 0, [1, 3]),
         ({FREEZE: {"choice": [0, "stem"]}}, 2, [0]),
@@ -107,23 +103,17 @@ def test_a_recipe_without_a_search_gets_its_defaults_for_its_model(plan_of: Make
         ({RATE: {"choice": [1e-3]}}, 1, [1]),
         ({RATE: {"choice": [1e-3]}}, 0, []),
         # Where no case applies, the recipe's own depth stays.
-        (
-            {"train.schedule": {"choice": ["linear", "cosine"]},
-             FREEZE: {"when": {"train.schedule": "linear"}, "choice": ["all"]}},
-            1,
-            [1, 3],
-        ),
-    ],
-)  # fmt: skip
-def test_boundaries_are_those_of_all_trials(
-    space: dict[str, Any], freeze: int, expected: list[int], plan_of: MakePlan
-) -> None:
-    assert plan_of({"space": space}, transfer={"freeze": freeze}).boundaries == expected
+        ({"train.schedule": {"choice": ["linear", "cosine"]}, FREEZE: on_schedule}, 1, [1, 3]),
+    ]
+    found = [
+        (space, freeze, plan_of({"space": space}, transfer={"freeze": freeze}).boundaries) for space, freeze, _ in cases
+    ]
+    assert found == cases
 
 
-def test_only_population_based_training_changes_values_midway(plan_of: MakePlan) -> None:
+def test_only_population_based_training_changes_values_during_a_trial(plan_of: MakePlan) -> None:
     space = {RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
-    assert plan_of({"space": space, "trials": 4}).changing == {}
-    changing = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).changing
-    assert list(changing) == [RATE]
-    assert changing[RATE].clip(1.0) == 1.0e-2
+    assert plan_of({"space": space, "trials": 4}).mutations == {}
+    mutations = plan_of({"space": space, "trials": 4, "scheduler": "pbt", "algorithm": "random"}).mutations
+    assert list(mutations) == [RATE]
+    assert mutations[RATE].clip(1.0) == 1.0e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import re
@@ -18,7 +19,7 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from orchestrator.recipe.schema import Case
 from orchestrator.search.defaults import rates_of
-from orchestrator.search.distributions import Choice, Integers, Numbers, domain_of
+from orchestrator.search.distributions import Choice, Floats, Integers, distribution_of
 from orchestrator.search.space import Space, describe, short_names, trial_recipe
 
 FREEZE, RATE, ADAPTER = "transfer.freeze", "train.learning_rate", "transfer.adapter"
@@ -42,7 +43,7 @@ def space_of(space: dict[str, Any] | None = None, num_layers: int | None = 6, **
 
 
 def has_the_values_of_its_space(parameters: dict[str, Any], written: dict[str, Any]) -> bool:
-    """Whether each value lies in a case whose conditions hold; told without the code that is tested."""
+    """Whether each value lies in a case whose conditions hold; computed without the code that is tested."""
     depth, adapter = parameters.get(FREEZE, 0), parameters.get(ADAPTER)
 
     def applies(case: dict[str, Any]) -> bool:
@@ -108,8 +109,8 @@ class Suggestions:
         self.generator = generator
         self.known = known
 
-    def _remember(self, name: str, domain: Any) -> None:
-        assert self.known.setdefault(name, domain) == domain
+    def _remember(self, name: str, distribution: Any) -> None:
+        assert self.known.setdefault(name, distribution) == distribution
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
         self._remember(name, choices)
@@ -190,19 +191,18 @@ def test_choices_are_crossed_in_written_order_with_points_of_the_ranges() -> Non
     assert [point[RATE] for point in space.grid(3)] == pytest.approx([4.472e-5, 0.05477], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("trials", "points"), [(3, 3), (6, 6), (11, 9), (12, 12), (17, 12), (18, 18), (27, 27), (47, 45), (48, 48)]
-)
-def test_ranges_get_as_many_points_as_the_trials_allow_in_turn(trials: int, points: int) -> None:
+def test_ranges_get_as_many_points_as_the_trials_allow_in_turn() -> None:
     space = space_of({
         FREEZE: {"choice": [0, 1, 2]}, RATE: {"loguniform": [1e-5, 1e-3]}, "train.weight_decay": {"uniform": [0, 0.1]},
     })  # fmt: skip
-    grid = space.grid(trials)
-    assert len(grid) == points
-    assert all(0 <= point["train.weight_decay"] <= 0.1 for point in grid)
-    rates, decays = ({point[path] for point in grid} for path in (RATE, "train.weight_decay"))
-    largest = max(p for p in range(1, 10) if p * p * 3 <= trials)
-    assert min(len(rates), len(decays)) >= largest
+    expected = {3: 3, 6: 6, 11: 9, 12: 12, 17: 12, 18: 18, 27: 27, 47: 45, 48: 48}
+    grids = {trials: space.grid(trials) for trials in expected}
+    assert {trials: len(grid) for trials, grid in grids.items()} == expected
+    for trials, grid in grids.items():
+        assert all(0 <= point["train.weight_decay"] <= 0.1 for point in grid)
+        rates, decays = ({point[path] for point in grid} for path in (RATE, "train.weight_decay"))
+        largest = max(p for p in range(1, 10) if p * p * 3 <= trials)
+        assert min(len(rates), len(decays)) >= largest
 
 
 def test_whole_numbers_have_no_more_points_than_there_are() -> None:
@@ -312,25 +312,25 @@ def test_population_based_training_gets_the_bounds_of_what_it_may_change() -> No
     written = {RATE: {"loguniform": [1e-5, 1e-3]}, "train.weight_decay": {"choice": [0.0, 0.1]}}
     space = space_of(written, search={"scheduler": "pbt", "trials": 8})
     rate, decay = space.mutations().values()
-    assert isinstance(rate, Numbers)
+    assert isinstance(rate, Floats)
     assert (rate.clip(1.0), rate.clip(0.0), rate.clip(1e-4)) == (1e-3, 1e-5, 1e-4)
     assert isinstance(decay, Choice)
     assert (decay.clip(0.08), decay.clip(0.0)) == (0.1, 0.0)
     (default,) = space_of(None, search={"scheduler": "pbt", "trials": 8}).mutations().items()
-    assert default == (RATE, Numbers(1e-5, 5e-5, logarithmic=True))
+    assert default == (RATE, Floats(1e-5, 5e-5, logarithmic=True))
 
 
 @pytest.mark.parametrize(
-    ("domain", "points"),
+    ("distribution", "points"),
     [
         (Integers(1, 4), {1: [2], 2: [1, 4], 3: [1, 3, 4], 4: [1, 2, 3, 4], 9: [1, 2, 3, 4]}),
-        (Numbers(0.0, 1.0, False), {1: [0.5], 2: [0.0, 1.0], 5: [0.0, 0.25, 0.5, 0.75, 1.0]}),
-        (Numbers(1e-4, 1.0, True), {1: [1e-2], 3: [1e-4, 1e-2, 1.0], 5: [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}),
+        (Floats(0.0, 1.0, False), {1: [0.5], 2: [0.0, 1.0], 5: [0.0, 0.25, 0.5, 0.75, 1.0]}),
+        (Floats(1e-4, 1.0, True), {1: [1e-2], 3: [1e-4, 1e-2, 1.0], 5: [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}),
         (Choice(("a", None)), {1: ["a", None], 5: ["a", None]}),
     ],
 )
-def test_points_are_evenly_spread_with_both_ends(domain: Any, points: dict[int, list[Any]]) -> None:
-    assert {count: domain.points(count) for count in points} == points
+def test_points_are_evenly_spread_with_both_ends(distribution: Any, points: dict[int, list[Any]]) -> None:
+    assert {count: distribution.points(count) for count in points} == points
 
 
 @given(ends=st.lists(st.integers(-(10**9), 10**9), min_size=2, max_size=2, unique=True), count=st.integers(1, 50))
@@ -349,31 +349,28 @@ def test_whole_points_are_different_and_inside(ends: list[int], count: int) -> N
 )
 def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, count: int, seed: int) -> None:
     low, high = sorted(ends)
-    domain = Numbers(low, high, logarithmic)
-    points = domain.points(count)
+    distribution = Floats(low, high, logarithmic)
+    points = distribution.points(count)
     assert (points[0], points[-1]) == (low, high)
     assert points == sorted(points)
-    assert all(low <= value <= high for value in [*points, domain.draw(Random(seed))])
+    assert all(low <= value <= high for value in [*points, distribution.sample(Random(seed))])
 
 
 class TestDefaultSpace:
     """What is searched when the recipe names no space."""
 
-    @pytest.mark.parametrize("algorithm", ["grid", "random", "tpe"])
-    @pytest.mark.parametrize("trials", [1, 2, 5, 16, 24, 64])
-    @pytest.mark.parametrize("num_layers", [1, 2, 6, 12])
-    @pytest.mark.parametrize(
-        "transfer",
-        [{}, {"adapter": {"type": "lora"}}, {"layer_decay": 0.9}, {"from_scratch": True}, {"freeze": "all"}],
-        ids=str,
-    )
-    def test_it_fits_any_model_and_any_number_of_trials(
-        self, algorithm: str, trials: int, num_layers: int, transfer: dict[str, Any]
-    ) -> None:
-        space = space_of(None, num_layers, transfer=transfer, search={"trials": trials, "algorithm": algorithm})
-        points = space.grid(trials) if algorithm == "grid" else space.random(trials, seed=0)
-        assert 0 < len(points) <= trials
-        assert all(trial_recipe(space.recipe, point) for point in points)
+    def test_it_fits_any_model_and_any_number_of_trials(self) -> None:
+        transfers: list[dict[str, Any]] = [{}, {"adapter": {"type": "lora"}}, {"layer_decay": 0.9}, {"freeze": "all"}]
+        transfers.append({"from_scratch": True})
+        wrong = []
+        for transfer, num_layers in itertools.product(transfers, (1, 2, 6, 12)):
+            # For `tpe` the space is that of `random`.
+            for algorithm, trials in itertools.product(("grid", "random"), (1, 2, 5, 16, 24)):
+                space = space_of(None, num_layers, transfer=transfer, search={"trials": trials, "algorithm": algorithm})
+                points = space.grid(trials) if algorithm == "grid" else space.random(trials, seed=0)
+                if not 0 < len(points) <= trials or not all(trial_recipe(space.recipe, point) for point in points):
+                    wrong.append((transfer, num_layers, algorithm, trials))
+        assert not wrong
 
     def test_depth_and_rate_are_searched_about_evenly_by_a_grid(self) -> None:
         grid = space_of(None, 12, search={"trials": 16}).grid(16)
@@ -418,8 +415,8 @@ def test_the_shipped_search_tries_sixteen_points_each_of_which_runs() -> None:
     assert all(trial_recipe(recipe, point).train.seed == 0 for point in grid)
 
 
-def test_a_case_becomes_the_domain_of_its_kind() -> None:
-    assert domain_of(Case(choice=[0, "all"])) == Choice((0, "all"))
-    assert domain_of(Case(integers=[1, 3])) == Integers(1, 3)
-    assert domain_of(Case(uniform=[0, 1])) == Numbers(0, 1, logarithmic=False)
-    assert domain_of(Case(loguniform=[0.1, 1])) == Numbers(0.1, 1, logarithmic=True)
+def test_a_case_becomes_the_distribution_of_its_kind() -> None:
+    assert distribution_of(Case(choice=[0, "all"])) == Choice((0, "all"))
+    assert distribution_of(Case(integers=[1, 3])) == Integers(1, 3)
+    assert distribution_of(Case(uniform=[0, 1])) == Floats(0, 1, logarithmic=False)
+    assert distribution_of(Case(loguniform=[0.1, 1])) == Floats(0.1, 1, logarithmic=True)

@@ -1,1 +1,1 @@
-"""Run trials with Ray Tune."""
+"""Runs trials with Ray Tune."""

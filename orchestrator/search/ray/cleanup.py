@@ -1,8 +1,8 @@
-"""How a search on Ray Tune ends early, and what its dead leave behind.
+"""Ends a search on Ray Tune early, and releases the resources of trials whose processes died.
 
-A trial of several workers is a Ray Train run that its actor starts. Where such an actor is killed, the run is killed
-with it, but the CPUs that it had reserved are not given back: Ray removes a placement group only when the whole job has
-ended. So the command looks for placement groups whose makers are dead, and removes them.
+A trial of several workers is a Ray Train run that the trial's actor starts. Where such an actor is killed, the run is
+killed with it, but the CPUs that it had reserved stay reserved: Ray removes a placement group only when the whole job
+has ended. So the command removes the placement groups whose creators are dead.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from ray.tune import Callback
 from orchestrator.launch.cluster import find_placement_groups, remove_orphaned_groups
 from orchestrator.training.interruption import SIGNALS
 
-SECONDS_BETWEEN_SWEEPS = 2.0
-SECONDS_TO_DIE = 10.0  # For actors that were told to end.
+CLEANUP_INTERVAL_S = 2.0
+EXIT_TIMEOUT_S = 10.0  # For actors that were asked to end.
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Have Ctrl-C, or SIGTERM, end the search as Ray Tune ends one, with its trials stopped; raise KeyboardInterrupt.
+def stop_on_signals() -> Iterator[None]:
+    """Stop the trials on Ctrl-C or SIGTERM, as Ray Tune stops them on SIGUSR1, and raise KeyboardInterrupt.
 
-    Ray Tune itself would return as if all trials had been run. It takes SIGUSR1 for the same wish. A second signal does
-    not wait for anything.
+    Ray Tune itself would return as if all trials had been run. A second signal is handled as before the search.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,34 +54,34 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-class Sweeper(Callback):  # type: ignore[misc]
-    """Gives back what trials had reserved whose actors died: others may be waiting for it.
+class PlacementGroupCleaner(Callback):  # type: ignore[misc]
+    """Removes the placement groups of trials whose actors died: other trials may be waiting for their resources.
 
-    What was reserved before the search is somebody else's.
+    Placement groups that are older than the search belong to others.
     """
 
     def __init__(self) -> None:
         self._others = {group for group, _ in find_placement_groups()}
-        self._swept = time.monotonic()
+        self._last_cleanup = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune's snapshots are not read again.
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        if time.monotonic() - self._swept > SECONDS_BETWEEN_SWEEPS:
-            self._sweep()
+        if time.monotonic() - self._last_cleanup > CLEANUP_INTERVAL_S:
+            self._clean_up()
 
-    def _sweep(self) -> bool:
-        """Remove placement groups whose makers are dead; whether there are others still."""
-        self._swept = time.monotonic()
+    def _clean_up(self) -> bool:
+        """Remove placement groups whose creators are dead; return whether there are others still."""
+        self._last_cleanup = time.monotonic()
         return remove_orphaned_groups(self._others)
 
     @contextlib.contextmanager
     def at_end(self) -> Iterator[None]:
-        """Wait at the end, for a moment, for actors that have been told to end."""
+        """Wait at the end for actors that were asked to end, and clean up after them."""
         try:
             yield
         finally:
-            deadline = time.monotonic() + SECONDS_TO_DIE
-            while self._sweep() and time.monotonic() < deadline:
+            deadline = time.monotonic() + EXIT_TIMEOUT_S
+            while self._clean_up() and time.monotonic() < deadline:
                 time.sleep(0.1)

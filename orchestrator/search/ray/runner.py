@@ -1,4 +1,4 @@
-"""Trials in Ray Tune's actors, as many at a time as there is room for."""
+"""Runs trials in Ray Tune's actors, as many at a time as the cluster has room for."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from orchestrator.json_lines import append_json_line, read_json_lines
 from orchestrator.launch.cluster import cluster_nodes
 from orchestrator.recipe.schema import Search
-from orchestrator.search.plan import Plan
-from orchestrator.search.ray import tuner as tuning
-from orchestrator.search.ray.searchers import Listed, Suggested
-from orchestrator.search.records import SearchDirectory, append_row, read_rows, trial_id
+from orchestrator.search.plan import SearchPlan
+from orchestrator.search.ray.searchers import ListSearcher, OptunaSearcher
+from orchestrator.search.ray.tuner import make_scheduler, run_with_tune
+from orchestrator.search.records import SearchDirectory, trial_id
 from orchestrator.search.resources import num_concurrent, trial_resources
-from orchestrator.search.trial_log import Ledger
-from orchestrator.search.trial_process import make_workplace
+from orchestrator.search.trial_log import TrialLog
+from orchestrator.search.trial_process import make_trial_process
 
 SUGGESTED = "suggested.jsonl"
 
 
-class OnRay:
+class RayRunner:
     """Runs the trials of a search on the Ray cluster that this process is in."""
 
-    def __init__(self, plan: Plan, directory: SearchDirectory) -> None:
+    def __init__(self, plan: SearchPlan, directory: SearchDirectory) -> None:
         self.plan = plan
         self.directory = directory
         nodes = cluster_nodes()
@@ -32,27 +33,27 @@ class OnRay:
         self.concurrent = num_concurrent(plan, nodes, self.resources)
 
     @property
-    def num_packs(self) -> int:
-        """How many packs trials of like heads become; population-based training, which changes rates, wants none."""
+    def max_batches(self) -> int:
+        """Most batches of a group of alike trials; none for population-based training, which changes single trials."""
         return 0 if self.plan.search.scheduler == "pbt" else self.concurrent
 
-    def run_trials(
-        self, ledger: Ledger, specs: Iterator[dict[str, Any]] | None, how: Search, seconds: float | None = None
+    def run(
+        self, log: TrialLog, specs: Iterator[dict[str, Any]] | None, search: Search, seconds: float | None = None
     ) -> None:
-        """Run trials until there are no more or time is up.
+        """Run trials until there are no more, for at most `seconds` seconds.
 
         Args:
-            specs: None where Optuna suggests them.
+            specs: id and parameters of each; None for those that Optuna suggests.
         """
         plan = self.plan
-        changing = plan.changing if how.scheduler == "pbt" else {}
+        mutations = plan.mutations if search.scheduler == "pbt" else {}
         cores = os.cpu_count() or 1
         self.directory.update_record(concurrent=self.concurrent, cores=cores)
-        tuning.run_trials(
-            self._suggesting(ledger) if specs is None else Listed(specs, changing),
-            tuning.make_scheduler(how, changing, self.concurrent),
+        run_with_tune(
+            self._optuna_searcher(log) if specs is None else ListSearcher(specs, mutations),
+            make_scheduler(search, mutations, self.concurrent),
             partial(
-                make_workplace,
+                make_trial_process,
                 plan.prepared,
                 self.directory.root,
                 plan.boundaries,
@@ -60,23 +61,23 @@ class OnRay:
                 plan.weights_kept,
                 max(1, cores // self.concurrent),
             ),
-            ledger,
+            log,
             self.concurrent,
             self.resources,
             self.directory.logs / "ray",
             seconds,
         )
 
-    def _suggesting(self, ledger: Ledger) -> Suggested:
-        """TPE. What an earlier attempt had suggested comes first again, and its scores are told again."""
+    def _optuna_searcher(self, log: TrialLog) -> OptunaSearcher:
+        """Return a searcher with TPE; it first suggests again what an earlier attempt had suggested."""
         plan, path = self.plan, self.directory.root / SUGGESTED
-        recorded = read_rows(path)
+        recorded = read_json_lines(path)
         count = itertools.count()
 
         def make_spec(point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
             number = next(count)
             if number >= len(recorded):
-                append_row(path, point)
-            return ledger.expect(trial_id(number), parameters)
+                append_json_line(path, point)
+            return log.add(trial_id(number), parameters)
 
-        return Suggested(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)
+        return OptunaSearcher(plan.space.optuna_define, plan.search.seed, plan.search.trials, recorded, make_spec)

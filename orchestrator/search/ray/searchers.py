@@ -1,4 +1,4 @@
-"""Where Ray Tune's trials come from: a list that is known beforehand, or Optuna."""
+"""Searchers for Ray Tune: a list of trials that is known beforehand, or Optuna's suggestions."""
 
 from __future__ import annotations
 
@@ -13,38 +13,43 @@ from ray.tune.search import Searcher
 from orchestrator.errors import ClusterError
 from orchestrator.search.space import MAX_REPEATS, key_of
 
-SCORE = "score"  # What Ray Tune is told: high is good.
+SCORE = "score"
+"""Name of the metric in the results for Ray Tune; higher is better."""
 TPE_ATTEMPTS = 10
-"""Suggestions in a row that were made before, after which points are drawn at random."""
+"""Repeated suggestions in a row after which points are drawn at random."""
 
 
-class Unsaved:
-    """Of which Ray Tune's snapshots hold nothing: they are not read again."""
+class NotSaved:
+    """Pickles as nothing into Ray Tune's snapshots, which are not read again."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Listed(Unsaved, Searcher):  # type: ignore[misc]
-    """Hands out trials that are known beforehand."""
+class ListSearcher(NotSaved, Searcher):  # type: ignore[misc]
+    """Suggests trials that are known beforehand, in their order.
 
-    def __init__(self, specs: Iterator[dict[str, Any]], changing: Iterable[str] = ()) -> None:
+    Args:
+        specs: id and parameters of each trial.
+        mutations: parameters that population-based training changes; it looks for them next to the trial.
+    """
+
+    def __init__(self, specs: Iterator[dict[str, Any]], mutations: Iterable[str] = ()) -> None:
         super().__init__(metric=SCORE, mode="max")
         self._specs = specs
         self._next = next(specs, None)
         self.has_room: Callable[[], bool] = lambda: True
         self.is_over: Callable[[], bool] = lambda: True
-        """Whether nothing will be taken up again. Until then Ray Tune must not know the end, or it lets actors go."""
-        self._changing = tuple(changing)
-        """Parameters that population-based training looks for, and changes, beside the trial."""
+        """Whether no trial will be resumed. Until then Ray Tune must not see the end, or it releases actors."""
+        self._mutations = tuple(mutations)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether all have been handed out."""
+        """Whether all trials have been suggested."""
         return self._next is None
 
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A trial may have come to its end; nothing is learned."""
+    def on_trial_pause(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Do nothing: the list does not depend on scores."""
 
     def suggest(self, trial_id: str) -> Any:
         if self.is_exhausted:
@@ -53,41 +58,40 @@ class Listed(Unsaved, Searcher):  # type: ignore[misc]
             return None
         assert self._next is not None
         spec, self._next = self._next, next(self._specs, None)
-        return {"spec": spec, **{path: spec["parameters"][path] for path in self._changing}}
+        return {"spec": spec, **{path: spec["parameters"][path] for path in self._mutations}}
 
     def as_space(self) -> dict[str, Any]:
-        """All that would be handed out, as a grid: population-based training does not take searchers."""
-        own = {path: tune.sample_from(partial(parameter_of, path)) for path in self._changing}
+        """Return all trials as a grid: population-based training does not take searchers."""
+        own = {path: tune.sample_from(partial(parameter_of, path)) for path in self._mutations}
         return {"spec": tune.grid_search([] if self._next is None else [self._next, *self._specs]), **own}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing is learned."""
+        """Do nothing: the list does not depend on scores."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is kept: the trials' directories are."""
+        """Do nothing: the trials' directories hold all that is needed."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Do nothing: nothing was saved."""
 
 
 def parameter_of(path: str, config: dict[str, Any]) -> Any:
-    """The value that a trial begins with."""
+    """Return the initial value of a trial's parameter."""
     return config["spec"]["parameters"][path]
 
 
-class Suggested(Listed):
-    """Hands out trials that Optuna's TPE suggests from what earlier ones scored, each of them once.
+class OptunaSearcher(ListSearcher):
+    """Suggests trials with Optuna's TPE, from the scores of earlier ones; each point of the space once.
 
-    Every suggestion has a random stream of its own, which depends on the seed and on how many came before. A search
-    that was killed therefore goes on with the suggestions that it would have made anyway, whatever Optuna keeps in
-    memory between them.
+    Every suggestion has a random stream of its own, which depends on the seed and on the number of suggestions before
+    it. A search that was killed therefore continues with the suggestions that it would have made anyway, whatever
+    Optuna keeps in memory between them.
 
     Args:
         define: lets an `optuna.Trial` suggest a point, and returns its parameters.
-        limit: how many trials there will be; fewer where the space has no more points.
-        recorded: what earlier attempts at the search have handed out, in Optuna's terms (`Trial.params`): this comes
-            first again, as it was.
-        make_spec: makes a trial of Optuna's terms and the parameters that they stand for.
+        limit: number of trials; fewer where the space has no more points.
+        recorded: suggestions of earlier attempts at the search (`optuna.Trial.params`); these are repeated first.
+        make_spec: returns the trial for Optuna's parameters of a point and those of the recipe.
 
     Raises:
         ClusterError: Optuna is not installed.
@@ -108,16 +112,16 @@ class Suggested(Listed):
         self._seed = seed
         self._left = limit
         self._make_spec = make_spec
-        self._handed_out: list[str] = []
+        self._suggested: list[str] = []
         self._asked: dict[str, Any] = {}
-        """The `optuna.Trial` of each trial that has told no score yet, by the id that Ray Tune gives it."""
+        """The `optuna.Trial` of each trial without a score so far, by Ray Tune's id of it."""
 
     @property
     def is_exhausted(self) -> bool:
         return self._left == 0
 
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Later trials are suggested from what it has scored; what it scores when it is taken up comes too late."""
+    def on_trial_pause(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Learn the score of a trial that may not be resumed; scores after it was resumed come too late."""
         self._learn(trial_id, result.get(SCORE))
 
     def suggest(self, trial_id: str) -> Any:
@@ -136,27 +140,31 @@ class Suggested(Listed):
         self._learn(trial_id, None if error or result is None else result.get(SCORE))
 
     def _ask(self) -> tuple[Any, dict[str, Any]] | None:
-        """The next point and its parameters; None where nothing new is found any more.
+        """Return the next point and its parameters; None where no new point is found.
 
-        Two trials with equal parameters are the same training: TPE, which comes back to what was good, is asked again,
-        and where that does not help, random points are drawn, as in a random search.
+        Two trials with equal parameters are the same training. TPE, which returns to good points, is asked again; after
+        some attempts random points are drawn, as in a random search.
         """
         from optuna.trial import TrialState
 
-        number = len(self._handed_out)
+        number = len(self._suggested)
         for attempt in range(MAX_REPEATS):
             self._study.sampler = make_sampler(f"{self._seed}/{number}/{attempt}", attempt < TPE_ATTEMPTS)
             trial = self._study.ask()
             parameters = self._define(trial)
             key = key_of(parameters)
-            if number < self._num_recorded or key not in self._handed_out:
-                self._handed_out.append(key)
+            if number < self._num_recorded or key not in self._suggested:
+                self._suggested.append(key)
                 return trial, parameters
-            self._study.tell(trial, state=TrialState.FAIL)  # TPE passes over what has failed.
+            self._study.tell(trial, state=TrialState.FAIL)  # TPE ignores failed trials.
         return None
 
     def _learn(self, trial_id: str, score: float | None) -> None:
-        """Tell Optuna a trial's first score; None where it has none."""
+        """Report a trial's first score to Optuna.
+
+        Args:
+            score: None where the trial has failed.
+        """
         from optuna.trial import TrialState
 
         trial = self._asked.pop(trial_id, None)
@@ -167,7 +175,7 @@ class Suggested(Listed):
 
 
 def make_study(recorded: Sequence[dict[str, Any]]) -> Any:
-    """An `optuna.Study` of high scores whose first suggestions are the recorded ones.
+    """Return an `optuna.Study` that maximizes and first suggests the recorded points.
 
     Raises:
         ClusterError: Optuna is not installed.
@@ -183,7 +191,7 @@ def make_study(recorded: Sequence[dict[str, Any]]) -> Any:
 
 
 def make_sampler(stream: str, is_tpe: bool) -> Any:
-    """An Optuna sampler with the random stream of this name."""
+    """Return an Optuna sampler (TPE or random) with the random stream of this name."""
     from optuna.samplers import RandomSampler, TPESampler
 
     seed = Random(stream).getrandbits(32)

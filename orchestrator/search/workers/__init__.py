@@ -1,1 +1,1 @@
-"""Trials that train on several workers each."""
+"""Runs trials that train on several workers each."""

@@ -1,180 +1,135 @@
-"""Trials of several workers: a Ray Train run that is started from the trial's actor, and goes from trial to trial.
+"""Worker groups: a Ray Train run that the process of a trial starts, and that goes from trial to trial.
 
-The actor has a *crew*: the workers of one Ray Train run. They stay for all trials of the actor, as the actor does for
-trials of one worker, so that a trial costs what it computes and not the start of its processes. Actor and crew talk
-through two small files in a folder that both see: *orders* (what to train, how far, whether to stop), and what is
-*told* (the last evaluation). The workers wait at each evaluation until the scheduler has seen it, so a trial can be
-stopped, or left to another, after any.
+The workers stay for all trials of the process, as the process itself does for trials of one worker, so that a trial
+costs the time of its computation and not that of starting its processes. The process and worker 0 exchange messages
+through a channel: the *command* (which trial, how far, whether to stop) and the *status* (the last evaluation). The
+other workers learn the command from worker 0 through their process group. The workers wait after each evaluation until
+the scheduler has seen it, so a trial can be stopped, or continue from another, after any of them.
 
-Ray's own way to report from within is TuneReportCallback. It needs a Tune session, which only trainables that are
-functions have, and those begin anew for every trial; what it reports passes the Train controller, which looks every two
-seconds; and the workers train on while the scheduler thinks.
+Ray's own way to report from within a trial is `TuneReportCallback`. It needs a Tune session, which only function
+trainables have, and those start new processes for every trial; its reports pass through the Train controller, which
+polls every two seconds; and the workers train on while the scheduler decides.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, RunFailed
-from orchestrator.runs.directory import write_json
+from orchestrator.search.workers.messages import Channel, ChannelClosed, Command, Status
 
-ORDERS, TOLD = "orders.json", "told.json"
-SECONDS_BETWEEN_LOOKS = 0.02
-SECONDS_TO_STOP = 60.0  # For the workers to put down what they hold.
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What the actor wants of its crew."""
-
-    number: int = 0
-    """Of the trial, counted from 1 for each crew."""
-    id: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
-    start_from: str | None = None
-    """A folder that another trial wrote, to go on from."""
-    past: int = 0
-    """The evaluation at this step has been seen: go on to the next."""
-    save: int = 0
-    """Counted up to have the crew write what another trial can go on from."""
-    stop: bool = False
-    keep: bool = False
-    """When stopping: the weights of the best evaluation may be those of the winner."""
-    leave: bool = False
-    """There are no more trials."""
+STOP_TIMEOUT_S = 60.0  # For the workers to release what they hold.
+CHECK_INTERVAL_S = 1.0
+"""Longest wait for a status before checking whether the workers still run."""
 
 
-@dataclass(frozen=True)
-class Told:
-    """What worker 0 says of the crew."""
-
-    number: int = 0
-    """Of the trial that it is about."""
-    resumed: int = 0
-    """The step that the trial went on from when it began here."""
-    step: int = 0
-    """Of the last evaluation."""
-    row: dict[str, Any] | None = None
-    """That evaluation, as in metrics.jsonl; None before the first."""
-    is_last: bool = False
-    state: dict[str, Any] = field(default_factory=dict)
-    core_seconds: float = 0.0
-    """Of all workers."""
-    saved: int = 0
-    """The last order to save that was carried out."""
-    over: bool = False
-    """The trial holds nothing any more."""
-    failure: str | None = None
-
-
-def read_orders(folder: Path) -> Orders:
-    """The orders to the crew of this folder; none of them yet where there is no file."""
-    path = folder / ORDERS
-    return Orders(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Orders()
-
-
-def read_told(folder: Path) -> Told:
-    """What the crew of this folder has told; nothing yet where there is no file."""
-    path = folder / TOLD
-    return Told(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Told()
-
-
-class Crew:
-    """The workers, as the trial's actor sees them.
+class WorkerGroup:
+    """The workers, as the process of a trial sees them.
 
     Args:
-        folder: of this crew alone; the workers see it too.
-        run: runs `serve` on the workers, and returns when they have left.
+        channel: the other end is given to the workers.
+        run: runs `run_trial_worker` on the workers; returns when they have exited.
+        folder: holds the workers' output.
     """
 
-    def __init__(self, folder: Path, run: Callable[[], None]) -> None:
-        folder.mkdir(parents=True)
+    def __init__(self, channel: Channel, run: Callable[[], None], folder: Path) -> None:
+        self.channel = channel
         self.folder = folder
-        self.orders = Orders()
+        self.command = Command()
         self.running: Future[None] = Future()
-        # A daemon: should the workers hang, the actor's process can still end, and they with it.
-        Thread(target=self._run, args=(run,), name="crew", daemon=True).start()
+        # A daemon: should the workers hang, this process can still end, and they with it.
+        Thread(target=self._run, args=(run,), name="worker-group", daemon=True).start()
 
     def _run(self, run: Callable[[], None]) -> None:
         try:
             run()
-        except BaseException as error:  # Whatever it is: it is raised again where somebody waits for the workers.
+        except BaseException as error:  # Of any kind: it is raised again where somebody waits for the workers.
             self.running.set_exception(error)
         else:
             self.running.set_result(None)
 
-    def begin(self, id: str, parameters: dict[str, Any], past: int, start_from: Path | None) -> int:
-        """Have the workers train a trial; returns its number."""
-        number = self.orders.number + 1
-        self._order(Orders(number, id, parameters, None if start_from is None else str(start_from), past))
-        return number
+    def start(self, id: str, parameters: dict[str, Any], seen_step: int, start_from: Path | None) -> None:
+        """Let the workers train a trial.
+
+        Args:
+            seen_step: evaluations up to this step have been reported already.
+            start_from: folder with the state of another trial to continue from.
+        """
+        number = self.command.number + 1
+        self._send(Command(number, id, parameters, None if start_from is None else str(start_from), seen_step))
 
     def change(self, **changes: Any) -> None:
-        """Change the orders for the trial that is trained."""
-        self._order(replace(self.orders, **changes))
+        """Change the command for the current trial."""
+        self._send(replace(self.command, **changes))
 
-    def _order(self, orders: Orders) -> None:
-        self.orders = orders
-        write_json(self.folder / ORDERS, asdict(orders))
+    def _send(self, command: Command) -> None:
+        self.command = command
+        self.channel.send_command(command)
 
-    def wait(self, is_it: Callable[[Told], bool], seconds: float | None = None) -> Told:
-        """Wait until the workers tell what is waited for.
+    def wait(self, is_expected: Callable[[Status], bool], timeout: float | None = None) -> Status:
+        """Return the status of the current trial once it is as expected.
 
         Raises:
-            RunFailed: the workers died more often than allowed, or have nothing to tell within `seconds`.
+            RunFailed: the workers died more often than allowed, or did not answer within `timeout` seconds.
+            ChannelClosed: the workers cannot be reached any more.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        version = -1  # The newest status counts, even if it was read before.
         while True:
-            has_ended = self.running.done()  # Asked first: what was told before the end is still read below.
-            told = read_told(self.folder)
-            if told.number == self.orders.number and is_it(told):
-                return told
+            has_ended = self.running.done()  # Checked first: a status that was sent before the end is still read below.
+            seconds = 0.0 if has_ended else max(0.0, min(CHECK_INTERVAL_S, deadline - time.monotonic()))
+            version, status = self.channel.next_status(version, seconds)
+            if status.number == self.command.number and is_expected(status):
+                return status
             if has_ended:
                 self.running.result()
-                raise RunFailed(f"the workers ended without a word; their output is in {self.folder}")
-            if deadline is not None and time.monotonic() > deadline:
-                raise RunFailed(f"the workers did not stop within {seconds:g} s; their output is in {self.folder}")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+                raise RunFailed(f"the workers exited unexpectedly; their output is in {self.folder}")
+            if time.monotonic() >= deadline:
+                raise RunFailed(f"the workers did not stop within {timeout:g} s; their output is in {self.folder}")
 
-    def dismiss(self) -> None:
-        """Let the workers go; returns when Ray Train has given back what they held."""
-        self.change(leave=True)
-        with contextlib.suppress(OrchestratorError):  # Told already to the trial that they failed in.
+    def shut_down(self) -> None:
+        """Let the workers exit; returns when Ray Train has released their resources."""
+        with contextlib.suppress(ChannelClosed):  # The workers notice that themselves.
+            self.change(exit=True)
+        with contextlib.suppress(OrchestratorError):  # Reported already as the failure of a trial.
             try:
-                self.running.result(SECONDS_TO_STOP)
+                self.running.result(STOP_TIMEOUT_S)
             except TimeoutError:
-                # Ray Train cannot be called off from outside. What this process has started goes when it goes.
+                # Ray Train cannot be stopped from outside. What this process has started ends with it.
                 os._exit(1)
+        self.channel.close()
 
 
-class Foreman:
-    """Keeps a crew for the trials of an actor, and hires another where one has died.
+class WorkerGroups:
+    """Keeps one worker group for the trials of a process, and starts another one where it has died.
 
     Args:
-        hire: starts a crew.
+        start: starts a worker group.
     """
 
-    def __init__(self, hire: Callable[[], Crew]) -> None:
-        self._hire = hire
-        self._crew: Crew | None = None
+    def __init__(self, start: Callable[[], WorkerGroup]) -> None:
+        self._start = start
+        self._group: WorkerGroup | None = None
 
-    def crew(self) -> Crew:
-        """A crew that is at work."""
-        if self._crew is None or self._crew.running.done():
-            self._crew = self._hire()
-        return self._crew
+    def running(self) -> WorkerGroup:
+        """Return the running worker group; start one where there is none."""
+        if self._group is not None and self._group.running.done():
+            self._group.channel.close()
+            self._group = None
+        if self._group is None:
+            self._group = self._start()
+        return self._group
 
-    def dismiss(self) -> None:
-        """Let the crew go, if there is one."""
-        if self._crew is not None:
-            self._crew.dismiss()
-        self._crew = None
+    def shut_down(self) -> None:
+        """End the worker group, if there is one."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.shut_down()

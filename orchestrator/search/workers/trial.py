@@ -1,4 +1,4 @@
-"""One trial of several workers, in the trial's actor: it gives the orders, and hands on what the workers tell."""
+"""One trial of several workers, in the trial's process: sends the commands, and passes on what the workers report."""
 
 from __future__ import annotations
 
@@ -13,119 +13,121 @@ from orchestrator.recipe import dump_recipe
 from orchestrator.runs.directory import RunDirectory, write_atomically, write_json
 from orchestrator.search.outcome import (
     BEST_WEIGHTS,
-    MEMORY,
-    OneTrial,
+    TRAINING_STATE,
+    BaseTrial,
     Outcome,
     Spec,
     history,
-    taken_over,
+    take_over_state,
     write_outcome,
 )
 from orchestrator.search.records import with_own_name
-from orchestrator.search.trial_context import Bench, trial_inputs
-from orchestrator.search.workers.group import SECONDS_TO_STOP, Crew, Foreman, Told
+from orchestrator.search.trial_context import TrialContext, trial_inputs
+from orchestrator.search.workers.group import STOP_TIMEOUT_S, WorkerGroup, WorkerGroups
+from orchestrator.search.workers.messages import Status
 
 HANDOVER = "handover"
+"""Folder, in the trial's directory, of the state that another trial continues from."""
 
 
-class NestedTrial(OneTrial):
-    """A trial in progress on several workers, in the trial's actor."""
+class MultiWorkerTrial(BaseTrial):
+    """A trial in progress on several workers, in the trial's process."""
 
-    def __init__(self, bench: Bench, spec: Spec, directory: RunDirectory, foreman: Foreman) -> None:
-        super().__init__(bench, spec, directory)
-        self.foreman = foreman
-        self.crew: Crew | None = None
-        """Where it is being trained."""
-        self._told = Told()
-        self._seen = 0
+    def __init__(self, context: TrialContext, spec: Spec, directory: RunDirectory, groups: WorkerGroups) -> None:
+        super().__init__(context, spec, directory)
+        self.groups = groups
+        self.group: WorkerGroup | None = None
+        """The worker group that trains it; None before and after."""
+        self._status = Status()
+        self._seen_step = 0
         self._start_from: Path | None = None
         self._started = time.monotonic()
 
     def stop(self) -> None:
-        if self.crew is None:
+        if self.group is None:
             return
-        crew, self.crew = self.crew, None
-        if crew.running.done():
+        group, self.group = self.group, None
+        if group.running.done():
             return
-        best = self._told.state.get("best_score")
+        best = self._status.state.get("best_score")
         try:
-            crew.change(stop=True, keep=best is not None and self.bench.may_win(best))
-            self._told = crew.wait(lambda told: told.over, SECONDS_TO_STOP)
+            group.change(stop=True, keep_best=best is not None and self.context.may_win(best))
+            self._status = group.wait(lambda status: status.is_over, STOP_TIMEOUT_S)
         except RunFailed:
-            self.foreman.dismiss()
+            self.groups.shut_down()
             raise
 
     def save(self, folder: Path) -> None:
-        """Write what another trial can go on from."""
-        if self.crew is not None:
-            order = self.crew.orders.save + 1
-            self.crew.change(save=order)
-            self._told = self.crew.wait(lambda told: told.saved == order or told.over)
-            if not self._told.over:
+        """Write the state that another trial can continue from."""
+        if self.group is not None:
+            number = self.group.command.num_handovers + 1
+            self.group.change(num_handovers=number)
+            self._status = self.group.wait(lambda status: status.num_handovers == number or status.is_over)
+            if not self._status.is_over:
                 shutil.copytree(self.directory.root / HANDOVER, folder, dirs_exist_ok=True)
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Go on from what another trial wrote, with other parameters."""
-        if not (folder / MEMORY).exists():
+        """Continue from the state that another trial wrote, with other parameters."""
+        if not (folder / TRAINING_STATE).exists():
             return
         self.stop()
-        state = taken_over(folder, self.directory, self.bench)
+        state = take_over_state(folder, self.directory, self.context)
         self._change(state.step, parameters)
         # The folder is one of this process's machine; the workers may be on others.
         self._start_from = self.directory.root / HANDOVER
         shutil.rmtree(self._start_from, ignore_errors=True)
         shutil.copytree(folder, self._start_from)
-        write_json(self._start_from / MEMORY, state.to_dict())
+        write_json(self._start_from / TRAINING_STATE, state.to_dict())
         (self._start_from / BEST_WEIGHTS).unlink(missing_ok=True)
-        self._seen = 0
+        self._seen_step = 0
         self._rows = self._advance()
 
     def _advance(self) -> Iterator[tuple[dict[str, Any], bool]]:
         if self._start_from is None:
             self._use_parameters_of_checkpoint()
-        self._begin()
-        first = self._wait(lambda told: True)
-        # Evaluations of another trial that this one goes on from were told by that one.
+        self._start()
+        first = self._wait(lambda status: True)
+        # Evaluations of another trial that this one continues from were reported by that one.
         earlier = history(self.directory) if self._start_from is None else []
         for row in earlier:
-            if row["step"] <= first.resumed:
-                self._seen = row["step"]
-                yield row, first.is_last and first.step == first.resumed == row["step"]
+            if row["step"] <= first.resumed_step:
+                self._seen_step = row["step"]
+                yield row, first.is_last and first.step == first.resumed_step == row["step"]
         while True:
-            assert self.crew is not None
-            self.crew.change(past=self._seen)
-            told = self._wait(lambda told: told.row is not None and told.row["step"] > self._seen)
-            assert told.row is not None
-            self._seen = told.row["step"]
-            yield told.row, told.is_last
+            assert self.group is not None
+            self.group.change(seen_step=self._seen_step)
+            status = self._wait(lambda status: status.row is not None and status.row["step"] > self._seen_step)
+            assert status.row is not None
+            self._seen_step = status.row["step"]
+            yield status.row, status.is_last
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self.directory.create()
-        recipe = trial_inputs(self.bench.prepared, self.spec.parameters).recipe
+        recipe = trial_inputs(self.context.prepared, self.spec.parameters).recipe
         write_atomically(self.directory.recipe, dump_recipe(with_own_name(recipe, self.spec.id)))
-        self.crew = self.foreman.crew()
-        self.crew.begin(self.spec.id, self.spec.parameters, self._seen, self._start_from)
+        self.group = self.groups.running()
+        self.group.start(self.spec.id, self.spec.parameters, self._seen_step, self._start_from)
 
-    def _wait(self, is_it: Callable[[Told], bool]) -> Told:
-        """What the workers tell next, where it is what is waited for.
+    def _wait(self, is_expected: Callable[[Status], bool]) -> Status:
+        """Return the status of the workers once it is as expected.
 
         Raises:
             RunFailed: they failed in this trial.
         """
-        assert self.crew is not None
+        assert self.group is not None
         try:
-            told = self.crew.wait(lambda told: told.over or is_it(told))
+            status = self.group.wait(lambda status: status.is_over or is_expected(status))
         except RunFailed:
-            if self.crew.orders.number == 1:
+            if self.group.command.number == 1:
                 raise
-            # Workers had died in the trials before; a new crew may fail as often as the recipe allows one trial.
-            self._begin()
-            told = self.crew.wait(lambda told: told.over or is_it(told))
-        self._told = told
-        if told.over:
-            self.crew = None
-            raise RunFailed(told.failure or "the workers stopped by themselves")
-        return told
+            # Workers had died in the trials before; a new group may fail as often as the recipe allows one trial.
+            self._start()
+            status = self.group.wait(lambda status: status.is_over or is_expected(status))
+        self._status = status
+        if status.is_over:
+            self.group = None
+            raise RunFailed(status.failure or "the workers stopped by themselves")
+        return status
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
         try:
@@ -135,13 +137,13 @@ class NestedTrial(OneTrial):
         if self.outcome is None:
             self.outcome = Outcome(
                 status=status,
-                reason=reason or self._told.state.get("stop"),
-                best_step=self._told.state.get("best_step"),
+                reason=reason or self._status.state.get("stop"),
+                best_step=self._status.state.get("best_step"),
                 seconds=time.monotonic() - self._started,
-                core_seconds=self._told.core_seconds,
+                core_seconds=self._status.core_seconds,
             )
             write_outcome(self.directory, self.outcome)
-            # What several workers wrote could not be read by one, should the winner be trained again.
+            # A single process could not read what several workers wrote, should the winner be trained again.
             for folder in (self.directory.checkpoints, self.directory.root / HANDOVER):
                 shutil.rmtree(folder, ignore_errors=True)
         return self.outcome

@@ -19,7 +19,7 @@ from tiny_models import build, save_tokenizer
 
 from orchestrator import load_recipe
 from orchestrator.runs.directory import RunDirectory
-from orchestrator.search.batched_heads import Heads
+from orchestrator.search.batched_heads import BatchedHeads
 from orchestrator.training.loop import training_steps
 from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.session import Session, open_session
@@ -176,7 +176,7 @@ def test_heads_that_are_trained_together_have_them_too(
     every_step = ["train.epochs=null", f"train.steps={NUM_STEPS}", "train.evaluate_every=1"]
     prepared = prepare_family(name, "transfer.freeze=all", "train.group_by_length=false", *every_step)
     cached, uncached = sessions(prepared, tmp_path)
-    together = Heads(cached, [prepared.recipe, prepared.recipe]).train()
+    together = BatchedHeads(cached, [prepared.recipe, prepared.recipe]).train()
     expected = find_token_losses(uncached)
     for head in together:
         losses = [row["loss"] for row in head.rows if row["split"] == "train"]

@@ -1,4 +1,4 @@
-"""Successive halving: who goes on from rung to rung, who is left, who is taken up, and how it ends."""
+"""ASHA: which trials are promoted from rung to rung, which are paused and resumed, and how the search ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.ray.asha import Halving, Rung
+from orchestrator.search.ray.asha import ASHA, Rung
 
 WORST = -1e30
 
@@ -22,7 +22,7 @@ class Trial:
 
     trial_id: str
     status: str = "PENDING"
-    told: int = 0
+    num_reported: int = 0
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Source:
     is_exhausted: bool = False
     heard: list[str] = field(default_factory=list)
 
-    def left(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_pause(self, trial_id: str, result: dict[str, Any]) -> None:
         self.heard.append(trial_id)
 
 
@@ -38,7 +38,7 @@ class Source:
 class Controller:
     """Runs trials as Ray Tune does, one evaluation of each running trial after another."""
 
-    scheduler: Halving
+    scheduler: ASHA
     scores: Callable[[str, int], float]
     length: int
     losses: Callable[[str], float] | None = None
@@ -70,7 +70,7 @@ class Controller:
             source.is_exhausted = not waiting
             chosen = self.scheduler.choose_trial_to_run(self)
             if chosen is not None:
-                chosen.status, chosen.told = "RUNNING", 0
+                chosen.status, chosen.num_reported = "RUNNING", 0
             running = [trial for trial in self.trials if trial.status == "RUNNING"]
             self.most_running = max(self.most_running, len(running))
             for trial in running:
@@ -80,15 +80,18 @@ class Controller:
         raise AssertionError("it never ends")
 
     def evaluate(self, trial: Trial) -> None:
-        trial.told += 1  # From the first on: a trial that is taken up tells again what it had told.
+        trial.num_reported += 1  # From the first on: a trial that is resumed reports again what it had reported.
         seen = self.done.setdefault(trial.trial_id, set())
-        if trial.told not in seen:
-            seen.add(trial.told)
-            self.evaluated.append((trial.trial_id, trial.told))
-        result: dict[str, Any] = {"training_iteration": trial.told, "score": self.scores(trial.trial_id, trial.told)}
+        if trial.num_reported not in seen:
+            seen.add(trial.num_reported)
+            self.evaluated.append((trial.trial_id, trial.num_reported))
+        result: dict[str, Any] = {
+            "training_iteration": trial.num_reported,
+            "score": self.scores(trial.trial_id, trial.num_reported),
+        }
         if self.losses is not None:
             result["row"] = {"loss": self.losses(trial.trial_id)}
-        if trial.told == self.length:
+        if trial.num_reported == self.length:
             trial.status = "TERMINATED"
             self.scheduler.on_trial_complete(self, trial, result)
             return
@@ -102,7 +105,7 @@ class Controller:
 def controller(
     scores: Callable[[str, int], float], length: int = 9, concurrent: int = 2, grace: int = 1, reduction: int = 3
 ) -> Controller:
-    return Controller(Halving(grace, reduction, "score", WORST, concurrent), scores, length)
+    return Controller(ASHA(grace, reduction, "score", WORST, concurrent), scores, length)
 
 
 def rising(id: str, number: int) -> float:
@@ -113,7 +116,7 @@ def rising(id: str, number: int) -> float:
 IDS = [str(number) for number in range(18)]
 
 
-def test_worse_trials_that_come_first_are_left_at_the_first_rung() -> None:
+def test_worse_trials_that_come_first_stay_at_the_first_rung() -> None:
     found = controller(lambda id, number: -rising(id, 0))
     found.run(IDS)
     lengths = found.lengths()
@@ -143,22 +146,22 @@ def test_nothing_is_evaluated_twice_and_no_more_run_than_may() -> None:
     assert found.most_running == 3
 
 
-def test_of_equal_scores_the_lower_loss_goes_on_and_none_that_is_no_number() -> None:
+def test_of_equal_scores_the_lower_loss_is_promoted_and_nan_never() -> None:
     found = controller(lambda id, number: 0.5)
     found.losses = lambda id: math.nan if id == "17" else 20.0 - float(id)
     found.run(IDS)
     assert [id for id in IDS if found.lengths()[id] == 9] == ["15", "16"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_one_comes_to_its_end_however_few_there_are(count: int) -> None:
-    found = controller(rising)
-    found.run(IDS[:count])
-    assert max(found.lengths().values()) == 9
-    assert found.lengths()[IDS[count - 1]] == 9
+def test_one_comes_to_its_end_however_few_there_are() -> None:
+    for count in (1, 2, 3, 4):
+        found = controller(rising)
+        found.run(IDS[:count])
+        assert max(found.lengths().values()) == 9
+        assert found.lengths()[IDS[count - 1]] == 9
 
 
-def test_trials_without_a_score_never_go_on() -> None:
+def test_trials_without_a_score_are_never_promoted() -> None:
     found = controller(lambda id, number: WORST if id in ("3", "17") else rising(id, number))
     found.run(IDS)
     assert found.lengths()["3"] == found.lengths()["17"] == 1

@@ -1,4 +1,4 @@
-"""Where trials come from: a search that was killed makes no suggestion again, and goes on as if it had not been."""
+"""The searchers: a search that was killed suggests nothing twice, and continues as if it had not been killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from ray.tune.search import Searcher
 
 from orchestrator.recipe import parse_recipe
-from orchestrator.search.ray.searchers import SCORE, Suggested
+from orchestrator.search.ray.searchers import SCORE, OptunaSearcher
 from orchestrator.search.space import Space, key_of
 
 FREEZE, RATE = "transfer.freeze", "train.learning_rate"
@@ -30,7 +30,7 @@ def quiet_optuna() -> Any:
 
 
 class Attempt:
-    """One attempt at a search, as Ray Tune makes it: so many trials at a time, ended in the order of their begin."""
+    """One attempt at a search, as Ray Tune makes it: some trials at a time, which end in the order of their start."""
 
     def __init__(self, written: dict[str, Any], limit: int, recorded: list[dict[str, Any]], concurrent: int) -> None:
         recipe = parse_recipe(
@@ -46,7 +46,7 @@ class Attempt:
         self.points: list[dict[str, Any]] = []
         self.parameters: list[dict[str, Any]] = []
         self.concurrent = concurrent
-        self.searcher = Suggested(Space.of(recipe, 6).optuna_define, 3, limit, recorded, self._make_spec)
+        self.searcher = OptunaSearcher(Space.of(recipe, 6).optuna_define, 3, limit, recorded, self._make_spec)
 
     def _make_spec(self, point: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         self.points.append(point)
@@ -54,7 +54,7 @@ class Attempt:
         return parameters
 
     def run(self, num_ended: int | None = None) -> Attempt:
-        """Go on to the end, or until so many trials have ended."""
+        """Run to the end, or until `num_ended` trials have ended."""
         running: list[tuple[str, dict[str, Any]]] = []
         ended = 0
         while num_ended is None or ended < num_ended:
@@ -76,14 +76,14 @@ def score_of(parameters: dict[str, Any]) -> float:
     return (1.0 if parameters[FREEZE] == 2 else 0.0) - float(parameters[RATE])
 
 
-@pytest.mark.parametrize("concurrent", [1, 3])
-@pytest.mark.parametrize("killed_after", [1, 3, 12, 19])
-def test_a_killed_tpe_search_goes_on_as_if_it_had_not_been_killed(killed_after: int, concurrent: int) -> None:
-    whole = Attempt(CONDITIONS, 20, [], concurrent).run()
-    killed = Attempt(CONDITIONS, 20, [], concurrent).run(killed_after)
-    again = Attempt(CONDITIONS, 20, killed.points, concurrent).run()
-    assert again.parameters == whole.parameters
-    assert len({key_of(each) for each in again.parameters}) == 20
+def test_a_killed_tpe_search_continues_as_if_it_had_not_been_killed() -> None:
+    for concurrent in (1, 3):
+        whole = Attempt(CONDITIONS, 20, [], concurrent).run()
+        assert len({key_of(each) for each in whole.parameters}) == 20
+        for killed_after in (1, 3, 12, 19):
+            killed = Attempt(CONDITIONS, 20, [], concurrent).run(killed_after)
+            again = Attempt(CONDITIONS, 20, killed.points, concurrent).run()
+            assert again.parameters == whole.parameters, (concurrent, killed_after)
 
 
 def test_a_search_that_is_killed_again_and_again_suggests_nothing_twice() -> None:
@@ -114,19 +114,19 @@ def test_tpe_learns_from_scores() -> None:
     assert sum(good[20:]) > sum(good[:20])
 
 
-def test_a_trial_that_is_left_and_taken_up_again_is_learned_from_once() -> None:
+def test_a_trial_that_is_paused_and_resumed_is_learned_from_once() -> None:
     attempt = Attempt(CONDITIONS, 20, [], 1)
     attempt.searcher.suggest("a")
-    attempt.searcher.left("a", {SCORE: 0.5})
-    attempt.searcher.left("a", {SCORE: 0.7})
+    attempt.searcher.on_trial_pause("a", {SCORE: 0.5})
+    attempt.searcher.on_trial_pause("a", {SCORE: 0.7})
     attempt.searcher.on_trial_complete("a", {SCORE: 0.9})
     assert [trial.value for trial in attempt.searcher._study.trials] == [0.5]
 
 
-@pytest.mark.parametrize("ending", [{"error": True}, {"result": None}, {"result": {SCORE: 0.5}, "error": True}])
-def test_a_trial_that_fails_has_no_score_and_ends_nothing(ending: dict[str, Any]) -> None:
-    attempt = Attempt(CONDITIONS, 20, [], 1)
-    attempt.searcher.suggest("a")
-    attempt.searcher.on_trial_complete("a", **ending)
-    assert [trial.value for trial in attempt.searcher._study.trials] == [None]
-    assert isinstance(attempt.searcher.suggest("b"), dict)
+def test_a_trial_that_fails_has_no_score_and_ends_nothing() -> None:
+    for end in ({"error": True}, {"result": None}, {"result": {SCORE: 0.5}, "error": True}):
+        attempt = Attempt(CONDITIONS, 20, [], 1)
+        attempt.searcher.suggest("a")
+        attempt.searcher.on_trial_complete("a", **end)
+        assert [trial.value for trial in attempt.searcher._study.trials] == [None], end
+        assert isinstance(attempt.searcher.suggest("b"), dict), end

@@ -1,4 +1,4 @@
-"""What Ray Tune says of population-based training, as the search is told it."""
+"""Population-based training, as Ray Tune's events reach the search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.utils import flatten_dict
 
-from orchestrator.search.ray.tuner import Messenger, Population
+from orchestrator.search.ray.tuner import Population, TuneCallback
 
 RATE = "train.learning_rate"
 RESULT = {"row": {"step": 8}, "parameters": {RATE: 1.0e-3, "transfer.freeze": 1}}
@@ -22,12 +22,14 @@ class Tried(SimpleNamespace):
         self.config = config
 
 
-def test_an_evaluation_is_told_with_what_it_was_trained_with_also_where_the_config_has_changed_since() -> None:
-    told: list[Any] = []
+def test_an_evaluation_is_reported_with_the_parameters_of_its_training_also_where_the_config_has_changed_since() -> (
+    None
+):
+    reported: list[Any] = []
     trial = Tried(config={"spec": {"id": "0000"}, RATE: 5.0e-3})
-    listener: Any = SimpleNamespace(told=lambda *arguments: told.append(arguments))
-    Messenger(listener).on_trial_result(1, [trial], trial, RESULT)
-    assert told == [("0000", {"step": 8, "parameters": {RATE: 1.0e-3}})]
+    callback: Any = SimpleNamespace(on_trial_result=lambda *arguments: reported.append(arguments))
+    TuneCallback(callback).on_trial_result(1, [trial], trial, RESULT)
+    assert reported == [("0000", {"step": 8, "parameters": {RATE: 1.0e-3}})]
 
 
 def test_a_population_goes_by_the_parameters_that_its_trials_have(monkeypatch: pytest.MonkeyPatch) -> None:

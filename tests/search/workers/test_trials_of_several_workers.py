@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -19,10 +20,12 @@ from ray._private.state import state as ray_state
 
 from orchestrator import load_recipe
 from orchestrator.errors import ClusterError, RunFailed
-from orchestrator.runs.directory import write_json
+from orchestrator.search.changes import CHANGES
+from orchestrator.search.ray.channel import RayChannel
 from orchestrator.search.resources import TrialResources, num_concurrent, trial_resources
 from orchestrator.search.run import SearchRun, search
-from orchestrator.search.workers.group import Crew, Foreman, Orders, Told, read_orders, read_told
+from orchestrator.search.workers.group import WorkerGroup, WorkerGroups
+from orchestrator.search.workers.messages import ChannelClosed, Command, Status
 
 TWO_WORKERS = ["scale.workers=2", "train.evaluate_every=3", "train.save_every=3", "train.log_every=1"]
 GOOD, POOR, TOO_HIGH = 1.0e-3, 1.0e-9, 1.0e30
@@ -73,59 +76,91 @@ def test_the_workers_of_a_trial_are_placed_whole_on_nodes(write_recipe: Callable
     assert num_concurrent(plan, [{"CPU": 4.0}] * 6, TrialResources({"CPU": 3.0}, workers=2)) == 3
 
 
-@pytest.mark.parametrize(("concurrent", "expected"), [("auto", 3), (2, 2), (8, 3)])
-def test_as_many_trials_run_as_their_workers_fit(concurrent: Any, expected: int) -> None:
-    plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=concurrent))
+def test_as_many_trials_run_as_their_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
     each = TrialResources({"CPU": 2.0}, workers=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
-        assert num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each) == expected
+
+    def num_for(concurrent: int | str) -> int:
+        plan: Any = SimpleNamespace(num_trials=20, num_parameters=1, search=SimpleNamespace(concurrent=concurrent))
+        return num_concurrent(plan, [{"CPU": 14.0, "GPU": 0.0}], each)
+
+    assert {concurrent: num_for(concurrent) for concurrent in ("auto", 2, 8)} == {"auto": 3, 2: 2, 8: 3}
 
 
-# ---- the actor and its crew
+# ---- the trial's process and its worker group
 
 
-def start_crew(folder: Path, work: Callable[[], None]) -> Crew:
-    return Crew(folder, work)
+@pytest.fixture
+def channel(ray_cluster: None) -> Iterator[RayChannel]:
+    channel = RayChannel()
+    yield channel
+    channel.close()
 
 
-def test_the_workers_death_is_told_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_message_reaches_who_waits_for_it_and_the_newest_is_read_again(channel: RayChannel) -> None:
+    version, command = channel.next_command(-1, 0.0)
+    assert (version, command) == (0, Command())
+    threading.Timer(0.2, lambda: channel.send_command(Command(1, "0000"))).start()
+    version, command = channel.next_command(version, 60.0)
+    assert (version, command) == (1, Command(1, "0000"))
+    assert channel.next_command(version, 0.01) == (1, command)
+    copy = pickle.loads(pickle.dumps(channel))
+    copy.send_status(Status(1, row={"step": 3}))
+    assert channel.next_status(0, 60.0) == (1, Status(1, row={"step": 3}))
+    for reason in ("the loss is nan", "died of it"):
+        copy.record_failure(1, reason)
+    assert (channel.failure_of(1), channel.failure_of(2)) == ("the loss is nan", None)
+
+
+def test_the_channel_takes_no_resources_and_its_death_ends_every_wait(ray_cluster: None) -> None:
+    before = ray.available_resources()
+    channel = RayChannel()
+    channel.send_command(Command())
+    assert ray.available_resources() == before
+    threading.Timer(0.2, channel.close).start()
+    with pytest.raises(ChannelClosed):
+        channel.next_status(0, 60.0)
+    with pytest.raises(ChannelClosed):
+        channel.send_status(Status())
+
+
+def test_the_workers_death_is_raised_and_not_waited_for(channel: RayChannel, tmp_path: Path) -> None:
     def die() -> None:
         raise RunFailed("the workers failed more than 3 times")
 
-    crew = start_crew(tmp_path / "crew", die)
-    crew.begin("0000", {}, 0, None)
+    group = WorkerGroup(channel, die, tmp_path)
+    group.start("0000", {}, 0, None)
     with pytest.raises(RunFailed, match="more than 3 times"):
-        crew.wait(lambda told: True)
+        group.wait(lambda status: True)
 
 
-def test_what_was_told_of_the_trial_before_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    folder, release = tmp_path / "crew", threading.Event()
-    crew = start_crew(folder, release.wait)  # type: ignore[arg-type]
-    write_json(folder / "told.json", {"number": 1, "over": True})
-    crew.begin("0000", {}, 0, None)
-    assert crew.wait(lambda told: told.over).over
-    crew.begin("0001", {"train.learning_rate": 1e-3}, 6, None)
-    with pytest.raises(RunFailed, match=r"did not stop within 0\.1 s"):
-        crew.wait(lambda told: told.over, seconds=0.1)
-    assert read_orders(folder) == Orders(2, "0001", {"train.learning_rate": 1e-3}, past=6)
-    assert read_told(folder) == Told(1, over=True)
-    release.set()
-
-
-def test_a_crew_that_has_died_is_replaced(tmp_path: Path) -> None:
+def test_the_status_of_the_trial_before_is_not_taken_for_this_one(channel: RayChannel, tmp_path: Path) -> None:
     release = threading.Event()
-    crews = iter([lambda: None, lambda: release.wait() and None])
-    names = iter("ab")
-    foreman = Foreman(lambda: start_crew(tmp_path / next(names), next(crews)))  # type: ignore[arg-type]
-    first = foreman.crew()
-    first.running.result()
-    second = foreman.crew()
-    assert second is not first
-    assert foreman.crew() is second
+    group = WorkerGroup(channel, lambda: release.wait() and None, tmp_path)
+    channel.send_status(Status(1, is_over=True))
+    group.start("0000", {}, 0, None)
+    assert group.wait(lambda status: status.is_over).is_over
+    group.start("0001", {"train.learning_rate": 1e-3}, 6, None)
+    with pytest.raises(RunFailed, match=r"did not stop within 0\.1 s"):
+        group.wait(lambda status: status.is_over, timeout=0.1)
+    assert channel.next_command(-1, 0.0)[1] == Command(2, "0001", {"train.learning_rate": 1e-3}, seen_step=6)
     release.set()
-    foreman.dismiss()
-    assert read_orders(second.folder).leave
+
+
+def test_a_worker_group_that_has_died_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
+    release = threading.Event()
+    work = iter([lambda: None, lambda: release.wait() and None])
+    groups = WorkerGroups(lambda: WorkerGroup(RayChannel(), next(work), tmp_path))
+    first = groups.running()
+    first.running.result()
+    second = groups.running()
+    assert second is not first
+    assert groups.running() is second
+    with pytest.raises(ChannelClosed):
+        first.channel.next_command(-1, 0.0)
+    threading.Thread(target=lambda: second.channel.next_command(0, 60.0)[1].exit and release.set()).start()
+    groups.shut_down()
+    assert second.running.done()
 
 
 # ---- searches
@@ -184,7 +219,8 @@ def test_trials_are_scored_stopped_and_failed_as_those_of_one_worker(
     assert "at step" in rows[TOO_HIGH]["reason"]
     assert found.result["metrics"]["select"]["accuracy"] == rows[GOOD]["metrics"]["accuracy"]
     assert (tmp_path / "two" / "trials" / rows[GOOD]["id"] / "best.safetensors").exists()
-    assert len(list((tmp_path / "two" / "logs" / "crews").iterdir())) == 1, "the workers stay from trial to trial"
+    groups = list((tmp_path / "two" / "logs" / "worker-groups").iterdir())
+    assert len(groups) == 1, "the workers stay from trial to trial"
     alone = search(load_recipe(write_recipe(), [*TWO_WORKERS, *overrides, "scale.workers=1"]), tmp_path / "one")
     expected = scores(alone)[rows[GOOD]["id"]]
     # Dropout is another on each worker, so the curves are alike, not the same.
@@ -205,7 +241,7 @@ def test_trials_of_deepspeed_workers_follow_each_other(
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_gives_everything_back_and_goes_on(
+def test_an_interrupted_search_releases_everything_and_resumes(
     write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
 ) -> None:
     overrides = ["train.steps=120", "train.evaluate_every=6", rates(GOOD, 5e-4, 2e-3), "search.concurrent=2"]
@@ -245,16 +281,16 @@ def find_process(log: Path) -> psutil.Process:
     raise AssertionError(f"no process writes to {log}")
 
 
-def actors() -> list[psutil.Process]:
-    """The processes of the trials' actors."""
+def actors(class_name: str) -> list[psutil.Process]:
+    """Return the processes of the actors whose class name ends like this."""
     alive = [actor for actor in ray_state.actor_table(None).values() if actor["State"] == "ALIVE"]
     assert any(actor["ActorClassName"] == "TrainController" for actor in alive)
-    return [psutil.Process(actor["Pid"]) for actor in alive if actor["ActorClassName"].endswith("Trainable")]
+    return [psutil.Process(actor["Pid"]) for actor in alive if actor["ActorClassName"].endswith(class_name)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "actor"])
-def test_a_killed_process_is_replaced_and_the_trial_goes_on_from_its_checkpoint(
+@pytest.mark.parametrize("victim", ["worker", "Trainable", "ChannelActor"])
+def test_a_killed_process_is_replaced_and_the_trial_continues_from_its_checkpoint(
     write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None, victim: str
 ) -> None:
     overrides = ["train.steps=120", rates(GOOD), "search.concurrent=1"]
@@ -265,7 +301,7 @@ def test_a_killed_process_is_replaced_and_the_trial_goes_on_from_its_checkpoint(
     def kill() -> None:
         trial = output / "trials" / "0000"
         wait_for_step(trial, 30)
-        victims = [find_process(trial / "logs" / "worker-1.log")] if victim == "worker" else actors()
+        victims = [find_process(trial / "logs" / "worker-1.log")] if victim == "worker" else actors(victim)
         for process in victims:
             process.kill()
             killed.append(process.pid)
@@ -290,5 +326,4 @@ def test_a_population_of_several_workers_exchanges_its_weights(
         ("0000", "0001", "0002", "0003"), "finished"
     )
     assert [row["history"][-1]["step"] for row in found.rows] == [30] * 4
-    orders = [read_orders(crew) for crew in (tmp_path / "out" / "logs" / "crews").iterdir()]
-    assert sum(each.number for each in orders) > 4, "no trial was left and taken up again"
+    assert list((tmp_path / "out" / "trials").glob(f"*/{CHANGES}")), "no trial continued from another"

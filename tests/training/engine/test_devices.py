@@ -21,8 +21,7 @@ from orchestrator.launch.trainer import worker_environment
 from orchestrator.planning.sharding_options import local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
-from orchestrator.search import trial_context as bench
-from orchestrator.search import winner
+from orchestrator.search import trial_context, winner
 from orchestrator.search.ray.tuner import plain_actors
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.run import search
@@ -72,11 +71,11 @@ def test_trials_and_the_winner_get_a_gpu_by_its_index(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(winner, "open_session", open_session)
-    monkeypatch.setattr(bench, "open_session", open_session)
+    monkeypatch.setattr(trial_context, "open_session", open_session)
     prepared = prepare(recipe)
     with pytest.raises(KeyboardInterrupt):
         winner.keep_winner(prepared, METRIC, SearchDirectory(tmp_path), {"id": "0000", "parameters": {}})
-    trials = bench.Bench(prepared, [], tmp_path / "trials.jsonl", METRIC, keep=1)
+    trials = trial_context.TrialContext(prepared, [], tmp_path / "trials.jsonl", METRIC, keep=1)
     directory = RunDirectory(tmp_path / "trial")
     directory.create()
     with pytest.raises(KeyboardInterrupt), trials.session({}, directory):
