@@ -38,6 +38,7 @@ from orchestrator.report import write_report
 from orchestrator.runs.checkpoint import CheckpointStore
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.directory import write_json as write_record
+from orchestrator.search.trial_log import TrialLog
 from orchestrator.training.hooks import Recorder, TrainingState
 from orchestrator.training.loop import Step
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from orchestrator.formatting import format_duration
 from orchestrator.json_lines import append_json_line, read_json_lines
 from orchestrator.search.changes import Changes
 from orchestrator.search.outcome import Outcome, history, read_outcome, write_outcome
