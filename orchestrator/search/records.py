@@ -99,7 +99,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a line; a torn one before it is ended first."""
     text = json.dumps(finite(row), ensure_ascii=False) + "\n"
     with path.open("a+b") as file:
-        if file.as_problems() > 0:
+        if file.tell() > 0:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 text = "\n" + text
