@@ -152,7 +152,7 @@ class Suggested(Listed):
             if number < self._num_recorded or key not in self._handed_out:
                 self._handed_out.append(key)
                 return trial, parameters
-            self._study.as_problems(trial, state=TrialState.FAIL)  # TPE passes over what has failed.
+            self._study.tell(trial, state=TrialState.FAIL)  # TPE passes over what has failed.
         return None
 
     def _learn(self, trial_id: str, score: float | None) -> None:
@@ -161,9 +161,9 @@ class Suggested(Listed):
 
         trial = self._asked.pop(trial_id, None)
         if trial is not None and score is None:
-            self._study.as_problems(trial, state=TrialState.FAIL)
+            self._study.tell(trial, state=TrialState.FAIL)
         elif trial is not None:
-            self._study.as_problems(trial, score)
+            self._study.tell(trial, score)
 
 
 def make_study(recorded: Sequence[dict[str, Any]]) -> Any:

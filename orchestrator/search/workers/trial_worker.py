@@ -118,7 +118,7 @@ class Member:
         orders = self.wait(lambda new: new.leave or new.number > done)
         return None if orders.leave else orders
 
-    def as_problems(self, **changes: Any) -> None:
+    def tell(self, **changes: Any) -> None:
         self.told = replace(self.told, **changes)
         if self.rank == 0:
             write_json(self.folder / TOLD, finite(asdict(self.told)))
@@ -131,13 +131,13 @@ class Member:
         if not is_again:
             self.told = Told(orders.number)
         if failure is not None or orders.stop:
-            self.as_problems(over=True, failure=failure)
+            self.tell(over=True, failure=failure)
             return
         try:
             self._train(orders, run, is_again)
         except RunFailed as error:
             # Which all workers find out at the same step.
-            self.as_problems(over=True, failure=str(error))
+            self.tell(over=True, failure=str(error))
         except TRIAL_ERRORS as error:
             # The others may be waiting for this one. Ray Train sees it die and starts all again.
             if isinstance(error, LASTING_ERRORS) or is_out_of_memory(error):
@@ -167,7 +167,7 @@ class Member:
                 keeper.keep_best_weights()
             if not self.told.is_last:
                 keeper.save(state)  # It may be taken up again.
-        self.as_problems(over=True)
+        self.tell(over=True)
 
     def _wait_after(self, step: int | None, orders: Orders, keeper: Keeper, state: TrainingState) -> Orders:
         """The orders after the evaluation at this step; None for the last."""
@@ -182,13 +182,13 @@ class Member:
                 return replace(orders, stop=True)
             if orders.save > self.told.saved:
                 keeper.hand_over(state)
-                self.as_problems(saved=orders.save)
+                self.tell(saved=orders.save)
             elif step is not None:
                 return orders
 
     def _tell_place(self, session: Session, state: TrainingState, began: float, **changes: Any) -> None:
         spent = torch.tensor(time.process_time() - began, dtype=torch.float64, device=session.engine.device)
-        self.as_problems(
+        self.tell(
             step=state.step,
             is_last=state.stop is not None or state.step >= session.schedule.total_steps,
             state=state.to_dict(),
