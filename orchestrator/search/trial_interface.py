@@ -48,7 +48,7 @@ class Workplace(Protocol):
         """No more trials begin here: let go of everything."""
 
 
-class StopRequestReceiver(Protocol):
+class Listener(Protocol):
     """What the search does with what trials tell; called in the process of the command."""
 
     def began(self, id: str) -> None: ...

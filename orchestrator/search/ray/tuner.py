@@ -27,7 +27,7 @@ from orchestrator.search.ray.asha import Halving
 from orchestrator.search.ray.cleanup import Sweeper, interruptible
 from orchestrator.search.ray.searchers import SCORE, Listed, Unsaved
 from orchestrator.search.resources import TrialResources
-from orchestrator.search.trial_interface import StopRequestReceiver, Workplace
+from orchestrator.search.trial_interface import Listener, Workplace
 
 WORST = -1e30  # The score of a trial that has none: Ray Tune and Optuna sort it last.
 PARAMETERS = "parameters"
@@ -95,7 +95,7 @@ def mutated(config: dict[str, Any]) -> dict[str, Any]:
 class Messenger(Unsaved, Callback):  # type: ignore[misc]
     """Hands on what Ray Tune says."""
 
-    def __init__(self, listener: StopRequestReceiver) -> None:
+    def __init__(self, listener: Listener) -> None:
         self.listener = listener
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -169,7 +169,7 @@ def run_trials(
     searcher: Listed,
     scheduler: TrialScheduler,
     make_workplace: Callable[[], Workplace],
-    listener: StopRequestReceiver,
+    listener: Listener,
     concurrent: int,
     resources: TrialResources,
     folder: Path,
