@@ -36,7 +36,7 @@ class TrainedModel:
     device: torch.device
     precision: Precision
     formats: models.StoredFormats
-    """Of its weight files; for an adapter, of its source's."""
+    """Formats of its weight files; for an adapter, of its source's."""
 
     @property
     def as_stored(self) -> bool:

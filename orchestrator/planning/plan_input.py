@@ -36,7 +36,7 @@ class PlanInput:
     prepared: Prepared
     """Its tables may hold placeholder examples, of the longest length."""
     num_examples: int | None
-    """Of *train*; None where the number is unknown."""
+    """Examples of *train*; None where their number is unknown."""
     notes: list[str] = field(default_factory=list)
 
     @property
