@@ -34,7 +34,7 @@ def train(
     strict: bool = False,
     screen: TextIO | None = None,
 ) -> Run:
-    """Train as the recipe says; see `orchestrator.launch.train.train`."""
+    """Train a recipe; see `orchestrator.launch.train.train`."""
     # torch and Ray take seconds to import; reading recipes does not need them.
     from orchestrator.launch.train import train as run_training
 
@@ -44,18 +44,18 @@ def train(
 def search(
     recipe: Recipe, output: Path | None = None, fresh: bool = False, strict: bool = False, screen: TextIO | None = None
 ) -> SearchRun:
-    """Search as the recipe says; see `orchestrator.search.run.search`."""
+    """Run the search of a recipe; see `orchestrator.search.run.search`."""
     from orchestrator.search.run import search as run_search
 
     return run_search(recipe, output, fresh, strict, screen)
 
 
 def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, like: Path | None = None) -> TrainingPlan:
-    """Tell memory, time and disk of a training; see `orchestrator.planning.plan.plan`.
+    """Estimate memory, time and disk of a training; see `orchestrator.planning.plan.plan`.
 
     Args:
         on: machines such as `4x8xH100-80GB`; None for this one.
-        examples: of *train*, where the data are not at hand.
+        examples: of *train*, where the data are not on this machine.
         like: the directory of a run on the same kind of machine, whose pace is taken.
     """
     from orchestrator.planning import parse_machine
@@ -73,7 +73,7 @@ def submit(
     variables: Sequence[str] = (),
     insecure: bool = False,
 ) -> Submitted:
-    """Send a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `orchestrator.jobs.client.connect`."""
+    """Submit a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `orchestrator.jobs.client.connect`."""
     from orchestrator.jobs import connect
     from orchestrator.jobs import submit as submit_recipe
     from orchestrator.training.pictures import find_named_pictures

@@ -227,7 +227,7 @@ class _Simulator:
 
 
 def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> Parts:
-    """Build an outline with so many frozen and trained layers."""
+    """Build an outline with these numbers of frozen and trained layers."""
     changes = models.layer_changes(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.freeze == "stem" else 0))

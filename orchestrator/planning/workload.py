@@ -56,7 +56,7 @@ class Workload:
         return self.schedule.order.steps_per_epoch
 
     def num_evaluations(self, recipe: Recipe, steps: int) -> int:
-        """Return how often *select* is scored in a training of so many steps."""
+        """Return how often *select* is scored in a training of `steps` steps."""
         every = recipe.train.evaluate_every
         return sum(is_due(every, number, self.steps, steps) for number in range(1, steps + 1))
 
