@@ -73,7 +73,7 @@ def submit(
     variables: Sequence[str] = (),
     insecure: bool = False,
 ) -> Submitted:
-    """Submit a recipe to a Ray cluster; see `orchestrator.jobs.submit.submit` and `orchestrator.jobs.client.connect`."""
+    """Submit a recipe to a Ray cluster; see `orchestrator.jobs.submit` and `orchestrator.jobs.client.connect`."""
     from orchestrator.jobs import connect
     from orchestrator.jobs import submit as submit_recipe
     from orchestrator.training.pictures import find_named_pictures

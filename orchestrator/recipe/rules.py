@@ -114,7 +114,7 @@ def _only_hub_models_have_revisions(recipe: Recipe) -> Iterator[Finding]:
     if source.revision is not None and not source.trust_remote_code and not _is_hub_id(source.model, recipe):
         yield Finding(
             ("source.revision", "source.model"),
-            f"`source.revision` is {source.revision!r}, but `{source.model}` is not a Hub model, so it has no revisions",
+            f"`source.revision` is {source.revision!r}, but `{source.model}` is not a Hub model",
             "remove `source.revision`",
         )
 

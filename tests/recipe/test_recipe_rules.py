@@ -25,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (["source.revision=main", "source.model=./here"], "is not a Hub model", ["source.revision=null"]),
         (["source.revision=main", "source.model=package:a/b"], "is not a Hub model", ["source.revision=null"]),
         (["source.model=https://example.org/m"], "address 'https://example.org/m'", ["source.model=owner/m"]),
-        (["scale.storage=ftp://host/runs"], "is no kind of address known", ["scale.storage=s3://bucket/runs"]),
+        (["scale.storage=ftp://host/runs"], "not a known kind of address", ["scale.storage=s3://bucket/runs"]),
         (['target.data="a\\0b"'], "NUL byte", ["target.data=ab"]),
         (['target.data={train: [a.csv, "b\\0.csv"]}'], "NUL byte", ["target.data={train: [a.csv]}"]),
         (["target.data={test: a.csv}"], "names no training data", ["target.data.train=b.csv"]),
