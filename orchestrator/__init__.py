@@ -34,7 +34,7 @@ def train(
     strict: bool = False,
     screen: TextIO | None = None,
 ) -> Run:
-    """Train as the recipe says; see `orchestrator.launch.train.train`."""
+    """Train a recipe; see `orchestrator.launch.train.train`."""
     # torch and Ray take seconds to import; reading recipes does not need them.
     from orchestrator.launch.train import train as run_training
 
@@ -51,11 +51,11 @@ def search(
 
 
 def plan(recipe: Recipe, on: str | None = None, examples: int | None = None, like: Path | None = None) -> TrainingPlan:
-    """Tell memory, time and disk of a training; see `orchestrator.planning.plan.plan`.
+    """Estimate memory, time and disk of a training; see `orchestrator.planning.plan.plan`.
 
     Args:
         on: machines such as `4x8xH100-80GB`; None for this one.
-        examples: of *train*, where the data are not at hand.
+        examples: of *train*, where the data are not on this machine.
         like: the directory of a run on the same kind of machine, whose pace is taken.
     """
     from orchestrator.planning import parse_machine

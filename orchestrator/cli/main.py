@@ -1,4 +1,4 @@
-"""The commands of the command line: parse arguments, call the package, print the result."""
+"""The command line: parse arguments, call the command, print errors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator import __version__
-from orchestrator.cli import show
-from orchestrator.cli.jobs import add_verbs as add_job_verbs
+from orchestrator.cli import jobs, models, show, training
 from orchestrator.errors import InputError, OrchestratorError, Problem, nearest
-from orchestrator.formatting import format_count
-from orchestrator.storage import is_url
 
 INTERRUPTED = 130
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
-SPLIT = "test"
-HARNESS_OPTIONS = ("include", "limit", "num_fewshot", "chat_template", "batch_size")
 EXAMPLE = "a first run: orchestrator train text-classification/minilm-to-support-intent"
 
 
@@ -43,92 +38,24 @@ def build_parser() -> tuple[Parser, list[str]]:
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    strict = Parser(add_help=False)
-    strict.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
-    recipe, model, used = build_parents()
+    recipe = Parser(add_help=False)
+    recipe.add_argument("recipe", help="the file of a recipe, or the name of one of `orchestrator recipes`")
+    text = "override a value: train.learning_rate=1e-4"
+    recipe.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: Parser) -> Any:
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: Any) -> Any:
         added = verbs.add_parser(name, help=text, description=text, parents=[common, *parents], allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 
-    verb("validate", run_validate, "Check a recipe, its data and its source model, without training.", recipe, strict)
-    preview = verb("preview", run_preview, "Show examples as the model reads them, without training.", recipe, strict)
-    preview.add_argument("--count", type=int, default=3, metavar="N", help="how many examples (default: 3)")
-    plan = verb("plan", run_plan, "Estimate memory, time and disk of a training before it starts.", recipe)
-    where = plan.add_mutually_exclusive_group()
-    where.add_argument("--on", metavar="SHAPE", help="machines such as 4x8xH100-80GB (default: this one)")
-    where.add_argument("--address", metavar="URL", help="a Ray cluster's dashboard; the plan is for its nodes")
-    plan.add_argument("--insecure", action="store_true", help="with --address: allow unencrypted connections")
-    plan.add_argument("--from", type=Path, dest="calibration", metavar="RUN", help="take the throughput of this run")
-    plan.add_argument("--examples", type=int, metavar="N", help="number of training examples, if the data are not here")
-    train = verb("train", run_train, "Train; the same command resumes an interrupted training.", recipe, strict)
-    train.add_argument("--output", metavar="DIR", help="run directory or URL (default: scale.storage/name)")
-    train.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
-    search = verb("search", run_search, "Search freeze depth, learning rate and more.", recipe, strict)
-    search.add_argument("--output", type=folder_or_url, metavar="DIR", help="default: storage/name-search")
-    search.add_argument("--fresh", action="store_true", help="start over; the old directory is kept under another name")
-    search.add_argument("--estimate", action="store_true", help="estimate trials, time and disk, without searching")
-    evaluate = verb("evaluate", run_evaluate, "Evaluate a trained model on a split, a file or public benchmarks.", used)
-    add_data(evaluate, None, "file, folder or Hub id (default: the data of the run's recipe)")
-    evaluate.add_argument("--split", default=SPLIT, help="train, select or test (default: test)")
-    add_harness(evaluate)
-    predict = verb("predict", run_predict, "Predict for each row of a file or of standard input.", used)
-    add_data(predict, "-", "file, picture or folder of pictures; - or nothing reads JSON lines from standard input")
-    predict.add_argument("--output", type=Path, metavar="FILE", help=".jsonl or .parquet (default: JSON lines printed)")
-    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows per pass; no effect on results")
-    chat = verb("chat", run_chat, "Chat with a trained language model.", used)
-    chat.add_argument("--system", metavar="TEXT", help="a system prompt (default: the recipe's)")
-    export = verb("export", run_export, "Copy a trained model to a new folder.", model)
-    export.add_argument("output", type=Path, help="the new folder")
-    export.add_argument("--merge", action="store_true", help="merge an adapter into the source's weights")
-    report_verb = verb("report", run_report, "Write the report of a run or a search again: DIR/report.html.")
-    report_verb.add_argument("directory", type=Path, help="a run directory, or a search directory")
-    add_job_verbs(verb, recipe)
-    verb("recipes", run_recipes, "List the recipes that ship.")
+    training.add_verbs(verb, recipe)
+    models.add_verbs(verb)
+    jobs.add_verbs(verb, recipe)
+    verb("recipes", run_recipes, "List the recipes of the package.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
     schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
     verb("doctor", run_doctor, "Check this machine: packages, hardware, and how to install what is missing.")
     return parser, list(verbs.choices)
-
-
-def folder_or_url(text: str) -> Path | str:
-    """Return a URL as text, anything else as a path."""
-    return text if is_url(text) else Path(text)
-
-
-def build_parents() -> tuple[Parser, Parser, Parser]:
-    """Return parsers of shared arguments: of a recipe, of a trained model, and of one that computes."""
-    recipe = Parser(add_help=False)
-    recipe.add_argument("recipe", help="a recipe's file, or the name of one that ships (`orchestrator recipes`)")
-    text = "override a value: train.learning_rate=1e-4"
-    recipe.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
-    model = Parser(add_help=False)
-    model.add_argument("model", type=Path, help="a run directory, or the model directory in it")
-    used = Parser(add_help=False, parents=[model])
-    text = "precision to compute in (default: auto, that of the run on a GPU, fp32 on a CPU)"
-    used.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
-    return recipe, model, used
-
-
-def add_data(verb: argparse.ArgumentParser, default: str | None, text: str) -> None:
-    verb.add_argument("data", nargs="?", default=default, help=text)
-    columns = "names of the data's columns, if they differ from the recipe's: target.columns.text=sentence"
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=columns)
-
-
-def add_harness(verb: argparse.ArgumentParser) -> None:
-    """Add the options of benchmarks; those that are not given have the defaults of `evaluate_tasks`."""
-    group = verb.add_argument_group("benchmarks for language models, by the lm-evaluation-harness (extra `harness`)")
-    group.add_argument("--harness", nargs="+", metavar="TASK", help="its tasks, groups or tags: arc_easy mmlu")
-    text = "a folder with your own task files (YAML); they may run code, so check files from others first"
-    group.add_argument("--include", type=Path, metavar="FOLDER", help=text)
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
-    text = "solved examples in each prompt (default: the task's own number)"
-    group.add_argument("--num-fewshot", type=int, metavar="N", help=text)
-    text = "apply the model's chat template to each prompt, with the recipe's system prompt"
-    group.add_argument("--chat-template", action="store_const", const=True, help=text)
-    group.add_argument("--batch-size", type=int, metavar="N", help="texts per pass (default: 8); no effect on results")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -202,166 +129,6 @@ def report(problems: list[Problem], exit_code: int, as_json: bool) -> int:
         print(json.dumps({"status": status, "exit_code": exit_code, "problems": rows}, ensure_ascii=False))
     show.problems(problems, sys.stderr)
     return exit_code
-
-
-def run_validate(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    from orchestrator.launch.train import check
-
-    prepared = check(recipe, options.strict)
-    show.problems(prepared.warnings, sys.stderr)
-    if not options.json:
-        show.validated(prepared, sys.stdout)
-    return {
-        "status": "valid",
-        "name": recipe.name,
-        "warnings": [str(warning) for warning in prepared.warnings],
-        "examples": {name: len(split) for name, split in prepared.examples.items()},
-    }
-
-
-def run_preview(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    from orchestrator.training.preview import as_record, preview
-
-    found = preview(recipe, options.count, options.strict)
-    show.problems(found.prepared.warnings, sys.stderr)
-    if not options.json:
-        show.previewed(found, sys.stdout)
-    return as_record(found)
-
-
-def run_plan(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.planning import machine_from_nodes, parse_machine
-    from orchestrator.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    machine = parse_machine(options.on) if options.on else None
-    if options.address:
-        from orchestrator.jobs import connect
-
-        machine = machine_from_nodes(connect(options.address, options.insecure).nodes())
-    from orchestrator.planning.plan import as_record, plan
-
-    found = plan(recipe, machine, options.examples, options.calibration)
-    if not options.json:
-        show.planned(found, sys.stdout)
-    return as_record(found)
-
-
-def run_train(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    from orchestrator.launch.train import train
-
-    run = train(recipe, options.output, options.fresh, options.strict, screen=sys.stderr)
-    show.problems(run.warnings, sys.stderr)
-    for note in run.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if not options.json:
-        show.trained(recipe, run, sys.stdout)
-    return {"directory": run.place, "resumed": run.resumed, **run.result}
-
-
-def run_search(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.estimate:
-        from orchestrator.search.estimate import estimate
-
-        expected = estimate(recipe, options.strict)
-        if not options.json:
-            show.estimated(recipe, expected, sys.stdout)
-        return vars(expected)
-    from orchestrator.search.run import search
-
-    found = search(recipe, options.output, options.fresh, options.strict, screen=sys.stderr)
-    show.problems(found.warnings, sys.stderr)
-    for note in found.record.get("notes", []):
-        print(f"note: {note}", file=sys.stderr)
-    if not options.json:
-        show.searched(recipe, found, sys.stdout)
-    return {"directory": str(found.directory), "trials": found.counts, **found.record}
-
-
-def run_report(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.report import write_report
-
-    path = write_report(options.directory)
-    if not options.json:
-        print(f"the report is {path}")
-    return {"status": "written", "report": str(path)}
-
-
-def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: value for name in HARNESS_OPTIONS if (value := getattr(options, name)) is not None}
-    if options.harness:
-        return run_harness(options, given)
-    if given:
-        option = next(iter(given)).replace("_", "-")
-        raise InputError(Problem(f"--{option} is for benchmarks only", remedy="name them: --harness TASK"))
-    from orchestrator.inference.predict import evaluate
-
-    given = {"overrides": options.overrides, "precision": options.precision}
-    found = evaluate(options.model, options.data, options.split, **given)
-    if not options.json:
-        show.evaluated(found, sys.stdout)
-    return found
-
-
-def run_harness(options: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
-    if options.data is not None or options.overrides or options.split != SPLIT:
-        remedy = "leave out --split, files and columns, or leave out --harness"
-        raise InputError(Problem("tasks of the harness have their own data", remedy=remedy))
-    from orchestrator.inference.harness import evaluate_tasks
-
-    found = evaluate_tasks(options.model, options.harness, precision=options.precision, **given)
-    if not options.json:
-        show.tasks_evaluated(found, sys.stdout)
-    return found
-
-
-def run_predict(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.inference.predict import predict
-
-    output = options.output
-    if output is None and options.json:
-        raise InputError(Problem("--json prints a single object, not predictions", remedy="give --output FILE.jsonl"))
-    if options.data == "-" and sys.stdin.isatty():
-        print("reading JSON lines from the terminal; end with Ctrl-D", file=sys.stderr)
-    given = {"overrides": options.overrides, "precision": options.precision}
-    count = predict(options.model, options.data, output, options.batch_size, sys.stdout, **given)
-    if output is not None and not options.json:
-        print(f"{format_count(count, 'prediction')} written to {output}")
-    return {"status": "predicted", "rows": count, "output": str(output)}
-
-
-def run_chat(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.inference.chat import chat
-
-    if options.json:
-        raise InputError(Problem("chat does not support --json", remedy="use: orchestrator predict"))
-    chat(options.model, sys.stdin, sys.stdout, options.system, options.precision)
-    return {"status": "ended"}
-
-
-def run_export(options: argparse.Namespace) -> dict[str, Any]:
-    from orchestrator.inference.merge import export
-
-    moved = export(options.model, options.output, options.merge)
-    if not options.json:
-        print(f"the model is in {options.output}")
-        if moved is not None:
-            print(
-                f"its weights are in the source's format; rounding changed outputs by up to {moved:.1e} of the largest"
-            )
-    return {"status": "exported", "output": str(options.output), "merged": options.merge, "rounding": moved}
 
 
 def run_recipes(options: argparse.Namespace) -> dict[str, Any]:

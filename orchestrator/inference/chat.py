@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from orchestrator.errors import InputError, Problem
-from orchestrator.inference.trained_model import PrecisionChoice, load_trained_model
+from orchestrator.inference.trained_model import PrecisionChoice, TrainedModel, load_trained_model
 from orchestrator.tasks.bases.chat import Template
 from orchestrator.tasks.bases.generation import end_tokens, plain_closing, without_closing
 from orchestrator.tasks.bases.text import longest_conversation
@@ -50,6 +50,48 @@ class TerminalStreamer(TextStreamer):  # type: ignore[misc]
         return before[: len(before) - size]
 
 
+class Conversation:
+    """A conversation with a trained language model.
+
+    Args:
+        system: the system prompt; None for none.
+    """
+
+    def __init__(self, trained: TrainedModel, system: str | None) -> None:
+        self.trained = trained
+        self.tokenizer = trained.processor
+        self.template = Template.of(self.tokenizer, self.tokenizer.chat_template)
+        self.ends = end_tokens(trained.model, self.tokenizer, self.template)
+        self.closing = plain_closing(self.template)
+        self.longest = longest_conversation(self.tokenizer, trained.model)
+        self.system = system
+        self.restart()
+
+    def restart(self) -> None:
+        self.turns = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str, out: TextIO) -> None:
+        """Add the user's turn, and generate the answer, which is shown on `out`."""
+        self.turns.append({"role": "user", "content": text})
+        prompt = self.template.render(self.turns, add_generation_prompt=True)[0]
+        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.trained.device)
+        max_new_tokens = self.trained.task.options.max_new_tokens
+        if self.longest is not None:  # The oldest turns are dropped.
+            ids = ids[:, -max(1, self.longest - max_new_tokens) :]
+        with torch.no_grad():
+            written = self.trained.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.ends or None,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=TerminalStreamer(self.tokenizer, out, self.closing),
+            )
+        answer = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        self.turns.append({"role": "assistant", "content": without_closing(answer, self.closing)})
+
+
 def chat(
     folder: Path, lines: TextIO, out: TextIO, system: str | None = None, precision: PrecisionChoice = "auto"
 ) -> None:
@@ -62,40 +104,18 @@ def chat(
     if trained.task.auto_class != "AutoModelForCausalLM":
         what = f"a model for {trained.task.name} cannot chat"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
-    tokenizer, options = trained.processor, trained.task.options
-    template = Template.of(tokenizer, tokenizer.chat_template)
-    ends, closing = end_tokens(trained.model, tokenizer, template), plain_closing(template)
-    longest = longest_conversation(tokenizer, trained.model)
-    system = system or options.system
-    begin = [{"role": "system", "content": system}] if system else []
-    turns = list(begin)
-    prompt_mark = "> " if lines.isatty() else ""
-    if prompt_mark:
+    conversation = Conversation(trained, system or trained.task.options.system)
+    mark = "> " if lines.isatty() else ""
+    if mark:
         out.write(f"{trained.folder}: {RESTART} starts a new conversation, {QUIT[0]} or Ctrl-D ends\n")
     while True:
-        out.write(prompt_mark)
+        out.write(mark)
         out.flush()
         line = lines.readline()
         text = line.strip()
         if not line or text in QUIT:
             return
         if text == RESTART:
-            turns = list(begin)
+            conversation.restart()
         elif text:
-            turns.append({"role": "user", "content": text})
-            prompt = template.render(turns, add_generation_prompt=True)[0]
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(trained.device)
-            if longest is not None:  # The oldest turns are dropped.
-                ids = ids[:, -max(1, longest - options.max_new_tokens) :]
-            with torch.no_grad():
-                written = trained.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=options.max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=ends or None,
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=TerminalStreamer(tokenizer, out, closing),
-                )
-            answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-            turns.append({"role": "assistant", "content": without_closing(answer, closing)})
+            conversation.answer(text, out)

@@ -120,7 +120,7 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def refusing_external_metrics() -> Iterator[list[Problem]]:
     """Refuse metrics that are code from the Hub, or from a local folder of that name; yield a list of the refusals.
 
-    The refusals are collected, because the harness goes on without metrics that it cannot load.
+    The refusals are collected, because the harness continues without metrics that it cannot load.
     """
     import evaluate
 

@@ -38,8 +38,8 @@ class TrainedModel:
     processor: Any
     device: torch.device
     precision: Precision
-    formats: models.StoredDtypes
-    """Of its weight files; for an adapter, of its source's."""
+    formats: models.StoredFormats
+    """Formats of its weight files; for an adapter, of its source's."""
 
     @property
     def as_stored(self) -> bool:

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     sys.stdout.flush()
     # It replaces this process, so that it gets the cluster's signals.
-    return os.execv(sys.executable, [sys.executable, "-m", "orchestrator.cli.main", *arguments])
+    return os.execv(sys.executable, [sys.executable, "-m", "orchestrator.cli", *arguments])
 
 
 def check_nodes(storage: str) -> None:

@@ -29,7 +29,7 @@ class Upload:
 
     folder: Path
     num_bytes: int
-    """Of the recipe and its files, without the package."""
+    """Size of the recipe and its files, without the package."""
     num_files: int
     digest: str
     """SHA-256 of recipe and files."""
@@ -53,23 +53,7 @@ def pack(
     Raises:
         InputError: a file does not exist, the files are too large, or a variable is not set.
     """
-    problems: list[Problem] = []
-    copied: dict[Path, str] = {}
-
-    def change(place: str, text: str) -> str:
-        path = resolve_path(text, recipe.origin)
-        if path is None or any(path.is_relative_to(home) for home in shared):
-            return text if path is None else str(path)
-        bare, _ = split_count(path)
-        if not path_exists(bare):
-            remedy = "correct the path; if it exists only on the cluster, name its folder with --shared"
-            problems.append(Problem(f"{bare} does not exist", recipe.origin.where(place), remedy))
-            return text
-        copied.setdefault(bare, f"{FILES_FOLDER}/{len(copied)}/{bare.name}")
-        return f"./{copied[bare]}{path.name.removeprefix(bare.name)}"
-
-    moved = map_paths(recipe, change)
-    moved = _with_option_files(moved, copied)
+    moved, copied, problems = _collect_files(recipe, shared)
     missing = [name for name in variables if name not in os.environ]
     problems += [Problem(f"the variable {name} is not set", "--env", f"export {name}=...") for name in missing]
     to_copy = _pictures_by_target(copied, pictures)
@@ -91,6 +75,27 @@ def pack(
     _write_environment({name: os.environ[name] for name in variables}, folder / ENVIRONMENT_FILE)
     copy_package(folder)
     return Upload(folder, num_bytes, len(files), digest.hexdigest())
+
+
+def _collect_files(recipe: Recipe, shared: Sequence[Path]) -> tuple[Recipe, dict[Path, str], list[Problem]]:
+    """Return the recipe with its local paths in the job's folder, the files to copy there, and what is missing."""
+    problems: list[Problem] = []
+    copied: dict[Path, str] = {}
+
+    def change(place: str, text: str) -> str:
+        path = resolve_path(text, recipe.origin)
+        if path is None or any(path.is_relative_to(home) for home in shared):
+            return text if path is None else str(path)
+        bare, _ = split_count(path)
+        if not path_exists(bare):
+            remedy = "correct the path; if it exists only on the cluster, name its folder with --shared"
+            problems.append(Problem(f"{bare} does not exist", recipe.origin.where(place), remedy))
+            return text
+        copied.setdefault(bare, f"{FILES_FOLDER}/{len(copied)}/{bare.name}")
+        return f"./{copied[bare]}{path.name.removeprefix(bare.name)}"
+
+    moved = map_paths(recipe, change)
+    return _with_option_files(moved, copied), copied, problems
 
 
 def copy_package(folder: Path) -> None:

@@ -23,7 +23,7 @@ class StopRequestSender:
 
     def __init__(self) -> None:
         self.key = f"interruption-{uuid.uuid4().hex}"
-        """Of the request in Ray's key-value store."""
+        """Key of the request in Ray's key-value store."""
         self._is_waiting = False
         self._sending: threading.Thread | None = None
 

@@ -87,11 +87,7 @@ def train(
         if directory.has_finished():
             return make_run(prepared, directory, notes, resumed=True)
         if screen is not None:
-            interruption.screen = stack.enter_context(duplicate_stream(screen))
-            # A single worker runs in this process, and writes to the same copy.
-            download = directory.download_progress if recipe.scale.workers > 1 else lambda: None
-            stack.enter_context(show_progress(directory.root, screen, download))
-            stack.enter_context(redirect_output(directory.logs / "command.log"))
+            show_run(directory, recipe, interruption, screen, stack)
         if prepared.parameters is not None and directory.place == str(directory.root):
             refuse_full_disk(directory.root, recipe, prepared.parameters)
         wait_for_cluster()
@@ -102,6 +98,21 @@ def train(
         resumed = directory.has_checkpoints()
         run_and_record(prepared, directory, interruption, {"notes": notes, "chosen": chosen})
         return make_run(prepared, directory, [], resumed)
+
+
+def show_run(
+    directory: RunDirectory,
+    recipe: Recipe,
+    interruption: InterruptHandler,
+    screen: TextIO,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Show the progress on `screen` until `stack` closes; the output of libraries goes to a log meanwhile."""
+    interruption.screen = stack.enter_context(duplicate_stream(screen))
+    # A single worker runs in this process, and writes to the same copy.
+    download = directory.download_progress if recipe.scale.workers > 1 else lambda: None
+    stack.enter_context(show_progress(directory.root, screen, download))
+    stack.enter_context(redirect_output(directory.logs / "command.log"))
 
 
 def check(recipe: Recipe, strict: bool = False) -> Prepared:

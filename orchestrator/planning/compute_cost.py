@@ -25,7 +25,7 @@ class ComputeCost:
     """Where the rate comes from, as a phrase."""
     seconds_a_step: float
     seconds: float | None
-    """Of steps, evaluations and the computation of stored features; None where the number of steps is unknown."""
+    """Seconds of steps, evaluations and stored features; None where the number of steps is unknown."""
 
 
 def network_bytes(model: ModelSize, setup: ShardingSetup) -> int:

@@ -23,13 +23,13 @@ class Accelerator:
     common size first. Drivers reserve different amounts for themselves and for error correction, so each number is the
     smallest "total capacity" in out-of-memory errors of public logs."""
     teraflops: float
-    """Of dense matrix products in bf16 (fp16 where it has no bf16); 10^12 operations a second."""
+    """Rate of dense matrix products in bf16 (in fp16 without bf16); 10^12 operations a second."""
     teraflops_fp32: float
-    """Of dense matrix products in fp32, not TF32, which PyTorch does not use for matrix products by default."""
+    """Rate of dense matrix products in fp32, not TF32, which PyTorch does not use for them by default."""
     link: float
-    """To the other devices of its machine, one way; 10^9 bytes a second."""
+    """Bandwidth to other devices of its machine, in one direction; 10^9 bytes a second."""
     bandwidth: float
-    """Of its own memory; 10^9 bytes a second."""
+    """Bandwidth of its own memory; 10^9 bytes a second."""
     has_bf16: bool = True
 
 

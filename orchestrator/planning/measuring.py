@@ -25,9 +25,9 @@ from orchestrator.training.loop import Schedule
 from orchestrator.training.split_loader import SplitLoader
 
 LAYERS_SIMULATED = 16
-"""Of outlines with more layers, a few are simulated and the rest is extrapolated: each layer takes as much."""
+"""Larger outlines are extrapolated from a few layers, because each layer takes as much."""
 BYTES_OF_4_BITS = 0.5 + 4 / 64
-"""Of a number in NF4: half a byte, and an fp32 scale for 64 of them (Dettmers et al. 2023)."""
+"""Bytes of a number in NF4: half a byte, and an fp32 scale for 64 of them (Dettmers et al. 2023)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Measurement:
 
     size: ModelSize
     first: PassProfile
-    """Of the largest pass that begins a step."""
+    """Profile of the largest pass that begins a step."""
     later: int
     """Bytes that the largest later pass of a step holds besides gradients; 0 where there is none."""
     whole: OperationCount
@@ -228,9 +228,9 @@ class _Simulator:
         return batch, encoded.totals(rows)
 
 
-def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
-    """Build an outline with so many frozen and trained layers."""
-    changes = models.num_layers_overrides(models.load_config(plan_input.prepared.source), frozen + trained)
+def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> Parts:
+    """Build an outline with these numbers of frozen and trained layers."""
+    changes = models.layer_changes(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.depth.stem else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})

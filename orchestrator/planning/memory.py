@@ -35,7 +35,7 @@ class PassMemory:
     """Memory of a forward and a backward pass besides weights and the optimizer; bytes."""
 
     activations: int
-    """Of the largest pass that begins a step."""
+    """Activations of the largest pass that begins a step."""
     logits: int
     """The part of it that the head and the loss hold."""
     with_gradients: int
@@ -66,7 +66,7 @@ class Memory:
     """The memory of one worker; bytes."""
 
     parts: dict[str, int]
-    """Of its device."""
+    """Memory of its device."""
     main: int
     """In the main memory of its machine, where the device is a GPU."""
 

@@ -54,13 +54,13 @@ class TrainingPlan:
     steps: int | None
     compute_cost: ComputeCost
     checkpoint_bytes: int
-    """Of each checkpoint that is kept."""
+    """Size of each checkpoint that is kept."""
     model_bytes: int
-    """Of the exported model: on the disk, and in the main memory of the first machine while it is written."""
+    """Size of the exported model on the disk, and in the main memory of the first machine while it is written."""
     loading_bytes: int
-    """Of each machine's main memory while the source is loaded."""
+    """Main memory of each machine while the source is loaded."""
     cache_bytes: int | None
-    """Of stored features of the frozen blocks; None where none are stored."""
+    """Size of the stored features of the frozen blocks; None where none are stored."""
     concurrent: int
     """Trainings like this one that the machines hold at a time."""
     advice: dict[str, Any]

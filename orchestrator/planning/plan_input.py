@@ -36,7 +36,7 @@ class PlanInput:
     prepared: Prepared
     """Its tables may hold placeholder examples, of the longest length."""
     num_examples: int | None
-    """Of *train*; None where the number is unknown."""
+    """Examples of *train*; None where their number is unknown."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -99,7 +99,7 @@ def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInpu
         task, number = task_class.prepare(options, examples), len(examples["train"])
     processor = UnknownProcessor(config)
     table = task.longest_examples(recipe.train.global_batch_size, processor)
-    notes = ["the data are not encoded: each example counts as long as target.options allow"]
+    notes = ["the data are not encoded: each example counts with the largest length that target.options allow"]
     if number is None and recipe.train.steps is None:
         notes.append("the number of examples is not known: give --examples N")
     prepared = Prepared(recipe, source, task, processor, {}, {"train": table}, {}, {}, [])
@@ -184,7 +184,7 @@ def _open_config(recipe: Recipe) -> SourceModel:
         raise InputError(Problem(f"{show_path(file)} cannot be read: {error}", where, remedy)) from error
     if not isinstance(values, dict):
         raise InputError(Problem(f"{show_path(file)} holds no JSON object", where, remedy))
-    # Code of the model's own lies beside a file that has its usual name.
+    # The model's own code is next to a config file that has its usual name.
     location = str(file.parent if file.name == CONFIG_FILE else file)
     return SourceModel(recipe.source.model, location, None, True, recipe.source.trust_remote_code, None, where)
 

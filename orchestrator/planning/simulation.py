@@ -43,11 +43,11 @@ class PassProfile:
     gradients: int
     """All of them, at the end."""
     frozen_operations: int
-    """Of a forward pass through the frozen blocks alone; floating-point operations."""
+    """Floating-point operations of a forward pass through the frozen blocks alone."""
     forward_operations: int
-    """Of a forward pass, frozen blocks included."""
+    """Operations of a forward pass, frozen blocks included."""
     operations: int
-    """Of a forward and a backward pass, frozen blocks included."""
+    """Operations of a forward and a backward pass, frozen blocks included."""
     boundary_numbers: int
     """Numbers in the output of the frozen blocks."""
 
@@ -194,8 +194,8 @@ class _Boundary:
     numbers: int = 0
 
 
-def _watch(parts: ModelParts, tracker: ResourceTracker, keep: Callable[[Any], Any]) -> _Boundary:
-    """Have hooks tell the tracker where gradients, logits and the frozen blocks' output are.
+def _watch(parts: Parts, tracker: ResourceTracker, keep: Callable[[Any], Any]) -> _Boundary:
+    """Register hooks that mark gradients, logits and the end of the frozen blocks for the tracker.
 
     Args:
         keep: called with the handle of each hook.

@@ -22,7 +22,7 @@ BATCHES_EXAMINED = 200
 
 @dataclass(frozen=True)
 class Positions:
-    """What passes compute on: a cost is linear in the first number, that of attention in the second."""
+    """The size of passes: most costs are linear in the first number, the cost of attention is linear in the second."""
 
     linear: float
     """Positions, padding included."""
@@ -46,9 +46,9 @@ class Workload:
     first: Indices
     """The examples of the largest pass among those that begin a step."""
     later: Indices | None
-    """The same among those that find gradients of earlier passes; None where each step is one pass."""
+    """The same among passes that follow others in a step; None where each step is one pass."""
     epoch: Positions
-    """Of all passes of an epoch."""
+    """Positions of all passes of an epoch."""
 
     @property
     def steps(self) -> int:
@@ -56,7 +56,7 @@ class Workload:
         return self.schedule.order.steps_per_epoch
 
     def num_evaluations(self, recipe: Recipe, steps: int) -> int:
-        """Return how often *select* is scored in a training of so many steps."""
+        """Return how often *select* is scored in a training of `steps` steps."""
         every = recipe.train.evaluate_every
         return sum(is_due(every, number, self.steps, steps) for number in range(1, steps + 1))
 

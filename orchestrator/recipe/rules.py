@@ -73,7 +73,7 @@ def _paths_lead_somewhere(recipe: Recipe) -> Iterator[Finding]:
             )
         elif "://" in text and not is_url(text):
             kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-            yield Finding((place,), f"`{place}` is {text!r}, which is no kind of address known here", f"use {kinds}")
+            yield Finding((place,), f"`{place}` is {text!r}, which is not a known kind of address", f"use {kinds}")
 
 
 def _path_texts(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -114,7 +114,7 @@ def _only_hub_models_have_revisions(recipe: Recipe) -> Iterator[Finding]:
     if source.revision is not None and not source.trust_remote_code and not _is_hub_id(source.model, recipe):
         yield Finding(
             ("source.revision", "source.model"),
-            f"`source.revision` is {source.revision!r}, but `{source.model}` is no Hub model, so it has no revisions",
+            f"`source.revision` is {source.revision!r}, but `{source.model}` is not a Hub model",
             "remove `source.revision`",
         )
 
@@ -139,7 +139,7 @@ def _path_and_files_are_not_mixed(recipe: Recipe) -> Iterator[Finding]:
             if name.lower().endswith(DATA_SUFFIXES) or "/" in name:
                 yield Finding(
                     (f"target.data.{split}", "target.data.path"),
-                    f"`target.data.{split}` is the file {name!r}, but beside `target.data.path` it must name a split",
+                    f"`target.data.{split}` is the file {name!r}, but with `target.data.path` it must name a split",
                     "name a split of that data, or remove `target.data.path` and write each file's path in full",
                 )
 
@@ -166,7 +166,7 @@ def _only_hub_data_have_configurations(recipe: Recipe) -> Iterator[Finding]:
         if getattr(data, key) is not None:
             yield Finding(
                 (f"target.data.{key}", "target.data.path"),
-                f"`target.data.{key}` is {getattr(data, key)!r}, but the data is no Hub data set",
+                f"`target.data.{key}` is {getattr(data, key)!r}, but the data are not a Hub data set",
                 f"remove `target.data.{key}`, or set `target.data.path` to the id of the Hub data set",
             )
 

@@ -113,7 +113,7 @@ def _place_exists(path: str) -> Iterator[Finding]:
     node = shape.find(path.split("."))
     fixed = next((why for other, why in _FIXED.items() if is_within(path, other)), None)
     if node is None:
-        yield Finding((place,), f"`{path}` is no place of a recipe", _guess_place(path))
+        yield Finding((place,), f"`{path}` is not a key of a recipe", _guess_place(path))
     elif fixed is not None:
         yield Finding((place,), f"`{path}` cannot vary between trials: {fixed}", "take it out of `search.space`")
     elif shape.keys(path.split(".")) and {"type": "null"} not in shape.options(node):
@@ -247,7 +247,7 @@ def _conditions_can_be_met(recipe: Recipe, path: str, space: Cases) -> Iterator[
         for condition, wanted in (case.when or {}).items():
             here = f"{place}.{condition}"
             if shape_of(Recipe).find(condition.split(".")) is None:
-                yield Finding((here,), f"`{condition}` is no place of a recipe", _guess_place(condition))
+                yield Finding((here,), f"`{condition}` is not a key of a recipe", _guess_place(condition))
                 continue
             yield from _find_in_condition(path, {condition: wanted}, space, here)
             if wanted == []:

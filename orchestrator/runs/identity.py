@@ -41,9 +41,9 @@ class Identity:
     """The identity of a run; unknown parts are None."""
 
     recipe: str | None = None
-    """Its YAML text, every default written out."""
+    """YAML text with all defaults."""
     fingerprints: dict[str, str] | None = None
-    """Of the source and of each split."""
+    """Hashes of the source and of each split."""
     attempt: int = 0
     chosen: dict[str, Any] | None = None
     """Keys of the recipe that a plan has chosen values for."""

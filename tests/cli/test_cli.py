@@ -249,7 +249,7 @@ def test_what_libraries_print_is_no_part_of_the_json(
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     # The reading end is closed before anything is written, as by `| head` when it has seen enough.
-    command = f"{sys.executable} -m orchestrator.cli.main schema | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m orchestrator.cli schema | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

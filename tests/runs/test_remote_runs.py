@@ -350,7 +350,7 @@ def test_what_cannot_be_reached_is_refused_before_anything_starts(
     recipe, _ = expected
     with pytest.raises(InputError, match=r"s3://no-such-bucket/toy.*bucket does not exist"):
         train(load_recipe(recipe, [*STEPS, "scale.storage=s3://no-such-bucket"]))
-    with pytest.raises(InputError, match="'ftp://somewhere', which is no kind of address known here"):
+    with pytest.raises(InputError, match="'ftp://somewhere', which is not a known kind of address"):
         load_recipe(recipe, ["scale.storage=ftp://somewhere"])
     with pytest.raises(InputError, match=r"a search needs a folder"):
         search(load_recipe(recipe, ["scale.storage=s3://bucket/runs"]))
