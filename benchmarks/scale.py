@@ -39,7 +39,7 @@ from orchestrator.runs.checkpoint import CheckpointStore
 from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.directory import write_json as write_record
 from orchestrator.search.trial_log import TrialLog
-from orchestrator.training.hooks import Memory, Recorder
+from orchestrator.training.hooks import Recorder, TrainingState
 from orchestrator.training.loop import Step
 
 LARGEST_EXPONENT = 1.15
@@ -80,7 +80,7 @@ class Worker(Exchange):
 def prepare_records(size: int, folder: Path) -> Callable[[], object]:
     """Every worker counts its losses, the first one writes them; a new attempt reads them again."""
     directory = run_directory(folder)
-    workers = [(Recorder(Worker(rank), directory, 1), Memory()) for rank in range(size)]
+    workers = [(Recorder(Worker(rank), directory, 1), TrainingState()) for rank in range(size)]
 
     def work() -> None:
         for number in range(1, NUM_STEPS + 1):
@@ -109,9 +109,9 @@ def save_checkpoint(size: int, directory: RunDirectory) -> CheckpointStore:
     def write_all(folder: Path) -> None:
         write(0, folder)
         for store in others:
-            store.save(NUM_STEPS, asdict(Memory()), partial(write, store.rank))
+            store.save(NUM_STEPS, asdict(TrainingState()), partial(write, store.rank))
 
-    first.save(NUM_STEPS, asdict(Memory()), write_all)
+    first.save(NUM_STEPS, asdict(TrainingState()), write_all)
     return first
 
 
@@ -134,7 +134,7 @@ def prepare_resuming(size: int, folder: Path) -> Callable[[], object]:
 
 
 def prepare_writing(size: int, folder: Path) -> Callable[[], object]:
-    recorder, memory = Recorder(Exchange(), run_directory(folder), 1), Memory()
+    recorder, memory = Recorder(Exchange(), run_directory(folder), 1), TrainingState()
 
     def work() -> None:
         for number in range(1, size + 1):
