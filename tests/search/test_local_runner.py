@@ -143,11 +143,10 @@ def test_heads_that_have_no_features_are_trained_with_ray(
     write: Callable[..., Path], tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
-    monkeypatch.setattr("orchestrator.training.session.extract_prefix_at_boundary", lambda *_: None)
     monkeypatch.setattr(run, "ray_cluster", lambda *_: contextlib.nullcontext(lambda: None))
     monkeypatch.setattr(ray_runner, "RayRunner", FakeRayRunner)
     with pytest.raises(RunFailed):  # The fake runner trains nothing.
-        search(write(), tmp_path / "search", "train.epochs=1")
+        search(write(), tmp_path / "search", "train.epochs=1")  # In one epoch each output is used once.
     assert FakeRayRunner.ids == ["batch-0"]
 
 
@@ -156,7 +155,7 @@ def test_where_every_trial_fails_the_search_fails_with_their_reasons(
 ) -> None:
     recipe = write(space={RATE: {"choice": [1.0e30, 1.0e31]}})
     with pytest.raises(RunFailed, match=r"no trial has a score: [\s\S]*at step \d+") as failed:
-        search(recipe, tmp_path / "s", "train.max_grad_norm=null", "train.epochs=1")
+        search(recipe, tmp_path / "s", "train.max_grad_norm=null")
     assert "train.learning_rate" in str(failed.value)
     assert [row["status"] for row in read_json_lines(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
     assert json.loads((tmp_path / "s" / "search.json").read_text())["status"] == "failed"
