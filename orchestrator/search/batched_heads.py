@@ -9,7 +9,6 @@ loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from orchestrator.errors import RunFailed
 from orchestrator.models.attempt import calling_model
 from orchestrator.recipe import Recipe
 from orchestrator.runs.directory import RunDirectory
@@ -29,7 +29,7 @@ from orchestrator.tasks.base import Batch, Predictions, Totals
 from orchestrator.tasks.bases.padded import as_arrays
 from orchestrator.training.evaluation import in_order, predict_share
 from orchestrator.training.hooks import Evaluator, Recorder, TrainingState, is_due
-from orchestrator.training.loop import Step, cut, rate_schedule, seed_dropout
+from orchestrator.training.loop import Step, check_finite, cut, rate_schedule, seed_dropout
 from orchestrator.training.session import Session
 from orchestrator.training.split_loader import SplitLoader
 from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
@@ -159,11 +159,12 @@ class BatchedHeads:
         for head, loss, norm in zip(self.heads, losses, norms, strict=True):
             if head.is_over:
                 continue
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
-                head.failure = f"the {what} at step {index + 1}"
-                continue
-            head.recorder.after_step(self._step_of(head, index, loss, norm, num_examples), head.state)
+            try:
+                check_finite(loss, norm, index + 1)
+            except RunFailed as error:
+                head.failure = str(error)
+            else:
+                head.recorder.after_step(self._step_of(head, index, loss, norm, num_examples), head.state)
 
     def _step_of(self, head: HeadState, index: int, loss: float, norm: float, num_examples: int) -> Step:
         epoch = (index + 1) / self.session.schedule.order.steps_per_epoch

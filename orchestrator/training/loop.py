@@ -92,12 +92,7 @@ def training_steps(
             batches = schedule.order.epoch(epoch)
         frozen.set_train_mode(engine.model)
         loss, norm = take_step(engine, task, loader, schedule, index, batches[position])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
-            raise RunFailed(
-                f"the {what} at step {index + 1}, so training was stopped; earlier checkpoints are kept\n"
-                "    -> lower train.learning_rate, or set train.precision to fp32 and look for odd examples"
-            )
+        check_finite(loss, norm, index + 1)
         yield Step(
             number=index + 1,
             epoch=(index + 1) / schedule.order.steps_per_epoch,
@@ -105,6 +100,16 @@ def training_steps(
             gradient_norm=norm,
             learning_rate=schedule.learning_rate * schedule.rate_factor(index),
             num_examples=len(batches[position]),
+        )
+
+
+def check_finite(loss: float, norm: float, step: int) -> None:
+    """Raise RunFailed where the loss of a step, or the norm of its gradient, is not a finite number."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
+        raise RunFailed(
+            f"the {what} at step {step}, so training was stopped; earlier checkpoints are kept\n"
+            "    -> lower train.learning_rate, or set train.precision to fp32 and look for odd examples"
         )
 
 

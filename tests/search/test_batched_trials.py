@@ -226,11 +226,8 @@ def test_a_head_that_diverges_fails_alone(
     for id in ("0001", "0003"):
         outcome, expected = outcome_of(together, id), outcome_of(alone, id)
         assert (outcome.status, expected.status) == ("failed", "failed")
-        # Both name the same step, and what was not a number at it.
-        assert (expected.reason or "").startswith((outcome.reason or "?").split(" is ")[0])
-        assert outcome.reason is not None
-        step = outcome.reason.rpartition(" ")[2]
-        assert f"at step {step}" in (expected.reason or "")
+        assert "at step" in (outcome.reason or "")
+        assert outcome.reason == expected.reason
         assert [row["step"] for row in history(together.trial(id))] == [row["step"] for row in history(alone.trial(id))]
         assert not (together.trial(id).root / BEST_WEIGHTS).exists() or history(together.trial(id))
 

@@ -14,6 +14,7 @@ import torch
 from orchestrator import load_recipe, train
 from orchestrator.errors import InputError
 from orchestrator.search import estimate as estimates
+from orchestrator.search import local_runner
 from orchestrator.search.estimate import (
     STARTUP_SECONDS,
     Estimate,
@@ -104,7 +105,10 @@ def test_trials_that_are_suggested_later_or_repeated_with_other_seeds_count_and_
     assert found.cache_bytes == 0
 
 
-def test_a_search_of_heads_takes_one_process_and_no_ray(estimate_of: Callable[..., Estimate]) -> None:
+def test_a_search_of_heads_takes_one_process_and_no_ray(
+    estimate_of: Callable[..., Estimate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_runner, "has_cluster", lambda: False)  # Other tests may have started one.
     found = estimate_of("search.space={transfer.freeze: {choice: [all]}, train.learning_rate: {choice: [0.01, 0.1]}}")
     assert (found.trials, found.concurrent) == (2, 1)
     assert found.seconds < STARTUP_SECONDS

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -126,23 +127,39 @@ def test_time_that_is_up_ends_a_search_of_heads(
         search(write(seconds=100), tmp_path / "search")
 
 
+class FakeRayRunner:
+    """Stands in for the runner on Ray; keeps the ids of the trials that it is given."""
+
+    max_batches = 2
+    ids: ClassVar[list[str]] = []
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def run(self, log: Any, specs: Any, *_: Any) -> None:
+        self.ids.extend(spec["id"] for spec in specs)
+
+
 def test_heads_that_have_no_features_are_trained_with_ray(
-    write: Callable[..., Path], tmp_path: Path, alone: None, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of their trials computes the frozen blocks again, so that more processes are worth their start."""
-    used = []
-    monkeypatch.setattr(ray_runner.RayRunner, "run", noted(used, ray_runner.RayRunner.run))
-    found = search(write(), tmp_path / "search", "train.epochs=1")
-    assert len(used) == 1
-    assert found.counts == {"finished": 2}
+    monkeypatch.setattr(run, "ray_cluster", lambda *_: contextlib.nullcontext(lambda: None))
+    monkeypatch.setattr(ray_runner, "RayRunner", FakeRayRunner)
+    with pytest.raises(RunFailed):  # The fake runner trains nothing.
+        search(write(), tmp_path / "search", "train.epochs=1")  # In one epoch each output is used once.
+    assert FakeRayRunner.ids == ["batch-0"]
 
 
-def noted(calls: list[Any], function: Callable[..., None]) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
-        calls.append(arguments)
-        function(*arguments)
-
-    return call
+def test_where_every_trial_fails_the_search_fails_with_their_reasons(
+    write: Callable[..., Path], tmp_path: Path, no_ray: None
+) -> None:
+    recipe = write(space={RATE: {"choice": [1.0e30, 1.0e31]}})
+    with pytest.raises(RunFailed, match=r"no trial has a score: [\s\S]*at step \d+") as failed:
+        search(recipe, tmp_path / "s", "train.max_grad_norm=null")
+    assert "train.learning_rate" in str(failed.value)
+    assert [row["status"] for row in read_json_lines(tmp_path / "s" / "trials.jsonl")] == ["failed", "failed"]
+    assert json.loads((tmp_path / "s" / "search.json").read_text())["status"] == "failed"
+    assert (tmp_path / "s" / "report.html").exists()
 
 
 def test_ray_starts_at_once_unless_all_trials_freeze_the_body(write_recipe: Callable[..., Path]) -> None:
@@ -239,6 +256,20 @@ def test_a_trial_whose_scores_are_lost_is_run_again(
     assert found.counts == finished.counts
     metrics, expected = ({row["id"]: row["metrics"] for row in each.rows} for each in (found, finished))
     assert metrics["0001"] == pytest.approx(expected["0001"], rel=1e-5)
+
+
+def test_a_search_whose_winners_weights_were_lost_trains_it_again(
+    finished: SearchRun, again: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    copy = tmp_path / "search"
+    for path in (copy / "result.json", *copy.glob("trials/*/best.safetensors")):
+        path.unlink()
+    shutil.rmtree(copy / "model")
+    found = again()
+    assert found.rows == finished.rows
+    assert found.result["best_step"] == finished.result["best_step"]
+    for split in ("select", "test"):
+        assert found.result["metrics"][split] == pytest.approx(finished.result["metrics"][split], rel=1e-5, abs=1e-5)
 
 
 def damage(path: Path, how: str) -> None:

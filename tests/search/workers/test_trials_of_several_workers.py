@@ -242,7 +242,7 @@ def test_trials_of_deepspeed_workers_follow_each_other(
 
 @pytest.mark.slow
 def test_an_interrupted_search_releases_everything_and_resumes(
-    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None
+    write_recipe: Callable[..., Path], tmp_path: Path, nothing_stays_reserved: None, takes_signals: None
 ) -> None:
     overrides = ["train.steps=120", "train.evaluate_every=6", rates(GOOD, 5e-4, 2e-3), "search.concurrent=2"]
     output = tmp_path / "out"
