@@ -38,7 +38,7 @@ class TrainedModel:
     processor: Any
     device: torch.device
     precision: Precision
-    formats: models.StoredFormats
+    formats: models.StoredDtypes
     """Formats of its weight files; for an adapter, of its source's."""
 
     @property

@@ -228,9 +228,9 @@ class _Simulator:
         return batch, encoded.totals(rows)
 
 
-def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> Parts:
+def _build(plan_input: PlanInput, recipe: Recipe, frozen: int, trained: int) -> ModelParts:
     """Build an outline with these numbers of frozen and trained layers."""
-    changes = models.layer_changes(models.load_config(plan_input.prepared.source), frozen + trained)
+    changes = models.num_layers_overrides(models.load_config(plan_input.prepared.source), frozen + trained)
     assert changes is not None
     freeze: int | str = "all" if trained == 0 else (frozen or ("stem" if recipe.transfer.depth.stem else 0))
     transfer = recipe.transfer.model_copy(update={"freeze": freeze})

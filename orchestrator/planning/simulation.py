@@ -194,7 +194,7 @@ class _Boundary:
     numbers: int = 0
 
 
-def _watch(parts: Parts, tracker: ResourceTracker, keep: Callable[[Any], Any]) -> _Boundary:
+def _watch(parts: ModelParts, tracker: ResourceTracker, keep: Callable[[Any], Any]) -> _Boundary:
     """Register hooks that mark gradients, logits and the end of the frozen blocks for the tracker.
 
     Args:
