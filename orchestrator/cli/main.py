@@ -86,7 +86,9 @@ def build_parser() -> tuple[Parser, list[str]]:
     add_job_verbs(verb, recipe)
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
-    schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
+    options_of = schema.add_mutually_exclusive_group()
+    options_of.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
+    options_of.add_argument("--method", metavar="NAME", help="print the schema of this method's options instead")
     verb("doctor", run_doctor, "Tell what this machine has, and what is missing with the command that installs it.")
     return parser, list(verbs.choices)
 
@@ -376,6 +378,10 @@ def run_schema(options: argparse.Namespace) -> dict[str, Any]:
         from orchestrator.tasks import find_task
 
         found = section_schema(find_task(options.task).Options, f"Options of {options.task}")
+    elif options.method:
+        from orchestrator.transfer import find_method
+
+        found = section_schema(find_method(options.method).Options, f"Options of {options.method}")
     else:
         found = json_schema()
     if not options.json:

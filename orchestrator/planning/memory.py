@@ -27,6 +27,8 @@ class ModelSize:
     held: int
     """Bytes of all weights and buffers as plain PyTorch holds them, on one worker."""
     layers: int
+    methods: int = 0
+    """Bytes that methods of `transfer.methods` hold for the trained numbers."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Memory:
 def memory_of(model: ModelSize, size: PassSize, setting: Setting) -> Memory:
     """The most that a worker holds during a step."""
     parts = _plain(model, size, setting) if setting.zero_stage == 0 else _sharded(model, size, setting)
+    # What methods hold of a weight lies where the optimizer's state of it does.
+    parts["methods"] = model.methods if setting.zero_stage == 0 else -(-model.methods // setting.workers)
     parts["process"] = CUDA_CONTEXT if setting.is_gpu else setting.process
     main = parts.pop("main memory", 0)
     if not setting.is_gpu:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BF16, BYTES_IN_CHECKPOINT, FP32
 from orchestrator.training.engine.weight_formats import may_load_as_stored
 from orchestrator.training.features.build import CACHED_SPLITS
+from orchestrator.training.phases import find_phases
 
 
 @dataclass
@@ -88,6 +90,45 @@ def plan(
     notes = list(plan_input.notes)
     if recipe.train.precision == "bf16" and not machine.has_bf16:
         notes.append(f"a {machine.name} does not compute bf16 in hardware, so the run would be refused")
+    phases = find_phases(plan_input.prepared)
+    return combine([plan_phase(planner, phase.recipe, notes, calibration) for phase in phases], recipe)
+
+
+def combine(phases: Sequence[TrainingPlan], recipe: Recipe) -> TrainingPlan:
+    """Return the plan of a training in phases: the memory and disk of the largest, the time of all together.
+
+    Args:
+        recipe: of the whole training.
+    """
+    largest = max(phases, key=lambda phase: phase.chosen.memory.total)
+    if len(phases) == 1:
+        return largest
+    seconds = [phase.effort.seconds for phase in phases if phase.effort.seconds is not None]
+    steps = [phase.steps for phase in phases if phase.steps is not None]
+    cached = [phase.cache_bytes for phase in phases if phase.cache_bytes is not None]
+    is_known = len(steps) == len(phases)
+    options = zip(*(phase.options for phase in phases), strict=True)
+    return replace(
+        largest,
+        recipe=recipe,
+        options=[max(each, key=lambda option: option.memory.total) for each in options],
+        steps=sum(steps) if is_known else None,
+        effort=replace(largest.effort, seconds=sum(seconds) if is_known else None),
+        checkpoint_bytes=max(phase.checkpoint_bytes for phase in phases),
+        cache_bytes=sum(cached) if cached else None,
+        concurrent=min(phase.concurrent for phase in phases),
+    )
+
+
+def plan_phase(planner: Planner, recipe: Recipe, notes: Sequence[str], calibration: Path | None) -> TrainingPlan:
+    """Return the plan of one phase, as a training of its own.
+
+    Args:
+        recipe: of the phase.
+        notes: for the user.
+        calibration: as `plan`.
+    """
+    machine, plan_input = planner.machine, planner.plan_input
     micro_batch = micro_batch_size(recipe)
     load, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
@@ -114,7 +155,7 @@ def plan(
         cache_bytes=cache_bytes(planner, recipe, found) if cached else None,
         concurrent=concurrent(planner, recipe, chosen),
         advice={} if chosen.fits else advise(planner, recipe),
-        notes=notes,
+        notes=list(notes),
     )
 
 

@@ -20,6 +20,7 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
+from orchestrator.transfer import read_methods
 
 NUMBERS_MOVED = 2**23
 
@@ -37,7 +38,7 @@ def compute_cost_of(
     planner: Planner, recipe: Recipe, micro_batch: int, steps: int | None, cached: bool, calibration: Path | None
 ) -> ComputeCost:
     load, found = planner.measure(recipe, micro_batch)
-    a_step = operations_of_step(planner, load, found, cached)
+    a_step = operations_of_step(planner, recipe, load, found, cached)
     rate, basis = throughput(planner, calibration)
     network = network_bytes(found.size, planner.setting(recipe, load))
     seconds = step_seconds(a_step, rate, network, recipe.scale.workers, planner.machine)
@@ -45,9 +46,10 @@ def compute_cost_of(
     return ComputeCost(a_step, rate, basis, seconds, whole)
 
 
-def operations_of_step(planner: Planner, load: Load, found: Measured, cached: bool) -> float:
+def operations_of_step(planner: Planner, recipe: Recipe, load: Load, found: Measured, cached: bool) -> float:
     passes = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
-    return passes + planner.balance * BYTES_MOVED_BY_ADAM * found.size.trained
+    methods = sum(method.plan().operations_per_number for method in read_methods(recipe))
+    return passes + (planner.balance * BYTES_MOVED_BY_ADAM + methods) * found.size.trained
 
 
 def operations_beside(planner: Planner, recipe: Recipe, micro_batch: int, steps: int) -> float:
@@ -97,7 +99,7 @@ def throughput_of_run(directory: Path, machine: Machine, balance: float) -> floa
     load, found = planner.measure(recipe, micro_batch)
     steps = int(result["steps"])
     cached = caches(planner, recipe, found, load, steps)
-    a_step = operations_of_step(planner, load, found, cached)
+    a_step = operations_of_step(planner, recipe, load, found, cached)
     # The clock of a run begins with its steps, after what is computed once.
     once = found.frozen.of(load) if cached else 0.0
     total = a_step * steps + operations_beside(planner, recipe, micro_batch, steps) - once

@@ -41,6 +41,7 @@ __all__ = [
     "Source",
     "Split",
     "Target",
+    "Text",
     "Train",
     "Transfer",
 ]

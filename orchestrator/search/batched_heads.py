@@ -28,8 +28,9 @@ from orchestrator.tasks.bases.padded import as_arrays
 from orchestrator.training.evaluation import EVALUATION_BATCH_FACTOR, in_order
 from orchestrator.training.hooks import PHASE, TrainingState, is_due, judge
 from orchestrator.training.loop import cut, rate_schedule, seed_dropout
+from orchestrator.training.parameter_groups import parameter_groups, rate_multipliers
 from orchestrator.training.session import Session
-from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
+from orchestrator.transfer import read_methods
 
 STACKING = "training several heads together"
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # As in torch.optim.AdamW.
@@ -75,7 +76,7 @@ class Heads:
             name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in self.stacked.items()
         }
         # With a rate and a decay of 1 the groups tell what each parameter's are multiplied with.
-        groups = parameter_groups(trained, rate_multipliers(session.parts.blocks, recipes[0].transfer), 1.0, 1.0)
+        groups = parameter_groups(trained, rate_multipliers(session.parts, read_methods(recipes[0])), 1.0, 1.0)
         names = {id(value): name for name, value in trained.items()}
         self.multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]

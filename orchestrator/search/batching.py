@@ -39,6 +39,9 @@ def pack_trials(recipe: Recipe, specs: Iterable[Spec], num_packs: int) -> tuple[
 
 
 def trains_only_the_head(recipe: Recipe) -> bool:
+    """Whether a trial may be one of batched heads, which know neither phases nor methods other than rates."""
+    if recipe.transfer.phases is not None or recipe.transfer.methods:
+        return False
     one_process = recipe.scale.workers == 1 and recipe.scale.zero_stage == 0 and recipe.scale.engine != "deepspeed"
     frozen = recipe.transfer.freeze == "all" and recipe.transfer.adapter is None
     return one_process and frozen and recipe.train.cache_prefix is not False

@@ -12,9 +12,8 @@ from orchestrator import models
 from orchestrator.errors import ModelError, Problem, raise_if_fatal
 from orchestrator.models import Blocks, Frozen
 from orchestrator.models.attempt import CallFailed
-from orchestrator.recipe import Recipe
+from orchestrator.training.parameter_groups import make_groups
 from orchestrator.training.prepare import Prepared
-from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
 
 @dataclass
@@ -115,8 +114,9 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
         module.gradient_checkpointing_enable({"use_reentrant": False})
         caching = turn_off_caches(body.config)
     head_is_new = bool(new) or transfer.from_scratch
-    groups = make_groups(module, blocks, recipe)
-    return Parts(module, body, blocks, frozen, groups, head_is_new, new, taken, caching)
+    parts = Parts(module, body, blocks, frozen, [], head_is_new, new, taken, caching)
+    parts.groups = make_groups(parts, recipe)
+    return parts
 
 
 def turn_off_caches(config: Any) -> list[tuple[Any, bool]]:
@@ -135,13 +135,6 @@ def _size(parameter: Any) -> int:
     in_bits = getattr(parameter, "quant_state", None)
     whole = parameter.numel() if in_bits is None else in_bits.shape.numel()
     return int(getattr(parameter, "ds_numel", whole))
-
-
-def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer, at the recipe's rates."""
-    multipliers = rate_multipliers(blocks, recipe.transfer)
-    train = recipe.train
-    return parameter_groups(dict(module.named_parameters()), multipliers, train.learning_rate, train.weight_decay)
 
 
 def why_experts_stay(prepared: Prepared) -> str | None:
@@ -212,4 +205,9 @@ def check_structure(prepared: Prepared) -> Parts | None:
     adapter = prepared.recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None:
         models.check_quantization(prepared.source, prepared.recipe.origin.where("transfer.adapter.quantize"))
-    return assemble_outline(prepared)
+    parts = assemble_outline(prepared)
+    for number, phase in enumerate(prepared.recipe.transfer.phases or []):
+        if parts is not None and phase.freeze is not None:
+            where = prepared.recipe.origin.where(f"transfer.phases.{number}.freeze")
+            models.resolve_depth(phase.freeze, len(parts.blocks.layers), where)
+    return parts

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from orchestrator.training.engine.base import Engine
+from orchestrator.distributed import Exchange
 from orchestrator.training.hooks import Saver, TrainingState
 from orchestrator.training.interruption import Interrupted, Wish
 from orchestrator.training.loop import Step
@@ -19,24 +19,24 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 
 class Notice(Protocol):
-    """What the cluster tells a worker of its machines."""
+    """Says when the cluster is about to take a worker's machine away."""
 
     def is_given(self) -> bool:
         """Whether a machine of any worker will be taken away; the same on all workers, which all call this."""
 
     def wait(self) -> None:
-        """Until the machine is gone, and this process with it; returns where it was not taken after all."""
+        """Wait until the machine is gone, and this process with it; return where it was not taken after all."""
 
 
 class Watch:
-    """Looks every few seconds, at the same steps on all workers, whether the end is near, and has that step saved.
+    """Checks every few seconds, at the same steps on all workers, whether the end is near, and saves that step.
 
     What would be computed after that is lost with the machine, so the run waits for its end.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        exchange: Exchange,
         saver: Saver,
         notice: Notice | None,
         wish: Wish | None,
@@ -46,9 +46,9 @@ class Watch:
         Args:
             notice: of machines that will be taken away; None where nobody takes any.
             wish: that the run ends; None where nobody can have it.
-            tell: shows the user a phase.
+            report_phase: shows the user what the run is doing.
         """
-        self.engine = engine
+        self.exchange = exchange
         self.saver = saver
         self.notice = notice
         self.wish = wish
@@ -58,11 +58,11 @@ class Watch:
 
     def after_step(self, step: Step, state: TrainingState) -> None:
         # One worker alone may look at each step: nobody has to be asked.
-        if self.engine.num_workers == 1 and self._is_wished():
+        if self.exchange.size == 1 and self._is_wished():
             self._end(step, state)
         if step.number < self._next:
             return
-        num_steps, is_wished = self.engine.from_first_worker((self._steps_to_pass(step.number), self._is_wished()))
+        num_steps, is_wished = self.exchange.from_first((self._steps_to_pass(step.number), self._is_wished()))
         self._next = step.number + num_steps
         if is_wished:
             self._end(step, state)

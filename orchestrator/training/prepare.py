@@ -20,6 +20,7 @@ from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, read_options
+from orchestrator.transfer import read_methods
 
 T = TypeVar("T")
 ENCODING_VERSION = 3
@@ -73,6 +74,7 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
     chosen = _collect(problems, lambda: read_options(recipe))
+    _collect(problems, lambda: read_methods(recipe))
     examples = _collect(problems, lambda: read_examples(recipe, *chosen)) if chosen else None
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)

@@ -191,7 +191,7 @@ class Member:
         spent = torch.tensor(time.process_time() - began, dtype=torch.float64, device=session.engine.device)
         self.tell(
             step=state.step,
-            is_last=state.stop is not None or state.step >= session.schedule.total_steps,
+            is_last=session.ends_run(state),
             state=state.to_dict(),
             core_seconds=float(session.engine.sum_over_workers(spent)),
             **changes,
@@ -217,8 +217,8 @@ class Keeper:
             state = resume(session)
             folder = session.store.at(state.step).folder
         else:
-            session.engine.read_state(start_from)
             state, folder = TrainingState(**json.loads((start_from / MEMORY).read_text(encoding="utf-8"))), start_from
+            session.read_state(start_from, state)
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
@@ -229,11 +229,11 @@ class Keeper:
     def after_step(self, step: Step, state: TrainingState) -> None:
         engine, plan, train = self.session.engine, self.session.schedule, self.session.prepared.recipe.train
         if state.improved:
-            weights = engine.trained_weights()
+            weights = self.session.trained_weights()
             if engine.rank == 0:
                 self.best = {name: value.clone() for name, value in weights.items()}
         due = any(
-            is_due(every, step.number, plan.order.steps_per_epoch, plan.total_steps)
+            is_due(every, step.number, plan.order.steps_per_epoch, plan.end)
             for every in (train.save_every, train.evaluate_every)
         )
         if due and engine.from_first_worker(self._is_worth_it()):
@@ -253,7 +253,7 @@ class Keeper:
         self._cost = self._saved - began
 
     def _write(self, folder: Path) -> None:
-        self.session.engine.write_state(folder)
+        self.session.write_state(folder)
         if self.session.engine.rank == 0:
             save_file(self.best, folder / BEST_WEIGHTS)
 

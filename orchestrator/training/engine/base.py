@@ -24,6 +24,7 @@ from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen
+from orchestrator.transfer import TrainedPart
 
 T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
@@ -49,6 +50,8 @@ class Engine(ABC):
     """What floating inputs must be turned into, where the weights themselves are in another format."""
     autocasts = False
     """Whether each forward pass makes bf16 weights of fp32 ones."""
+    has_whole_parts = True
+    """Whether each worker's parts of trained parameters are whole ones, the same on all workers."""
     rounds_weights = False
     """Whether weights are held in fewer digits than the source has, so that a model to keep is to be built anew."""
 
@@ -99,6 +102,10 @@ class Engine(ABC):
 
         Returns the norm of the whole gradient before clipping.
         """
+
+    @abstractmethod
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        """Return this worker's part of each trained parameter that has a gradient; between backward pass and step."""
 
     @abstractmethod
     def write_state(self, folder: Path) -> None:

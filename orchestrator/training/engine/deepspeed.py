@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.training.engine.deepspeed_config import (
 )
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.transfer import TrainedPart
 
 
 class DeepSpeedEngine(Engine):
@@ -51,6 +53,7 @@ class DeepSpeedEngine(Engine):
         unset_hf_deepspeed_config()
         # Or spreads them over the workers.
         self.rounds_weights |= config["bf16"]["enabled"] or recipe.scale.zero_stage == 3
+        self.has_whole_parts = recipe.scale.zero_stage == 0
         # Without ZeRO, DeepSpeed leaves the gradients where PyTorch has them, and does not tell their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
         # Accelerate steps inside its backward; here the step is the loop's to take, so DeepSpeed is driven directly.
@@ -74,6 +77,14 @@ class DeepSpeedEngine(Engine):
         norm = nn.utils.get_total_norm(gradients) if self.keeps_gradients else None
         self.model.step()
         return float(self.model.get_global_grad_norm() if norm is None else norm)
+
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        # Recipes with methods that add to gradients have neither stage 3 nor offload.
+        for name, value in self.trained.items():
+            if value.grad is not None and self.has_whole_parts:
+                yield TrainedPart(name, value, value.grad)
+            elif not self.has_whole_parts and (part := zero_part(name, value)) is not None:
+                yield part
 
     def write_state(self, folder: Path) -> None:
         with writing_later(self.model) as files:
@@ -103,3 +114,17 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         free_engine(self.model)
         super().close()
+
+
+def zero_part(name: str, parameter: Any) -> TrainedPart | None:
+    """Return the part of a parameter whose optimizer state this worker holds under ZeRO 1 or 2; None for no part.
+
+    DeepSpeed has a function for the whole gradient alone (`safe_get_full_grad`), which asks all workers for theirs.
+    """
+    fragment = parameter._hp_mapping
+    if fragment is None:
+        return None
+    place = fragment.lp_fragment_address
+    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)
+    assert gradient.numel() == place.numel, f"DeepSpeed holds {gradient.numel()} gradients of {place.numel} in {name}"
+    return TrainedPart(name, fragment.hp_fragment.flatten(), gradient.view(-1), place.start)

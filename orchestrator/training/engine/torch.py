@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.training.engine.base import Engine, FormatOf, in_fp32, on_cpu, trained_statistics
 from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.precision import Precision
+from orchestrator.transfer import TrainedPart
 
 
 class TorchEngine(Engine):
@@ -65,6 +67,11 @@ class TorchEngine(Engine):
         # DDP's gradients are views of its buckets. New ones would stand beside the buckets until they are synchronized.
         self.optimizer.zero_grad(set_to_none=self.num_workers == 1)
         return float(norm)
+
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        for name, value in self.trained.items():
+            if value.grad is not None:
+                yield TrainedPart(name, value, value.grad)
 
     def write_state(self, folder: Path) -> None:
         # Every worker holds the same state, so worker 0's is everybody's.
