@@ -81,14 +81,14 @@ def build_parser() -> tuple[Parser, list[str]]:
     export = verb("export", run_export, "Copy a trained model to a folder of its own.", model)
     export.add_argument("output", type=Path, help="the new folder")
     export.add_argument("--merge", action="store_true", help="fold an adapter into the source's weights")
-    report_verb = verb("report", run_report, "Write the page of a run or a search again: DIR/report.html.")
-    report_verb.add_argument("directory", type=Path, help="a run directory, or a search directory")
+    verb("report", run_report, "Write the page of a run or a search again: DIR/report.html.").add_argument(
+        "directory", type=Path, help="a run directory, or a search directory"
+    )
     add_job_verbs(verb, recipe)
     verb("recipes", run_recipes, "List the recipes that ship.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
-    options_of = schema.add_mutually_exclusive_group()
-    options_of.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
-    options_of.add_argument("--method", metavar="NAME", help="print the schema of this method's options instead")
+    for kind in ("task", "method"):
+        schema.add_argument(f"--{kind}", metavar="NAME", help=f"print the schema of this {kind}'s options instead")
     verb("doctor", run_doctor, "Tell what this machine has, and what is missing with the command that installs it.")
     return parser, list(verbs.choices)
 

@@ -181,7 +181,7 @@ def fit(
             raise found from error
         raise RunFailed(
             f"the workers failed more than {recipe.scale.max_failures} times; the last time: {last_line(error)}\n"
-            f"    -> the whole story is in {logs}; the same command goes on from the last checkpoint"
+            f"    -> the traceback is in {logs}; the same command goes on from the last checkpoint"
         ) from error
     except ray.exceptions.RayActorError as error:
         raise ControllerDied(f"Ray Train's controller died ({reason(error)})") from error

@@ -18,7 +18,7 @@ from orchestrator.training.prepare import Prepared
 
 @dataclass
 class Parts:
-    """What an engine and the loop work with."""
+    """What an engine and the loop work with: the model, its blocks, and which of its parameters are trained."""
 
     module: Any
     """The model, with head and adapter."""
@@ -31,14 +31,14 @@ class Parts:
     head_is_new: bool
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
     new_parameters: frozenset[str]
-    """Those that the source did not have, by their names before an adapter."""
+    """Parameters that the source did not have, by their names before an adapter."""
     taken: models.Changes = field(default_factory=dict)
-    """What the adapter began with, and the weights that it lies on lack."""
+    """What the adapter began with, which was taken out of the weights that it lies on."""
     caching: list[tuple[Any, bool]] = field(default_factory=list)
     """Configs whose `use_cache` training has turned off, with the value that they had."""
 
     def count_parameters(self) -> dict[str, int]:
-        """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
+        """Return the numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits count in full."""
         sizes = [(_size(value), value.requires_grad) for value in self.module.parameters()]
         return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
@@ -47,8 +47,8 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
     """Build the parts; the same recipe and seed give the same weights on every worker.
 
     Args:
-        as_stored: leave weights in bf16 that are stored so. The model is then not to be run but inside
-            `models.ComputesInFp32`, until an engine has given its weights the formats that it computes with.
+        as_stored: leave weights in bf16 that are stored so. Such a model may be run inside `models.Fp32Compute` alone,
+            until an engine has given its weights the formats that it computes with.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
@@ -64,7 +64,7 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
 
 
 def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> Parts | None:
-    """The parts without values, and without reading weights; None for architectures that look into their inputs.
+    """Build the parts without values, and without reading weights; None for architectures that look into their inputs.
 
     Args:
         new: names of the parameters that the source does not have.
@@ -82,7 +82,7 @@ def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **ch
 
 
 def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
-    """Head, frozen blocks and adapter on a loaded model.
+    """Build head, frozen blocks and adapter on a loaded model.
 
     Args:
         new: names of the parameters that the source does not have.

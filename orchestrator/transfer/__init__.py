@@ -62,7 +62,7 @@ def read_methods(recipe: Recipe) -> list[Method]:
     origin, transfer = recipe.origin, recipe.transfer
     methods: list[Method] = []
     problems: list[Problem] = []
-    for name in method_names():
+    for name in sorted(_own_names()):  # Other packages have no keys of their own in a recipe.
         cls = find_method(name)
         options = cls.implied(transfer)
         if options is not None:

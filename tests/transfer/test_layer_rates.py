@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from method_samples import MethodSample
 from torch import nn
 
 from orchestrator.models import Block, Blocks
@@ -13,6 +14,7 @@ from orchestrator.recipe import Head, Transfer, parse_recipe
 from orchestrator.training.parameter_groups import make_groups, rate_multipliers
 from orchestrator.transfer.layer_rates import LayerRates, LayerRatesOptions
 
+SAMPLE = MethodSample({"layer_decay": 0.5, "head": {"learning_rate_multiplier": 3.0}})
 RECIPE = "name: x\nsource: {model: some/model}\ntarget: {task: text-classification, data: x.jsonl}\n"
 
 
