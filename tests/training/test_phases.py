@@ -150,7 +150,8 @@ def test_what_an_earlier_phase_has_changed_stays_so_where_it_is_frozen_again(
             pass
         assert session.loaders["train"].features is None, "the source's features are not those of the changed body"
         after = session.trained_weights()
-        body = [name for name in tuned if name.startswith("bert.")]
+        # The source has no pooler: it is new, and trained with the head.
+        body = [name for name in tuned if name.startswith("bert.") and ".pooler." not in name]
         assert body and all(torch.equal(tuned[name], after[name]) for name in body)
         assert any(not torch.equal(tuned[name], after[name]) for name in tuned)
     assert any(CHANGED_EARLIER in note for note in directory.read_record()["notes"])
@@ -213,7 +214,7 @@ def test_a_depth_that_the_model_does_not_have_is_refused_at_its_line(write_recip
     with pytest.raises(
         InputError, match=r"\(transfer.phases.1.freeze\): freeze depth is 7, but the model has 2 layers"
     ):
-        check(load_recipe(write_recipe(transfer={"phases": phases})))
+        check(load_recipe(write_recipe(transfer={"phases": phases}, train={"epochs": 3})))
 
 
 def test_a_phase_takes_what_it_leaves_out_from_the_recipe(write_recipe: WriteRecipe) -> None:
