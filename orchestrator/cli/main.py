@@ -53,7 +53,8 @@ def build_parser() -> tuple[Parser, list[str]]:
     jobs.add_verbs(verb, recipe)
     verb("recipes", run_recipes, "List the recipes of the package.")
     schema = verb("schema", run_schema, "Print the JSON Schema of recipes, for editors.")
-    schema.add_argument("--task", metavar="NAME", help="print the schema of this task's options instead")
+    for kind in ("task", "method"):
+        schema.add_argument(f"--{kind}", metavar="NAME", help=f"print the schema of this {kind}'s options instead")
     verb("doctor", run_doctor, "Check this machine: packages, hardware, and how to install what is missing.")
     return parser, list(verbs.choices)
 
@@ -147,6 +148,10 @@ def run_schema(options: argparse.Namespace) -> dict[str, Any]:
         from orchestrator.tasks import find_task
 
         found = section_schema(find_task(options.task).Options, f"Options of {options.task}")
+    elif options.method:
+        from orchestrator.transfer import find_method
+
+        found = section_schema(find_method(options.method).Options, f"Options of {options.method}")
     else:
         found = json_schema()
     if not options.json:

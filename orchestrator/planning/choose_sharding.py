@@ -13,6 +13,7 @@ from orchestrator.planning.plan_input import PlanInput
 from orchestrator.planning.sharding_options import Planner, advise, local_machine
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.training.phases import find_phases
 from orchestrator.training.prepare import Prepared
 
 
@@ -31,7 +32,10 @@ def choose_scale(prepared: Prepared, nodes: Sequence[Mapping[str, float]] | None
         nodes = [{kind: number for kind, number in node.items() if kind != "GPU"} for node in nodes]
     machine = local_machine(recipe) if nodes is None else machine_from_nodes(nodes)
     planner = Planner(PlanInput(prepared, len(prepared.encoded("train"))), machine)
-    option = planner.option(recipe, micro_batch_size(recipe))
+    # What the phase that takes most memory needs is enough for all.
+    recipes = [phase.recipe for phase in find_phases(prepared)]
+    found = [(planner.option(each, micro_batch_size(each)), each) for each in recipes]
+    option, recipe = max(found, key=lambda each: each[0].memory.total)
     if option.fits:
         return {}
     chosen = advise(planner, recipe)

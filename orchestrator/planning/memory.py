@@ -28,6 +28,8 @@ class ModelSize:
     held: int
     """Bytes of all weights and buffers as plain PyTorch holds them, on one worker."""
     layers: int
+    methods: int = 0
+    """Bytes that methods of `transfer.methods` hold for the trained numbers."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Memory:
 def estimate_memory(model: ModelSize, size: PassMemory, setup: ShardingSetup) -> Memory:
     """Return the most memory that a worker holds during a step."""
     parts = _plain(model, size, setup) if setup.zero_stage == 0 else _sharded(model, size, setup)
+    # What methods hold for a weight lies with the optimizer's state of it.
+    parts["methods"] = model.methods if setup.zero_stage == 0 else -(-model.methods // setup.workers)
     parts["process"] = CUDA_CONTEXT if setup.is_gpu else setup.process
     main = parts.pop("main memory", 0)
     if not setup.is_gpu:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BF16, BYTES_IN_CHECKPOINT, FP32
 from orchestrator.training.engine.weight_formats import may_load_as_stored
 from orchestrator.training.features.build import CACHED_SPLITS
+from orchestrator.training.phases import find_phases
 
 
 @dataclass
@@ -88,10 +90,48 @@ def plan(
     if calibration is not None:
         balance = measure_balance(machine, resolve_precision(recipe, machine.has_bf16))
     planner = Planner(plan_input, machine, balance)
+    phases = find_phases(plan_input.prepared)
+    return combine([plan_phase(planner, phase.recipe, calibration) for phase in phases], recipe)
+
+
+def combine(phases: Sequence[TrainingPlan], recipe: Recipe) -> TrainingPlan:
+    """Return the plan of a training in phases: memory and disk of the largest, the time of all together.
+
+    Args:
+        recipe: of the whole training.
+    """
+    largest = max(phases, key=lambda phase: phase.chosen.memory.total)
+    if len(phases) == 1:
+        return largest
+    seconds = [phase.compute_cost.seconds for phase in phases if phase.compute_cost.seconds is not None]
+    steps = [phase.steps for phase in phases if phase.steps is not None]
+    cached = [phase.cache_bytes for phase in phases if phase.cache_bytes is not None]
+    is_known = len(steps) == len(phases)
+    options = zip(*(phase.options for phase in phases), strict=True)
+    return replace(
+        largest,
+        recipe=recipe,
+        options=[max(each, key=lambda option: option.memory.total) for each in options],
+        steps=sum(steps) if is_known else None,
+        compute_cost=replace(largest.compute_cost, seconds=sum(seconds) if is_known else None),
+        checkpoint_bytes=max(phase.checkpoint_bytes for phase in phases),
+        cache_bytes=sum(cached) if cached else None,
+        concurrent=min(phase.concurrent for phase in phases),
+    )
+
+
+def plan_phase(planner: Planner, recipe: Recipe, calibration: Path | None) -> TrainingPlan:
+    """Return the plan of one phase, as a training of its own.
+
+    Args:
+        recipe: of the phase.
+        calibration: as `plan`.
+    """
+    machine, plan_input = planner.machine, planner.plan_input
     micro_batch = micro_batch_size(recipe)
     workload, found = planner.measure(recipe, micro_batch)
     chosen = planner.option(recipe, micro_batch)
-    steps = count_steps(plan_input, workload)
+    steps = count_steps(plan_input, recipe, workload)
     return TrainingPlan(
         recipe=recipe,
         machine=machine,
@@ -122,10 +162,10 @@ def notes_on_precision(recipe: Recipe, machine: Machine) -> list[str]:
     return [f"a {machine.name} does not compute bf16 in hardware, so the run would be refused"]
 
 
-def count_steps(plan_input: PlanInput, workload: Workload) -> int | None:
+def count_steps(plan_input: PlanInput, recipe: Recipe, workload: Workload) -> int | None:
     """Return the steps of the training; None where they depend on an unknown number of examples."""
-    is_known = plan_input.num_examples is not None or plan_input.prepared.recipe.train.steps is not None
-    return workload.schedule.total_steps if is_known else None
+    is_known = plan_input.num_examples is not None or recipe.train.steps is not None
+    return workload.schedule.num_steps if is_known else None
 
 
 def num_concurrent(planner: Planner, recipe: Recipe, option: ShardingOption) -> int:

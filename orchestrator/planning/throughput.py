@@ -20,6 +20,7 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
+from orchestrator.transfer import read_methods
 
 NUMBERS_MOVED = 2**23
 REPETITIONS = 5
@@ -33,7 +34,7 @@ def estimate_compute_cost(planner: Planner, recipe: Recipe, steps: int | None, c
         calibration: the directory of a run, from which the rate is taken; None for a share of the machine's peak rate.
     """
     workload, found = planner.measure(recipe, micro_batch_size(recipe))
-    step = operations_of_step(planner, workload, found)
+    step = operations_of_step(planner, recipe, workload, found)
     rate, basis = throughput(planner, calibration)
     network = network_bytes(found.size, planner.setup(recipe, workload))
     seconds = step_seconds(step, rate, network, recipe.scale.workers, planner.machine)
@@ -44,11 +45,12 @@ def estimate_compute_cost(planner: Planner, recipe: Recipe, steps: int | None, c
     return ComputeCost(step, rate, basis, seconds, total)
 
 
-def operations_of_step(planner: Planner, workload: Workload, found: Measurement) -> float:
+def operations_of_step(planner: Planner, recipe: Recipe, workload: Workload, found: Measurement) -> float:
     """Return the operations of an average step on the busiest worker."""
     frozen = found.frozen.of(workload.epoch) if found.stores_features else 0.0
     passes = (found.whole.of(workload.epoch) - frozen) / workload.steps
-    return passes + planner.balance * BYTES_MOVED_BY_ADAM * found.size.trained
+    methods = sum(method.plan().operations_per_number for method in read_methods(recipe))
+    return passes + (planner.balance * BYTES_MOVED_BY_ADAM + methods) * found.size.trained
 
 
 def operations_of_features(planner: Planner, workload: Workload, found: Measurement) -> float:
@@ -101,7 +103,8 @@ def throughput_of_run(directory: Path, machine: Machine, balance: float) -> floa
     workload, found = planner.measure(recipe, micro_batch_size(recipe))
     steps = int(result["steps"])
     # The clock of a run starts with its first step, after the features are stored.
-    total = operations_of_step(planner, workload, found) * steps + operations_of_evaluations(planner, recipe, steps)
+    total = operations_of_step(planner, recipe, workload, found) * steps
+    total += operations_of_evaluations(planner, recipe, steps)
     return float(total / result["seconds"])
 
 

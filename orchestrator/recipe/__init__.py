@@ -7,11 +7,9 @@ from orchestrator.recipe.origin import Origin
 from orchestrator.recipe.paths import resolve_path, show_path
 from orchestrator.recipe.reference import json_schema
 from orchestrator.recipe.schema import (
-    Adapter,
     Case,
     Data,
     EarlyStopping,
-    Head,
     Limit,
     Recipe,
     Scale,
@@ -20,8 +18,8 @@ from orchestrator.recipe.schema import (
     Split,
     Target,
     Train,
-    Transfer,
 )
+from orchestrator.recipe.transfer_schema import Adapter, Head, Phase, Transfer
 
 __all__ = [
     "Adapter",
@@ -33,6 +31,7 @@ __all__ = [
     "Head",
     "Limit",
     "Origin",
+    "Phase",
     "Recipe",
     "Scale",
     "Search",

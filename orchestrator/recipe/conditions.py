@@ -54,11 +54,18 @@ def is_within(path: str, other: str) -> bool:
 
 
 def put(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Return a copy of plain data with `value` at a dotted path; missing mappings on the way are created."""
+    """Return a copy of plain data with `value` at a dotted path.
+
+    Mappings on the way are made where there are none; an item of a list is set by its number, and must be there.
+    """
     first, _, rest = path.partition(".")
     if rest:
         below = data.get(first)
-        value = put(below if isinstance(below, dict) else {}, rest, value)
+        if isinstance(below, list):
+            items = put({str(number): item for number, item in enumerate(below)}, rest, value)
+            value = list(items.values())
+        else:
+            value = put(below if isinstance(below, dict) else {}, rest, value)
     return {**data, first: value}
 
 

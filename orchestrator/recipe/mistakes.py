@@ -40,8 +40,8 @@ def value_at(data: Any, path: Path) -> Any:
     for part in path:
         if isinstance(data, dict):
             data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
+        elif isinstance(data, list) and str(part).isdecimal() and int(part) < len(data):
+            data = data[int(part)]
         else:
             return None
     return data

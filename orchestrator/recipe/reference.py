@@ -92,8 +92,8 @@ class Shape:
         return {**found, **{key: value for key, value in node.items() if key != "$ref"}}
 
     def _step(self, node: Node, part: str | int) -> Node | None:
-        if isinstance(part, int):
-            child = node.get("items")
+        if "items" in node:
+            child = node["items"] if str(part).isdecimal() else None
         else:
             child = node.get("properties", {}).get(part, node.get("additionalProperties"))
         if child is True:

@@ -14,6 +14,7 @@ from orchestrator.errors import Problem, RecipeError
 from orchestrator.recipe.deepspeed_rules import find_deepspeed_mistakes
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.paths import DATA_SUFFIXES, PACKAGE_PREFIX, resolve_path
+from orchestrator.recipe.phase_rules import find_phase_mistakes
 from orchestrator.recipe.schema import Data, Recipe
 from orchestrator.recipe.stream_rules import find_stream_mistakes
 from orchestrator.storage import SCHEMES, holds_secrets, is_url
@@ -386,4 +387,5 @@ _RULES = (
     _offload_fits_the_stage,
     find_stream_mistakes,
     find_deepspeed_mistakes,
+    find_phase_mistakes,
 )

@@ -8,44 +8,43 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
-from orchestrator.recipe.freeze_depth import FreezeDepth, WrittenDepth
 from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.sections import (
+    Every,
+    Fraction,
+    Name,
+    NotNegative,
+    Positive,
+    PositiveInt,
+    PositiveRange,
+    Range,
+    Schedule,
+    Section,
+    Text,
+    Values,
+    WholeRange,
+)
+from orchestrator.recipe.transfer_schema import Transfer
 
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Name = Annotated[
-    str,
-    Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", title="1 to 63 lower-case letters, digits and dashes, no dash first"),
+__all__ = [
+    "Case",
+    "Data",
+    "EarlyStopping",
+    "Limit",
+    "Recipe",
+    "Scale",
+    "Search",
+    "Section",
+    "Source",
+    "Split",
+    "Target",
+    "Text",
+    "Train",
+    "Transfer",
 ]
-Text = Annotated[str, Field(min_length=1)]
-Every = Literal["epoch"] | PositiveInt
-Values = Annotated[list[Any], Field(min_length=1, title="a list of one value or more")]
-Range = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(min_length=2, max_length=2, title="two numbers, `[low, high]`"),
-]
-PositiveRange = Annotated[list[Positive], Field(min_length=2, max_length=2, title="two numbers above 0, `[low, high]`")]
-WholeRange = Annotated[list[int], Field(min_length=2, max_length=2, title="two whole numbers, `[low, high]`")]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values do not change after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_default=True
-    )
 
 
 class Source(Section):
@@ -130,63 +129,6 @@ class Target(Section):
     """The task's own options; `orchestrator schema --task NAME` lists them."""
 
 
-class Head(Section):
-    """The task's new last layers."""
-
-    layers: list[PositiveInt] = Field(default_factory=list)
-    """Widths of extra hidden layers before the output layer, each with GELU and dropout."""
-    dropout: Fraction = 0.1
-    """Dropout before the output layer (and after each extra layer)."""
-    learning_rate_multiplier: Positive = 1.0
-    """The head learns at this multiple of `train.learning_rate`."""
-
-
-class Adapter(Section):
-    """Low-rank weights put into the trainable blocks; everything else in the body stays as it was."""
-
-    type: Literal["lora"]
-    """`lora` (Hu et al. 2021), through peft."""
-    r: PositiveInt = 16
-    """Rank."""
-    alpha: Positive = 32
-    """The adapter's output is scaled by alpha / r (alpha / sqrt(r) for `rslora`)."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
-    targets: Literal["all-linear"] | list[Text] = "all-linear"
-    """`all-linear`, weights of experts included, or the last parts of module names, such as `[query, value]`."""
-    variant: Literal["lora", "rslora", "dora"] = "lora"
-    """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r); `dora` (Liu et al. 2024) learns magnitudes too."""
-    init: Literal["zero", "pissa"] = "zero"
-    """`zero` adds nothing at first; `pissa` (Meng et al. 2024) begins with the largest singular values of the weights,
-    which is often quicker to learn, and is saved as a LoRA of twice the rank."""
-    quantize: Literal["nf4"] | None = None
-    """`nf4` holds the frozen linear weights in 4 bits (Dettmers et al. 2023, QLoRA); needs the extra `quant`."""
-    modules_to_save: list[Text] = Field(default_factory=list)
-    """Modules above the freeze boundary that are trained whole beside the adapter, by the last parts of their names:
-    `[embed_tokens, lm_head]`."""
-
-
-class Transfer(Section):
-    """How knowledge moves from the source to the target."""
-
-    from_scratch: bool = False
-    """Random weights in the same architecture: the control that a transfer is held against."""
-    freeze: WrittenDepth = 0
-    """Freeze depth: `0` nothing, `stem` the embeddings, `k` the stem and k layers, `50%` half of the layers, `all` all
-    but the head."""
-    head: Head = Head()
-    """The task's new last layers."""
-    adapter: Adapter | None = None
-    """Adapter weights in the blocks above the freeze boundary; null tunes the blocks themselves."""
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Each block learns at this multiple of the rate of the block above it (Howard & Ruder 2018); null for one rate."""
-
-    @property
-    def depth(self) -> FreezeDepth:
-        """`freeze`, parsed."""
-        return FreezeDepth.parse(self.freeze)
-
-
 class EarlyStopping(Section):
     """Stop when *select* has not improved for a while."""
 
@@ -200,12 +142,12 @@ class Train(Section):
     """How it is trained."""
 
     epochs: Positive | None = 3
-    """Passes over the training data; null when `steps` is given."""
+    """Passes over the training data, in each phase that does not give its own length; null when `steps` is given."""
     steps: PositiveInt | None = None
     """Optimizer steps; takes the place of `epochs`."""
     learning_rate: Positive = 5e-5
     """Peak rate of AdamW."""
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    schedule: Schedule = "linear"
     """Shape of the rate over the steps, as in `transformers.get_scheduler`."""
     warmup_ratio: Fraction = 0.1
     """Share of the steps over which the rate rises from 0."""

@@ -14,7 +14,7 @@ from orchestrator.errors import Problem, nearest
 from orchestrator.recipe.combination_rules import find_in_combinations
 from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, paths_in, place_of, put, put_in_order
 from orchestrator.recipe.finding import Finding
-from orchestrator.recipe.mistakes import dotted, find_mistakes
+from orchestrator.recipe.mistakes import dotted, find_mistakes, value_at
 from orchestrator.recipe.reference import shape_of
 from orchestrator.recipe.rules import as_problems, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search
@@ -48,7 +48,7 @@ def _find_all(recipe: Recipe, unreliable: Sequence[str]) -> Iterator[Finding]:
     space = {path: cases_of(entry) for path, entry in (search.space or {}).items()}
     wrong = {path for path in space if any(overlap(f"search.space.{path}", other) for other in unreliable)}
     for path in space:
-        misplaced = list(_place_exists(path))
+        misplaced = list(_place_exists(path)) or list(_item_exists(recipe, path))
         rules = () if misplaced else _PLACES
         found = [*misplaced, *(finding for rule in rules for finding in rule(recipe, search, path, space))]
         found += _conditions_can_be_met(recipe, path, space)
@@ -119,6 +119,18 @@ def _place_exists(path: str) -> Iterator[Finding]:
     elif shape.keys(path.split(".")) and {"type": "null"} not in shape.options(node):
         names = ", ".join(f"`{path}.{key}`" for key in shape.keys(path.split(".")))
         yield Finding((place,), f"`{path}` is a whole section", f"search values in it: {names}")
+
+
+def _item_exists(recipe: Recipe, path: str) -> Iterator[Finding]:
+    here: Any = recipe.model_dump(exclude={"search"})
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(here, list) and int(part) >= len(here):
+            place = ".".join(parts[:depth])
+            what = f"`{path}` is item {part} of `{place}`, which has {len(here)} items"
+            yield Finding((f"search.space.{path}", place), what, f"number them from 0, or add the item to `{place}`")
+            return
+        here = value_at(here, (part,))
 
 
 def _guess_place(path: str) -> str:

@@ -30,9 +30,11 @@ from orchestrator.tasks.bases.padded import as_arrays
 from orchestrator.training.evaluation import in_order, predict_share
 from orchestrator.training.hooks import Evaluator, Recorder, TrainingState, is_due
 from orchestrator.training.loop import Step, check_finite, cut, rate_schedule, seed_dropout
+from orchestrator.training.parameter_groups import parameter_groups, rate_multipliers
+from orchestrator.training.phases import ONLY_PHASE
 from orchestrator.training.session import Session
 from orchestrator.training.split_loader import SplitLoader
-from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
+from orchestrator.transfer import read_methods
 
 STACKING = "training several heads together"
 
@@ -63,12 +65,12 @@ class HeadState:
         """At the best evaluation."""
         self.best_row: dict[str, Any] | None = None
         self.best_predictions: Predictions = {}
-        self.rate_factor = rate_schedule(recipe.train, session.schedule.total_steps)
+        self.rate_factor = rate_schedule(recipe.train, session.schedule.num_steps)
         self._directory = RowsInMemory(session.directory.root)
         self.recorder = Recorder(session.engine.exchange, self._directory, recipe.train.log_every)
         task, select = session.prepared.task, session.loaders["select"]
         self.evaluator = Evaluator(
-            session.engine, task, select, session.metric, recipe.train, session.schedule, self._directory
+            session.engine, task, select, session.metric, recipe.train, session.schedule, self._directory, ONLY_PHASE
         )
 
     @property
@@ -98,7 +100,7 @@ class BatchedHeads:
             for name, value in trained.items()
         }
         # At a rate and a decay of 1 the groups hold the multipliers of each parameter.
-        groups = parameter_groups(trained, rate_multipliers(session.parts.blocks, recipes[0].transfer), 1.0, 1.0)
+        groups = parameter_groups(trained, rate_multipliers(session.parts, read_methods(recipes[0])), 1.0, 1.0)
         names = {id(value): name for name, value in trained.items()}
         multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]
@@ -112,14 +114,14 @@ class BatchedHeads:
             CallFailed: the model, its head or the task's loss cannot be stacked, or memory does not suffice for all.
         """
         session, schedule = self.session, self.session.schedule
-        for index in range(schedule.total_steps):
+        for index in range(schedule.num_steps):
             epoch, position = divmod(index, schedule.order.steps_per_epoch)
             if position == 0:
                 batches = schedule.order.epoch(epoch)
             session.parts.frozen.set_train_mode(session.engine.model)
             self._step(index, batches[position])
             every = session.prepared.recipe.train.evaluate_every
-            if is_due(every, index + 1, schedule.order.steps_per_epoch, schedule.total_steps):
+            if is_due(every, index + 1, schedule.order.steps_per_epoch, schedule.end):
                 self._evaluate(index)
             if all(head.is_over for head in self.heads):
                 break

@@ -39,7 +39,12 @@ def batch_trials(recipe: Recipe, specs: Iterable[Spec], max_batches: int) -> tup
 
 
 def trains_only_the_head(recipe: Recipe) -> bool:
-    """Whether the run trains only the head, on stored features, in one process."""
+    """Whether the run trains only the head, on stored features, in one process.
+
+    Batched heads know neither phases nor methods other than rates.
+    """
+    if recipe.transfer.phases is not None or recipe.transfer.methods:
+        return False
     one_process = recipe.scale.workers == 1 and recipe.scale.zero_stage == 0 and recipe.scale.engine != "deepspeed"
     frozen = recipe.transfer.depth.freezes_body and recipe.transfer.adapter is None
     return one_process and frozen and recipe.train.cache_prefix is not False

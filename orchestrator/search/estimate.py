@@ -35,6 +35,7 @@ from orchestrator.training.evaluation import score
 from orchestrator.training.features.build import CACHED_SPLITS, extract_prefix_at_boundary
 from orchestrator.training.features.prefix_cache import PrefixCache, model_identity, open_store
 from orchestrator.training.loop import Schedule, make_schedule, take_step
+from orchestrator.training.phases import find_phases
 from orchestrator.training.prepare import Prepared, encode_inputs, read_inputs
 from orchestrator.training.split_loader import SplitLoader
 
@@ -126,23 +127,35 @@ def disk_bytes(plan: SearchPlan, known: list[dict[str, Any]], num_checkpoints: i
 def trial_seconds(plan: SearchPlan, parameters: dict[str, Any], throughput: Throughput) -> float:
     """Return the time of one trial by itself, its features stored where that is possible."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
-    share = share_trained(plan, parameters)
+    is_batched = bool(throughput.sizes) and trains_only_the_head(recipe)
+    overhead = SECONDS_PER_BATCHED_TRIAL if is_batched else SECONDS_PER_TRIAL
+    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    return overhead + sum(phase_seconds(plan, phase.recipe, throughput) for phase in phases)
+
+
+def phase_seconds(plan: SearchPlan, recipe: Recipe, throughput: Throughput) -> float:
+    """Return the seconds of one phase of a trial."""
+    share = share_of_recipe(plan, recipe)
     steps = steps_of(replace(plan.prepared, recipe=recipe))
-    num_examples = steps.total_steps / steps.order.steps_per_epoch * len(plan.prepared.encoded("train"))
+    num_examples = steps.num_steps / steps.order.steps_per_epoch * len(plan.prepared.encoded("train"))
     every = recipe.train.evaluate_every
-    evaluations = max(1, steps.total_steps // (steps.order.steps_per_epoch if every == "epoch" else int(every)))
+    evaluations = max(1, steps.num_steps // (steps.order.steps_per_epoch if every == "epoch" else int(every)))
     scored = evaluations * len(plan.prepared.encoded("select"))
     part = mean_share(evaluations, plan.search.grace, plan.search.reduction) if plan.search.scheduler == "asha" else 1.0
     computed = share * (num_examples * throughput.step + scored * throughput.forward)
     frozen = 0.0 if throughput.sizes else (1 - share) * (num_examples + scored) * throughput.forward
-    is_batched = bool(throughput.sizes) and trains_only_the_head(recipe)
-    overhead = SECONDS_PER_BATCHED_TRIAL if is_batched else SECONDS_PER_TRIAL
-    return overhead + part * (computed + frozen)
+    return part * (computed + frozen)
 
 
 def share_trained(plan: SearchPlan, parameters: dict[str, Any]) -> float:
-    """Return the share of the model's layers that a trial trains."""
+    """Return the share of the model's layers that a trial trains, in the phase that trains most."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
+    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    return max(share_of_recipe(plan, phase.recipe) for phase in phases)
+
+
+def share_of_recipe(plan: SearchPlan, recipe: Recipe) -> float:
+    """Return the share of the model's layers that a recipe without phases trains."""
     depth = models.resolve_depth(recipe.transfer.freeze, plan.num_layers)
     return 0.0 if depth.tail else 1 - depth.num_layers / plan.num_layers
 

@@ -57,6 +57,8 @@ class SearchPlan:
                 depths.update(case.choice)
         if not cases or all(case.when is not None for case in cases):
             depths.add(self.prepared.recipe.transfer.freeze)
+        phases = self.prepared.recipe.transfer.phases or []
+        depths.update(phase.freeze for phase in phases if phase.freeze is not None)
         found = [models.resolve_depth(depth, self.num_layers) for depth in depths]
         return sorted({depth.num_layers + depth.tail for depth in found if depth.stem})
 

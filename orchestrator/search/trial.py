@@ -55,7 +55,7 @@ class Trial(BaseTrial):
     def save(self, folder: Path) -> None:
         """Write the state that another trial can continue from."""
         if self.session is not None:
-            self.session.engine.write_state(folder)
+            self.session.write_state(folder)
             write_json(folder / TRAINING_STATE, self.state.to_dict())
 
     def restore(self, folder: Path, parameters: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Trial(BaseTrial):
         self._change(self.state.step, parameters)
         self._open_session()
         assert self.session is not None
-        self.session.engine.read_state(folder)
+        self.session.read_state(folder, self.state)
         self._saved_step = 0
         self._count_earlier_time()
         self._rows = self._evaluations()
@@ -76,7 +76,7 @@ class Trial(BaseTrial):
         """Keep the best weights in memory, and save a checkpoint from time to time; the last hook of the loop."""
         assert self.session is not None
         if state.improved:
-            weights = self.session.engine.trained_weights()
+            weights = self.session.trained_weights()
             self._best = {name: value.clone() for name, value in weights.items()}
         if time.monotonic() - self._saved > SAVE_INTERVAL_S:
             self._checkpoint()
@@ -116,8 +116,7 @@ class Trial(BaseTrial):
 
     def _is_last(self, row: dict[str, Any]) -> bool:
         assert self.session is not None
-        over = self.state.stop is not None or self.state.step >= self.session.schedule.total_steps
-        return over and row["step"] == self.state.step
+        return self.session.ends_run(self.state) and row["step"] == self.state.step
 
     def _end(self, status: str = "finished", reason: str | None = None) -> Outcome:
         self._release()
@@ -138,7 +137,7 @@ class Trial(BaseTrial):
         assert session is not None
 
         def write(folder: Path) -> None:
-            session.engine.write_state(folder)
+            session.write_state(folder)
             save_file(self._best, folder / BEST_WEIGHTS)
 
         session.store.save(self.state.step, self.state.to_dict(), write)

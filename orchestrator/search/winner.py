@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.recipe.schema import Scale
+from orchestrator.runs.directory import RunDirectory
 from orchestrator.runs.logs import log_to
-from orchestrator.search.outcome import BEST_WEIGHTS
+from orchestrator.search.outcome import BEST_WEIGHTS, history
 from orchestrator.search.records import SearchDirectory
 from orchestrator.search.trial_context import trial_inputs
 from orchestrator.tasks.base import MainMetric
@@ -40,7 +41,7 @@ def keep_winner(
         weights = run.root / BEST_WEIGHTS
         if weights.exists():
             state = TrainingState(step=winner["best_step"], seconds=winner["seconds"], best_step=winner["best_step"])
-            load_weights(session, weights)
+            load_weights(session, weights, phase_at(session, run, winner["best_step"]))
         else:
             state = resume(session)
             for _ in evaluations(session, state, [make_saver(session)]):
@@ -52,8 +53,24 @@ def keep_winner(
     return result
 
 
-def load_weights(session: Session, path: Path) -> None:
-    """Load the trained values of a file into the model."""
+def phase_at(session: Session, run: RunDirectory, step: int) -> int:
+    """Return the index of the phase in which a trial was evaluated at a step."""
+    names = [phase.name for phase in session.phases]
+    if len(names) == 1:
+        return 0
+    row = next(row for row in history(run) if row["step"] == step)
+    return names.index(row["phase"])
+
+
+def load_weights(session: Session, path: Path, phase: int) -> None:
+    """Load the trained values of a file into the model.
+
+    Args:
+        phase: index of the phase in which they were trained last.
+    """
+    if phase != session.phase_index:
+        session.begin_phase(phase, 0, load_file(path))
+        return
     module = session.parts.module
     here = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():

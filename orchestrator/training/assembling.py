@@ -12,14 +12,13 @@ from orchestrator import models
 from orchestrator.errors import ModelError, Problem, raise_if_fatal
 from orchestrator.models import Blocks, Frozen
 from orchestrator.models.attempt import CallFailed
-from orchestrator.recipe import Recipe
+from orchestrator.training.parameter_groups import make_groups
 from orchestrator.training.prepare import Prepared
-from orchestrator.transfer.layer_rates import parameter_groups, rate_multipliers
 
 
 @dataclass
 class ModelParts:
-    """What an engine and the loop work with."""
+    """What an engine and the loop work with: the model, its blocks, and which of its parameters are trained."""
 
     module: Any
     """The model, with head and adapter."""
@@ -32,14 +31,14 @@ class ModelParts:
     head_is_new: bool
     """Whether the head's weights are random; otherwise the source's own head is tuned further."""
     new_parameters: frozenset[str]
-    """Those that the source did not have, by their names before an adapter."""
+    """Parameters that the source did not have, by their names before an adapter."""
     initial_factors: models.LoraDeltas = field(default_factory=dict)
-    """What the adapter began with, and the weights that it lies on lack."""
+    """What the adapter began with, which was taken out of the weights that it lies on."""
     caching: list[tuple[Any, bool]] = field(default_factory=list)
     """Configs whose `use_cache` training has turned off, with the value that they had."""
 
     def count_parameters(self) -> dict[str, int]:
-        """Numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits at their full size."""
+        """Return the numbers of parameters; sharded ones (ZeRO-3) and those in 4 bits count in full."""
         sizes = [(_size(value), value.requires_grad) for value in self.module.parameters()]
         return {"total": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
@@ -48,8 +47,8 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> ModelParts:
     """Build the parts; the same recipe and seed give the same weights on every worker.
 
     Args:
-        as_stored: leave weights in bf16 that are stored so. The model is then not to be run but inside
-            `models.Fp32ComputeMode`, until an engine has given its weights the formats that it computes with.
+        as_stored: leave weights in bf16 that are stored so. Such a model may be run inside `models.Fp32Compute` alone,
+            until an engine has given its weights the formats that it computes with.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
@@ -65,7 +64,7 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> ModelParts:
 
 
 def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **changes: Any) -> ModelParts | None:
-    """The parts without values, and without reading weights; None for architectures that look into their inputs.
+    """Build the parts without values, and without reading weights; None for architectures that look into their inputs.
 
     Args:
         new: names of the parameters that the source does not have.
@@ -83,7 +82,7 @@ def assemble_outline(prepared: Prepared, new: frozenset[str] = frozenset(), **ch
 
 
 def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> ModelParts:
-    """Head, frozen blocks and adapter on a loaded model.
+    """Build head, frozen blocks and adapter on a loaded model.
 
     Args:
         new: names of the parameters that the source does not have.
@@ -115,8 +114,9 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> ModelPa
         module.gradient_checkpointing_enable({"use_reentrant": False})
         caching = turn_off_caches(body.config)
     head_is_new = bool(new) or transfer.from_scratch
-    groups = make_groups(module, blocks, recipe)
-    return ModelParts(module, body, blocks, frozen, groups, head_is_new, new, initial_factors, caching)
+    parts = ModelParts(module, body, blocks, frozen, [], head_is_new, new, initial_factors, caching)
+    parts.groups = make_groups(parts, recipe)
+    return parts
 
 
 def turn_off_caches(config: Any) -> list[tuple[Any, bool]]:
@@ -135,13 +135,6 @@ def _size(parameter: Any) -> int:
     in_bits = getattr(parameter, "quant_state", None)
     whole = parameter.numel() if in_bits is None else in_bits.shape.numel()
     return int(getattr(parameter, "ds_numel", whole))
-
-
-def make_groups(module: Any, blocks: Blocks, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer, at the recipe's rates."""
-    multipliers = rate_multipliers(blocks, recipe.transfer)
-    train = recipe.train
-    return parameter_groups(dict(module.named_parameters()), multipliers, train.learning_rate, train.weight_decay)
 
 
 def setting_excluding_experts(prepared: Prepared) -> str | None:
@@ -212,4 +205,9 @@ def check_structure(prepared: Prepared) -> ModelParts | None:
     adapter = prepared.recipe.transfer.adapter
     if adapter is not None and adapter.quantize is not None:
         models.check_quantization(prepared.source, prepared.recipe.origin.where("transfer.adapter.quantize"))
-    return assemble_outline(prepared)
+    parts = assemble_outline(prepared)
+    for number, phase in enumerate(prepared.recipe.transfer.phases or []):
+        if parts is not None and phase.freeze is not None:
+            where = prepared.recipe.origin.where(f"transfer.phases.{number}.freeze")
+            models.resolve_depth(phase.freeze, len(parts.blocks.layers), where)
+    return parts

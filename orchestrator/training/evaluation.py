@@ -54,13 +54,13 @@ def predict_with_losses(
 def score(
     engine: Engine, task: Task, loader: SplitLoader, micro_batch_size: int, tokens_per_pass: int | None = None
 ) -> Scored:
-    """Score a split over all workers; metrics hold `loss`, the mean over targets, beside the task's own.
+    """Score a split over all workers; metrics hold `loss`, the mean over targets, and the task's own.
 
     All workers call this, and each takes part in every forward pass, for models that are sharded over them.
 
     Args:
         micro_batch_size: examples of a pass in training; here it is twice as many.
-        tokens_per_pass: the same of its tokens, as in `Prepared`.
+        tokens_per_pass: tokens of a pass in training, as in `Prepared`.
     """
     gathered = predict_share(engine, task, loader, micro_batch_size, tokens_per_pass)
     predictions: Predictions = {}
@@ -110,10 +110,10 @@ def set_reference(
     identity: Sequence[str],
     tokens_per_pass: int | None = None,
 ) -> None:
-    """Have the split hold what the model, not trained yet, makes of its examples. All workers call this.
+    """Give the split the predictions of the model, not trained yet, for its examples. All workers call this.
 
     Args:
-        identity: what that depends on. It is stored under this, and under how the examples are dealt out: sums over
+        identity: what that depends on. It is stored under this, and under how the examples are assigned: sums over
             other batches differ in their last bits.
     """
     limit = [] if tokens_per_pass is None else [tokens_per_pass]
@@ -126,13 +126,13 @@ def set_reference(
 
 
 def read_reference(key: str) -> np.ndarray[Any, Any] | None:
-    """Return what is stored under a key, None where nothing is."""
+    """Return the predictions that are stored under a key; None where there are none."""
     kept = find_cached_table(key)
     return None if kept is None else np.stack([column.to_numpy() for column in kept], 1)
 
 
 def store_reference(key: str, gathered: Gathered) -> np.ndarray[Any, Any]:
-    """Store what the workers have predicted; returns it in the order of the split."""
+    """Store the predictions of all workers; return them in the order of the split."""
     found: np.ndarray[Any, Any]
     (found,) = in_order(gathered).values()
     table = pa.table({str(number): column for number, column in enumerate(found.T)})

@@ -1,4 +1,4 @@
-"""What a run leaves for others: a model directory that plain transformers (or peft) loads, and test predictions."""
+"""Export a run: a model directory that plain transformers (or peft) loads, and the predictions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AfterTraining(contextlib.AbstractContextManager[None]):
         raise RunFailed(
             f"training is finished, with its best weights in {self.checkpoint}, but its model could not be written: "
             f"{type(error).__name__}: {error}\n"
-            f"    -> the whole story is in {self.logs}; the same command goes on from there without training again"
+            f"    -> the traceback is in {self.logs}; the same command goes on from there without training again"
         ) from error
 
 
@@ -76,8 +76,8 @@ def export_model(
         weights: every trained parameter, by its name in `parts.module`, in its format.
         formats: what each weight is written in.
         result: the run's result, for the card.
-        rebuild: what the model in `parts` was trained in, where it was rounded for that or spread over workers: what
-            was not trained comes from one built anew. None where it comes from that model.
+        rebuild: the precision of training, where the model in `parts` was rounded for it or sharded over workers: what
+            was not trained then comes from a model that is built again. None where it comes from that model.
 
     Raises:
         RunFailed: the adapter learned nothing.
@@ -93,11 +93,11 @@ def export_model(
         extend_saved_adapter(prepared, parts, partial)
     else:
 
-        def build_anew() -> Any:
+        def build_again() -> Any:
             assert rebuild is not None
             return assemble(prepared, may_load_as_stored(prepared.recipe, rebuild)).module
 
-        state = whole_state(module, weights, formats, None if rebuild is None else build_anew)
+        state = whole_state(module, weights, formats, None if rebuild is None else build_again)
         save_whole(module, state, formats.main, partial)
     prepared.processor.save_pretrained(partial)
     if prepared.recipe.transfer.head.layers:
@@ -109,7 +109,7 @@ def export_model(
 
 
 def extend_saved_adapter(prepared: Prepared, parts: ModelParts, folder: Path) -> None:
-    """Have a saved adapter say all that the model has beyond the base that others will load it onto."""
+    """Add to a saved adapter what else the model has beyond the base that others will load it onto."""
     others = (
         [{name: (first, -second) for name, (first, second) in parts.initial_factors.items()}]
         if parts.initial_factors
@@ -140,7 +140,7 @@ def refuse_untrained(parts: ModelParts, weights: Mapping[str, Tensor]) -> None:
 
 
 def describe_model(prepared: Prepared) -> dict[str, Any]:
-    """What `evaluate` and `predict` need besides the weights; transformers does not read it."""
+    """Return what `evaluate` and `predict` need besides the weights; transformers does not read it."""
     recipe = prepared.recipe
     return {
         "task": recipe.target.task,
@@ -151,7 +151,7 @@ def describe_model(prepared: Prepared) -> dict[str, Any]:
 
 
 def write_predictions(prepared: Prepared, split: str, predictions: Arrays, path: Path) -> None:
-    """One row an example: where it came from, its columns, the prediction with its scores."""
+    """Write one row an example: where it came from, its columns, the prediction with its scores."""
     examples = prepared.examples[split]
     columns: dict[str, Any] = {"source": [examples.where(row) for row in range(len(examples))]}
     columns.update({name: examples.table[name] for name in examples.table.column_names})

@@ -1,4 +1,4 @@
-"""Have the model write answers to some examples of a split, and score them; the workers share the examples."""
+"""Generate answers to some examples of a split, and score them; the workers share the examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED_OF_SAMPLE = 0  # One for all runs, so that they are scored on the same exam
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written for one example."""
+    """The generated answer to one example."""
 
     source: str
     """Its place in the data."""
@@ -29,19 +29,22 @@ class Answer:
 
 @dataclass
 class Written:
-    """Answers and their scores; empty where the task writes nothing."""
+    """Answers and their scores; empty where the task generates nothing."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
 
 
 def sample(task: Task, examples: Examples) -> Examples:
-    """The examples that are written for; the same ones each time."""
+    """Return the examples that answers are generated for; the same ones each time."""
     return examples.take(np.sort(shuffled(np.arange(len(examples)), SEED_OF_SAMPLE)[: task.num_written]))
 
 
 def write_answers(engine: Engine, task: Task, processor: Any, examples: Examples, batch_size: int) -> Written:
-    """Answers to a sample of a split. All workers call this; each writes as often, for models spread over them."""
+    """Generate answers to a sample of a split.
+
+    All workers call this; each generates as many, for models that are sharded over them.
+    """
     if not task.num_written:
         return Written()
     some = sample(task, examples)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from orchestrator.training.engine.base import Engine
+from orchestrator.distributed import Exchange
 from orchestrator.training.hooks import Saver, TrainingState
 from orchestrator.training.interruption import Interrupted, StopRequest
 from orchestrator.training.loop import Step
@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(
         self,
-        engine: Engine,
+        exchange: Exchange,
         saver: Saver,
         notice: PreemptionNotice | None,
         stop_request: StopRequest | None,
@@ -45,7 +45,7 @@ class Watch:
             stop_request: None where nothing can request a stop.
             report_phase: shows the user a phase.
         """
-        self.engine = engine
+        self.exchange = exchange
         self.saver = saver
         self.notice = notice
         self.stop_request = stop_request
@@ -55,12 +55,12 @@ class Watch:
 
     def after_step(self, step: Step, state: TrainingState) -> None:
         # A single worker checks at each step: it needs no exchange with others.
-        if self.engine.num_workers == 1 and self._is_stop_requested():
+        if self.exchange.size == 1 and self._is_stop_requested():
             self._end(step, state)
         if step.number < self._next:
             return
         mine = self._steps_until_check(step.number), self._is_stop_requested()
-        num_steps, is_requested = self.engine.broadcast_from_first(mine)
+        num_steps, is_requested = self.exchange.broadcast(mine)
         self._next = step.number + num_steps
         if is_requested:
             self._end(step, state)

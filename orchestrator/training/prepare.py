@@ -20,6 +20,7 @@ from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, read_options
+from orchestrator.transfer import read_methods
 
 T = TypeVar("T")
 ENCODING_VERSION = 3
@@ -27,7 +28,7 @@ ENCODING_VERSION = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, found and read: the source model's files and the examples. Nothing is loaded yet."""
+    """The source model's files and the examples that a recipe names. No model is loaded yet."""
 
     recipe: Recipe
     source: SourceModel
@@ -47,16 +48,16 @@ class Prepared:
     task: Task
     processor: Any
     examples: dict[str, Examples]
-    """In words: the paths of pictures, not the pictures."""
+    """The raw examples; of pictures their paths alone."""
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
     keys: dict[str, str]
-    """What each encoded split is made from, as a hash."""
+    """The hash of what each encoded split is made from."""
     identity: dict[str, str]
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
     parameters: dict[str, int] | None = None
-    """How many there are, `total` and `trained`; None where nobody has looked, or only the weights tell."""
+    """Numbers of parameters, `total` and `trained`; None where they are not known before the weights are read."""
     tokens_per_pass: int | None = None
     """The most of a worker's pass, padding counted, in the unit of the examples' lengths; None for no limit."""
 
@@ -73,6 +74,7 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
     chosen = _collect(problems, lambda: read_options(recipe))
+    _collect(problems, lambda: read_methods(recipe))
     examples = _collect(problems, lambda: read_examples(recipe, *chosen)) if chosen else None
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)
@@ -112,7 +114,7 @@ def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
 
 
 def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, Examples]:
-    """The splits that the recipe's data come in, missing ones cut, limits applied."""
+    """Return the splits of the recipe's data, missing ones cut, limits applied."""
     limit = recipe.target.limit.model_copy(update={"train": num_streamed(recipe) or recipe.target.limit.train})
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
@@ -125,7 +127,7 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
 
 
 def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
-    """A warning where streamed data have fewer examples than the steps take."""
+    """Return a warning where streamed data have fewer examples than the steps take."""
     steps, size = recipe.train.steps, recipe.train.global_batch_size
     wanted = num_streamed(recipe)
     if wanted is None or recipe.target.limit.train is not None or len(train) >= wanted:
@@ -136,17 +138,17 @@ def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
 
 
 def encoding_key(task: Task, examples: Examples, processor: Any) -> str:
-    """The hash of everything that decides what a split looks like when it is encoded."""
+    """Return the hash of everything that decides what a split looks like when it is encoded."""
     return cache.content_key(ENCODING_VERSION, examples.fingerprint, task.cache_parts(processor))
 
 
 def encode(task: Task, examples: Examples, processor: Any, key: str) -> pa.Table:
-    """A split as the model reads it, from the cache where the same was encoded before."""
+    """Return an encoded split, from the cache where the same was encoded before."""
     return cache.cached_table(key, lambda: task.encode(examples, processor))
 
 
 def _collect(problems: list[Problem], step: Callable[[], T]) -> T | None:
-    """The step's result; or None, its problems added to the list."""
+    """Return the step's result; or None, with its problems added to the list."""
     try:
         return step()
     except InputError as error:

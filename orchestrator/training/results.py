@@ -1,4 +1,4 @@
-"""What a run leaves: scores of every reported split, the model, predictions and result.json."""
+"""The results of a run: scores of every reported split, the model, predictions and result.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_SAMPLES = 8
 
 
 def score_before(session: Session) -> dict[str, Reported] | None:
-    """Scores before the first step, where the source's own head is kept; a new head knows nothing yet."""
+    """Return the scores before the first step; None where the head is new and knows nothing yet."""
     if session.parts.head_is_new:
         return None
     session.report_phase("scoring the source")
@@ -30,13 +30,14 @@ def score_before(session: Session) -> dict[str, Reported] | None:
 
 def finish(session: Session, state: TrainingState, before: dict[str, Reported] | None) -> None:
     """Take the best weights, score every split that is reported, and write model, predictions and result."""
-    prepared, engine, directory = session.prepared, session.engine, session.directory
+    prepared, directory = session.prepared, session.directory
     session.report_phase("scoring the best checkpoint")
     best_step = load_best_weights(session, state)
+    engine = session.engine  # Of the phase of the best checkpoint.
     reported: list[str] = [name for name in ("select", "test") if name in prepared.tables]
     scored = {name: score_split(session, name) for name in reported}
     formats = formats_to_write(prepared, session.parts) if engine.rank == 0 else models.StoredDtypes()
-    weights = engine.trained_weights(formats.of)
+    weights = session.trained_weights(formats.of)
     peaks = engine.gather(state.peak_bytes)
     if engine.rank != 0:
         return
@@ -55,6 +56,7 @@ def finish(session: Session, state: TrainingState, before: dict[str, Reported] |
         "peak_bytes": max(peaks),
         "best_step": best_step,
         "best_checkpoint": f"checkpoints/step-{best_step:08d}",
+        "best_phase": session.phase.name,
         "metric": session.metric.name,
         "metrics_shown": list(dict.fromkeys([session.metric.name, *prepared.task.metrics_shown])),
         "parameters": session.parts.count_parameters(),
@@ -78,28 +80,28 @@ def finish(session: Session, state: TrainingState, before: dict[str, Reported] |
 
 
 def load_best_weights(session: Session, state: TrainingState) -> int:
-    """Put the weights of the best checkpoint into the engine; returns their step.
+    """Put the weights of the best checkpoint into the session, in their phase; returns their step.
 
     Where that checkpoint was damaged or deleted, the weights stay those of the last step, and a note says so.
     """
-    engine, best = session.engine, state.best_step
+    exchange, best = session.exchange, state.best_step
     if best is None or best == state.step:
         return state.step
     session.store.download(best)
     checkpoint = session.store.at(best)
-    damage = engine.run_on_first_worker(lambda: find_damage(checkpoint.folder))
+    damage = exchange.run_on_first(lambda: find_damage(checkpoint.folder))
     if damage is None:
-        engine.read_state(checkpoint.folder)
-        engine.agree(None)
+        session.read_state(checkpoint.folder, TrainingState(**checkpoint.state))
+        exchange.agree(None)
         return best
     text = f"the best checkpoint, step {best}, cannot be used ({damage}); these are the weights of step {state.step}"
-    engine.run_on_first_worker(lambda: session.directory.add_note(text))
+    exchange.run_on_first(lambda: session.directory.add_note(text))
     return state.step
 
 
 @dataclass
 class Reported:
-    """Everything that is known of a split; predictions and answers on worker 0 alone."""
+    """The scores of a split; predictions and answers on worker 0 alone."""
 
     metrics: dict[str, float]
     predictions: Arrays
@@ -107,6 +109,7 @@ class Reported:
 
 
 def score_split(session: Session, name: str) -> Reported:
+    """Score a split by the session's weights as they are. All workers call this."""
     prepared, micro_batch = session.prepared, session.schedule.micro_batch_size
     scored = score(session.engine, prepared.task, session.loaders[name], micro_batch, prepared.tokens_per_pass)
     written = write_answers(session.engine, prepared.task, prepared.processor, prepared.examples[name], micro_batch)
@@ -114,6 +117,6 @@ def score_split(session: Session, name: str) -> Reported:
 
 
 def samples(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str | None]]:
-    """Some of the answers that were written, side by side with those before the first step."""
+    """Return some of the answers that were written, side by side with those before the first step."""
     earlier = {answer.source: answer.written for answer in before}
     return [{**asdict(answer), "before": earlier.get(answer.source)} for answer in after[:NUM_SAMPLES]]

@@ -1,4 +1,4 @@
-"""One worker's part of a run: resume, train, score, export. It runs the same in one process or in many."""
+"""One worker's part of a run: resume, train phase by phase, score, export. It is the same in one process or in many."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run_worker(
     """Train on this worker, from the newest whole checkpoint if there is one; the results are left in the directory.
 
     Args:
-        notice: tells when machines will be taken away; None where nobody takes any.
-        wish: tells when the run is to end; None where nobody can wish it.
+        notice: says when machines will be taken away; None where nobody takes any.
+        wish: says when the run is to end; None where nobody can ask for it.
 
     Raises:
         Interrupted: the run is to end; the last step is saved.
@@ -42,9 +42,9 @@ def run_worker(
     with log_to(directory.logs), open_session(prepared, directory, attempt, device, progress) as session:
         before = score_before(session)
         state = resume(session)
-        session.engine.run_on_first_worker(lambda: record_start(session, state.step))
+        session.exchange.run_on_first(lambda: record_start(session, state.step))
         saver = make_saver(session)
-        watch = Watch(session.engine, saver, notice, stop_request, session.report_phase)
+        watch = Watch(session.exchange, saver, notice, stop_request, session.report_phase)
         with watch.during_steps():
             for _ in evaluations(session, state, [saver, watch]):
                 pass
@@ -52,7 +52,7 @@ def run_worker(
 
 
 def resume(session: Session) -> TrainingState:
-    """Put the newest whole checkpoint into the engine, if there is one; what the hooks remembered comes back."""
+    """Restore the newest whole checkpoint, if there is one, in its phase; return what the hooks remembered."""
 
     def find() -> tuple[Checkpoint | None, int]:
         found, notes = session.store.newest_valid()
@@ -61,26 +61,26 @@ def resume(session: Session) -> TrainingState:
             session.directory.add_note(note)
         return found, num_rows
 
-    found, num_rows = session.engine.run_on_first_worker(find)
+    found, num_rows = session.exchange.run_on_first(find)
     if found is None:
         return TrainingState()
     session.report_phase(f"resuming at step {found.step}")
     session.store.download(found.step)
-    here = session.store.at(found.step)  # Where this worker's node has it, which need not be the first one's.
-    session.engine.read_state(here.folder)
-    session.engine.agree(None)  # Who is slow to read is waited for here, not in a collective of the first step.
+    here = session.store.at(found.step)  # On this worker's node, which need not be the first one's.
     state = TrainingState(**here.state)
-    session.engine.run_on_first_worker(lambda: note_lost_rows(session, state, num_rows))
+    session.read_state(here.folder, state)
+    session.exchange.agree(None)  # Who is slow to read is waited for here, not in a collective of the first step.
+    session.exchange.run_on_first(lambda: note_lost_rows(session, state, num_rows))
     return state
 
 
 def note_lost_rows(session: Session, state: TrainingState, num_rows: int) -> None:
-    """Say so where metrics.jsonl has fewer rows than were written up to the checkpoint."""
+    """Note it where metrics.jsonl has fewer rows than were written up to the checkpoint."""
     lost, state.num_rows = state.num_rows - num_rows, num_rows
     if lost > 0:
         what = f"{lost} row{'s' if lost > 1 else ''} of {session.directory.metrics.name} up to step {state.step}"
         session.directory.add_note(
-            f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be told again"
+            f"{what} {'were' if lost > 1 else 'was'} damaged or missing, and cannot be written again"
         )
 
 
@@ -96,7 +96,7 @@ def record_start(session: Session, step: int) -> None:
 
 
 def note_other_number_of_workers(session: Session, step: int) -> None:
-    """Say so where an elastic run goes on after `step` with more or fewer workers."""
+    """Note it where an elastic run goes on after `step` with more or fewer workers."""
     number = session.engine.num_workers
     before = session.directory.read_record().get("world_size", number)
     if step and before != number:
@@ -104,7 +104,8 @@ def note_other_number_of_workers(session: Session, step: int) -> None:
 
 
 def make_saver(session: Session) -> Saver:
-    return Saver(session.engine, session.store, session.prepared.recipe.train, session.schedule)
+    """Return the hook that saves a run's checkpoints."""
+    return Saver(session)
 
 
 def evaluations(session: Session, state: TrainingState, last_hooks: Sequence[Hook]) -> Iterator[dict[str, Any]]:
@@ -113,28 +114,33 @@ def evaluations(session: Session, state: TrainingState, last_hooks: Sequence[Hoo
     Args:
         last_hooks: called after all others; those that save see what the others remembered.
     """
-    if state.stop or state.step >= session.schedule.total_steps:
+    yield from evaluations_of_phase(session, state, last_hooks)
+    while session.ends_phase(state) and not session.ends_run(state):
+        session.begin_next_phase(state)
+        yield from evaluations_of_phase(session, state, last_hooks)
+
+
+def evaluations_of_phase(
+    session: Session, state: TrainingState, last_hooks: Sequence[Hook]
+) -> Iterator[dict[str, Any]]:
+    """Train to the end of the session's phase; as `evaluations`."""
+    if session.ends_phase(state):
         return
-    prepared, engine, schedule, train = (
-        session.prepared,
-        session.engine,
-        session.schedule,
-        session.prepared.recipe.train,
-    )
-    evaluator = Evaluator(
-        engine, prepared.task, session.loaders["select"], session.metric, train, schedule, session.directory
-    )
-    adapter = prepared.recipe.transfer.adapter
+    engine, task, schedule, phase = session.engine, session.prepared.task, session.schedule, session.phase
+    train = phase.recipe.train
+    select, metric = session.loaders["select"], session.metric
+    evaluator = Evaluator(engine, task, select, metric, train, schedule, session.directory, phase.name)
+    has_adapter = phase.recipe.transfer.adapter is not None
     hooks: list[Hook] = [
-        *([AdapterGradients(engine, session.parts.module, session.directory.add_note)] if adapter is not None else []),
-        Clock(schedule, session.metric.name, session.progress, state.seconds, engine.device),
-        Recorder(engine.exchange, session.directory, train.log_every),
+        *([AdapterGradients(engine, session.parts.module, session.directory.add_note)] if has_adapter else []),
+        Clock(schedule, phase.name, metric.name, session.progress, state.seconds, engine.device),
+        Recorder(engine.exchange, session.directory, train.log_every, phase.name),
         evaluator,
         *last_hooks,
     ]
-    steps = training_steps(engine, prepared.task, session.loaders["train"], session.parts.frozen, schedule, state.step)
+    loader, frozen = session.loaders["train"], session.parts.frozen
     reset_peak_memory(engine.device)
-    for step in steps:
+    for step in training_steps(engine, task, loader, frozen, schedule, state.step, session.methods):
         for hook in hooks:
             hook.after_step(step, state)
         reset_peak_memory(engine.device)

@@ -1,50 +1,53 @@
 """How fast each part of the model learns: the head at its own rate, each block a little slower than the one above it.
 
-Discriminative rates are from Howard & Ruder (2018), "Universal Language Model Fine-tuning", section 3.2.
+Discriminative rates are from Howard & Ruder (2018), "Universal Language Model Fine-tuning for Text Classification",
+section 3.2.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from torch import nn
+from pydantic import Field
 
-from orchestrator.models import Blocks
 from orchestrator.recipe import Transfer
+from orchestrator.recipe.sections import Positive, Section
+from orchestrator.transfer.base import Method, Model
 
 
-def rate_multipliers(blocks: Blocks, transfer: Transfer) -> dict[str, float]:
-    """For each parameter's name, what the learning rate is multiplied with.
+class LayerRatesOptions(Section):
+    """Options of `layer-rates`, which `transfer.layer_decay` and `transfer.head.learning_rate_multiplier` imply."""
 
-    The head has its own multiplier. Below it the rate falls by `layer_decay` from block to block: the last layer (and
-    what follows it, the tail) has the decay once, the stem below n layers has it n + 1 times.
-    """
-    decay = 1.0 if transfer.layer_decay is None else transfer.layer_decay
-    ladder = [blocks.tail, *reversed(blocks.layers), blocks.stem]
-    multipliers = dict.fromkeys(blocks.head.parameters, transfer.head.learning_rate_multiplier)
-    for depth, block in enumerate(ladder):
-        multipliers.update(dict.fromkeys(block.parameters, decay ** max(1, depth)))
-    return multipliers
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each block learns at this multiple of the rate of the block above it; the last layer has it once."""
+    head: Positive = 1.0
+    """The head learns at this multiple of the peak rate."""
 
 
-def parameter_groups(
-    parameters: dict[str, nn.Parameter], multipliers: dict[str, float], learning_rate: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Groups for the optimizer of everything that is trained, in a fixed order.
+class LayerRates(Method):
+    """Learning rates that fall from the head to the stem."""
 
-    Biases and the scales of norms (all parameters of one dimension) are not decayed. Each group keeps its peak rate as
-    `initial_lr`, which the schedule multiplies.
-    """
-    grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        if parameter.requires_grad:
-            grouped.setdefault((multipliers[name], parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": members,
-            "lr": learning_rate * multiplier,
-            "initial_lr": learning_rate * multiplier,
-            "weight_decay": weight_decay if decayed else 0.0,
-        }
-        for (multiplier, decayed), members in grouped.items()
-    ]
+    name = "layer-rates"
+    Options = LayerRatesOptions
+    options: LayerRatesOptions
+
+    @classmethod
+    def implied(cls, transfer: Transfer) -> LayerRatesOptions | None:
+        decay = 1.0 if transfer.layer_decay is None else transfer.layer_decay
+        options = LayerRatesOptions(decay=decay, head=transfer.head.learning_rate_multiplier)
+        return None if options == LayerRatesOptions() else options
+
+    def multipliers(self, model: Model) -> dict[str, float]:
+        """Return the head's multiple, and for each block below it the decay to the power of its distance.
+
+        The last layer (and the tail, which follows it) has the decay once, the stem below n layers n + 1 times.
+        """
+        blocks = model.blocks
+        ladder = [blocks.tail, *reversed(blocks.layers), blocks.stem]
+        multipliers = dict.fromkeys(blocks.head.parameters, self.options.head)
+        for depth, block in enumerate(ladder):
+            multipliers.update(dict.fromkeys(block.parameters, self.options.decay ** max(1, depth)))
+        return multipliers
+
+
+METHOD = LayerRates

@@ -35,10 +35,10 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def limit(number: int) -> None:
         take_step = loop.take_step
 
-        def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
+        def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any, *others: Any) -> Any:
             if index >= FIRST_FAILURE and tokens_of_largest_pass(engine, loader, plan, rows) > number:
                 torch.empty(2**50)
-            return take_step(engine, task, loader, plan, index, rows)
+            return take_step(engine, task, loader, plan, index, rows, *others)
 
         monkeypatch.setattr(loop, "take_step", take)
 
@@ -123,12 +123,12 @@ def in_workers(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Callable[[
 
             take_step = loop.take_step
 
-            def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any) -> tuple[float, float]:
+            def take(engine: Any, task: Any, loader: Any, plan: Any, index: int, rows: Any, *others: Any) -> Any:
                 hands = [dealt[1] for dealt in loop.cut(engine, loader, plan, rows) if len(dealt[1])]
                 largest = max(len(mine) * int(loader.encoded.lengths[mine].max()) for mine in hands)
                 if engine.rank == 1 and index >= 5 and largest > number:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-                return take_step(engine, task, loader, plan, index, rows)
+                return take_step(engine, task, loader, plan, index, rows, *others)
 
             loop.take_step = take
             return train_on_worker(config)

@@ -214,10 +214,11 @@ def test_each_node_goes_on_from_its_own_copy(bucket: str) -> None:
     read: list[Path] = []
     # The first worker finds the checkpoint, and the number of rows that metrics.jsonl has; then it notes lost ones.
     told = iter([(found, 0), None])
-    engine = SimpleNamespace(
-        rank=1, run_on_first_worker=lambda _: next(told), agree=lambda _: None, read_state=read.append
+    exchange = SimpleNamespace(rank=1, run_on_first=lambda _: next(told), agree=lambda _: None)
+    session = SimpleNamespace(
+        exchange=exchange, store=other, report_phase=lambda _: None, read_state=lambda folder, _: read.append(folder)
     )
-    state = resume(SimpleNamespace(engine=engine, store=other, tell=lambda _: None))  # type: ignore[arg-type]
+    state = resume(session)  # type: ignore[arg-type]
     assert (state.step, state.seconds) == (3, 1.5)
     assert read == [other.folder / "step-00000003"] != [found.folder if found is not None else None]
     assert (read[0] / "weights.bin").read_bytes() == b"weights"

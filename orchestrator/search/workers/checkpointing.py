@@ -49,9 +49,9 @@ class TrialCheckpoints:
             state = resume(session)
             folder = session.store.at(state.step).folder
         else:
-            session.engine.read_state(start_from)
             folder = start_from
             state = TrainingState(**json.loads((folder / TRAINING_STATE).read_text(encoding="utf-8")))
+            session.read_state(folder, state)
         if session.engine.rank == 0 and (folder / BEST_WEIGHTS).exists():
             self.best = load_file(folder / BEST_WEIGHTS)
         if start_from is not None:
@@ -62,11 +62,11 @@ class TrialCheckpoints:
     def after_step(self, step: Step, state: TrainingState) -> None:
         engine, schedule, train = self.session.engine, self.session.schedule, self.session.prepared.recipe.train
         if state.improved:
-            weights = engine.trained_weights()
+            weights = self.session.trained_weights()
             if engine.rank == 0:
                 self.best = {name: value.clone() for name, value in weights.items()}
         due = any(
-            is_due(every, step.number, schedule.order.steps_per_epoch, schedule.total_steps)
+            is_due(every, step.number, schedule.order.steps_per_epoch, schedule.end)
             for every in (train.save_every, train.evaluate_every)
         )
         if due and engine.broadcast_from_first(self._is_affordable()):
@@ -86,7 +86,7 @@ class TrialCheckpoints:
         self._seconds_to_save = self._saved_at - start
 
     def _write(self, folder: Path) -> None:
-        self.session.engine.write_state(folder)
+        self.session.write_state(folder)
         if self.session.engine.rank == 0:
             save_file(self.best, folder / BEST_WEIGHTS)
 

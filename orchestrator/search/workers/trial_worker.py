@@ -209,7 +209,7 @@ class TrialWorker:
         spent = torch.tensor(time.process_time() - cpu_start, dtype=torch.float64, device=session.engine.device)
         self.report(
             step=state.step,
-            is_last=state.stop is not None or state.step >= session.schedule.total_steps,
+            is_last=session.ends_run(state),
             state=state.to_dict(),
             core_seconds=float(session.engine.sum_over_workers(spent)),
             **changes,

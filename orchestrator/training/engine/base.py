@@ -24,6 +24,7 @@ from orchestrator.models import set_compute_dtype
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may_cast_frozen
+from orchestrator.transfer import TrainedPart
 
 T = TypeVar("T")
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_CAST_ON_CPU, TOKENS_PER_PASS_ON_GPU = 48, 192, 16_384
@@ -48,6 +49,8 @@ class Engine(ABC):
     """The dtype that floating-point inputs must have; None where they need no conversion."""
     autocasts = False
     """Whether each forward pass converts fp32 weights to bf16."""
+    has_whole_parts = True
+    """Whether each worker's parts of trained parameters are whole ones, the same on all workers."""
     rounds_weights = False
     """Whether weights have fewer digits than those of the source, so that the export must load the source again."""
 
@@ -97,6 +100,10 @@ class Engine(ABC):
 
         Returns the norm of the whole gradient before clipping.
         """
+
+    @abstractmethod
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        """Return this worker's part of each trained parameter that has a gradient; between backward pass and step."""
 
     @abstractmethod
     def write_state(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orchestrator.training.engine.deepspeed_config import (
 )
 from orchestrator.training.engine.precision import Precision
 from orchestrator.training.engine.settings import micro_batch_size
+from orchestrator.transfer import TrainedPart
 
 
 class DeepSpeedEngine(Engine):
@@ -48,6 +50,7 @@ class DeepSpeedEngine(Engine):
         self.model, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         # Sharded weights cannot be exported from the model either.
         self.rounds_weights |= config["bf16"]["enabled"] or recipe.scale.zero_stage == 3
+        self.has_whole_parts = recipe.scale.zero_stage == 0
         # Without ZeRO, DeepSpeed leaves gradients in the parameters, and does not compute their norm.
         self.keeps_gradients = recipe.scale.zero_stage == 0
         self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else None
@@ -69,6 +72,14 @@ class DeepSpeedEngine(Engine):
         norm = nn.utils.get_total_norm(gradients) if self.keeps_gradients else None
         self.model.step()
         return float(self.model.get_global_grad_norm() if norm is None else norm)
+
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        # Recipes with methods that add to gradients have neither stage 3 nor offload.
+        for name, value in self.trained.items():
+            if value.grad is not None and self.has_whole_parts:
+                yield TrainedPart(name, value, value.grad)
+            elif not self.has_whole_parts and (part := zero_part(name, value)) is not None:
+                yield part
 
     def write_state(self, folder: Path) -> None:
         with deferred_writes(self.model) as files:
@@ -97,3 +108,17 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         release_engine(self.model)
         super().close()
+
+
+def zero_part(name: str, parameter: Any) -> TrainedPart | None:
+    """Return the part of a parameter whose optimizer state this worker holds under ZeRO 1 or 2; None for no part.
+
+    DeepSpeed has a function for the whole gradient alone (`safe_get_full_grad`), which asks all workers for theirs.
+    """
+    fragment = parameter._hp_mapping
+    if fragment is None:
+        return None
+    place = fragment.lp_fragment_address
+    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)
+    assert gradient.numel() == place.numel, f"DeepSpeed holds {gradient.numel()} gradients of {place.numel} in {name}"
+    return TrainedPart(name, fragment.hp_fragment.flatten(), gradient.view(-1), place.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from orchestrator.models.shortcuts.forward import wrap_forward
 from orchestrator.recipe import Recipe
 from orchestrator.training.engine.base import DtypeOf, Engine, in_fp32, on_cpu, trained_statistics
 from orchestrator.training.engine.precision import Precision
+from orchestrator.transfer import TrainedPart
 
 
 class TorchEngine(Engine):
@@ -78,6 +79,11 @@ class TorchEngine(Engine):
         # DDP's gradients are views of its buckets. New ones would take memory besides the buckets until the next sum.
         self.optimizer.zero_grad(set_to_none=self.num_workers == 1)
         return float(norm)
+
+    def trained_parts(self) -> Iterator[TrainedPart]:
+        for name, value in self.trained.items():
+            if value.grad is not None:
+                yield TrainedPart(name, value, value.grad)
 
     def write_state(self, folder: Path) -> None:
         # All workers hold the same state.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from orchestrator.distributed import Exchange
 from orchestrator.recipe import Recipe
-from orchestrator.training.assembling import ModelParts, assemble, assemble_outline, make_groups
+from orchestrator.training.assembling import ModelParts, assemble, assemble_outline
 from orchestrator.training.engine.deepspeed_config import init_distributed
+from orchestrator.training.parameter_groups import make_groups
 from orchestrator.training.prepare import Prepared
 
 
@@ -81,7 +82,7 @@ def shard_parameters(
             else:
                 convert(param_list=[parameter])
     _copy_others(parts.module, device, exchange)
-    parts.groups = make_groups(parts.module, parts.blocks, recipe)
+    parts.groups = make_groups(parts, recipe)
 
 
 def _copy_others(model: nn.Module, device: torch.device, exchange: Exchange) -> None:

@@ -112,7 +112,7 @@ def is_wanted(prepared: Prepared, parts: ModelParts, schedule: Schedule, boundar
     if wanted != "auto":
         return bool(wanted)
     computes = boundary > 0 or any(_multiplies(module) for module in parts.blocks.stem.modules)
-    return computes and schedule.total_steps > schedule.order.steps_per_epoch
+    return computes and schedule.num_steps > schedule.order.steps_per_epoch
 
 
 def make_loaders(
