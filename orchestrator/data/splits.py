@@ -8,19 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.examples import Examples, Rows
+from orchestrator.data.fields.columns import Column
 from orchestrator.data.mixing import draw
-from orchestrator.data.overlap import near_keys, text_keys
+from orchestrator.data.overlap import exact_keys, near_keys
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Limit, Split
 
 
 def cut_missing_splits(
-    splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[str]
+    splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[Column]
 ) -> dict[str, Examples]:
     """All three splits (or *train* and *select*, when `split.test` is 0): those that are missing are cut from *train*.
 
-    Each class gives its share (`stratify` names a column of text or whole numbers). Rows with the same text in the
-    `group_by` columns, but for case, punctuation, digits and spaces, stay on one side. Every class keeps training
+    Each class gives its share (`stratify` names a column of text or whole numbers). Rows with nearly the same
+    values in the `group_by` columns (see `overlap.near_keys`) stay on one side. Every class keeps training
     examples: one that is too rare to be cut stays in *train*. The draw goes by a hash of the seed and the text.
 
     Raises:
@@ -103,11 +104,11 @@ def _classes(examples: Examples, stratify: str | None) -> Rows | None:
     return np.asarray(encoded.indices.to_numpy(), dtype=np.int64)
 
 
-def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], seed: int) -> list[list[list[int]]]:
+def _strata(examples: Examples, stratify: str | None, group_by: Sequence[Column], seed: int) -> list[list[list[int]]]:
     """For each class its groups of rows that must stay together, in the order of the draw."""
-    columns = [name for name in group_by if name in examples.table.column_names]
+    columns = [column for column in group_by if column.name in examples.table.column_names]
     numbers = list(range(len(examples)))
-    exact = text_keys(examples, columns).to_pylist() if columns else numbers
+    exact = exact_keys(examples, columns).to_pylist() if columns else numbers
     near = near_keys(examples, columns).to_pylist() if columns else numbers
     classes = _classes(examples, stratify)
     strata: dict[int, list[list[int]]] = {}

@@ -18,9 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator import models
-from orchestrator.data import Examples, open_file, open_pictures, open_splits, rename_columns, without_bytes
+from orchestrator.data import Examples, open_file, open_splits, open_values, rename_columns, without_bytes
 from orchestrator.data.cache import as_table
-from orchestrator.data.formats.image_folders import is_picture
 from orchestrator.data.formats.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.inference.trained_model import Trained, Wanted, find_source_of, load_source, load_trained, ready
@@ -56,7 +55,7 @@ def predict_examples(
         reference: what the source makes of them, for tasks that need it to score.
     """
     task = trained.task
-    labels = [column.name for column in task.columns(task.options) if column.kind == "label"]
+    labels = [column.name for column in task.columns(task.options) if column.field.is_target]
     # A language model's targets are the texts themselves.
     has_labels = not labels or any(name in examples.table.column_names for name in labels)
     rows, parts, targets = [], [], []
@@ -195,10 +194,11 @@ def predict(
     trained = load_trained(folder, precision)
     columns = trained.task.prompt_columns(trained.task.options)
     mapping = recipe_of(trained, None, overrides).target.columns
-    if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):
-        given, mapping = open_pictures(Path(data)), {}
-    else:
+    given = open_values(Path(data), columns)
+    if given is None:
         given = read_rows(data)
+    else:
+        mapping = {}  # Values without a data file come under the task's own name.
     examples = rename_columns(given, columns, mapping)
     problems = trained.task.check_prompts(examples)
     if problems:

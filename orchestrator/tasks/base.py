@@ -99,7 +99,7 @@ class Encoded(ABC):
         """
 
     def packed_batch(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Return the same examples one after the other in a single row: what the model computes of each stays as it is."""
+        """Return the same examples one after the other in one row; the model computes the same for each."""
         raise NotImplementedError
 
     def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:
@@ -182,7 +182,7 @@ class Task(ABC):
     @classmethod
     def prompt_columns(cls, options: Any) -> tuple[Column, ...]:
         """The columns that predictions are made from."""
-        return tuple(column for column in cls.columns(options) if column.kind != "label")
+        return tuple(column for column in cls.columns(options) if not column.field.is_target)
 
     def check_prompts(self, examples: Examples) -> list[Problem]:
         """What is wrong with examples that hold nothing but `prompt_columns`."""

@@ -66,8 +66,8 @@ class CausalLanguageModelling(LanguageTask):
         if options.generate is not None and not problems:
             problems = check_generation(options.generate, splits, options.form, recipe)
         held = {name for split in splits.values() for name in split.table.column_names}
-        names = [column.name for column in columns_of(options.form) if column.name in held]
-        return problems or overlap.check_overlap(splits, names)
+        columns = [column for column in columns_of(options.form) if column.name in held]
+        return problems or overlap.check_overlap(splits, columns)
 
     @classmethod
     def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> CausalLanguageModelling:

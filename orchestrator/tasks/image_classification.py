@@ -13,11 +13,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from orchestrator.data import checks, overlap
+from orchestrator.data.column_types import describe_type
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields import image_checks, labels
-from orchestrator.data.fields.columns import Column, describe_type
+from orchestrator.data.fields.columns import Column
 from orchestrator.data.fields.decode import BrokenPicture, decode, quiet_decoding
+from orchestrator.data.fields.image import ImageField
 from orchestrator.data.fields.images import read_picture
+from orchestrator.data.fields.label import LabelField
 from orchestrator.data.fields.label_columns import Numbers
 from orchestrator.data.fields.pixels import Pixels, pixel_array, pixel_type, shards
 from orchestrator.data.threads import in_threads
@@ -109,8 +112,10 @@ class ImageClassification(Task):
     def columns(cls, options: ImageOptions) -> tuple[Column, ...]:
         numbers: Numbers = "classes" if options.label_names is None else "text"
         return (
-            Column("image", "image", aliases=("img", "picture", "image_path", "file_name", "filename", "path", "file")),
-            Column("label", "label", aliases=("labels", "fine_label", "target", "category", "class"), numbers=numbers),
+            Column(
+                "image", ImageField(), aliases=("img", "picture", "image_path", "file_name", "filename", "path", "file")
+            ),
+            Column("label", LabelField(numbers), aliases=("labels", "fine_label", "target", "category", "class")),
         )
 
     @classmethod
@@ -121,7 +126,7 @@ class ImageClassification(Task):
             found += wrong or checks.check_class_labels(splits, "label", options.label_names)
         except DataError as error:
             found += error.problems
-        return found + overlap.check_overlap(splits, ["image"], "label")
+        return found + overlap.check_overlap(splits, cls.columns(options)[:1], "label")
 
     @classmethod
     def stratify_by(cls, options: ImageOptions, train: Examples) -> str | None:
@@ -130,7 +135,7 @@ class ImageClassification(Task):
     @classmethod
     def prepare(cls, options: ImageOptions, splits: Mapping[str, Examples]) -> ImageClassification:
         names = labels.find_label_names(splits, "label", options.label_names)
-        return cls(options, names, labels.declares_names(splits, options.label_names))
+        return cls(options, names, labels.declares_names(splits, "label", options.label_names))
 
     @classmethod
     def restore(cls, options: ImageOptions, config: Any) -> ImageClassification:

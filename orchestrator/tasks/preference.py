@@ -15,6 +15,7 @@ from orchestrator.data import overlap
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.fields.preferences import SIDES, check_pairs, read_pairs
+from orchestrator.data.fields.turns import TurnsField
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Totals
@@ -77,16 +78,17 @@ class PreferenceTuning(LanguageTask):
     @classmethod
     def columns(cls, options: PreferenceOptions) -> tuple[Column, ...]:
         return (
-            Column("prompt", "turns", required=False, aliases=("question", "instruction")),
-            Column("chosen", "turns"),
-            Column("rejected", "turns"),
+            Column("prompt", TurnsField(), required=False, aliases=("question", "instruction")),
+            Column("chosen", TurnsField()),
+            Column("rejected", TurnsField()),
         )
 
     @classmethod
     def check(cls, options: PreferenceOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
         problems = [problem for split in splits.values() for problem in check_pairs(split)]
-        names = [name for name in ("prompt", *SIDES) if name in splits["train"].table.column_names]
-        return problems or overlap.check_overlap(splits, names)
+        held = splits["train"].table.column_names
+        columns = [column for column in cls.columns(options) if column.name in held]
+        return problems or overlap.check_overlap(splits, columns)
 
     @classmethod
     def prepare(cls, options: PreferenceOptions, splits: Mapping[str, Examples]) -> PreferenceTuning:

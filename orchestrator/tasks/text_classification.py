@@ -12,10 +12,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from orchestrator.data import checks, overlap
+from orchestrator.data.column_types import describe_type
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields import labels
-from orchestrator.data.fields.columns import Column, describe_type
+from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.label import LabelField
 from orchestrator.data.fields.label_columns import Numbers
+from orchestrator.data.fields.text import TextField
 from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
@@ -116,15 +119,16 @@ class TextClassification(Task):
             numbers = "text"
         aliases = ("labels", "target", "intent", "category", "class", "score")
         return (
-            Column("text", "text", aliases=("sentence", "sentence1", "content", "premise", "question1")),
-            Column("text_pair", "text", required=False, aliases=("sentence2", "hypothesis", "question2")),
-            Column("label", "label", aliases=aliases, numbers=numbers),
+            Column("text", TextField(), aliases=("sentence", "sentence1", "content", "premise", "question1")),
+            Column("text_pair", TextField(), required=False, aliases=("sentence2", "hypothesis", "question2")),
+            Column("label", LabelField(numbers), aliases=aliases),
         )
 
     @classmethod
     def check(cls, options: TextOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
-        texts = [name for name in ("text", "text_pair") if name in splits["train"].table.column_names]
-        found = [problem for split in splits.values() for name in texts for problem in checks.check_text(split, name)]
+        held = splits["train"].table.column_names
+        texts = [column for column in cls.columns(options)[:2] if column.name in held]
+        found = [problem for column in texts for problem in column.field.check(splits, column.name)]
         problem_type = find_problem_type(options, splits["train"])
         wrong = [problem for split in splits.values() for problem in check_label_kind(problem_type, split)]
         if wrong:
@@ -151,7 +155,7 @@ class TextClassification(Task):
             task = cls(options, problem_type, ("score",))
         else:
             names = labels.find_label_names(splits, "label", options.label_names)
-            task = cls(options, problem_type, names, labels.declares_names(splits, options.label_names))
+            task = cls(options, problem_type, names, labels.declares_names(splits, "label", options.label_names))
         task.decision = how_labels_are_read(options, splits["train"])
         return task
 
@@ -180,7 +184,7 @@ class TextClassification(Task):
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
         texts = [name for name in ("text", "text_pair") if name in examples.table.column_names]
-        found = [problem for name in texts for problem in checks.check_text(examples, name)]
+        found = [problem for name in texts for problem in TextField().check({"given": examples}, name)]
         if "label" in examples.table.column_names:
             found += check_label_kind(self.problem_type, examples)
             if self.problem_type == "regression":
@@ -349,13 +353,13 @@ def find_problem_type(options: TextOptions, train: Examples) -> ProblemType:
     kind = train.table["label"].type
     if pa.types.is_list(kind):
         return "multi_label_classification"
-    is_named = options.label_names is not None or train.label_names is not None
+    is_named = options.label_names is not None or train.names.get("label") is not None
     return "regression" if pa.types.is_floating(kind) and not is_named else "single_label_classification"
 
 
 def how_labels_are_read(options: TextOptions, train: Examples) -> str:
     """What the values of the labels decided, and how the recipe says otherwise; empty where there was no choice."""
-    if options.problem_type != "auto" or train.label_names is not None or options.label_names is not None:
+    if options.problem_type != "auto" or train.names.get("label") is not None or options.label_names is not None:
         return ""
     kind = train.table["label"].type
     if pa.types.is_floating(kind):

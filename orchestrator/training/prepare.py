@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.images import name_pictures
+from orchestrator.data.fields.columns import Column
 from orchestrator.data.mixing import weigh
 from orchestrator.data.sources import open_splits
 from orchestrator.data.streaming import num_streamed
@@ -47,7 +47,7 @@ class Prepared:
     task: Task
     processor: Any
     examples: dict[str, Examples]
-    """In words: the paths of pictures, not the pictures."""
+    """Without what takes much memory: the paths of pictures, not the pictures."""
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
     keys: dict[str, str]
@@ -101,8 +101,8 @@ def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
     raise_if_fatal(problems, InputError, strict)
     splits = {name: split.fingerprint for name, split in inputs.examples.items()}
     identity = {"source": models.fingerprint(source), **splits}
-    # What pictures showed is in the tables; without their bytes the examples are small enough to be sent about.
-    examples = {name: name_pictures(split) for name, split in inputs.examples.items()}
+    columns = inputs.task.columns(inputs.options)
+    examples = {name: without_content(split, columns) for name, split in inputs.examples.items()}
     return Prepared(recipe, source, task, processor, examples, tables, keys, identity, inputs.warnings + problems)
 
 
@@ -116,12 +116,22 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     limit = recipe.target.limit.model_copy(update={"train": num_streamed(recipe) or recipe.target.limit.train})
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
-    grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image", "turns")]
+    grouped = [column for column in task.columns(options) if not column.field.is_target]
     seed = recipe.target.split.seed
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
     limited = splits.limit_examples(whole, limit, stratify, seed)
     weights = recipe.target.data.weights if isinstance(recipe.target.data, Data) else None
     return limited if weights is None else {**limited, "train": weigh(limited["train"], weights, seed)}
+
+
+def without_content(examples: Examples, columns: Sequence[Column]) -> Examples:
+    """Return the examples with what of their values names them, small enough to be sent to workers."""
+    table = examples.table
+    for column in columns:
+        if column.name in table.column_names:
+            values = column.field.without_content(table.column(column.name))
+            table = table.set_column(table.column_names.index(column.name), column.name, values)
+    return replace(examples, table=table)
 
 
 def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:

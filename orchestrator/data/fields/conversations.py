@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from orchestrator.data.checks import check_text
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields.forms import (
     ANSWERS,
@@ -19,6 +18,7 @@ from orchestrator.data.fields.forms import (
     find_form,
     find_prompt_form,
 )
+from orchestrator.data.fields.text import check_text
 from orchestrator.data.fields.turns import Turn, read_turns
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.errors import Problem

@@ -11,6 +11,8 @@ import numpy as np
 
 from orchestrator.data.examples import Examples, Rows, SourceFile
 from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.text import TextField
+from orchestrator.data.fields.turns import TurnsField
 from orchestrator.data.messages import show_names
 from orchestrator.errors import Problem
 
@@ -19,19 +21,19 @@ Find: TypeAlias = Callable[[Sequence[str]], Form | None]
 """Tells the form from the names of columns."""
 
 COLUMNS: dict[Form, tuple[Column, ...]] = {
-    "messages": (Column("messages", "turns", aliases=("conversation", "chat", "dialogue")),),
-    "sharegpt": (Column("conversations", "turns"),),
+    "messages": (Column("messages", TurnsField(), aliases=("conversation", "chat", "dialogue")),),
+    "sharegpt": (Column("conversations", TurnsField()),),
     "prompt-completion": (
-        Column("prompt", "turns", aliases=("question", "query")),
-        Column("completion", "turns", aliases=("response", "answer")),
+        Column("prompt", TurnsField(), aliases=("question", "query")),
+        Column("completion", TurnsField(), aliases=("response", "answer")),
     ),
     "alpaca": (
-        Column("instruction", "text"),
-        Column("input", "text", required=False, aliases=("context",), may_vary=True),
-        Column("output", "text", aliases=("response",)),
-        Column("system", "text", required=False, may_vary=True),
+        Column("instruction", TextField()),
+        Column("input", TextField(), required=False, aliases=("context",), may_vary=True),
+        Column("output", TextField(), aliases=("response",)),
+        Column("system", TextField(), required=False, may_vary=True),
     ),
-    "text": (Column("text", "text", aliases=("content",)),),
+    "text": (Column("text", TextField(), aliases=("content",)),),
 }
 """What each form reads. Where a file has the columns of several, the first one is taken."""
 ANSWERS = ("completion", "output")
@@ -45,7 +47,7 @@ def columns_of(form: Form | None) -> tuple[Column, ...]:
     for columns in COLUMNS.values():
         for column in columns:
             # Other names lead astray where several forms are looked for: an alias of one is the column of another.
-            every.setdefault(column.name, Column(column.name, column.kind, required=False, may_vary=True))
+            every.setdefault(column.name, Column(column.name, column.field, required=False, may_vary=True))
     return tuple(every.values())
 
 

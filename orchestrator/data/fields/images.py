@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -87,15 +87,6 @@ def read_picture(value: dict[str, Any], where: str) -> bytes:
 def digests_of(examples: Examples, column: str) -> pa.ChunkedArray:
     """The hash of each picture's content, null where there is none."""
     return pc.struct_field(examples.table.column(column), "digest")
-
-
-def name_pictures(examples: Examples) -> Examples:
-    """The same examples with words in the place of pictures: small, and fit to be shown."""
-    table = examples.table
-    for position, field in enumerate(table.schema):
-        if field.type == IMAGE:
-            table = table.set_column(position, field.name, without_bytes(table.column(position)))
-    return replace(examples, table=table)
 
 
 def without_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:

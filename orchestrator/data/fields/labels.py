@@ -48,7 +48,7 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
         if twice:
             raise DataError(Problem(f"label names stand twice: {show_names(twice)}", remedy="name each class once"))
         return tuple(given)
-    lists = list(dict.fromkeys(split.label_names for split in splits.values() if split.label_names is not None))
+    lists = list(dict.fromkeys(split.names[column] for split in splits.values() if column in split.names))
     if not lists and (places := count_places(splits, column)):
         return tuple(map(str, range(places)))
     texts: set[str] = set()
@@ -67,12 +67,12 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
     return tuple(sorted(sorted(texts), key=int if all(map(_INTEGER.fullmatch, texts)) else None))
 
 
-def declares_names(splits: Mapping[str, Examples], given: Sequence[str] | None) -> bool:
+def declares_names(splits: Mapping[str, Examples], column: str, given: Sequence[str] | None) -> bool:
     """Whether the recipe (`given`) or the data name the classes, so that whole numbers are positions among the names.
 
     Where they do not, a class is named after its number: 2 is "2", whether or not there is a 0 and a 1.
     """
-    return given is not None or any(examples.label_names is not None for examples in splits.values())
+    return given is not None or any(column in examples.names for examples in splits.values())
 
 
 def count_places(splits: Mapping[str, Examples], column: str) -> int | None:

@@ -7,10 +7,11 @@ from itertools import takewhile
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.checks import check_text, group_rows
+from orchestrator.data.column_types import describe_type
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.columns import describe_type
+from orchestrator.data.fields.base import group_rows
 from orchestrator.data.fields.conversations import Sample, check_turns, sample_of_pair
+from orchestrator.data.fields.text import check_text
 from orchestrator.errors import Problem
 
 SIDES = ("chosen", "rejected")
