@@ -57,7 +57,7 @@ def chat(folder: Path, lines: TextIO, out: TextIO, system: str | None = None, pr
         InputError: the directory holds no trained language model.
     """
     trained = load_trained(folder, precision)
-    if trained.task.auto_class != "AutoModelForCausalLM":
+    if not trained.task.is_language_model:
         what = f"a model for {trained.task.name} does not talk"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
     tokenizer, options = trained.processor, trained.task.options

@@ -24,6 +24,7 @@ from orchestrator.data.formats.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.inference.trained_model import Trained, Wanted, find_source_of, load_source, load_trained, ready
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.tasks import check_packages
 from orchestrator.tasks.base import Predictions
 from orchestrator.tasks.bases.padded import concatenate
 from orchestrator.training.evaluation import in_order, predict_with_losses
@@ -110,7 +111,7 @@ def evaluate(
             Problem(f"the data have no split '{split}'", data, f"give --split with one of: {', '.join(found)}")
         )
     examples = found[split]
-    problems = trained.task.check_inputs(examples)
+    problems = [*check_packages(type(trained.task), trained.task.options), *trained.task.check_inputs(examples)]
     if problems:
         raise DataError(problems)
     reference = compute_reference(trained, examples) if trained.task.needs_reference else None

@@ -19,8 +19,8 @@ from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predicti
 from orchestrator.tasks.bases.answer_scores import (
     Generation,
     check_generation,
-    check_packages,
     expected_answers,
+    packages,
     score_answers,
 )
 from orchestrator.tasks.bases.chat import TrainOn
@@ -57,6 +57,10 @@ class CausalLanguageModelling(LanguageTask):
         self.metrics_shown = ("nll", "perplexity", "token_accuracy", *written)
 
     @classmethod
+    def packages(cls, options: CausalOptions) -> Mapping[str, str]:
+        return {} if options.generate is None else packages(options.generate)
+
+    @classmethod
     def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
         return columns_of(options.form)
 
@@ -85,9 +89,7 @@ class CausalLanguageModelling(LanguageTask):
         return "the next token"
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
-        scored = self.options.generate
-        problems = check_samples({"": examples}, self.options.form)
-        return [*problems, *(check_packages(scored) if scored is not None else [])]
+        return check_samples({"": examples}, self.options.form)
 
     @property
     def num_written(self) -> int:

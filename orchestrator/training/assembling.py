@@ -57,8 +57,9 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> Parts:
     transfer, seed = prepared.recipe.transfer, prepared.recipe.train.seed
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     quantize = transfer.adapter.quantize if transfer.adapter is not None else None
+    task = prepared.task
     loaded = models.load_model(
-        prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored
+        prepared.source, task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored, task.head == "new"
     )
     with models.Fp32Compute() if as_stored else contextlib.nullcontext():
         return build_parts(prepared, loaded.model, loaded.new_parameters)
@@ -91,7 +92,8 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     recipe = prepared.recipe
     transfer, seed = recipe.transfer, recipe.train.seed
     body = models.find_body(module)
-    if prepared.task.has_new_head:
+    has_own_head = prepared.task.head != "kept"
+    if has_own_head:
         with models.seeded(seed):
             new = models.set_head(module, transfer.head, new)
     prepared.task.configure_model(module, prepared.processor, prepared.source)
@@ -103,8 +105,7 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> Parts:
     if transfer.adapter is not None:
         with models.seeded(seed):
             reaches_experts = why_experts_stay(prepared) is None
-            has_new_head = prepared.task.has_new_head
-            module = models.add_adapter(module, blocks, depth, transfer.adapter, has_new_head, reaches_experts)
+            module = models.add_adapter(module, blocks, depth, transfer.adapter, has_own_head, reaches_experts)
             if transfer.adapter.init == "pissa":
                 taken = models.begin_with_principal_parts(module)
         blocks = models.adapted_blocks(module, blocks)

@@ -1,4 +1,4 @@
-"""Everything that is settled before a worker starts: the source found, the data read, checked, split and encoded."""
+"""Prepare a run before a worker starts: find the source; read, check, split and encode the data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from orchestrator.data.sources import open_splits
 from orchestrator.data.streaming import num_streamed
 from orchestrator.errors import InputError, Problem, raise_if_fatal
 from orchestrator.models import SourceModel
+from orchestrator.models.folder import MERGE
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
-from orchestrator.tasks import Encoded, Task, read_options
+from orchestrator.tasks import Encoded, Task, check_packages, read_options
 
 T = TypeVar("T")
 ENCODING_VERSION = 3
@@ -27,7 +28,7 @@ ENCODING_VERSION = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, found and read: the source model's files and the examples. Nothing is loaded yet."""
+    """The source model's files and the examples that a recipe names. Nothing is loaded yet."""
 
     recipe: Recipe
     source: SourceModel
@@ -51,14 +52,14 @@ class Prepared:
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
     keys: dict[str, str]
-    """What each encoded split is made from, as a hash."""
+    """A hash of what each encoded split is made from."""
     identity: dict[str, str]
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
     parameters: dict[str, int] | None = None
-    """How many there are, `total` and `trained`; None where nobody has looked, or only the weights tell."""
+    """Numbers of parameters, `total` and `trained`; None where they are not counted, or only the weights show them."""
     tokens_per_pass: int | None = None
-    """The most of a worker's pass, padding counted, in the unit of the examples' lengths; None for no limit."""
+    """The largest micro batch, padding counted, in the unit of the examples' lengths; None for no limit."""
 
     def encoded(self, split: str) -> Encoded:
         return self.task.wrap(self.tables[split], self.processor)
@@ -73,6 +74,9 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
     chosen = _collect(problems, lambda: read_options(recipe))
+    if chosen is not None:
+        problems += check_packages(*chosen, recipe.origin.where("target.options"))
+        problems += check_source(source, chosen[0]) if source is not None else []
     examples = _collect(problems, lambda: read_examples(recipe, *chosen)) if chosen else None
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)
@@ -81,6 +85,14 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     if source is None or chosen is None or examples is None:
         raise InputError(problems)
     return Inputs(recipe, source, *chosen, examples, raise_if_fatal(problems, InputError, strict))
+
+
+def check_source(source: SourceModel, task: type[Task]) -> list[Problem]:
+    """Return a problem where the source is an adapter that the task cannot tune: a head of its own would not fit."""
+    if source.adapter is None or task.tunes_adapters:
+        return []
+    what = f"{source.name!r} is an adapter, and only language models go on from one"
+    return [Problem(what, source.where, MERGE)]
 
 
 def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
@@ -112,7 +124,7 @@ def prepare(recipe: Recipe, strict: bool = False) -> Prepared:
 
 
 def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, Examples]:
-    """The splits that the recipe's data come in, missing ones cut, limits applied."""
+    """Return the splits of the recipe's data, missing ones cut, limits applied."""
     limit = recipe.target.limit.model_copy(update={"train": num_streamed(recipe) or recipe.target.limit.train})
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
@@ -135,7 +147,7 @@ def without_content(examples: Examples, columns: Sequence[Column]) -> Examples:
 
 
 def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
-    """A warning where streamed data have fewer examples than the steps take."""
+    """Return a warning where streamed data have fewer examples than the steps take."""
     steps, size = recipe.train.steps, recipe.train.global_batch_size
     wanted = num_streamed(recipe)
     if wanted is None or recipe.target.limit.train is not None or len(train) >= wanted:
@@ -146,17 +158,17 @@ def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
 
 
 def encoding_key(task: Task, examples: Examples, processor: Any) -> str:
-    """The hash of everything that decides what a split looks like when it is encoded."""
+    """Return the hash of everything that an encoded split depends on."""
     return cache.content_key(ENCODING_VERSION, examples.fingerprint, task.cache_parts(processor))
 
 
 def encode(task: Task, examples: Examples, processor: Any, key: str) -> pa.Table:
-    """A split as the model reads it, from the cache where the same was encoded before."""
+    """Return an encoded split, from the cache where the same was encoded before."""
     return cache.cached_table(key, lambda: task.encode(examples, processor))
 
 
 def _collect(problems: list[Problem], step: Callable[[], T]) -> T | None:
-    """The step's result; or None, its problems added to the list."""
+    """Return the step's result; or None, with its problems added to the list."""
     try:
         return step()
     except InputError as error:

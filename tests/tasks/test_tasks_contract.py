@@ -20,8 +20,9 @@ RECIPE = "name: x\nsource: {{model: some/model}}\ntarget:\n  task: {task}\n  dat
 
 
 def test_every_file_of_the_package_is_a_task() -> None:
+    # Other packages may be installed that add theirs as entry points.
     files = {path.stem.replace("_", "-") for path in Path(orchestrator.tasks.__file__).parent.glob("*.py")}
-    assert set(task_names()) == files - {"--init--", "base"}
+    assert set(task_names()) >= files - {"--init--", "base"}
     assert "text-classification" in task_names()
 
 

@@ -109,10 +109,12 @@ class EncodedTokens(Encoded):
 class LanguageTask(Task):
     """A task of `AutoModelForCausalLM`, whose output layer is the source's."""
 
-    hub_tag = "text-generation"
+    pipeline_tag = "text-generation"
     auto_class = "AutoModelForCausalLM"
     processor_class = "AutoTokenizer"
-    has_new_head = False
+    head = "kept"
+    is_language_model = True
+    tunes_adapters = True
     label_names = ()
     forms: tuple[Form, ...]
     """What the data hold; nothing where they are not known."""
