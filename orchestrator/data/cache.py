@@ -1,4 +1,4 @@
-"""Tables that are costly to build, kept on disk by the hash of what they are made from."""
+"""Tables that are costly to build, stored on disk by the hash of what they are built from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -19,7 +19,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """Our folder for what can be built again; it is $ORCHESTRATOR_CACHE where that is set.
+    """Return the folder for what can be built again; it is $ORCHESTRATOR_CACHE where that is set.
 
     Else it is `transfer-orchestrator` in $XDG_CACHE_HOME or ~/.cache. It is created without access for others.
 
@@ -34,13 +34,13 @@ def cache_folder() -> Path:
 
 
 def content_key(*parts: object) -> str:
-    """SHA-256 of JSON-able parts: the name under which `cached_table` keeps what is made from them."""
+    """Return the SHA-256 of JSON-able parts: the name under which `cached_table` stores a table built from them."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
-    """The table kept under `key` (see `content_key`), memory-mapped; built and kept when it is not there or damaged.
+    """Return the table stored under `key` (see `content_key`), memory-mapped; build it where it is missing or damaged.
 
     Several processes may do so at once: each writes aside and renames, and either file is whole. Where the folder
     cannot be written or is full, the table is built in memory; one that comes in batches is in memory only then.
@@ -63,18 +63,34 @@ def cached_table(key: str, build: Callable[[], Built]) -> pa.Table:
 
 
 def kept_table(key: str) -> pa.Table | None:
-    """The table that `cached_table` keeps under `key`; None where there is none."""
+    """Return the table that `cached_table` stores under `key`; None where there is none."""
     path = _path(key)
     return None if path is None else _load(path)
 
 
 def as_table(built: Built) -> pa.Table:
-    """All batches as one table."""
+    """Return all batches as one table."""
     return built if isinstance(built, pa.Table) else built.read_all()
 
 
+def with_column(built: Built, name: str, values: pa.Array) -> Built:
+    """Return a table with a further column; of batches, each gets its rows of it."""
+    if isinstance(built, pa.Table):
+        return built.append_column(name, values)
+    schema = built.schema.append(pa.field(name, values.type))
+
+    def extend() -> Iterator[pa.RecordBatch]:
+        start = 0
+        for batch in built:
+            own = values.slice(start, batch.num_rows)
+            yield pa.record_batch([*batch.columns, own], schema=schema)
+            start += batch.num_rows
+
+    return pa.RecordBatchReader.from_batches(schema, extend())
+
+
 def _path(key: str) -> Path | None:
-    """Where a table is kept; None where none can be."""
+    """Return the file of a table; None where none can be stored."""
     try:
         folder = cache_folder() / "tables"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -84,7 +100,7 @@ def _path(key: str) -> Path | None:
 
 
 def _load(path: Path) -> pa.Table | None:
-    """The mapped table, or None when the file is missing or not what was written."""
+    """Return the mapped table, or None when the file is missing or not what was written."""
     try:
         with pa.memory_map(str(path)) as source:
             contents = source.read_buffer()

@@ -129,7 +129,7 @@ def test_names_of_class_folders_stay_as_written_also_where_they_are_numbers(
     found = find_label_names(splits, "label", None)
     assert sorted(found) == sorted(names)
     for examples in splits.values():
-        codes = encode_labels(examples, "label", found, declares_names(splits, None))
+        codes = encode_labels(examples, "label", found, declares_names(splits, "label", None))
         assert [found[code] for code in codes] == examples.table["label"].to_pylist()
     assert check_class_labels(splits, "label") == []
 
