@@ -206,7 +206,8 @@ def predict(
         raise DataError(problems)
     added = trained.task.generate(trained.model, trained.processor, examples, batch_size)
     if added is None:
-        added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
+        predictions = predict_examples(trained, examples, batch_size).predictions
+        added = trained.task.prediction_rows(predictions, examples)
     kept = {name: without_bytes(given.table[name]) for name in given.table.column_names if name not in added}
     write_predicted(pa.table({**kept, **added}), output, out)
     return len(examples)

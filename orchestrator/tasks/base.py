@@ -40,7 +40,7 @@ class Batch:
     inputs: dict[str, Any]
     """Arguments of the model's forward."""
     targets: dict[str, Any]
-    """Values that the loss and the predictions read besides the outputs; empty where examples have no labels."""
+    """Values that the loss and the predictions read besides the outputs: labels, positions of words."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class Encoded(ABC):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the examples have what the loss needs; all tasks predict without it."""
+        return True
+
     def totals(self, rows: npt.NDArray[np.int64] | None = None) -> Totals:
         """Return the sum of each count over these rows, or over the split; at least 1.
 
@@ -102,7 +107,7 @@ class Encoded(ABC):
 
     @abstractmethod
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
-        """Return these rows, padded; with targets where the split has them.
+        """Return these rows, padded.
 
         Args:
             stream: seed and epoch, where examples may be changed at random. The draws for an example depend on these
@@ -118,8 +123,8 @@ class Encoded(ABC):
         return self.batch(rows)
 
     @abstractmethod
-    def targets(self) -> Arrays:
-        """Return the values that predictions are scored against, one row an example."""
+    def targets(self) -> Predictions:
+        """Return the values that predictions are scored against, one an example."""
 
 
 class Task(ABC):
@@ -314,17 +319,17 @@ class Task(ABC):
         """Return what is kept of the outputs, one row an example: tensors, or `Padded` for values of any length."""
 
     @abstractmethod
-    def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, targets: Predictions) -> dict[str, float]:
         """Return the numbers for metrics.jsonl and result.json."""
 
-    def score(self, metric: str, predictions: Predictions, targets: Arrays) -> float:
+    def score(self, metric: str, predictions: Predictions, targets: Predictions) -> float:
         """Return one of the metrics, where it can be computed faster than all of them."""
         return self.metrics(predictions, targets)[metric]
 
     @abstractmethod
-    def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
+    def details(self, predictions: Predictions, targets: Predictions) -> dict[str, Any]:
         """Return what is too long for a table: the report of each class, the confusion matrix."""
 
     @abstractmethod
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
-        """Return predictions in the user's words, as columns."""
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
+        """Return predictions for these examples in the user's words, as columns."""

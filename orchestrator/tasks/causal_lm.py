@@ -130,7 +130,7 @@ class CausalLanguageModelling(LanguageTask):
     def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {"num_targets": int(targets["num_targets"].sum())}
 
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
         return {"nll": [float(value) for value in predictions["nll"]]}
 
 

@@ -46,6 +46,10 @@ class EncodedPairs(Encoded):
         self.lengths = np.maximum(*(side.lengths for side in self.sides))
         self.counts = {"targets": np.ones(len(self.lengths), np.int64)}
 
+    @property
+    def is_labelled(self) -> bool:
+        return self.reference is not None
+
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         """Return all chosen answers, then all rejected ones; `reference` are the source's log-probabilities of them."""
         batches = [side.batch(rows).inputs for side in self.sides]
@@ -158,7 +162,7 @@ class PreferenceTuning(LanguageTask):
     def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {}
 
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
         found = predictions["log_probabilities"]
         return {side: [float(value) for value in found[:, number]] for number, side in enumerate(SIDES)}
 

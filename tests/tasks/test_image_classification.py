@@ -156,16 +156,6 @@ def test_label_names_of_the_recipe_set_the_order_of_the_labels(train: Examples, 
     assert ImageClassification.restore(ImageClassification.Options(), config).label_names == ("x", "y")
 
 
-def test_pictures_without_labels_can_be_encoded_but_not_scored(train: Examples, tiny_vit: Path) -> None:
-    task = ImageClassification.prepare(ImageClassification.Options(), {"train": train})
-    processor, _ = task.load_processor(find_source(recipe_with(tiny_vit)))
-    unlabelled = Examples(train.table.select(["image"]), train.rows, train.files)
-    encoded = task.wrap(as_table(task.encode(unlabelled, processor)), processor)
-    assert not encoded.batch(np.arange(2)).targets
-    with pytest.raises(AssertionError, match="without labels"):
-        encoded.targets()
-
-
 def test_a_broken_picture_that_nobody_checked_is_named(tmp_path: Path, tiny_vit: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir()
@@ -197,13 +187,6 @@ def test_lists_of_labels_are_several_labels_for_each_picture(train: Examples, tm
     assert task.describe() == "any of 2 labels: red, round"
 
 
-def test_good_data_raise_no_problem(small_pictures: Path) -> None:
-    splits = {name: open_split(small_pictures / name) for name in ("train", "select", "test")}
-    assert ImageClassification.check(ImageClassification.Options(), splits, recipe_with(small_pictures)) == []
-    task = ImageClassification.prepare(ImageClassification.Options(), splits)
-    assert task.check_inputs(splits["test"]) == []
-
-
 def test_a_model_of_other_channels_is_refused(train: Examples) -> None:
     task = ImageClassification.prepare(ImageClassification.Options(), {"train": train})
     assert task.check_model(None, SimpleNamespace(num_channels=3), recipe_with(Path("x"))) == []
@@ -232,6 +215,6 @@ def test_loss_and_scores_are_those_of_one_label(train: Examples) -> None:
     assert {metric: task.score(metric, predictions, targets) for metric in expected} == expected
     assert set(task.metrics_shown) <= set(task.metric_directions()) - {task.name}
     assert task.details(predictions, targets)["confusion_matrix"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
-    rows = task.prediction_rows(predictions)
+    rows = task.prediction_rows(predictions, train)
     assert rows["prediction"] == ["blue", "red"]
     assert rows["scores"][0] == pytest.approx({"blue": 0.787, "green": 0.107, "red": 0.107}, abs=1e-3)

@@ -140,16 +140,6 @@ def test_texts_that_are_cut_are_counted(make_examples: Make, tokenizer: Any, rec
     assert not problem.fatal
 
 
-def test_examples_without_labels_can_be_encoded_but_not_scored(make_examples: Make, tokenizer: Any) -> None:
-    examples = make_examples(["x", "y"])
-    task = prepared(examples)
-    unlabelled = Examples(examples.table.drop_columns(["label"]), examples.rows, examples.files)
-    encoded = task.wrap(task.encode(unlabelled, tokenizer), tokenizer)
-    assert not encoded.batch(np.array([0, 1])).targets
-    with pytest.raises(AssertionError, match="labels"):
-        encoded.targets()
-
-
 @pytest.mark.parametrize(
     "labels, problem_type",
     [(["x", "y"], MULTI), ([["x"], ["y"]], SINGLE), ([["x"], ["y"]], REGRESSION), (["x", "y"], REGRESSION)],
@@ -247,13 +237,17 @@ def test_the_loss_over_its_targets_is_that_of_transformers(problem_type: str) ->
 
 def test_predictions_are_told_in_the_names_of_the_labels() -> None:
     logits = np.array([[2.0, -1.0], [0.1, 0.2]], np.float32)
-    single = TextClassification(TextClassification.Options(), SINGLE, ("no", "yes")).prediction_rows({"logits": logits})
+    single = TextClassification(TextClassification.Options(), SINGLE, ("no", "yes")).prediction_rows(
+        {"logits": logits}, None
+    )
     assert single["prediction"] == ["no", "yes"]
     assert sum(single["scores"][0].values()) == pytest.approx(1)
-    multi = TextClassification(TextClassification.Options(), MULTI, ("no", "yes")).prediction_rows({"logits": logits})
+    multi = TextClassification(TextClassification.Options(), MULTI, ("no", "yes")).prediction_rows(
+        {"logits": logits}, None
+    )
     assert multi["prediction"] == [["no"], ["no", "yes"]]
     numbers = TextClassification(TextClassification.Options(), REGRESSION, ("score",)).prediction_rows(
-        {"logits": logits[:, :1]}
+        {"logits": logits[:, :1]}, None
     )
     assert numbers["prediction"] == [2.0, pytest.approx(0.1)]
     assert set(numbers) == {"prediction"}

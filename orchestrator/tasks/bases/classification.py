@@ -62,6 +62,10 @@ class EncodedExamples(Encoded):
         self.counts = {"targets": np.ones(len(self.lengths), dtype=np.int64)}
         self.augments = self.inputs.augments
 
+    @property
+    def is_labelled(self) -> bool:
+        return self.labels is not None
+
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         return self._with_labels(self.inputs.batch(rows, stream), rows)
 
@@ -249,7 +253,7 @@ class ClassificationTask(InputTask):
         predicted = logits.argmax(-1) if self.problem_type == SINGLE else logits > 0
         return class_report(targets["label"], predicted, self.label_names)
 
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
         logits = predictions["logits"]
         if self.problem_type == REGRESSION:
             return {"prediction": [float(value) for value in logits[:, 0]]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -110,15 +110,19 @@ class TextTask(TokenizerTask, InputTask):
     def encode_inputs(self, examples: Examples, processor: Any) -> pa.Table:
         table = examples.table
         pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
-        return self.tokenize(processor, table["text"].to_pylist(), pairs)
+        return token_columns(self.tokenize(processor, table["text"].to_pylist(), pairs))
 
-    def tokenize(self, processor: Any, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> pa.Table:
-        """Return the arrays that the tokenizer makes of texts (or pairs of texts), cut to `max_length`, as columns."""
+    def tokenize(
+        self, processor: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, **others: bool
+    ) -> dict[str, list[list[Any]]]:
+        """Return the tokenizer's output for texts (or pairs of texts), cut to `max_length`.
+
+        Args:
+            others: further arguments of the tokenizer, such as `return_offsets_mapping`.
+        """
         length = self.options.max_length
-        encoded = processor(
-            texts, pairs, truncation=True, max_length=length, padding=False, return_attention_mask=False
-        )
-        return pa.table({name: pa.array(rows, pa.list_(pa.int32())) for name, rows in encoded.items()})
+        cut = {"truncation": True, "max_length": length, "padding": False, "return_attention_mask": False}
+        return dict(processor(texts, pairs, **cut, **others))
 
     def wrap_inputs(self, table: pa.Table, processor: Any) -> EncodedTexts:
         fill = {name: processor.pad_token_id if name == "input_ids" else 0 for name in table.column_names}
@@ -130,6 +134,11 @@ class TextTask(TokenizerTask, InputTask):
     def show_inputs(self, encoded: Encoded, row: int, processor: Any) -> str:
         text: str = processor.decode(encoded.batch(np.array([row])).inputs["input_ids"][0])
         return text
+
+
+def token_columns(encoded: Mapping[str, list[list[Any]]]) -> pa.Table:
+    """Return lists of whole numbers, one an example, as columns."""
+    return pa.table({name: pa.array(rows, pa.list_(pa.int32())) for name, rows in encoded.items()})
 
 
 def longest_input(tokenizer: Any, config: Any) -> int | None:
