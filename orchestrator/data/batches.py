@@ -40,7 +40,7 @@ class BatchOrder:
         return -(-len(self.lengths) // self.global_batch_size)
 
     def epoch(self, epoch: int) -> list[Indices]:
-        """The global batches of one epoch (counted from 0); every example stands in exactly one of them."""
+        """Return the global batches of one epoch (counted from 0); every example stands in exactly one of them."""
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         if not self.group_by_length:
@@ -85,7 +85,7 @@ def assign(
 def cheapest_cuts(
     ascending: Indices, num_workers: int, micro_batch_size: int, cost_of_pass: int, tokens_per_pass: int | None = None
 ) -> list[int]:
-    """Where to cut sorted examples into passes so that padded tokens and passes cost least.
+    """Return where to cut sorted examples into passes so that padded tokens and passes cost least.
 
     A pass costs `cost_of_pass` and, on its busiest worker, its number of examples times its longest one. The cheapest
     way to pass the first `end` examples goes over the cheapest ways to pass fewer (dynamic programming).
@@ -127,7 +127,7 @@ def evaluation_batches(
     cost_of_pass: int,
     tokens_per_pass: int | None = None,
 ) -> Iterator[Indices]:
-    """This worker's share of a split, each example once over all workers, longest first (memory fails early, not late).
+    """Return this worker's share of a split, each example once over all workers, longest first (memory fails early).
 
     Every worker gets the same number of batches, the last ones possibly empty: sharded models need all workers in
     every forward pass.

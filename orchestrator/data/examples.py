@@ -67,7 +67,7 @@ class SourceFile:
     """The task's columns that it has; None for all that the table has."""
 
     def where(self, row: int) -> str:
-        """`data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        """Return the place of a row: `data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0)."""
         if self.row_places is not None:
             return self.row_places[row]
         if self.lines is not None:

@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def offsets(self) -> Indices:
-        """Where each row begins, and the last one ends, in positions; shape [num_rows + 1]."""
+        """Return where each row begins, and the last one ends, in positions; shape [num_rows + 1]."""
         lengths = np.ones(self.num_rows, np.int64) if self.lengths is None else np.asarray(self.lengths, np.int64)
         return np.concatenate([[0], np.cumsum(lengths)])
 
@@ -55,7 +55,7 @@ class Layout:
         return int(self.offsets[-1]) * int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     def map(self, path: Path, mode: Any) -> npt.NDArray[Any]:
-        """The file as an array of shape [positions, *shape]."""
+        """Return the file as an array of shape [positions, *shape]."""
         return np.memmap(path, self.dtype, mode, shape=(int(self.offsets[-1]), *self.shape))
 
 
@@ -76,7 +76,7 @@ class Rows:
         os.utime(folder / LAYOUT)
 
     def take(self, rows: Indices, length: int | None = None) -> npt.NDArray[Any]:
-        """These rows, those of uneven length padded with zeros on the right.
+        """Return these rows, those of uneven length padded with zeros on the right.
 
         Returns:
             Shape [len(rows), *shape]; where lengths differ [len(rows), length or that of the longest, *shape].
@@ -92,7 +92,7 @@ class Rows:
         return padded
 
     def join(self, rows: Indices) -> npt.NDArray[Any]:
-        """These rows, of uneven length, one after the other; shape [1, sum of their lengths, *shape]."""
+        """Return these rows, of uneven length, one after the other; shape [1, sum of their lengths, *shape]."""
         found = [
             self._values[start:end] for start, end in zip(self._offsets[rows], self._offsets[rows + 1], strict=True)
         ]
@@ -148,7 +148,7 @@ class Writer:
         self._values[start:end] = values[: end - start] if values.ndim == self._values.ndim else values
 
     def mark_done(self, stretch: int) -> None:
-        """The stretch is whole; it is made durable first."""
+        """Mark the shard as whole, once it is durable."""
         os.fdatasync(self._file)
         os.pwrite(self._done, b"\1", stretch)
 
@@ -171,11 +171,11 @@ class FeatureStore:
 
     @property
     def budget(self) -> int:
-        """Bytes for all entries: as given; or half of the disk that is free or theirs already."""
+        """Return bytes for all entries: as given; or half of the disk that is free or theirs already."""
         return (shutil.disk_usage(self.folder).free + self.num_bytes()) // 2 if self._budget is None else self._budget
 
     def open(self, key: str) -> Rows | None:
-        """The entry, if it is there and whole."""
+        """Return the entry, if it is there and whole."""
         try:
             return Rows(self.folder / key)
         except FileNotFoundError:
@@ -227,11 +227,11 @@ class FeatureStore:
         return f"it needs {needed} of disk in {self.folder}, and {left} are left for it"
 
     def bytes_to_come(self, key: str, layout: Layout) -> int:
-        """What an entry that is not whole will take beyond what those who began it have reserved."""
+        """Return the bytes that an unfinished entry takes beyond those reserved by the processes that began it."""
         return max(0, layout.num_bytes - _size(self._partial(key)))
 
     def num_bytes(self) -> int:
-        """Bytes that all entries take."""
+        """Return bytes that all entries take."""
         return sum(_size(entry) for entry in self._entries())
 
     @contextlib.contextmanager
@@ -248,12 +248,12 @@ class FeatureStore:
 
 
 def wait_a_little() -> None:
-    """Until other processes may have got on with their stretches."""
+    """Wait until other processes may have computed more shards."""
     time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> int:
-    """A file to read and write, made if it is not there, closed with the stack."""
+    """Open a file to read and write, created if it is missing, closed with the stack."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     stack.callback(os.close, descriptor)
     return descriptor

@@ -9,7 +9,7 @@ NUM_SHOWN = 3
 
 
 def show_value(value: object) -> str:
-    """The value as one short printable line; text stands in double quotes.
+    """Return the value as one short printable line; text stands in double quotes.
 
     Control characters, terminal escapes and invisible ones are written as `\\x1b`, so that they cannot act.
     """
@@ -19,7 +19,7 @@ def show_value(value: object) -> str:
 
 
 def show_name(name: str) -> str:
-    """A column, class or file name from data, without quotes."""
+    """Return a column, class or file name from data, without quotes."""
     return _neutralise(name)
 
 
@@ -30,7 +30,7 @@ def show_names(names: Iterable[str]) -> str:
 
 
 def show_some(shown: Sequence[str], count: int) -> str:
-    """Up to three of `count` things: `a, b, c and 7 more`. `shown` holds at least the first three."""
+    """Return up to three of `count` things: `a, b, c and 7 more`. `shown` holds at least the first three."""
     return _join(list(shown[:NUM_SHOWN]), count)
 
 

@@ -11,12 +11,12 @@ from orchestrator.data.examples import Examples, Rows
 
 
 def draw(keys: Sequence[object], seed: int) -> list[bytes]:
-    """A random-looking rank for each key, the same with every version of every library."""
+    """Return a random-looking rank for each key, the same with every version of every library."""
     return [blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
 
 
 def draw_counts(examples: Examples, seed: int) -> Examples:
-    """The examples of each part that its files ask for (`SourceFile.count`). Draws are nested: 100 are among 200."""
+    """Return as many examples of each part as `SourceFile.count` says. Draws are nested: 100 are among 200."""
     counts = {file.part: file.count for file in examples.files}
     if all(count is None for count in counts.values()):
         return examples
@@ -26,7 +26,7 @@ def draw_counts(examples: Examples, seed: int) -> Examples:
 
 
 def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
-    """As many examples in all, each part with its share of them: whole passes over the part, and a draw for the rest.
+    """Return as many examples in all, each part with its share: whole passes over it, and a draw for the rest.
 
     Args:
         weights: of each part, in order; those of parts without examples count for nothing.
@@ -39,7 +39,7 @@ def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
 
 
 def parts_of(examples: Examples) -> Rows:
-    """The part that each example is of; shape [len]."""
+    """Return the part that each example is of; shape [len]."""
     return np.array([file.part for file in examples.files], np.int64)[examples.file_numbers()]
 
 

@@ -21,7 +21,7 @@ class Ragged:
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Ragged:
-        """From an Arrow list column; without a copy of its numbers."""
+        """Build from an Arrow list column, without a copy of its numbers."""
         chunks = tuple(chunk.values.to_numpy(zero_copy_only=False) for chunk in column.chunks)
         offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in column.chunks]
         nothing = np.zeros(0, np.int64)
@@ -33,7 +33,7 @@ class Ragged:
         )
 
     def sums(self) -> npt.NDArray[np.int64]:
-        """Of the numbers of each row; shape [num_rows]."""
+        """Return the sum of the numbers of each row; shape [num_rows]."""
         parts = [np.zeros(0, np.int64)]
         edges = np.searchsorted(self.owners, np.arange(len(self.chunks) + 1))
         for values, (first, last) in zip(self.chunks, pairwise(edges), strict=True):
@@ -43,14 +43,14 @@ class Ragged:
         return np.concatenate(parts)
 
     def pad(self, rows: npt.NDArray[np.int64], fill: int) -> npt.NDArray[np.int64]:
-        """Rows side by side, filled up on the right; shape [len(rows), longest of them]."""
+        """Return rows side by side, padded on the right; shape [len(rows), longest of them]."""
         padded = np.full((len(rows), int(self.lengths[rows].max(initial=1))), fill, dtype=np.int64)
         for line, values in zip(padded, self._take(rows), strict=True):
             line[: len(values)] = values
         return padded
 
     def join(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
-        """Rows one after the other; shape [sum of their lengths]."""
+        """Return rows one after the other; shape [sum of their lengths]."""
         return np.concatenate(self._take(rows))
 
     def _take(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.generic]]:

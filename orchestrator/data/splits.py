@@ -18,7 +18,7 @@ from orchestrator.recipe.schema import Limit, Split
 def cut_missing_splits(
     splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[Column]
 ) -> dict[str, Examples]:
-    """All three splits (or *train* and *select*, when `split.test` is 0): those that are missing are cut from *train*.
+    """Return all three splits (or *train* and *select*, when `split.test` is 0): missing ones are cut from *train*.
 
     Each class gives its share (`stratify` names a column of text or whole numbers). Rows with nearly the same
     values in the `group_by` columns (see `overlap.near_keys`) stay on one side. Every class keeps training
@@ -51,7 +51,7 @@ def cut_missing_splits(
 def limit_examples(
     splits: Mapping[str, Examples], limit: Limit, stratify: str | None, seed: int
 ) -> dict[str, Examples]:
-    """At most so many examples of each split, and of each class of *train*; the others are left as they are.
+    """Return at most as many examples of each split as the limits say, and of each class of *train*.
 
     Draws are stratified and nested: with one seed, the 100 examples are among the 200. Every class has one first, then
     its share.
@@ -76,7 +76,7 @@ def limit_examples(
 
 
 def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
-    """Rows so ordered that each beginning of the order is a stratified sample; at most `per_class` of a class."""
+    """Return rows in an order whose every beginning is a stratified sample; at most `per_class` of a class."""
     ranks_by_hash = draw(range(len(classes)), seed)
     order = np.array(sorted(range(len(classes)), key=ranks_by_hash.__getitem__), dtype=np.int64)
     ranks = np.zeros(len(classes), dtype=np.int64)
@@ -94,7 +94,7 @@ def _nested_order(classes: Rows, per_class: int | None, seed: int) -> Rows:
 
 
 def _classes(examples: Examples, stratify: str | None) -> Rows | None:
-    """A number for each row's class, shape [n]; None where the column holds no single classes."""
+    """Return a number for each row's class, shape [n]; None where the column holds no single classes."""
     if stratify is None:
         return None
     values = examples.table.column(stratify)
@@ -105,7 +105,7 @@ def _classes(examples: Examples, stratify: str | None) -> Rows | None:
 
 
 def _strata(examples: Examples, stratify: str | None, group_by: Sequence[Column], seed: int) -> list[list[list[int]]]:
-    """For each class its groups of rows that must stay together, in the order of the draw."""
+    """Return for each class the groups of rows that must stay together, in the order of the draw."""
     columns = [column for column in group_by if column.name in examples.table.column_names]
     numbers = list(range(len(examples)))
     exact = exact_keys(examples, columns).to_pylist() if columns else numbers
@@ -125,7 +125,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[Column]
 
 
 def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
-    """Rows with the same key together; a row without a key is a group of its own. `keys` are those of all rows."""
+    """Return rows with the same key together; a row without a key is a group of its own. `keys` are of all rows."""
     groups: dict[object, list[int]] = {}
     for row in rows:
         groups.setdefault(("no key", row) if keys[row] is None else keys[row], []).append(row)
@@ -133,7 +133,7 @@ def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
 
 
 def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
-    """The rows of each part, by its share of all rows; the parts are disjoint."""
+    """Return the rows of each part, by its share of all rows; the parts are disjoint."""
     parts: list[Rows] = []
     next_group = [0] * len(strata)
     sizes = np.array([sum(map(len, stratum)) for stratum in strata], dtype=np.float64)
@@ -153,7 +153,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Rows]:
 
 
 def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Rows:
-    """Whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
+    """Return whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
     quotas = np.floor(exact).astype(np.int64)
     total = max(1, round(float(exact.sum())))
     for number in np.argsort(quotas - exact, kind="stable")[: max(0, total - int(quotas.sum()))]:

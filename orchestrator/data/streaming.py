@@ -51,11 +51,11 @@ class Streamed(ABC):
 
     @abstractmethod
     def read(self, piece: int, turn: int) -> Iterator[Chunk]:
-        """The rows of a piece, up to `turn` at a time. Raises DataError where the file is damaged."""
+        """Yield the rows of a piece, up to `turn` at a time. Raises DataError where the file is damaged."""
 
     @abstractmethod
     def raw(self, chunks: Sequence[Chunk]) -> RawFile:
-        """A file of these rows alone. Raises DataError where some of them are faulty."""
+        """Return a file of these rows alone. Raises DataError where some of them are faulty."""
 
 
 def num_streamed(recipe: Recipe) -> int | None:
@@ -67,7 +67,7 @@ def num_streamed(recipe: Recipe) -> int | None:
 
 
 def plan_draw(recipe: Recipe, columns: Sequence[Column], present: Iterable[str]) -> Draw | None:
-    """What is read of *train*: what the recipe asks for, and what missing splits are cut from; None for all.
+    """Return how much of *train* is read: enough for the recipe and for the splits cut from it; None for all.
 
     Args:
         columns: the task's.
@@ -88,7 +88,7 @@ def plan_draw(recipe: Recipe, columns: Sequence[Column], present: Iterable[str])
 def draw_files(
     files: Sequence[Streamed], parts: Sequence[int], plan: Draw, num_together: int = NUM_TOGETHER
 ) -> list[RawFile]:
-    """So many rows of the files; of each entry of the recipe's list (`parts`), its share.
+    """Return `plan.count` rows of the files; of each entry of the recipe's list (`parts`), its share.
 
     Raises:
         DataError: what is wrong with the rows that were read, in all files.
@@ -114,7 +114,7 @@ def draw_files(
 
 
 def draw_rows(files: Sequence[Streamed], count: int, seed: int, num_together: int) -> Iterator[tuple[Streamed, Chunk]]:
-    """Up to `count` rows of all files, from pieces in drawn order; the larger a piece, the more of it at once.
+    """Yield up to `count` rows of all files, from pieces in drawn order; more at once from larger pieces.
 
     A file that is sorted, or one of several, is thus read in many places, and no further than needed.
     """
@@ -133,7 +133,7 @@ def draw_rows(files: Sequence[Streamed], count: int, seed: int, num_together: in
 
 
 def in_turns(iterators: Iterator[Iterator[T]], num_together: int) -> Iterator[T]:
-    """One item of each of so many iterators in turn; the next one takes the place of one that ends."""
+    """Yield one item of each of `num_together` iterators in turn; the next takes the place of one that ends."""
     active = deque(islice(iterators, num_together))
     while active:
         iterator = active.popleft()

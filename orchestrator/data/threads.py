@@ -16,7 +16,7 @@ _PARTS_AHEAD = 4  # For each core; so that results do not pile up where they are
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`work(item)` of each item, in their order."""
+    """Yield `work(item)` of each item, in their order."""
 
     def work_on(part: Sequence[Item]) -> list[Result]:
         return [work(item) for item in part]

@@ -282,7 +282,7 @@ class Task(ABC):
 
     @property
     def num_written(self) -> int:
-        """Examples of each reported split whose generated answers are scored; 0 for none."""
+        """Return the number of examples of each reported split whose generated answers are scored; 0 for none."""
         return 0
 
     def generate(

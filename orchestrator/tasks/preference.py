@@ -154,7 +154,7 @@ class PreferenceTuning(LanguageTask):
         return {"log_probabilities": log_probabilities(outputs)}
 
     def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
-        """`margin` is the mean of beta times what the chosen answer has gained over the rejected one, in nats."""
+        """Return accuracy and `margin`: the mean of beta times the chosen answer's gain over the other's, in nats."""
         gained = predictions["log_probabilities"] - np.nan_to_num(targets["reference"], nan=0.0)
         margins = self.options.beta * (gained[:, 0] - gained[:, 1])
         return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
@@ -171,7 +171,7 @@ TASK = PreferenceTuning
 
 
 def log_probabilities(outputs: Any) -> Any:
-    """Of the answers, as the model has them; shape [examples, 2]. In fp64: their differences are small."""
+    """Return the log-probabilities of the answers; shape [num_examples, 2]. In fp64: their differences are small."""
     return -outputs.token_losses[..., 0].double().sum(1).view(2, -1).T
 
 

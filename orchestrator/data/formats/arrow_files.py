@@ -38,7 +38,7 @@ def read_parquet(path: Path) -> RawFile:
 
 
 def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    """The file, of which only the metadata are read; `options` are pyarrow's.
+    """Return the file, of which only the metadata are read; `options` are pyarrow's.
 
     Raises:
         DataError: the file is empty, cut off or damaged.
@@ -63,7 +63,7 @@ def read_arrow(path: Path) -> RawFile:
 
 
 def map_arrow(path: Path) -> pa.Table:
-    """The table of an Arrow IPC file or stream, memory-mapped.
+    """Return the table of an Arrow IPC file or stream, memory-mapped.
 
     Raises:
         DataError: the file is empty, cut off or damaged.
@@ -80,7 +80,7 @@ def map_arrow(path: Path) -> pa.Table:
 
 
 def raw_table(place: str, schema: pa.Schema, num_rows: int, fetch: Callable[[str], pa.ChunkedArray]) -> RawFile:
-    """A RawFile with Arrow's columns, and the class names that the schema holds."""
+    """Return a RawFile with Arrow's columns, and the class names that the schema holds."""
     twice = [show_name(name) for name, count in Counter(schema.names).items() if count > 1]
     if twice:
         what = f"the file has the columns {', '.join(twice)} more than once"
@@ -125,7 +125,7 @@ def _check_size(path: Path) -> None:
 
 
 def damaged(path: Path, format_: str, error: Exception) -> Problem:
-    """What to say of a file that Arrow cannot read."""
+    """Return the problem of a file that Arrow cannot read."""
     detail = show_name(str(error).splitlines()[0] if str(error) else type(error).__name__)
     what = f"the file is not whole {format_}: cut off, damaged or of another format ({detail})"
     return Problem(what, show_path(path), "copy or write the file anew")

@@ -96,7 +96,7 @@ def _check_header(header: tuple[str, ...], where: str) -> list[Problem]:
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """The csv module refuses fields above 128 KiB unless told; the limit is its global, so it is put back."""
+    """Lift the csv module's limit of 128 KiB a field, which is global, and restore it."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -24,7 +24,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})")
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split: `train.*` or a subfolder `train`, likewise `select`/`validation`/`dev` and `test`.
+    """Return the files of each split: `train.*` or a subfolder `train`; `select`/`validation`/`dev` and `test` alike.
 
     Shards (`train-00000-of-00002.parquet`) make one split. A folder that `datasets` saved one split into is all train.
     A split of pictures is a folder with a subfolder for each class; one that is no split itself is all train.
@@ -49,7 +49,7 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
-    """The files (or the folder of pictures) of the split that goes by one of these words; empty when there is none."""
+    """Return the files (or the folder of pictures) of the split with one of these names; empty when there is none."""
     candidates: dict[tuple[str, str], list[Path]] = {}
     for path in _data_files(folder):
         stem = _stem(path)
@@ -69,7 +69,7 @@ def find_split(folder: Path, words: Sequence[str]) -> list[Path]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """All data files of one split's folder, which are of one format; the folder itself where it holds only pictures.
+    """Return all data files of one split's folder, of one format; the folder itself where it holds only pictures.
 
     Raises:
         DataError: there are none, or of several formats.
@@ -87,7 +87,7 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def find_label_list(path: Path) -> tuple[str, ...] | None:
-    """Class names from a `labels.json` (a list of names) beside a data file, or beside its split's folder.
+    """Return class names from a `labels.json` (a list of names) beside a data file, or beside its split's folder.
 
     A `labels.json` that holds something else is none of ours.
     """

@@ -27,7 +27,7 @@ _SHARDS_TOGETHER = 8  # Each is a connection, and the first rows of one may be a
 def open_hub(
     path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
 ) -> dict[str, RawFile]:
-    """The splits of a Hub data set: those `named` (split -> the Hub's name for it), or else all that are found.
+    """Return the splits of a Hub data set: those `named` (split -> the Hub's name for it), or else all that are found.
 
     Raises:
         DataError: no such data set, configuration or split; a gated one; no network and no local copy.
@@ -39,7 +39,7 @@ def open_hub(
 def stream_hub(
     path: str, name: str | None, revision: str | None, named: Mapping[str, str], where: str
 ) -> dict[str, Callable[[Draw | None], list[RawFile]]]:
-    """The same splits, each to be read as far as a draw says, or whole; nothing is downloaded but what is read.
+    """Return the same splits, each read as far as a draw says, or whole; only what is read is downloaded.
 
     Rows come from the beginnings of the split's shards (its files on the Hub), in turns: there is no reading from
     anywhere else without all that stands before.
@@ -53,7 +53,7 @@ def stream_hub(
 
 
 def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: str) -> dict[str, tuple[str, Any]]:
-    """For each split the Hub's name for it, and what `datasets` has loaded."""
+    """Return for each split the Hub's name for it, and what `datasets` has loaded."""
     if named:
         return {split: (hub_split, _load(options, hub_split, where)) for split, hub_split in named.items()}
     every = _load(options, None, where)
@@ -70,7 +70,7 @@ def _load_splits(options: Mapping[str, Any], named: Mapping[str, str], where: st
 
 
 def _read_shards(data: Any, path: str, hub_split: str, where: str, plan: Draw | None) -> list[RawFile]:
-    """The rows of a streamed split, of each shard by itself, so that its rows can be counted."""
+    """Return the rows of a streamed split, of each shard by itself, so that its rows can be counted."""
     number = data.num_shards
     files = []
     for index in range(number):
@@ -177,7 +177,7 @@ def _raw_split(place: str, data: Any) -> RawFile:
 
 
 def _with_bytes(values: pa.ChunkedArray, feature: Any, place: str) -> pa.ChunkedArray:
-    """Pictures that were downloaded as files of their own (their paths are those of the local cache), read in."""
+    """Return pictures that were downloaded as files of their own, with their bytes read in."""
     import datasets
 
     if not isinstance(feature, datasets.Image) or not pc.any(pc.is_null(pc.struct_field(values, "bytes"))).as_py():

@@ -23,7 +23,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def read_class_folders(folder: Path) -> RawFile:
-    """The pictures (`image`) of a folder that has a subfolder for each class, whose name is the `label`.
+    """Return the pictures (`image`) of a folder that has a subfolder for each class, whose name is the `label`.
 
     Pictures may lie deeper in a class's folder. Files that are no pictures by their suffix are passed over, and so are
     hidden ones.
@@ -54,7 +54,7 @@ def read_class_folders(folder: Path) -> RawFile:
 
 
 def read_pictures(path: Path) -> RawFile:
-    """One picture, or all pictures of a folder at whatever depth, as the column `image`.
+    """Return one picture, or all pictures of a folder at whatever depth, as the column `image`.
 
     Raises:
         DataError: the folder holds none.
@@ -89,7 +89,7 @@ def _raw_pictures(folder: Path, paths: list[str], others: dict[str, list[str]]) 
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Paths of the pictures in a folder, relative to it."""
+    """Return paths of the pictures in a folder, relative to it."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         inside = Path(root).relative_to(folder)

@@ -54,7 +54,7 @@ class LineReader:
         self._faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in _FAULTS}
 
     def read(self, line: str, number: int) -> dict[str, Any] | None:
-        """The object of a line; None where it holds none. `number` is what the line goes by."""
+        """Return the object of a line; None where it holds none. `number` is that of the line."""
         try:
             row = _decode(line)
         except (ValueError, RecursionError) as error:
@@ -69,7 +69,7 @@ class LineReader:
         return None
 
     def read_bytes(self, line: bytes, number: int) -> dict[str, Any] | None:
-        """The same of a line that was not decoded yet."""
+        """Return the object of a line that is not decoded yet."""
         try:
             return self.read(line.decode("utf-8"), number)
         except UnicodeDecodeError as error:
@@ -151,7 +151,7 @@ def _explain(error: ValueError | RecursionError) -> str:
 def raw_rows(
     path: Path, rows: Sequence[Mapping[str, Any]], lines: Rows | LinesAt | None, names: Iterable[str]
 ) -> RawFile:
-    """A RawFile with objects as its rows.
+    """Return a RawFile with objects as its rows.
 
     Args:
         names: of the columns, in their order; each may come several times.
@@ -168,7 +168,7 @@ def raw_rows(
 
 
 def arrow_column(values: list[Any], name: str, where: Callable[[int], str]) -> pa.ChunkedArray:
-    """Python values as an Arrow column of one type: null, text, whole numbers, numbers, true/false, lists, objects.
+    """Return Python values as an Arrow column of one type: null, text, integers, numbers, booleans, lists, objects.
 
     Raises:
         DataError: values of several types, whole numbers beyond 64 bits, text that is not Unicode.

@@ -46,7 +46,7 @@ class RawFile:
 
     @property
     def source(self) -> SourceFile:
-        """What is kept of the file once its columns are read."""
+        """Return the part of the file's description that is kept once its columns are read."""
         return SourceFile(
             place=self.place,
             num_rows=self.num_rows,
@@ -60,7 +60,7 @@ class RawFile:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file without its byte-order mark.
+    """Return the text of a file without its byte-order mark.
 
     Raises:
         DataError: the file is empty, unreadable, not UTF-8, or holds NUL bytes.
@@ -88,7 +88,7 @@ def refuse_utf16(beginning: bytes, place: str) -> None:
 
 
 def read_bytes(path: Path, count: int = -1) -> bytes:
-    """The contents of a file that has some, or the first `count` bytes of them."""
+    """Return the contents of a file that has some, or the first `count` bytes of them."""
     place = show_path(path)
     try:
         with path.open("rb") as file:
@@ -103,7 +103,7 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
 def bad_lines(
     path: Path, kind: str, faults: Sequence[tuple[int, str]], remedy: str, line_of: Callable[[int], int] = int
 ) -> Problem:
-    """One problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has.
+    """Return one problem for all faulty lines of a file, the first five shown. Each fault is a line and what it has.
 
     Args:
         line_of: turns what the faults have for a line into one.

@@ -43,7 +43,7 @@ def read_file(path: Path) -> RawFile:
 
 
 def missing_path(path: Path) -> Problem:
-    """The problem of a file or folder that is not there, with the nearest name that is."""
+    """Return the problem of a file or folder that is not there, with the nearest name that is."""
     if path.is_dir():
         return Problem("this is a folder, not a file", show_path(path), "name the files in it, or the folder alone")
     folder = next((parent for parent in path.parents if parent.is_dir()), path.parent)

@@ -63,7 +63,7 @@ class StreamedLines(Streamed):
             yield np.array(starts, np.int64), rows
 
     def _lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        """The lines that begin between two bytes, and where; blank ones are passed over."""
+        """Return the lines that begin between two bytes, and where; blank ones are passed over."""
         with self._path.open("rb") as file:
             if start:
                 # Only after a line's end does another begin, and that may be the byte before.
@@ -114,7 +114,7 @@ class StreamedTables(Streamed):
 
 
 def stream_parquet(path: Path, wanted: frozenset[str], _names: dict[str, None]) -> StreamedTables:
-    """Parquet, in which a row group is a piece."""
+    """Return a stream of Parquet, in which a row group is a piece."""
     with open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -132,7 +132,7 @@ def stream_parquet(path: Path, wanted: frozenset[str], _names: dict[str, None]) 
 
 
 def stream_arrow(path: Path, wanted: frozenset[str], _names: dict[str, None]) -> StreamedTables:
-    """Arrow's formats, memory-mapped, in which any rows can be a piece."""
+    """Return a stream of Arrow's formats, memory-mapped, in which any rows can be a piece."""
     table = map_arrow(path)
     chosen = table.select(_choose(table.schema, wanted))
     edges = [*range(0, len(table), min(MAX_TURN, -(-len(table) // NUM_TOGETHER)) or 1), len(table)]
@@ -172,7 +172,7 @@ def stream_file(path: Path, wanted: frozenset[str], names: dict[str, None]) -> S
 
 
 def _choose(schema: pa.Schema, wanted: frozenset[str]) -> list[str]:
-    """The wanted columns; where there are none, the first one, so that there are rows to tell it of."""
+    """Return the wanted columns; where there are none, the first one, so that the number of rows is known."""
     return [name for name in schema.names if name in wanted] or schema.names[:1]
 
 

@@ -141,7 +141,7 @@ class LanguageTask(TokenizerTask):
 
     @property
     def _form(self) -> Form | None:
-        """The form of all files, where they have one in common."""
+        """Return the form of all files, where they have one in common."""
         return self.forms[0] if len(self.forms) == 1 else None
 
     def check_prompts(self, examples: Examples) -> list[Problem]:
