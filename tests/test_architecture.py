@@ -100,6 +100,19 @@ def test_tasks_and_methods_stand_in_no_list() -> None:
         assert not plugins & set(imported(path)), f"{path} names a task"
 
 
+def test_no_room_but_tasks_decides_by_the_name_of_a_task_or_of_the_class_of_its_model() -> None:
+    """Whatever another room needs to know of a task, the task declares."""
+    tasks = {path.stem.replace("_", "-") for path in (PACKAGE / "tasks").glob("*.py")} - {"base", "--init--"}
+
+    def names(node: ast.AST) -> bool:
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        return text in tasks or text.startswith("AutoModelFor")
+
+    others = [PACKAGE / name for name in NAMES if room_of(name) != "tasks"]
+    found = [str(path) for path in others if any(map(names, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))]
+    assert not found
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_use_names_that_exist(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -71,6 +71,22 @@ def find_cached_table(key: str) -> pa.Table | None:
 def as_table(built: Built) -> pa.Table:
     """Return all batches as one table."""
     return built if isinstance(built, pa.Table) else built.read_all()
+
+
+def with_column(built: Built, name: str, values: pa.Array) -> Built:
+    """Return a table with a further column; of batches, each gets its rows of it."""
+    if isinstance(built, pa.Table):
+        return built.append_column(name, values)
+    schema = built.schema.append(pa.field(name, values.type))
+
+    def extend() -> Iterator[pa.RecordBatch]:
+        start = 0
+        for batch in built:
+            own = values.slice(start, batch.num_rows)
+            yield pa.record_batch([*batch.columns, own], schema=schema)
+            start += batch.num_rows
+
+    return pa.RecordBatchReader.from_batches(schema, extend())
 
 
 def _path(key: str) -> Path | None:

@@ -1,29 +1,25 @@
-"""Checks of single columns and of sizes. Each one groups all rows with the same problem."""
+"""Checks of sizes and of labels. Each groups all rows of a kind into one problem."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.images import show_picture
+from orchestrator.data.fields.base import group_rows
 from orchestrator.data.fields.label_columns import flat_labels, owners, refuse_ambiguous
 from orchestrator.data.fields.labels import count_places, declares_names, encode_targets, find_label_names, name_labels
-from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
-from orchestrator.data.overlap import check_overlap
+from orchestrator.data.messages import show_names, show_value
 from orchestrator.errors import Problem
 from orchestrator.recipe.origin import Origin
 
-__all__ = ["check_class_labels", "check_overlap", "check_regression_targets", "check_sizes", "check_text"]
-
 
 def check_sizes(splits: Mapping[str, Examples], global_batch_size: int, origin: Origin) -> list[Problem]:
-    """Return problems of splits without examples, or with fewer training examples than one global batch."""
+    """Return problems of splits without examples, and of fewer training examples than one global batch."""
     problems = []
     for split, examples in splits.items():
         if not len(examples):
@@ -37,24 +33,10 @@ def check_sizes(splits: Mapping[str, Examples], global_batch_size: int, origin: 
     return problems
 
 
-def check_text(examples: Examples, column: str) -> list[Problem]:
-    """Return problems of texts that are null, blank, or hold NUL characters."""
-    values = examples.table.column(column)
-    blank = pc.equal(pc.utf8_trim_whitespace(values), "")
-    nul = pc.match_substring(values, "\0")
-    fill = "remove these rows, or fill in their text"
-    found = [
-        group_rows(examples, column, values.is_null(), "is missing (null)", fill),
-        group_rows(examples, column, blank, "is blank", fill),
-        group_rows(examples, column, nul, "holds NUL characters (\\u0000)", "remove the characters from the text"),
-    ]
-    return [problem for problem in found if problem]
-
-
 def check_class_labels(
     splits: Mapping[str, Examples], column: str, given: Sequence[str] | None = None
 ) -> list[Problem]:
-    """Return problems of missing labels, and of classes that cannot be learned or scored; single labels and lists.
+    """Return problems of missing labels, and of classes that cannot be learned or scored; labels may be lists.
 
     Fatal: missing labels, a single class, classes that only *select* or *test* have, `given` names without a training
     example. Warnings: classes with one training example, names that the data bring along and never use, multi-hot
@@ -64,7 +46,7 @@ def check_class_labels(
         DataError: labels are numbers with fractions, or positions that have no name.
     """
     names = find_label_names(splits, column, given)
-    are_codes = declares_names(splits, given)
+    are_codes = declares_names(splits, column, given)
     place = splits["train"].where(0) if len(splits["train"]) else None
     if given is not None:
         texts = {text for examples in splits.values() for text in _texts(examples, column)}
@@ -107,25 +89,6 @@ def check_regression_targets(examples: Examples, column: str) -> list[Problem]:
     return [problem for problem in found if problem]
 
 
-def group_rows(examples: Examples, column: str, mask: pa.ChunkedArray, what: str, remedy: str) -> Problem | None:
-    """Return one problem for all rows where the mask is true, with up to three of them; None without any."""
-    rows = np.flatnonzero(pc.fill_null(mask, False).to_numpy())
-    if not len(rows):
-        return None
-    values = examples.table.column(column)
-    shown = [_show_row(examples.where(int(row)), values[int(row)].as_py()) for row in rows[:NUM_SHOWN]]
-    text = f"{column} {what} in {len(rows)} of {len(examples)} rows: {show_some(shown, len(rows))}"
-    return Problem(text, examples.where(int(rows[0])), remedy)
-
-
-def _show_row(where: str, value: Any) -> str:
-    """Return place and value; only the place where that is the image's own file."""
-    if value is None:
-        return f"{where} (null)"
-    shown = show_picture(value) if isinstance(value, dict) else show_value(value)
-    return where if shown == show_value(where) else f"{where} ({shown})"
-
-
 def _missing_labels(examples: Examples, column: str) -> Problem | None:
     values = examples.table.column(column)
     missing = values.is_null()
@@ -158,7 +121,7 @@ def _texts(examples: Examples, column: str) -> list[str]:
 
 
 def _lists_in_text(train: Examples, column: str) -> list[Problem]:
-    """Return a warning if text looks like lists, as CSV files hold them, each of which is a class of its own."""
+    """Return a warning where text looks like lists, as CSV files hold them, each of which is a class of its own."""
     texts = [] if pa.types.is_list(train.table.column(column).type) else _texts(train, column)
     if not texts or not all(re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) for text in texts):
         return []
@@ -168,7 +131,7 @@ def _lists_in_text(train: Examples, column: str) -> list[Problem]:
 
 
 def _places_problem(splits: Mapping[str, Examples], column: str, are_codes: bool) -> list[Problem]:
-    """Return a warning if lists are taken for multi-hot ones, and nothing names their positions."""
+    """Return a warning where lists are taken for multi-hot ones, and nothing names their places."""
     places = None if are_codes else count_places(splits, column)
     if places is None:
         return []
@@ -179,7 +142,7 @@ def _places_problem(splits: Mapping[str, Examples], column: str, are_codes: bool
 
 
 def _unused_names(names: Sequence[str], used: set[str], is_given: bool, place: str | None) -> list[Problem]:
-    """Return a warning about class names that no example has."""
+    """Return a problem of class names that no example has."""
     unused = [name for name in names if name not in used]
     if not unused or not used:
         return []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class LinesAt:
 
 
 def line_at(path: Path, position: int) -> int:
-    """Return the line (from 1) of a file that contains the byte at `position` (from 0)."""
+    """Return the line (from 1) of a file that the byte at `position` (from 0) is part of."""
     line = 1
     with path.open("rb") as file:
         while position > 0 and (data := file.read(min(position, _BYTES_TOGETHER))):
@@ -67,7 +67,7 @@ class SourceFile:
     """The task's columns in it; None for all columns of the table."""
 
     def where(self, row: int) -> str:
-        """Return `data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0, as in pandas)."""
+        """Return the place of a row: `data/train.jsonl:40`, or `data/train.parquet row 39` (rows count from 0)."""
         if self.row_places is not None:
             return self.row_places[row]
         if self.lines is not None:
@@ -80,12 +80,12 @@ class Examples:
     """A split: an Arrow table whose columns have the task's names, and the origin of each row."""
 
     table: pa.Table
-    """The task's columns are string, int64, float64, lists of string or int64, or IMAGE."""
+    """Columns of the types that the task's fields convert to."""
     rows: Indices
     """Shape [len]: original row number of each example, counted through `files` in their order."""
     files: tuple[SourceFile, ...]
-    label_names: tuple[str, ...] | None = None
-    """Class names that the data contain, in the order of their numbers."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names that the data declare for the labels of a column, in the order of their numbers."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -93,19 +93,19 @@ class Examples:
     def take(self, indices: Sequence[int] | Indices) -> Examples:
         """Return the examples at these positions, in this order."""
         positions = np.asarray(indices, dtype=np.int64)
-        return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.label_names)
+        return Examples(self.table.take(pa.array(positions)), self.rows[positions], self.files, self.names)
 
     def slice(self, start: int, stop: int) -> Examples:
         """Return the examples from one position up to another, without a copy."""
-        return Examples(self.table.slice(start, stop - start), self.rows[start:stop], self.files, self.label_names)
+        return Examples(self.table.slice(start, stop - start), self.rows[start:stop], self.files, self.names)
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield the column as Python objects, of which few exist at a time."""
+        """Yield the values of a column as Python objects, of which few are made at a time."""
         for start in range(0, len(self), _ROWS_TOGETHER):
             yield from self.table.column(column).slice(start, _ROWS_TOGETHER).to_pylist()
 
     def where(self, row: int) -> str:
-        """Return the place of the example at position `row`, such as `data/train.jsonl:40`."""
+        """Return the place of the example at position `row`, in the user's terms: `data/train.jsonl:40`."""
         file, original = self.source(row)
         return file.where(original)
 
@@ -119,13 +119,13 @@ class Examples:
         raise IndexError(f"row {row} lies in none of the files")
 
     def file_numbers(self) -> Indices:
-        """Return which of `files` each example is from; shape [len]."""
+        """Return the position among `files` of each example's file; shape [len]."""
         ends = np.cumsum([file.num_rows for file in self.files])
         return np.searchsorted(ends, self.rows, side="right")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of column names, types and values in order, whatever the file format and the chunking."""
+        """Return a SHA-256 of column names, types and values in order, whatever the file format and the chunking."""
         digest = hashlib.sha256()
         for name in sorted(self.table.column_names):
             column = self.table.column(name)
@@ -143,7 +143,7 @@ def _add(digest: hashlib._Hash, data: bytes | memoryview) -> None:
 def _add_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
     """Hash lengths and contents instead of Arrow's buffers, which depend on offsets and on values under nulls."""
     _add(digest, column.is_valid().combine_chunks().to_numpy(zero_copy_only=False).tobytes())
-    if column.type == IMAGE:
+    if pa.types.is_struct(column.type) and column.type.get_field_index("digest") >= 0:
         _add_values(digest, pc.struct_field(column, "digest"))
     elif pa.types.is_list(column.type):
         _add(digest, _as_bytes(pc.list_value_length(column).cast(pa.int64()), 0))

@@ -11,20 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data.column_types import describe_type, plain_type
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.columns import (
-    Column,
-    check_mapping,
-    convert_column,
-    describe_type,
-    match_columns,
-    missing_column,
-    plain_type,
-)
-from orchestrator.data.fields.label_columns import declared_labels, flat_labels, unify_numbers
+from orchestrator.data.fields.base import Part
+from orchestrator.data.fields.columns import Column, check_mapping, match_columns, missing_column
 from orchestrator.data.formats.folders import SPLIT_WORDS, find_label_list, find_split, find_splits, folder_files
 from orchestrator.data.formats.hub import open_hub, stream_hub
-from orchestrator.data.formats.image_folders import read_class_folders, read_pictures
+from orchestrator.data.formats.image_folders import read_class_folders
 from orchestrator.data.formats.raw import RawFile
 from orchestrator.data.formats.readers import missing_path, read_file
 from orchestrator.data.formats.streamed_files import stream_file
@@ -41,7 +34,7 @@ _Open = Callable[[SamplePlan | None], list[RawFile]]
 
 
 def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples]:
-    """Open the splits of the recipe's data: `train`, and `select` and `test` if they exist.
+    """Return the splits that the recipe's data have: `train`, and `select` and `test` where present.
 
     Raises:
         DataError: all that is wrong with the files and their columns, in all splits at once.
@@ -66,7 +59,7 @@ def open_splits(recipe: Recipe, columns: Sequence[Column]) -> dict[str, Examples
 
 
 def open_files(paths: Sequence[Path], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
-    """Open one split from local files, in their order.
+    """Return one split from local files, in their order.
 
     Raises:
         DataError: what is wrong with the files and their columns.
@@ -75,7 +68,7 @@ def open_files(paths: Sequence[Path], columns: Sequence[Column], mapping: Mappin
 
 
 def open_file(path: Path) -> Examples:
-    """Return all columns of one file under their own names, but for those that Arrow cannot hold (mixed types).
+    """Return all columns of one file under their own names, but for those that Arrow cannot hold (of several types).
 
     Raises:
         DataError: what is wrong with the file.
@@ -94,14 +87,21 @@ def open_file(path: Path) -> Examples:
     return Examples(pa.table(columns), np.arange(raw.num_rows), (raw.source,))
 
 
-def open_pictures(path: Path) -> Examples:
-    """Return the column `image` of an image, or of all images of a folder, as paths.
+def open_values(path: Path, columns: Sequence[Column]) -> Examples | None:
+    """Read a path that is no data file but holds values of one of the columns, such as a picture or a folder of them.
+
+    Returns:
+        What `open_file` returns of other data; None where the path holds no such values.
 
     Raises:
-        DataError: the folder holds no pictures.
+        DataError: a folder that holds none.
     """
-    raw = read_pictures(path)
-    return Examples(pa.table({"image": raw.fetch("image")}), np.arange(raw.num_rows), (raw.source,))
+    for column in columns:
+        raw = column.field.open(path)
+        if raw is not None:
+            table = pa.table({name: raw.fetch(name) for name in raw.names})
+            return Examples(table, np.arange(raw.num_rows), (raw.source,))
+    return None
 
 
 def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
@@ -117,8 +117,9 @@ def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[
     for column in columns:
         if column.name in matched:
             source = matched[column.name]
+            values = given.table.column(source)
             try:
-                table[column.name] = convert_column(given.table.column(source), column, source, given.files[0])
+                table[column.name] = column.field.convert(values, column.name, source, given.files[0])
             except DataError as error:
                 problems.extend(error.problems)
     if problems:
@@ -127,7 +128,7 @@ def rename_columns(given: Examples, columns: Sequence[Column], mapping: Mapping[
 
 
 def _locate(data: str | Data, origin: Origin) -> dict[str, _Open]:
-    """Return how to open each split: only the splits that `data` names, if it names any, else those that are found."""
+    """Return how each split is opened: those that `data` names, else those that are found."""
     if isinstance(data, str):
         data = Data(path=data)
         place = "target.data"
@@ -170,7 +171,7 @@ def _as_it_is(raw: RawFile, _plan: SamplePlan | None) -> list[RawFile]:
 def _read_named(
     folder: Path, value: str | list[str], origin: Origin, split: str, plan: SamplePlan | None
 ) -> list[RawFile]:
-    """Read the splits of a local folder with these names."""
+    """Return the splits of a local folder with these names."""
     paths: list[Path] = []
     for name in [value] if isinstance(value, str) else value:
         found = find_split(folder, (name.lower(),))
@@ -223,16 +224,15 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _with_names(raw: RawFile, file: Path) -> RawFile:
-    """Add label names from a file next to it, for every column that has none of its own."""
+    """Add the label names beside the file, for every column that has none itself."""
     names = find_label_list(file)
     return replace(raw, label_names={**dict.fromkeys(raw.names, names), **raw.label_names}) if names else raw
 
 
 def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[str, str]) -> Examples:
-    """Read the task's columns of some files, one after the other."""
+    """Return the task's columns of some files, one after the other."""
     problems: list[Problem] = []
-    tables: list[dict[str, pa.ChunkedArray]] = []
-    label_names: list[tuple[str, ...] | None] = []
+    tables: list[dict[str, Part]] = []
     used = [raw for raw in raws if raw.num_rows]
     if not used:
         place = raws[0].place if raws else None
@@ -244,69 +244,49 @@ def _read(raws: Sequence[RawFile], columns: Sequence[Column], mapping: Mapping[s
         for column in columns:
             if column.name in matched:
                 try:
-                    table[column.name], names = _read_column(raw, matched[column.name], column)
+                    table[column.name] = column.field.read(raw, column.name, matched[column.name])
                 except DataError as error:
                     problems.extend(error.problems)
-                    continue
-                if column.kind == "label":
-                    label_names.append(names)
         tables.append(table)
     if not problems:
         gone = [column for column in columns if column.name in mapping and not any(column.name in t for t in tables)]
         problems = [missing_column(column, mapping, used[0].names, used[0].place) for column in gone]
     if problems:
         raise DataError(problems)
-    every = tuple(dict.fromkeys(names for names in label_names if names is not None))
-    if len(every) == 1:
-        _name_others(used, tables, label_names, columns, every[0])
-    table = _concatenate([raw.place for raw in used], tables, _varying(columns))
-    for position, name in enumerate(table.column_names):
-        (column,) = (column for column in columns if column.name == name)
-        if column.kind == "label" and not every and not any(raw.labels_are_names for raw in used):
-            table = table.set_column(position, name, unify_numbers(table.column(name), column.numbers))
-    files = tuple(replace(raw.source, columns=tuple(own)) for raw, own in zip(used, tables, strict=True))
-    merged = tuple(dict.fromkeys(chain.from_iterable(every))) or None
-    return Examples(table, np.arange(table.num_rows), files, merged)
+    return _join(used, tables, columns)
+
+
+def _join(raws: Sequence[RawFile], tables: Sequence[Mapping[str, Part]], columns: Sequence[Column]) -> Examples:
+    """Return the columns of all files as one table, with the names that they declare for its values."""
+    unified: list[dict[str, pa.ChunkedArray]] = [dict.fromkeys(table) for table in tables]
+    parts = {column.name: [table[column.name] for table in tables if column.name in table] for column in columns}
+    for column in columns:
+        values = iter(column.field.unify(parts[column.name]))
+        for own in unified:
+            if column.name in own:
+                own[column.name] = next(values)
+    table = _concatenate([raw.place for raw in raws], unified, _varying(columns))
+    names = {}
+    for column in columns:
+        if column.name in table.column_names:
+            position = table.column_names.index(column.name)
+            finished = column.field.finish(table.column(position), parts[column.name])
+            table = table.set_column(position, column.name, finished)
+            declared = dict.fromkeys(chain.from_iterable(part.names or () for part in parts[column.name]))
+            if declared:
+                names[column.name] = tuple(declared)
+    files = tuple(replace(raw.source, columns=tuple(own)) for raw, own in zip(raws, tables, strict=True))
+    return Examples(table, np.arange(table.num_rows), files, names)
 
 
 def _varying(columns: Sequence[Column]) -> set[str]:
     return {column.name for column in columns if column.may_vary}
 
 
-def _read_column(raw: RawFile, source: str, column: Column) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """Return the converted values, and the class names that the file declares for them, which replace codes."""
-    values = raw.fetch(source)
-    names = raw.label_names.get(source)
-    converted = convert_column(values, column, source, raw.source)
-    if column.kind != "label" or column.numbers == "targets":
-        return converted, None
-    if pa.types.is_dictionary(values.type) and names is None:
-        unified = values.unify_dictionaries()
-        if unified.num_chunks and converted.type == pa.string() and not pa.types.is_boolean(values.type.value_type):
-            names = tuple(name for name in unified.chunk(0).dictionary.to_pylist() if name is not None)
-        return converted, names
-    named = None if names is None else declared_labels(converted, names, raw.source.where)
-    return (converted, None) if named is None else (named, names)
-
-
-def _name_others(
-    raws: Sequence[RawFile],
-    tables: Sequence[dict[str, pa.ChunkedArray]],
-    label_names: Sequence[tuple[str, ...] | None],
-    columns: Sequence[Column],
-    names: tuple[str, ...],
-) -> None:
-    """Read whole numbers of files that declare no names as those of the split's other files, which agree on theirs."""
-    (label,) = (column.name for column in columns if column.kind == "label")
-    for raw, table, own in zip(raws, tables, label_names, strict=True):
-        if own is None and pa.types.is_integer(flat_labels(table[label]).type):
-            table[label] = declared_labels(table[label], names, raw.source.where) or table[label]
-
-
 def _concatenate(
     places: Sequence[str], tables: Sequence[Mapping[str, pa.ChunkedArray]], may_vary: Collection[str]
 ) -> pa.Table:
-    """Concatenate tables of one split; integers and floats become floats, other types must agree.
+    """Concatenate the tables of one split; whole numbers and numbers become numbers, other types must agree.
 
     Where one of `may_vary` is lacking, its rows are null.
     """
@@ -330,7 +310,7 @@ def _concatenate(
 
 
 def _nulls(table: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-    """Return a column of nulls as long as the table."""
+    """Return as many nulls as the table has rows."""
     return pa.chunked_array([pa.nulls(len(next(iter(table.values()))), pa.string())])
 
 
@@ -339,7 +319,7 @@ def _cast(part: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
 
 
 def _uneven_columns(splits: Mapping[str, Examples], may_vary: Collection[str]) -> list[Problem]:
-    """Yield problems of optional columns that one split has and another lacks."""
+    """Return problems of optional columns that one split has and another lacks."""
     problems = []
     train = splits.get("train")
     for split, examples in splits.items():

@@ -8,19 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.examples import Examples, Indices
+from orchestrator.data.fields.columns import Column
 from orchestrator.data.mixing import draw_ranks
-from orchestrator.data.overlap import near_keys, text_keys
+from orchestrator.data.overlap import exact_keys, near_keys
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Limit, Split
 
 
 def cut_missing_splits(
-    splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[str]
+    splits: Mapping[str, Examples], split: Split, stratify: str | None, group_by: Sequence[Column]
 ) -> dict[str, Examples]:
-    """Return all three splits (or *train* and *select*, if `split.test` is 0), cutting missing ones from *train*.
+    """Return all three splits (or *train* and *select*, when `split.test` is 0): missing ones are cut from *train*.
 
-    Each class gives its share (`stratify` names a column of text or whole numbers). Rows with the same text in the
-    `group_by` columns, but for case, punctuation, digits and spaces, stay on one side. Every class keeps training
+    Each class gives its share (`stratify` names a column of text or whole numbers). Rows with nearly the same
+    values in the `group_by` columns (see `overlap.near_keys`) stay on one side. Every class keeps training
     examples: one that is too rare to be cut stays in *train*. The draw goes by a hash of the seed and the text.
 
     Raises:
@@ -50,7 +51,7 @@ def cut_missing_splits(
 def limit_examples(
     splits: Mapping[str, Examples], limit: Limit, stratify: str | None, seed: int
 ) -> dict[str, Examples]:
-    """Return at most `limit` examples of each split, and of each class of *train*; the others are left as they are.
+    """Return at most as many examples of each split as the limits say, and of each class of *train*.
 
     Draws are stratified and nested: with one seed, the 100 examples are among the 200. Every class has one first, then
     its share.
@@ -93,7 +94,7 @@ def _nested_order(classes: Indices, per_class: int | None, seed: int) -> Indices
 
 
 def _classes(examples: Examples, stratify: str | None) -> Indices | None:
-    """Return a number for each row's class, shape [n]; None if the column does not hold single classes."""
+    """Return a number for each row's class, shape [n]; None where the column holds no single classes."""
     if stratify is None:
         return None
     values = examples.table.column(stratify)
@@ -103,11 +104,11 @@ def _classes(examples: Examples, stratify: str | None) -> Indices | None:
     return np.asarray(encoded.indices.to_numpy(), dtype=np.int64)
 
 
-def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], seed: int) -> list[list[list[int]]]:
-    """Return for each class its groups of rows that must stay together, in the order of the draw."""
-    columns = [name for name in group_by if name in examples.table.column_names]
+def _strata(examples: Examples, stratify: str | None, group_by: Sequence[Column], seed: int) -> list[list[list[int]]]:
+    """Return for each class the groups of rows that must stay together, in the order of the draw."""
+    columns = [column for column in group_by if column.name in examples.table.column_names]
     numbers = list(range(len(examples)))
-    exact = text_keys(examples, columns).to_pylist() if columns else numbers
+    exact = exact_keys(examples, columns).to_pylist() if columns else numbers
     near = near_keys(examples, columns).to_pylist() if columns else numbers
     classes = _classes(examples, stratify)
     strata: dict[int, list[list[int]]] = {}
@@ -124,7 +125,7 @@ def _strata(examples: Examples, stratify: str | None, group_by: Sequence[str], s
 
 
 def _group(rows: Sequence[int], keys: Sequence[object]) -> list[list[int]]:
-    """Group rows by key; a row without a key is a group of its own. `keys` are those of all rows."""
+    """Return rows with the same key together; a row without a key is a group of its own. `keys` are of all rows."""
     groups: dict[object, list[int]] = {}
     for row in rows:
         groups.setdefault(("no key", row) if keys[row] is None else keys[row], []).append(row)
@@ -152,7 +153,7 @@ def _cut(strata: list[list[list[int]]], shares: Sequence[float]) -> list[Indices
 
 
 def _round_quotas(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Indices:
-    """Return integers near `exact` with the same sum (largest remainder), at least 1 in all."""
+    """Return whole numbers near `exact` with the same sum (largest remainder), at least 1 in all."""
     quotas = np.floor(exact).astype(np.int64)
     total = max(1, round(float(exact.sum())))
     for number in np.argsort(quotas - exact, kind="stable")[: max(0, total - int(quotas.sum()))]:

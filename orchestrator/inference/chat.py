@@ -101,7 +101,7 @@ def chat(
         InputError: the directory holds no trained language model.
     """
     trained = load_trained_model(folder, precision)
-    if trained.task.auto_class != "AutoModelForCausalLM":
+    if not trained.task.is_language_model:
         what = f"a model for {trained.task.name} cannot chat"
         raise InputError(Problem(what, str(folder), "use: orchestrator predict"))
     conversation = Conversation(trained, system or trained.task.options.system)

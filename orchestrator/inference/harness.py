@@ -63,7 +63,7 @@ def evaluate_tasks(
     manager = TaskManager(include_path=include)
     check_names(names, manager.all_tasks)
     trained = load_trained_model(folder, precision)
-    if trained.task.auto_class != "AutoModelForCausalLM":
+    if not trained.task.is_language_model:
         what = f"a model for {trained.task.name} is not a language model"
         raise InputError(Problem(what, str(folder), f"score it on its own data, without {OPTION}"))
     with refusing_external_metrics() as refused, contextlib.redirect_stdout(sys.stderr):

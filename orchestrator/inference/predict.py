@@ -18,9 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator import models
-from orchestrator.data import Examples, open_file, open_pictures, open_splits, rename_columns, without_bytes
+from orchestrator.data import Examples, open_file, open_splits, open_values, rename_columns, without_bytes
 from orchestrator.data.cache import as_table
-from orchestrator.data.formats.image_folders import is_picture
 from orchestrator.data.formats.readers import READERS
 from orchestrator.errors import DataError, InputError, Problem
 from orchestrator.inference.trained_model import (
@@ -32,6 +31,7 @@ from orchestrator.inference.trained_model import (
     prepare_for_inference,
 )
 from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.tasks import check_packages
 from orchestrator.tasks.base import Predictions
 from orchestrator.tasks.bases.padded import concatenate
 from orchestrator.training.evaluation import in_order, predict_with_losses
@@ -63,7 +63,7 @@ def predict_examples(
         reference: predictions of the source, for tasks whose loss needs them; shape [num_examples, ...].
     """
     task = trained.task
-    labels = [column.name for column in task.columns(task.options) if column.kind == "label"]
+    labels = [column.name for column in task.columns(task.options) if column.field.is_target]
     # A language model's targets are the texts themselves.
     has_labels = not labels or any(name in examples.table.column_names for name in labels)
     rows, parts, targets = [], [], []
@@ -116,7 +116,7 @@ def evaluate(
     if split not in found:
         raise InputError(Problem(f"the data have no split '{split}'", data, f"give --split one of: {', '.join(found)}"))
     examples = found[split]
-    problems = trained.task.check_inputs(examples)
+    problems = [*check_packages(type(trained.task), trained.task.options), *trained.task.check_inputs(examples)]
     if problems:
         raise DataError(problems)
     reference = compute_reference(trained, examples) if trained.task.needs_reference else None
@@ -201,17 +201,19 @@ def predict(
     trained = load_trained_model(folder, precision)
     columns = trained.task.prompt_columns(trained.task.options)
     mapping = recipe_of(trained, None, overrides).target.columns
-    if any(column.kind == "image" for column in columns) and (Path(data).is_dir() or is_picture(Path(data))):
-        given, mapping = open_pictures(Path(data)), {}
-    else:
+    given = open_values(Path(data), columns)
+    if given is None:
         given = read_input(data)
+    else:
+        mapping = {}  # Values without a data file come under the task's own name.
     examples = rename_columns(given, columns, mapping)
     problems = trained.task.check_prompts(examples)
     if problems:
         raise DataError(problems)
     added = trained.task.generate(trained.model, trained.processor, examples, batch_size)
     if added is None:
-        added = trained.task.prediction_rows(predict_examples(trained, examples, batch_size).predictions)
+        predictions = predict_examples(trained, examples, batch_size).predictions
+        added = trained.task.prediction_rows(predictions, examples)
     kept = {name: without_bytes(given.table[name]) for name in given.table.column_names if name not in added}
     write_predictions(pa.table({**kept, **added}), output, out)
     return len(examples)

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from orchestrator.errors import ModelError, Problem
 from orchestrator.models.body import find_body
 from orchestrator.models.deep_head import DeepHead, with_deep_head
-from orchestrator.models.folder import MERGE, weight_files
+from orchestrator.models.folder import weight_files
 from orchestrator.models.head import find_output_layer, head_modules
 from orchestrator.models.hub import LOADING_ERRORS, explain
 from orchestrator.models.low_rank import add_lora_deltas, read_lora_deltas
@@ -111,6 +111,7 @@ def load_model(
     seed: int,
     quantize: str | None = None,
     as_stored: bool = False,
+    draws_output: bool = False,
 ) -> LoadedModel:
     """Load the source's weights under the head of a transformers auto class, in fp32 and in evaluation mode.
 
@@ -126,11 +127,11 @@ def load_model(
         quantize: `nf4` for linear weights in 4 bits, all but those of the head and of the output layer.
         as_stored: leave weights in bf16 that are stored so, where no adapter is added to them: half the memory, for
             those who widen what they train.
+        draws_output: draw the output layer anew also for the source's own labels.
 
     Raises:
         ModelError: the weights cannot be loaded, or do not belong to the model's body; an adapter cannot be added.
     """
-    _check_adapter(source, auto_class)
     loader = _find_loader(auto_class, config, source)
     with _plain_errors(source), seeded(seed):
         if from_scratch:
@@ -144,7 +145,7 @@ def load_model(
         names = {parameter: name for name, parameter in model.named_parameters()}
         new = (set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}) & set(names.values())
         _check_body(model, source, report["mismatched_keys"], new)
-        if load_config(source).id2label != config.id2label:
+        if draws_output or load_config(source).id2label != config.id2label:
             new |= {names[parameter] for parameter in _draw_output_layer(model)}
     if source.adapter is not None:
         add_lora_deltas(model, read_lora_deltas(Path(source.adapter)), source.where)
@@ -201,13 +202,6 @@ def seeded(seed: int) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed(seed)
         yield
-
-
-def _check_adapter(source: SourceModel, auto_class: str) -> None:
-    """Refuse an adapter with a head of its own, which its base model does not have."""
-    if source.adapter is not None and auto_class != "AutoModelForCausalLM":
-        what = f"{source.name!r} is an adapter, and only language models go on from one"
-        raise ModelError(Problem(what, source.where, MERGE))
 
 
 def _build(loader: Any, config: Any, source: SourceModel) -> Any:

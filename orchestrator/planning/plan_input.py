@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from orchestrator import models
-from orchestrator.errors import InputError, ModelError, Problem
+from orchestrator.errors import InputError, ModelError, Problem, raise_if_fatal
 from orchestrator.formatting import format_bytes
 from orchestrator.models import SourceModel
 from orchestrator.recipe import Recipe, resolve_path, show_path
@@ -21,7 +21,7 @@ from orchestrator.recipe.paths import PACKAGE_PREFIX
 from orchestrator.tasks import read_options
 from orchestrator.training.assembling import ModelParts, assemble, assemble_outline
 from orchestrator.training.features.build import examples_to_try, use_token_pooling
-from orchestrator.training.prepare import Prepared, encode_inputs, read_examples, read_inputs
+from orchestrator.training.prepare import Prepared, check_source, encode_inputs, read_examples, read_inputs
 
 CONFIG_FILE = "config.json"
 LARGEST_TO_LOAD = 2 * 2**30
@@ -92,6 +92,7 @@ def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInpu
     source = _open_config(recipe) if recipe.source.config is not None else _find_source(recipe)
     config = models.load_config(source)
     task_class, options = read_options(recipe)
+    raise_if_fatal(check_source(source, task_class), ModelError)
     if _data_are_far(recipe):
         task, number = task_class.restore(options, config), recipe.target.limit.train or num_examples
     else:

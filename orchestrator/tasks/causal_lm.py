@@ -19,8 +19,8 @@ from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predicti
 from orchestrator.tasks.bases.answer_scores import (
     Generation,
     check_generation,
-    check_packages,
     expected_answers,
+    packages,
     score_answers,
 )
 from orchestrator.tasks.bases.chat import TrainOn
@@ -57,6 +57,10 @@ class CausalLanguageModelling(LanguageTask):
         self.metrics_shown = ("nll", "perplexity", "token_accuracy", *written)
 
     @classmethod
+    def packages(cls, options: CausalOptions) -> Mapping[str, str]:
+        return {} if options.generate is None else packages(options.generate)
+
+    @classmethod
     def columns(cls, options: CausalOptions) -> tuple[Column, ...]:
         return columns_of(options.form)
 
@@ -66,8 +70,8 @@ class CausalLanguageModelling(LanguageTask):
         if options.generate is not None and not problems:
             problems = check_generation(options.generate, splits, options.form, recipe)
         held = {name for split in splits.values() for name in split.table.column_names}
-        names = [column.name for column in columns_of(options.form) if column.name in held]
-        return problems or overlap.check_overlap(splits, names)
+        columns = [column for column in columns_of(options.form) if column.name in held]
+        return problems or overlap.check_overlap(splits, columns)
 
     @classmethod
     def prepare(cls, options: CausalOptions, splits: Mapping[str, Examples]) -> CausalLanguageModelling:
@@ -85,9 +89,7 @@ class CausalLanguageModelling(LanguageTask):
         return "the next token"
 
     def check_inputs(self, examples: Examples) -> list[Problem]:
-        scored = self.options.generate
-        problems = check_samples({"": examples}, self.options.form)
-        return [*problems, *(check_packages(scored) if scored is not None else [])]
+        return check_samples({"": examples}, self.options.form)
 
     @property
     def num_written(self) -> int:
@@ -128,7 +130,7 @@ class CausalLanguageModelling(LanguageTask):
     def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {"num_targets": int(targets["num_targets"].sum())}
 
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
         return {"nll": [float(value) for value in predictions["nll"]]}
 
 

@@ -15,6 +15,7 @@ from orchestrator.data import overlap
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields.columns import Column
 from orchestrator.data.fields.preferences import SIDES, check_pairs, read_pairs
+from orchestrator.data.fields.turns import TurnsField
 from orchestrator.errors import Problem
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Arrays, Batch, Encoded, MainMetric, Predictions, Totals
@@ -44,6 +45,10 @@ class EncodedPairs(Encoded):
     def __post_init__(self) -> None:
         self.lengths = np.maximum(*(side.lengths for side in self.sides))
         self.counts = {"targets": np.ones(len(self.lengths), np.int64)}
+
+    @property
+    def is_labelled(self) -> bool:
+        return self.reference is not None
 
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
         """Return all chosen answers, then all rejected ones; `reference` are the source's log-probabilities of them."""
@@ -77,16 +82,17 @@ class PreferenceTuning(LanguageTask):
     @classmethod
     def columns(cls, options: PreferenceOptions) -> tuple[Column, ...]:
         return (
-            Column("prompt", "turns", required=False, aliases=("question", "instruction")),
-            Column("chosen", "turns"),
-            Column("rejected", "turns"),
+            Column("prompt", TurnsField(), required=False, aliases=("question", "instruction")),
+            Column("chosen", TurnsField()),
+            Column("rejected", TurnsField()),
         )
 
     @classmethod
     def check(cls, options: PreferenceOptions, splits: Mapping[str, Examples], recipe: Recipe) -> list[Problem]:
         problems = [problem for split in splits.values() for problem in check_pairs(split)]
-        names = [name for name in ("prompt", *SIDES) if name in splits["train"].table.column_names]
-        return problems or overlap.check_overlap(splits, names)
+        held = splits["train"].table.column_names
+        columns = [column for column in cls.columns(options) if column.name in held]
+        return problems or overlap.check_overlap(splits, columns)
 
     @classmethod
     def prepare(cls, options: PreferenceOptions, splits: Mapping[str, Examples]) -> PreferenceTuning:
@@ -148,7 +154,7 @@ class PreferenceTuning(LanguageTask):
         return {"log_probabilities": log_probabilities(outputs)}
 
     def metrics(self, predictions: Predictions, targets: Arrays) -> dict[str, float]:
-        """`margin` is the mean of beta times what the chosen answer has gained over the rejected one, in nats."""
+        """Return accuracy and `margin`: the mean of beta times the chosen answer's gain over the other's, in nats."""
         gained = predictions["log_probabilities"] - np.nan_to_num(targets["reference"], nan=0.0)
         margins = self.options.beta * (gained[:, 0] - gained[:, 1])
         return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
@@ -156,7 +162,7 @@ class PreferenceTuning(LanguageTask):
     def details(self, predictions: Predictions, targets: Arrays) -> dict[str, Any]:
         return {}
 
-    def prediction_rows(self, predictions: Predictions) -> dict[str, list[Any]]:
+    def prediction_rows(self, predictions: Predictions, examples: Examples) -> dict[str, list[Any]]:
         found = predictions["log_probabilities"]
         return {side: [float(value) for value in found[:, number]] for number, side in enumerate(SIDES)}
 
@@ -165,7 +171,7 @@ TASK = PreferenceTuning
 
 
 def log_probabilities(outputs: Any) -> Any:
-    """Of the answers, as the model has them; shape [examples, 2]. In fp64: their differences are small."""
+    """Return the log-probabilities of the answers; shape [num_examples, 2]. In fp64: their differences are small."""
     return -outputs.token_losses[..., 0].double().sum(1).view(2, -1).T
 
 

@@ -56,8 +56,9 @@ def assemble(prepared: Prepared, as_stored: bool = False) -> ModelParts:
     transfer, seed = prepared.recipe.transfer, prepared.recipe.train.seed
     config = models.load_config(prepared.source, **prepared.task.config_changes())
     quantize = transfer.adapter.quantize if transfer.adapter is not None else None
+    task = prepared.task
     loaded = models.load_model(
-        prepared.source, prepared.task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored
+        prepared.source, task.auto_class, config, transfer.from_scratch, seed, quantize, as_stored, task.head == "new"
     )
     with models.Fp32ComputeMode() if as_stored else contextlib.nullcontext():
         return build_parts(prepared, loaded.model, loaded.new_parameters)
@@ -90,7 +91,8 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> ModelPa
     recipe = prepared.recipe
     transfer, seed = recipe.transfer, recipe.train.seed
     body = models.find_body(module)
-    if prepared.task.has_new_head:
+    has_own_head = prepared.task.head != "kept"
+    if has_own_head:
         with models.seeded(seed):
             new = models.set_head(module, transfer.head, new)
     prepared.task.configure_model(module, prepared.processor, prepared.source)
@@ -102,8 +104,7 @@ def build_parts(prepared: Prepared, module: Any, new: frozenset[str]) -> ModelPa
     if transfer.adapter is not None:
         with models.seeded(seed):
             reaches_experts = setting_excluding_experts(prepared) is None
-            has_new_head = prepared.task.has_new_head
-            module = models.add_adapter(module, blocks, depth, transfer.adapter, has_new_head, reaches_experts)
+            module = models.add_adapter(module, blocks, depth, transfer.adapter, has_own_head, reaches_experts)
             if transfer.adapter.init == "pissa":
                 initial_factors = models.init_pissa(module)
         blocks = models.adapted_blocks(module, blocks)

@@ -35,7 +35,7 @@ class Scored:
 def predict_rows(
     model: Any, task: Task, loader: SplitLoader, rows: np.ndarray[Any, Any], totals: Totals
 ) -> tuple[Predictions, float]:
-    """Return the task's predictions for these rows, and their share of the loss (0 where there are no targets)."""
+    """Return the task's predictions for these rows, and their share of the loss (0 without labels)."""
     predictions, losses = predict_with_losses(model, task, loader, rows, [totals])
     return predictions, losses[0]
 
@@ -47,7 +47,7 @@ def predict_with_losses(
     """Return the task's predictions for these rows, and their loss under each of the totals."""
     batch = loader.batch(rows)
     outputs = model(**batch.inputs)
-    losses = [float(task.loss(outputs, batch, each)) if batch.targets else 0.0 for each in totals]
+    losses = [float(task.loss(outputs, batch, each)) if loader.encoded.is_labelled else 0.0 for each in totals]
     return as_arrays(task.predict(outputs, batch)), losses
 
 

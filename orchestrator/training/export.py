@@ -155,7 +155,7 @@ def write_predictions(prepared: Prepared, split: str, predictions: Arrays, path:
     examples = prepared.examples[split]
     columns: dict[str, Any] = {"source": [examples.where(row) for row in range(len(examples))]}
     columns.update({name: examples.table[name] for name in examples.table.column_names})
-    columns.update(prepared.task.prediction_rows(predictions))
+    columns.update(prepared.task.prediction_rows(predictions, examples))
     write_table(pa.table(columns), path)
 
 

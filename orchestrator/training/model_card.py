@@ -45,7 +45,7 @@ def model_card(prepared: Prepared, result: dict[str, Any], dtype: torch.dtype) -
     recipe, source = prepared.recipe, prepared.source
     front = {
         "library_name": "peft" if recipe.transfer.adapter else "transformers",
-        "pipeline_tag": prepared.task.hub_tag or recipe.target.task,
+        "pipeline_tag": prepared.task.pipeline_tag or recipe.target.task,
         "base_model": source.name,
         **({"license": source.licence} if source.licence else {}),
     }
@@ -99,7 +99,7 @@ def adapter_code(task: Task) -> str:
     num_labels = task.config_changes().get("num_labels")
     labels = "" if num_labels is None else f", num_labels={num_labels}"
     code = template.format(peft_class=peft_class, labels=labels, **_names(task))
-    if task.auto_class != "AutoModelForCausalLM":
+    if not task.is_language_model:
         return code
     # peft does not load it, and it holds the tokens that end an answer.
     code = code.replace("import AutoTokenizer", "import AutoTokenizer, GenerationConfig")

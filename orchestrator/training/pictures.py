@@ -1,11 +1,8 @@
-"""Find the pictures that data files name, to copy them with the data."""
+"""Pictures and other files that data files name, for moving the data elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestrator.errors import InputError
 from orchestrator.recipe import Recipe, resolve_path
@@ -13,12 +10,12 @@ from orchestrator.tasks import read_options
 
 
 def find_named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
-    """Return the pictures that the recipe's data files name, by the folder of those files.
+    """Return the pictures and other files that the recipe's data name, by the folder of the files that name them.
 
-    There are none where the data are not on this machine, or cannot be read; training reports such errors.
+    Nothing where the data are not on this machine, or cannot be read: training reports what is wrong with them.
     """
     task_class, options = read_options(recipe)
-    columns = [column.name for column in task_class.columns(options) if column.kind == "image"]
+    columns = [column for column in task_class.columns(options) if column.field.names_files]
     data = recipe.target.data if isinstance(recipe.target.data, str) else recipe.target.data.path
     if not columns or (data is not None and resolve_path(data, recipe.origin) is None):
         return {}
@@ -31,8 +28,8 @@ def find_named_pictures(recipe: Recipe) -> dict[Path, list[Path]]:
     found: dict[Path, dict[Path, None]] = {}
     for examples in splits.values():
         folders = [file.folder for file in examples.files]
-        for name in columns:
-            paths = pc.struct_field(examples.table.column(name), "path").cast(pa.string()).to_pylist()
+        for column in columns:
+            paths = column.field.paths(examples.table.column(column.name))
             for path, number in zip(paths, examples.file_numbers().tolist(), strict=True):
                 folder = folders[number]
                 if path is not None and folder is not None:

@@ -1,9 +1,9 @@
-"""Everything that is settled before a worker starts: the source found, the data read, checked, split and encoded."""
+"""Prepare a run before a worker starts: find the source; read, check, split and encode the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -11,16 +11,16 @@ import pyarrow as pa
 from orchestrator import models
 from orchestrator.data import cache, checks, splits
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.images import name_pictures
+from orchestrator.data.fields.columns import Column
 from orchestrator.data.mixing import apply_weights
 from orchestrator.data.sources import open_splits
 from orchestrator.data.streaming import num_streamed
 from orchestrator.errors import InputError, Problem, raise_if_fatal
 from orchestrator.models import SourceModel
+from orchestrator.models.folder import MERGE
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
-from orchestrator.tasks import Encoded, Task, read_options
-from orchestrator.transfer import read_methods
+from orchestrator.tasks import Encoded, Task, check_packages, read_options
 
 T = TypeVar("T")
 ENCODING_VERSION = 3
@@ -28,7 +28,7 @@ ENCODING_VERSION = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """The source model's files and the examples that a recipe names. No model is loaded yet."""
+    """The source model's files and the examples that a recipe names. Nothing is loaded yet."""
 
     recipe: Recipe
     source: SourceModel
@@ -48,18 +48,18 @@ class Prepared:
     task: Task
     processor: Any
     examples: dict[str, Examples]
-    """The raw examples; of pictures their paths alone."""
+    """Without what takes much memory: the paths of pictures, not the pictures."""
     tables: dict[str, pa.Table]
     """Encoded splits, by name."""
     keys: dict[str, str]
-    """The hash of what each encoded split is made from."""
+    """A hash of what each encoded split is made from."""
     identity: dict[str, str]
     """Fingerprints of the source and of each split: a run is only ever resumed on the same ones."""
     warnings: list[Problem]
     parameters: dict[str, int] | None = None
-    """Numbers of parameters, `total` and `trained`; None where they are not known before the weights are read."""
+    """Numbers of parameters, `total` and `trained`; None where they are not counted, or only the weights show them."""
     tokens_per_pass: int | None = None
-    """The most of a worker's pass, padding counted, in the unit of the examples' lengths; None for no limit."""
+    """The largest micro batch, padding counted, in the unit of the examples' lengths; None for no limit."""
 
     def encoded(self, split: str) -> Encoded:
         return self.task.wrap(self.tables[split], self.processor)
@@ -74,7 +74,9 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
     chosen = _collect(problems, lambda: read_options(recipe))
-    _collect(problems, lambda: read_methods(recipe))
+    if chosen is not None:
+        problems += check_packages(*chosen, recipe.origin.where("target.options"))
+        problems += check_source(source, chosen[0]) if source is not None else []
     examples = _collect(problems, lambda: read_examples(recipe, *chosen)) if chosen else None
     if examples is not None and chosen is not None:
         problems += chosen[0].check(chosen[1], examples, recipe)
@@ -83,6 +85,14 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     if source is None or chosen is None or examples is None:
         raise InputError(problems)
     return Inputs(recipe, source, *chosen, examples, raise_if_fatal(problems, InputError, strict))
+
+
+def check_source(source: SourceModel, task: type[Task]) -> list[Problem]:
+    """Return a problem where the source is an adapter that the task cannot tune: a head of its own would not fit."""
+    if source.adapter is None or task.tunes_adapters:
+        return []
+    what = f"{source.name!r} is an adapter, and only language models go on from one"
+    return [Problem(what, source.where, MERGE)]
 
 
 def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
@@ -103,8 +113,8 @@ def encode_inputs(inputs: Inputs, strict: bool = False) -> Prepared:
     raise_if_fatal(problems, InputError, strict)
     splits = {name: split.fingerprint for name, split in inputs.examples.items()}
     identity = {"source": models.fingerprint(source), **splits}
-    # What pictures showed is in the tables; without their bytes the examples are small enough to be sent about.
-    examples = {name: name_pictures(split) for name, split in inputs.examples.items()}
+    columns = inputs.task.columns(inputs.options)
+    examples = {name: without_content(split, columns) for name, split in inputs.examples.items()}
     return Prepared(recipe, source, task, processor, examples, tables, keys, identity, inputs.warnings + problems)
 
 
@@ -118,12 +128,22 @@ def read_examples(recipe: Recipe, task: type[Task], options: Any) -> dict[str, E
     limit = recipe.target.limit.model_copy(update={"train": num_streamed(recipe) or recipe.target.limit.train})
     found = open_splits(recipe, task.columns(options))
     stratify = task.stratify_by(options, found["train"])
-    grouped = [column.name for column in task.columns(options) if column.kind in ("text", "image", "turns")]
+    grouped = [column for column in task.columns(options) if not column.field.is_target]
     seed = recipe.target.split.seed
     whole = splits.cut_missing_splits(found, recipe.target.split, stratify, grouped)
     limited = splits.limit_examples(whole, limit, stratify, seed)
     weights = recipe.target.data.weights if isinstance(recipe.target.data, Data) else None
     return limited if weights is None else {**limited, "train": apply_weights(limited["train"], weights, seed)}
+
+
+def without_content(examples: Examples, columns: Sequence[Column]) -> Examples:
+    """Return the examples with what of their values names them, small enough to be sent to workers."""
+    table = examples.table
+    for column in columns:
+        if column.name in table.column_names:
+            values = column.field.without_content(table.column(column.name))
+            table = table.set_column(table.column_names.index(column.name), column.name, values)
+    return replace(examples, table=table)
 
 
 def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
@@ -138,7 +158,7 @@ def check_stream(train: Examples, recipe: Recipe) -> list[Problem]:
 
 
 def encoding_key(task: Task, examples: Examples, processor: Any) -> str:
-    """Return the hash of everything that decides what a split looks like when it is encoded."""
+    """Return the hash of everything that an encoded split depends on."""
     return cache.content_key(ENCODING_VERSION, examples.fingerprint, task.cache_parts(processor))
 
 

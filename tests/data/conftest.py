@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from orchestrator.data import Column, Examples, open_files
+from orchestrator.data.fields.label import LabelField
+from orchestrator.data.fields.text import TextField
 from orchestrator.recipe import Recipe
 
 COLUMNS = (
-    Column("text", "text", aliases=("sentence", "content")),
-    Column("text_pair", "text", required=False, aliases=("sentence2",)),
-    Column("label", "label", aliases=("intent",)),
+    Column("text", TextField(), aliases=("sentence", "content")),
+    Column("text_pair", TextField(), required=False, aliases=("sentence2",)),
+    Column("label", LabelField(), aliases=("intent",)),
 )
 
 

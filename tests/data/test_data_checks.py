@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.checks import (
-    check_class_labels,
-    check_overlap,
-    check_regression_targets,
-    check_sizes,
-    check_text,
-)
+from orchestrator.data import Column
+from orchestrator.data.checks import check_class_labels, check_regression_targets, check_sizes
+from orchestrator.data.fields.text import TextField, check_text
+from orchestrator.data.overlap import check_overlap
 from orchestrator.errors import Problem
 from orchestrator.recipe import Origin
 
+TEXT, TEXT_PAIR = Column("text", TextField()), Column("text_pair", TextField(), required=False)
 WORDS = ("apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey")
 GOOD = [(f"please send {word}", "order" if n % 2 else "ask") for n, word in enumerate(WORDS)]
 
@@ -39,7 +37,7 @@ def only(problems: list[Problem]) -> Problem:
 
 def test_good_data_raise_no_problem(split: Any) -> None:
     splits = split(select=[("any jam", "ask"), ("one tea", "order")])
-    found = check_class_labels(splits, "label") + check_overlap(splits, ["text"], "label")
+    found = check_class_labels(splits, "label") + check_overlap(splits, [TEXT], "label")
     found += check_sizes(splits, 8, Origin())
     found += [problem for examples in splits.values() for problem in check_text(examples, "text")]
     assert found == []
@@ -91,7 +89,9 @@ def test_a_given_name_without_examples_is_refused_and_the_datas_own_warned_of(sp
     splits = split()
     given = only(check_class_labels(splits, "label", ["ask", "order", "refund"]))
     assert given.fatal and given.what == "1 of 3 named classes have no example: refund"
-    brought = {name: replace(examples, label_names=("ask", "order", "refund")) for name, examples in splits.items()}
+    brought = {
+        name: replace(examples, names={"label": ("ask", "order", "refund")}) for name, examples in splits.items()
+    }
     assert not only(check_class_labels(brought, "label")).fatal
     numbers = split(train=[("x", 0), ("y", 1), ("z", 0), ("w", 1)], test=[("v", 0)])
     assert check_class_labels(numbers, "label", ["no", "yes"]) == []
@@ -115,7 +115,7 @@ def test_regression_targets_must_be_finite_numbers(make_examples: Any, value: An
 
 def test_a_few_duplicates_across_splits_are_a_warning_with_both_places(split: Any) -> None:
     test = [(f"new {word}", "ask") for word in WORDS] + [GOOD[2]]
-    problem = only(check_overlap(split(test=test), ["text"], "label"))
+    problem = only(check_overlap(split(test=test), [TEXT], "label"))
     assert not problem.fatal
     assert problem.what.startswith('1 of 9 examples of test (11.1%) are also in train: "please send cheese" at ')
     assert "test.jsonl:9" in problem.what and "train.jsonl:3" in problem.what
@@ -123,19 +123,19 @@ def test_a_few_duplicates_across_splits_are_a_warning_with_both_places(split: An
 
 @pytest.mark.parametrize("name", ["select", "test"])
 def test_a_split_that_is_half_in_train_is_refused(split: Any, name: str) -> None:
-    problems = check_overlap(split(**{name: [GOOD[0], ("something new", "ask")]}), ["text"], "label")
+    problems = check_overlap(split(**{name: [GOOD[0], ("something new", "ask")]}), [TEXT], "label")
     assert only(problems).fatal
 
 
 def test_select_and_test_may_be_the_same_with_a_warning(split: Any) -> None:
     same = [("is there tea", "ask"), ("two coffees", "order")]
-    problem = only(check_overlap(split(select=same, test=same), ["text"], "label"))
+    problem = only(check_overlap(split(select=same, test=same), [TEXT], "label"))
     assert not problem.fatal and "2 of 2 examples of test (100.0%) are also in select" in problem.what
 
 
 def test_near_duplicates_are_a_warning(split: Any) -> None:
     test = [("Please, send  APPLE!", "ask"), ("please send 7 breads", "ask"), ("99", "ask")]
-    problem = only(check_overlap(split(train=[*GOOD, ("100", "ask")], test=test), ["text"], "label"))
+    problem = only(check_overlap(split(train=[*GOOD, ("100", "ask")], test=test), [TEXT], "label"))
     assert problem.what.startswith("1 of 3 examples of test are nearly in train")
     assert not problem.fatal
 
@@ -146,19 +146,19 @@ def test_pairs_are_the_same_only_when_both_texts_are(write_jsonl: Any, columns: 
     train = write_jsonl([{"text": "a dog", "text_pair": "an animal", "label": 1}])
     test = write_jsonl([{"text": "a dog", "text_pair": "a cat", "label": 0}], "test.jsonl")
     splits = {"train": open_files([train], columns, {}), "test": open_files([test], columns, {})}
-    assert check_overlap(splits, ["text", "text_pair"], "label") == []
-    assert len(check_overlap(splits, ["text"], "label")) == 1
+    assert check_overlap(splits, [TEXT, TEXT_PAIR], "label") == []
+    assert len(check_overlap(splits, [TEXT], "label")) == 1
 
 
 def test_the_same_text_with_two_labels_is_a_warning(split: Any) -> None:
-    problem = only(check_overlap(split(train=[*GOOD, (GOOD[1][0], "ask"), GOOD[0]]), ["text"], "label"))
+    problem = only(check_overlap(split(train=[*GOOD, (GOOD[1][0], "ask"), GOOD[0]]), [TEXT], "label"))
     assert problem.what.startswith('1 texts stand in train with two labels: "please send bread" is "order" at ')
     assert (problem.where or "").endswith("train.jsonl:9") and not problem.fatal
 
 
 def test_differing_scores_of_one_text_are_no_conflict(split: Any) -> None:
     splits = split(train=[("x", 0.5), ("x", 0.7)], test=[("y", 0.1)])
-    assert check_overlap(splits, ["text"], "label") == []
+    assert check_overlap(splits, [TEXT], "label") == []
 
 
 def test_fewer_examples_than_a_global_batch_are_refused(split: Any) -> None:
@@ -173,7 +173,7 @@ def test_an_empty_split_is_refused_and_breaks_no_check(split: Any) -> None:
         empty = {**splits, name: splits[name].take([])}
         assert f"the {name} split has no examples" in only(check_sizes(empty, 8, Origin())).what
         check_class_labels(empty, "label")
-        check_overlap(empty, ["text"], "label")
+        check_overlap(empty, [TEXT], "label")
         assert check_text(empty[name], "text") == []
 
 

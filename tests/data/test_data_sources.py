@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.data import Column, open_file, open_splits, rename_columns
+from orchestrator.data.fields.label import LabelField
+from orchestrator.data.fields.text import TextField
 from orchestrator.data.formats import hub
 from orchestrator.errors import DataError
 from orchestrator.recipe import parse_recipe
@@ -61,7 +63,7 @@ def test_subfolders_of_splits_and_what_datasets_saved_are_read(tmp_path: Path, m
     data.save_to_disk(str(tmp_path / "one"))
     both = open_splits(make_recipe(tmp_path / "both"), columns)
     assert list(both) == ["train", "select"]
-    assert both["train"].label_names == ("no", "yes")
+    assert both["train"].names.get("label") == ("no", "yes")
     # -1 is the Hub's mark for a label that is withheld.
     assert both["train"].table["label"].to_pylist() == ["no", "yes", None]
     assert open_splits(make_recipe(tmp_path / "one"), columns)["train"].fingerprint == both["train"].fingerprint
@@ -72,10 +74,10 @@ def test_label_names_come_from_a_list_beside_the_files(
 ) -> None:
     path = write_jsonl([{"text": "x", "label": 1}])
     (tmp_path / "labels.json").write_text('["no", "yes"]')
-    assert open_splits(make_recipe(tmp_path), columns)["train"].label_names == ("no", "yes")
-    assert open_splits(make_recipe(path), columns)["train"].label_names == ("no", "yes")
+    assert open_splits(make_recipe(tmp_path), columns)["train"].names.get("label") == ("no", "yes")
+    assert open_splits(make_recipe(path), columns)["train"].names.get("label") == ("no", "yes")
     (tmp_path / "labels.json").write_text('{"other": "things"}')
-    assert open_splits(make_recipe(path), columns)["train"].label_names is None
+    assert open_splits(make_recipe(path), columns)["train"].names.get("label") is None
     (tmp_path / "labels.json").write_text("[")
     with pytest.raises(DataError, match="not valid JSON"):
         open_splits(make_recipe(path), columns)
@@ -86,7 +88,7 @@ def test_label_names_come_from_a_dictionary_column(tmp_path: Path, make_recipe: 
     pq.write_table(pa.table({"text": ["x", "y", "z"], "label": labels}), tmp_path / "train.parquet")
     train = open_splits(make_recipe(tmp_path), columns)["train"]
     assert train.table["label"].to_pylist() == ["high", "low", None]
-    assert train.label_names == ("low", "high")
+    assert train.names.get("label") == ("low", "high")
 
 
 def test_written_out_files_are_relative_to_the_recipe(tmp_path: Path, write_jsonl: Any, columns: Any) -> None:
@@ -259,7 +261,7 @@ def test_splits_of_a_hub_data_set_are_found(fake_hub: Any, make_recipe: Any, col
     assert [call["path"] for call in calls] == ["some/data"]
     assert list(splits) == ["train", "select"]
     assert splits["select"].table.to_pylist() == [{"text": "z", "label": "yes"}, {"text": "x", "label": "no"}]
-    assert splits["select"].label_names == ("no", "yes")
+    assert splits["select"].names.get("label") == ("no", "yes")
     assert splits["train"].where(2) == "some/data train row 2"
 
 
@@ -309,7 +311,7 @@ def test_wrong_types_are_refused_in_plain_words(tmp_path: Path, make_recipe: Any
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"text": ["a"], "label": [0.5]}) + "\n")
     with pytest.raises(DataError) as caught:
-        open_splits(make_recipe(path), (Column("text", "text"), Column("label", "label")))
+        open_splits(make_recipe(path), (Column("text", TextField()), Column("label", LabelField())))
     assert [problem.what.split(";")[0] for problem in caught.value.problems] == [
         "the column text holds lists of text",
         "the column label holds lists of numbers with fractions, which are no labels",

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data import cut_missing_splits, limit_examples
-from orchestrator.data.checks import check_overlap
+from orchestrator.data import Column, check_overlap, cut_missing_splits, limit_examples
+from orchestrator.data.fields.text import TextField
 from orchestrator.errors import DataError
 from orchestrator.recipe import Limit, Split
 
+TEXT = Column("text", TextField())
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -40,7 +41,7 @@ def labels(examples: Any) -> Counter[str]:
 
 
 def test_both_splits_are_cut_disjoint_and_stratified(pool: Any) -> None:
-    splits = cut_missing_splits({"train": pool}, Split(select=0.1, test=0.2), "label", ["text"])
+    splits = cut_missing_splits({"train": pool}, Split(select=0.1, test=0.2), "label", [TEXT])
     assert list(splits) == ["train", "select", "test"]
     assert labels(splits["select"]) == {"large": 60, "middle": 30, "small": 9, "tiny": 1}
     assert labels(splits["test"]) == {"large": 120, "middle": 60, "small": 18, "tiny": 2}
@@ -50,13 +51,13 @@ def test_both_splits_are_cut_disjoint_and_stratified(pool: Any) -> None:
 
 
 def test_cut_examples_keep_their_place(pool: Any) -> None:
-    splits = cut_missing_splits({"train": pool}, Split(), "label", ["text"])
+    splits = cut_missing_splits({"train": pool}, Split(), "label", [TEXT])
     line = texts(pool).index(texts(splits["select"])[3]) + 1
     assert splits["select"].where(3).endswith(f"train.jsonl:{line}")
 
 
 def test_the_cut_is_the_same_every_time_and_differs_by_seed(pool: Any) -> None:
-    cuts = [cut_missing_splits({"train": pool}, Split(seed=seed), "label", ["text"]) for seed in (0, 0, 1, -1)]
+    cuts = [cut_missing_splits({"train": pool}, Split(seed=seed), "label", [TEXT]) for seed in (0, 0, 1, -1)]
     prints = [cut["select"].fingerprint for cut in cuts]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
@@ -64,20 +65,20 @@ def test_the_cut_is_the_same_every_time_and_differs_by_seed(pool: Any) -> None:
 
 def test_present_splits_stay_and_the_test_cut_does_not_depend_on_select(pool: Any) -> None:
     select = pool.take(range(5))
-    with_select = cut_missing_splits({"train": pool, "select": select}, Split(), "label", ["text"])
+    with_select = cut_missing_splits({"train": pool, "select": select}, Split(), "label", [TEXT])
     assert with_select["select"] is select
-    alone = cut_missing_splits({"train": pool}, Split(), "label", ["text"])
+    alone = cut_missing_splits({"train": pool}, Split(), "label", [TEXT])
     assert with_select["test"].fingerprint == alone["test"].fingerprint
 
 
 def test_a_share_of_zero_means_no_test_but_select_is_needed(pool: Any) -> None:
-    assert list(cut_missing_splits({"train": pool}, Split(test=0.0), "label", ["text"])) == ["train", "select"]
+    assert list(cut_missing_splits({"train": pool}, Split(test=0.0), "label", [TEXT])) == ["train", "select"]
     with pytest.raises(DataError, match="select is needed"):
-        cut_missing_splits({"train": pool}, Split(select=0.0), "label", ["text"])
-    kept = cut_missing_splits({"train": pool, "select": pool.take([0])}, Split(select=0.0), "label", ["text"])
+        cut_missing_splits({"train": pool}, Split(select=0.0), "label", [TEXT])
+    kept = cut_missing_splits({"train": pool, "select": pool.take([0])}, Split(select=0.0), "label", [TEXT])
     assert list(kept) == ["train", "select", "test"]
     with pytest.raises(DataError, match="leave nothing"):
-        cut_missing_splits({"train": pool}, Split(select=0.5, test=0.5), "label", ["text"])
+        cut_missing_splits({"train": pool}, Split(select=0.5, test=0.5), "label", [TEXT])
 
 
 def test_alike_texts_stay_on_one_side(make_examples: Any) -> None:
@@ -86,14 +87,14 @@ def test_alike_texts_stay_on_one_side(make_examples: Any) -> None:
         for n in range(800)
         for form in [("Text", "text", "TEXT!", "text 7")[n % 4]]
     ]
-    splits = cut_missing_splits({"train": make_examples(pairs)}, Split(), "label", ["text"])
+    splits = cut_missing_splits({"train": make_examples(pairs)}, Split(), "label", [TEXT])
     assert 60 <= len(splits["select"]) <= 100 and 60 <= len(splits["test"]) <= 100
-    assert check_overlap(splits, ["text"], "label") == []
+    assert check_overlap(splits, [TEXT], "label") == []
 
 
 def test_texts_that_differ_in_digits_alone_can_still_be_cut(make_examples: Any) -> None:
     pairs = [(f"message {n // 2}", "ab"[n // 2 % 2]) for n in range(400)]
-    splits = cut_missing_splits({"train": make_examples(pairs)}, Split(), "label", ["text"])
+    splits = cut_missing_splits({"train": make_examples(pairs)}, Split(), "label", [TEXT])
     assert len(splits["select"]) == len(splits["test"]) == 40
     assert not set(texts(splits["train"])) & (set(texts(splits["select"])) | set(texts(splits["test"])))
 
@@ -102,21 +103,21 @@ def test_every_class_keeps_training_examples(make_examples: Any) -> None:
     sizes = {"a": 50, "b": 50, "one": 1, "two": 2, "three": 3}
     names = [label for label, size in sizes.items() for _ in range(size)]
     examples = make_examples([(f"text {word(n)}", label) for n, label in enumerate(names)])
-    splits = cut_missing_splits({"train": examples}, Split(select=0.4, test=0.4), "label", ["text"])
+    splits = cut_missing_splits({"train": examples}, Split(select=0.4, test=0.4), "label", [TEXT])
     assert set(labels(splits["train"])) == set(sizes)
     assert "one" not in labels(splits["select"]) and "one" not in labels(splits["test"])
 
 
 def test_too_few_examples_to_cut_from_are_refused(make_examples: Any) -> None:
     with pytest.raises(DataError, match="2 training examples are too few to cut test"):
-        cut_missing_splits({"train": make_examples([("x", "a"), ("y", "b")])}, Split(), "label", ["text"])
+        cut_missing_splits({"train": make_examples([("x", "a"), ("y", "b")])}, Split(), "label", [TEXT])
 
 
 @pytest.mark.parametrize("stratify", [None, "label"])
 def test_numbers_and_lists_are_cut_without_strata(make_examples: Any, stratify: str | None) -> None:
     for value in (0.5, ["a", "b"]):
         examples = make_examples([(f"text {word(n)}", value) for n in range(100)])
-        splits = cut_missing_splits({"train": examples}, Split(), stratify, ["text"])
+        splits = cut_missing_splits({"train": examples}, Split(), stratify, [TEXT])
         assert [len(split) for split in splits.values()] == [80, 10, 10]
 
 
@@ -129,7 +130,7 @@ def test_numbers_and_lists_are_cut_without_strata(make_examples: Any, stratify: 
 def test_no_text_is_ever_on_two_sides(make_examples: Any, numbers: list[int], select: float, test: float) -> None:
     examples = make_examples([(f"text {word(n)}", "ab"[n % 2]) for n in numbers])
     try:
-        splits = cut_missing_splits({"train": examples}, Split(select=select, test=test), "label", ["text"])
+        splits = cut_missing_splits({"train": examples}, Split(select=select, test=test), "label", [TEXT])
     except DataError:
         assert min(Counter({n: n % 2 for n in numbers}.values()).values()) <= 3 or len(set(numbers)) <= 6
         return

@@ -368,7 +368,7 @@ def test_of_a_hub_data_set_the_beginnings_of_its_shards_are_read(stream_hub: Any
         assert train.where(place) == f"some/data train shard {shard} row {row}"
     assert texts(found["select"]) == [f"s0-{row}" for row in range(7)]
     assert found["select"].where(2) == "some/data validation row 2"
-    assert train.label_names == (("no", "yes") if features else None)
+    assert train.names.get("label") == (("no", "yes") if features else None)
 
 
 def test_a_hub_data_set_of_one_shard_can_be_read_to_its_end(stream_hub: Any) -> None:

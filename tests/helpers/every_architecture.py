@@ -16,7 +16,7 @@ from tiny_configs import PICTURE, tiny_config
 from torch import Tensor, nn
 
 from orchestrator import load_recipe
-from orchestrator.data import open_file, open_pictures, rename_columns
+from orchestrator.data import open_file, open_values, rename_columns
 from orchestrator.data.cache import as_table
 from orchestrator.inference.predict import predict_examples
 from orchestrator.inference.trained_model import load_trained_model
@@ -130,8 +130,9 @@ def answers(model: Path, data: Path, auto_class: str, batch_size: int) -> tuple[
     """Return what we make of the test split, and what plain transformers does: logits, or each text's loss."""
     trained = load_trained_model(model)
     task = TASKS[auto_class]
-    found = open_pictures(data / task / "test") if task.startswith("image") else open_file(data / task / "test.jsonl")
-    examples = rename_columns(found, trained.task.prompt_columns(trained.task.options), {})
+    columns = trained.task.prompt_columns(trained.task.options)
+    found = open_values(data / task / "test", columns) or open_file(data / task / "test.jsonl")
+    examples = rename_columns(found, columns, {})
     ours = predict_examples(trained, examples, batch_size).predictions
     plain = getattr(transformers, auto_class).from_pretrained(model).eval()
     encoded = trained.task.wrap(as_table(trained.task.encode(examples, trained.processor)), trained.processor)

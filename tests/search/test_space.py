@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from orchestrator.errors import RecipeError
 from orchestrator.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from orchestrator.recipe.schema import Case
-from orchestrator.search.defaults import rates_of
 from orchestrator.search.distributions import Choice, Floats, Integers, distribution_of
 from orchestrator.search.space import Space, describe, short_names, trial_recipe
+from orchestrator.tasks import find_task
 
 FREEZE, RATE, ADAPTER = "transfer.freeze", "train.learning_rate", "transfer.adapter"
 BASE: dict[str, Any] = {
@@ -392,11 +392,11 @@ class TestDefaultSpace:
         assert point == {RATE: pytest.approx(math.sqrt(3e-3), rel=1e-3)}
 
     def test_rates_follow_the_kind_and_the_size_of_the_model(self) -> None:
-        small, base, large = (rates_of("text-classification", size).full[1] for size in (22 * 10**6, None, 7 * 10**9))
+        rates = find_task("text-classification").rates
+        small, base, large = (rates(size).full[1] for size in (22 * 10**6, None, 7 * 10**9))
         assert large < base < small
-        assert rates_of("text-classification", 110 * 10**6) == rates_of("causal-lm")
-        assert rates_of("image-classification").full == (1e-5, 1e-3)
-        assert rates_of("audio-classification").full[1] <= 1e-4
+        assert rates(110 * 10**6) == find_task("causal-lm").rates()
+        assert find_task("image-classification").rates().full == (1e-5, 1e-3)
 
     def test_a_recipe_without_the_section_has_the_same(self) -> None:
         recipe = Recipe.model_validate(BASE)

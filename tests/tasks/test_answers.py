@@ -75,7 +75,7 @@ def test_a_run_tells_what_it_wrote_before_and_after(write: WriteRecipe, tmp_path
 @pytest.mark.parametrize(
     ("generate", "words"),
     [
-        ({"answer": "(a"}, "no regular expression"),
+        ({"answer": "(a"}, "not a regular expression"),
         ({"answer": "(a)(b)"}, "has 2 groups"),
         ({"answer": "[0-9]+"}, "hold nothing that"),
         ({"metrics": ["rouge"]}, "rouge1"),
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     recipe = orchestrator.load_recipe(write({"generate": {"examples": 1, "metrics": ["rouge1", "exact_match"]}}))
     run = orchestrator.train(recipe, tmp_path / "run")
-    monkeypatch.setattr("orchestrator.tasks.bases.answer_scores.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.tasks.find_spec", lambda name: None)
     named = r"rouge_score is not installed[\s\S]*transfer-orchestrator\[scores\]"
     with pytest.raises(InputError, match=named):
         prepare(recipe)

@@ -20,9 +20,10 @@ from orchestrator.errors import DataError
 from orchestrator.models import find_source
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Batch
-from orchestrator.tasks.bases.classification import single_label_metrics, softmax
-from orchestrator.tasks.bases.image import augment
-from orchestrator.tasks.image_classification import EncodedImages, ImageClassification, ImageOptions
+from orchestrator.tasks.bases.augmentation import augment
+from orchestrator.tasks.bases.classification import EncodedExamples
+from orchestrator.tasks.bases.label_scores import single_label_metrics, softmax
+from orchestrator.tasks.image_classification import ImageClassification
 
 
 def recipe_with(model: Path) -> Recipe:
@@ -31,7 +32,7 @@ def recipe_with(model: Path) -> Recipe:
 
 
 def open_split(folder: Path) -> Examples:
-    return open_files([folder], ImageClassification.columns(ImageOptions()), {})
+    return open_files([folder], ImageClassification.columns(ImageClassification.Options()), {})
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def train(small_pictures: Path) -> Examples:
     return open_split(small_pictures / "train")
 
 
-def encode(train: Examples, model: Path, **options: Any) -> EncodedImages:
-    task = ImageClassification.prepare(ImageOptions(**options), {"train": train})
+def encode(train: Examples, model: Path, **options: Any) -> EncodedExamples:
+    task = ImageClassification.prepare(ImageClassification.Options(**options), {"train": train})
     processor, _ = task.load_processor(find_source(recipe_with(model)))
     return task.wrap(as_table(task.encode(train, processor)), processor)
 
@@ -134,7 +135,7 @@ def test_cropping_moves_within_an_eighth_of_the_mirrored_border() -> None:
 
 def test_the_encoding_is_kept_by_what_decides_it(train: Examples, tiny_mobilenet: Path, tiny_vit: Path) -> None:
     def parts(model: Path, **options: Any) -> str:
-        task = ImageClassification.prepare(ImageOptions(**options), {"train": train})
+        task = ImageClassification.prepare(ImageClassification.Options(**options), {"train": train})
         return json.dumps(task.cache_parts(task.load_processor(find_source(recipe_with(model)))[0]))
 
     assert parts(tiny_vit) == parts(tiny_vit, augment="flip")
@@ -144,23 +145,15 @@ def test_the_encoding_is_kept_by_what_decides_it(train: Examples, tiny_mobilenet
 
 
 def test_label_names_of_the_recipe_set_the_order_of_the_labels(train: Examples, tiny_vit: Path) -> None:
-    task = ImageClassification.prepare(ImageOptions(label_names=["red", "green", "blue"]), {"train": train})
+    task = ImageClassification.prepare(
+        ImageClassification.Options(label_names=["red", "green", "blue"]), {"train": train}
+    )
     assert task.describe() == "3 labels: red, green, blue"
     assert task.config_changes()["id2label"] == {0: "red", 1: "green", 2: "blue"}
     encoded = encode(train, tiny_vit, label_names=["red", "green", "blue"])
     assert encoded.targets()["label"][[0, 47]].tolist() == [2, 0]
-    config = SimpleNamespace(id2label={0: "x", 1: "y"}, num_labels=2)
-    assert ImageClassification.restore(ImageOptions(), config).label_names == ("x", "y")
-
-
-def test_pictures_without_labels_can_be_encoded_but_not_scored(train: Examples, tiny_vit: Path) -> None:
-    task = ImageClassification.prepare(ImageOptions(), {"train": train})
-    processor, _ = task.load_processor(find_source(recipe_with(tiny_vit)))
-    unlabelled = Examples(train.table.select(["image"]), train.rows, train.files)
-    encoded = task.wrap(as_table(task.encode(unlabelled, processor)), processor)
-    assert not encoded.batch(np.arange(2)).targets
-    with pytest.raises(AssertionError, match="without labels"):
-        encoded.targets()
+    config = SimpleNamespace(id2label={0: "x", 1: "y"}, num_labels=2, problem_type=None)
+    assert ImageClassification.restore(ImageClassification.Options(), config).label_names == ("x", "y")
 
 
 def test_a_broken_picture_that_nobody_checked_is_named(tmp_path: Path, tiny_vit: Path) -> None:
@@ -171,39 +164,44 @@ def test_a_broken_picture_that_nobody_checked_is_named(tmp_path: Path, tiny_vit:
         encode(open_split(tmp_path), tiny_vit)
 
 
-@pytest.mark.parametrize(
-    ("labels", "what"), [([[0], [1]], "lists of whole numbers"), ([0.5, 1.5], "which is no class")]
-)
-def test_labels_that_are_no_classes_are_refused(labels: list[Any], what: str, train: Examples, tmp_path: Path) -> None:
+def test_numbers_that_are_no_classes_are_refused(train: Examples, tmp_path: Path) -> None:
     data = [Path(train.where(row)).read_bytes() for row in (0, 20)]
-    pq.write_table(pa.table({"image": data, "label": labels}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": data, "label": [0.5, 1.5]}), tmp_path / "train.parquet")
     examples = open_split(tmp_path / "train.parquet")
-    (problem,) = ImageClassification.check(ImageOptions(), {"train": examples}, recipe_with(tmp_path))
-    assert what in problem.what
+    (problem,) = ImageClassification.check(ImageClassification.Options(), {"train": examples}, recipe_with(tmp_path))
+    assert "which is no class" in problem.what
 
 
-def test_good_data_raise_no_problem(small_pictures: Path) -> None:
-    splits = {name: open_split(small_pictures / name) for name in ("train", "select", "test")}
-    assert ImageClassification.check(ImageOptions(), splits, recipe_with(small_pictures)) == []
-    task = ImageClassification.prepare(ImageOptions(), splits)
-    assert task.check_inputs(splits["test"]) == []
+def test_lists_of_labels_are_several_labels_for_each_picture(train: Examples, tmp_path: Path, tiny_vit: Path) -> None:
+    data = [Path(train.where(row)).read_bytes() for row in (0, 20, 40)]
+    pq.write_table(
+        pa.table({"image": data, "label": [["red"], ["red", "round"], ["round"]]}), tmp_path / "train.parquet"
+    )
+    examples = open_split(tmp_path / "train.parquet")
+    problems = ImageClassification.check(ImageClassification.Options(), {"train": examples}, recipe_with(tmp_path))
+    assert not any(problem.fatal for problem in problems)
+    encoded = encode(examples, tiny_vit)
+    assert encoded.batch(np.array([1, 2])).targets["labels"].tolist() == [[1, 1], [0, 1]]
+    task = ImageClassification.prepare(ImageClassification.Options(), {"train": examples})
+    assert task.config_changes()["problem_type"] == "multi_label_classification"
+    assert task.describe() == "any of 2 labels: red, round"
 
 
 def test_a_model_of_other_channels_is_refused(train: Examples) -> None:
-    task = ImageClassification.prepare(ImageOptions(), {"train": train})
+    task = ImageClassification.prepare(ImageClassification.Options(), {"train": train})
     assert task.check_model(None, SimpleNamespace(num_channels=3), recipe_with(Path("x"))) == []
     (problem,) = task.check_model(None, SimpleNamespace(num_channels=1), recipe_with(Path("x")))
     assert "reads pictures of 1 channels" in problem.what
 
 
 def test_the_example_has_the_size_that_the_model_is_fed(train: Examples, tiny_mobilenet: Path) -> None:
-    task = ImageClassification.prepare(ImageOptions(image_size=48), {"train": train})
+    task = ImageClassification.prepare(ImageClassification.Options(image_size=48), {"train": train})
     processor, _ = task.load_processor(find_source(recipe_with(tiny_mobilenet)))
     assert task.example_inputs(processor)["pixel_values"].shape == (1, 3, 48, 48)
 
 
 def test_loss_and_scores_are_those_of_one_label(train: Examples) -> None:
-    task = ImageClassification.prepare(ImageOptions(), {"train": train})
+    task = ImageClassification.prepare(ImageClassification.Options(), {"train": train})
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 3.0]])
     labels = torch.tensor([0, 1])
     outputs = SimpleNamespace(logits=logits.bfloat16())
@@ -217,6 +215,6 @@ def test_loss_and_scores_are_those_of_one_label(train: Examples) -> None:
     assert {metric: task.score(metric, predictions, targets) for metric in expected} == expected
     assert set(task.metrics_shown) <= set(task.metric_directions()) - {task.name}
     assert task.details(predictions, targets)["confusion_matrix"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
-    rows = task.prediction_rows(predictions)
+    rows = task.prediction_rows(predictions, train)
     assert rows["prediction"] == ["blue", "red"]
     assert rows["scores"][0] == pytest.approx({"blue": 0.787, "green": 0.107, "red": 0.107}, abs=1e-3)

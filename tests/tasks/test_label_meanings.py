@@ -101,7 +101,7 @@ def come_back(examples: Examples, task_class: Any = TEXT, **options: Any) -> lis
     for each in (task, restored):
         encoded = encode_labels(examples, "label", each.label_names, each.are_codes)
         hot = np.eye(len(each.label_names))[encoded] if encoded.ndim == 1 else encoded
-        found.append(each.prediction_rows({"logits": 20.0 * (hot - 0.5)})["prediction"])
+        found.append(each.prediction_rows({"logits": 20.0 * (hot - 0.5)}, examples)["prediction"])
     assert found[0] == found[1]
     return found[0]
 

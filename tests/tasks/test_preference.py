@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from orchestrator.inference.predict import evaluate
 from orchestrator.tasks.base import Batch
 from orchestrator.tasks.preference import PreferenceOptions, PreferenceTuning
 from orchestrator.training import evaluation
-from orchestrator.training.assembling import assemble
 from orchestrator.training.prepare import prepare
 
 WriteRecipe = Callable[..., Path]
@@ -105,63 +103,9 @@ def test_what_the_source_makes_of_the_pairs_is_computed_once(
     assert results[0] == results[1]
 
 
-def test_a_killed_run_goes_on_with_the_same_reference(recipe_of: Callable[..., Path], tmp_path: Path) -> None:
-    settings = {"epochs": 2, "learning_rate": 5.0e-3, "log_every": 1, "save_every": 4}
-    recipe = orchestrator.load_recipe(recipe_of(train=settings))
-    whole = orchestrator.train(recipe, tmp_path / "whole")
-    half = tmp_path / "half"
-
-    def find_token_losses(folder: Path) -> list[float]:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows if row["split"] == "train"]
-
-    shutil.copytree(whole.directory, half)
-    (half / "result.json").unlink()
-    for folder in sorted((half / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(folder)
-    again = orchestrator.train(recipe, half)
-    assert again.resumed
-    assert find_token_losses(half) == pytest.approx(find_token_losses(whole.directory), rel=1e-6)
-
-
 def test_frozen_blocks_of_pairs_are_computed_each_time_and_that_is_said(
     recipe_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(transfer={"freeze": 1}, train={"epochs": 2})
     run = orchestrator.train(orchestrator.load_recipe(recipe), tmp_path / "run")
     assert any("an example is several texts" in note for note in run.notes)
-
-
-def test_each_pair_has_the_numbers_that_it_has_alone(recipe_of: Callable[..., Path]) -> None:
-    prepared = prepare(orchestrator.load_recipe(recipe_of()))
-    encoded = prepared.encoded("train")
-    batch = {name: torch.from_numpy(value) for name, value in encoded.batch(np.arange(4)).inputs.items()}
-    assert batch["input_ids"].shape[0] == 8
-    model = assemble(prepared).module
-    found = prepared.task.predict(model(**batch), Batch(batch, {}))["log_probabilities"]
-    for row in range(4):
-        alone = {name: torch.from_numpy(value) for name, value in encoded.batch(np.array([row])).inputs.items()}
-        one = prepared.task.predict(model(**alone), Batch(alone, {}))["log_probabilities"]
-        torch.testing.assert_close(found[row], one[0])
-
-
-def test_two_workers_share_the_reference(
-    recipe_of: Callable[..., Path], tiny_gpt2: Path, tmp_path: Path, ray_cluster: None
-) -> None:
-    from transformers import AutoConfig
-
-    # Dropout differs from worker to worker.
-    still = shutil.copytree(tiny_gpt2, tmp_path / "still")
-    config = AutoConfig.from_pretrained(still)
-    config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
-    config.save_pretrained(still)
-    losses = {}
-    for workers in (1, 2):
-        settings = {"steps": 4, "log_every": 1, "evaluate_every": 4, "learning_rate": 5.0e-3}
-        recipe = orchestrator.load_recipe(
-            recipe_of(train=settings, scale={"workers": workers}), [f"source.model={still}"]
-        )
-        run = orchestrator.train(recipe, tmp_path / str(workers))
-        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-        losses[workers] = [row["loss"] for row in rows]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)

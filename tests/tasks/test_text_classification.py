@@ -20,13 +20,14 @@ from orchestrator.data import Examples, open_files
 from orchestrator.errors import InputError
 from orchestrator.recipe import Recipe
 from orchestrator.tasks.base import Batch
-from orchestrator.tasks.bases.classification import expected_calibration_error, single_label_metrics, softmax
-from orchestrator.tasks.text_classification import (
-    TextClassification,
-    TextOptions,
+from orchestrator.tasks.bases.label_scores import (
+    expected_calibration_error,
     multi_label_metrics,
     regression_metrics,
+    single_label_metrics,
+    softmax,
 )
+from orchestrator.tasks.text_classification import TextClassification
 from orchestrator.training.prepare import prepare
 
 Make = Callable[..., Examples]
@@ -44,7 +45,7 @@ def make_examples(tmp_path: Path) -> Make:
             rows.append({**row, **({"text_pair": pairs[number]} if pairs else {})})
         path = tmp_path / "train.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return open_files([path], TextClassification.columns(TextOptions()), {})
+        return open_files([path], TextClassification.columns(TextClassification.Options()), {})
 
     return make
 
@@ -61,7 +62,7 @@ def recipe() -> Recipe:
 
 
 def prepared(examples: Examples, **options: Any) -> TextClassification:
-    return TextClassification.prepare(TextOptions(**options), {"train": examples})
+    return TextClassification.prepare(TextClassification.Options(**options), {"train": examples})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_label_names_of_the_recipe_name_numbered_labels(make_examples: Make, tok
 @pytest.mark.parametrize("labels", [["a", "b"], [["a"], ["a", "b"]], [0.5, 1.0]], ids=[SINGLE, MULTI, REGRESSION])
 def test_a_saved_config_restores_the_task(labels: list[Any], make_examples: Make) -> None:
     task = prepared(make_examples(labels))
-    restored = TextClassification.restore(TextOptions(), SimpleNamespace(**task.config_changes()))
+    restored = TextClassification.restore(TextClassification.Options(), SimpleNamespace(**task.config_changes()))
     assert (restored.problem_type, restored.label_names) == (task.problem_type, task.label_names)
 
 
@@ -139,16 +140,6 @@ def test_texts_that_are_cut_are_counted(make_examples: Make, tokenizer: Any, rec
     assert not problem.fatal
 
 
-def test_examples_without_labels_can_be_encoded_but_not_scored(make_examples: Make, tokenizer: Any) -> None:
-    examples = make_examples(["x", "y"])
-    task = prepared(examples)
-    unlabelled = Examples(examples.table.drop_columns(["label"]), examples.rows, examples.files)
-    encoded = task.wrap(task.encode(unlabelled, tokenizer), tokenizer)
-    assert not encoded.batch(np.array([0, 1])).targets
-    with pytest.raises(AssertionError, match="labels"):
-        encoded.targets()
-
-
 @pytest.mark.parametrize(
     "labels, problem_type",
     [(["x", "y"], MULTI), ([["x"], ["y"]], SINGLE), ([["x"], ["y"]], REGRESSION), (["x", "y"], REGRESSION)],
@@ -157,9 +148,11 @@ def test_labels_of_another_kind_are_refused(
     labels: list[Any], problem_type: str, make_examples: Make, recipe: Recipe
 ) -> None:
     examples = make_examples(labels)
-    problems = TextClassification.check(TextOptions(problem_type=problem_type), {"train": examples}, recipe)
+    problems = TextClassification.check(
+        TextClassification.Options(problem_type=problem_type), {"train": examples}, recipe
+    )
     assert any(problem.fatal and "train.jsonl:1" in str(problem.where) for problem in problems)
-    task = TextClassification(TextOptions(), problem_type, ("x", "y"))
+    task = TextClassification(TextClassification.Options(), problem_type, ("x", "y"))
     assert task.check_inputs(examples)
 
 
@@ -170,7 +163,7 @@ def logits_and_truth(num_labels: int, seed: int = 0) -> tuple[np.ndarray[Any, An
 
 def test_single_label_metrics_are_those_of_scikit_learn() -> None:
     logits, truth = logits_and_truth(4)
-    task = TextClassification(TextOptions(), SINGLE, ("a", "b", "c", "d"))
+    task = TextClassification(TextClassification.Options(), SINGLE, ("a", "b", "c", "d"))
     found = task.metrics({"logits": logits}, {"label": truth})
     predicted = logits.argmax(-1)
     assert found["accuracy"] == np.mean(predicted == truth)
@@ -237,19 +230,25 @@ def test_the_loss_over_its_targets_is_that_of_transformers(problem_type: str) ->
     labels = {SINGLE: torch.tensor([0, 2]), MULTI: torch.tensor([[1.0, 0, 1], [0, 0, 1]])}
     targets = labels.get(problem_type, torch.tensor([0.5, -1.0]))
     outputs = model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=targets)
-    task = TextClassification(TextOptions(), problem_type, names)
+    task = TextClassification(TextClassification.Options(), problem_type, names)
     ours = task.loss(outputs, Batch({}, {"labels": targets}), {"targets": 2})
     assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
 def test_predictions_are_told_in_the_names_of_the_labels() -> None:
     logits = np.array([[2.0, -1.0], [0.1, 0.2]], np.float32)
-    single = TextClassification(TextOptions(), SINGLE, ("no", "yes")).prediction_rows({"logits": logits})
+    single = TextClassification(TextClassification.Options(), SINGLE, ("no", "yes")).prediction_rows(
+        {"logits": logits}, None
+    )
     assert single["prediction"] == ["no", "yes"]
     assert sum(single["scores"][0].values()) == pytest.approx(1)
-    multi = TextClassification(TextOptions(), MULTI, ("no", "yes")).prediction_rows({"logits": logits})
+    multi = TextClassification(TextClassification.Options(), MULTI, ("no", "yes")).prediction_rows(
+        {"logits": logits}, None
+    )
     assert multi["prediction"] == [["no"], ["no", "yes"]]
-    numbers = TextClassification(TextOptions(), REGRESSION, ("score",)).prediction_rows({"logits": logits[:, :1]})
+    numbers = TextClassification(TextClassification.Options(), REGRESSION, ("score",)).prediction_rows(
+        {"logits": logits[:, :1]}, None
+    )
     assert numbers["prediction"] == [2.0, pytest.approx(0.1)]
     assert set(numbers) == {"prediction"}
 

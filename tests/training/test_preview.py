@@ -48,14 +48,6 @@ def test_lengths_and_padding_are_counted(language_recipe: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["splits"]["train"]["examples"] == train.examples
 
 
-def test_labels_are_shown_behind_their_texts(write_recipe: WriteRecipe) -> None:
-    (example, *_) = preview(load_recipe(write_recipe())).examples
-    (text, is_learned), (label, is_label) = example.pieces
-    assert (is_learned, is_label) == (False, True)
-    assert "[CLS]" in text
-    assert label in ("animal", "fruit", "vehicle")
-
-
 def test_something_of_every_file_is_shown() -> None:
     files = np.array([0, 0, 0, 0, 1, 1, 2])
     assert first_of_each_file(files, 3) == [0, 4, 6]

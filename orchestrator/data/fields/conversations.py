@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from orchestrator.data.checks import check_text
 from orchestrator.data.examples import Examples
 from orchestrator.data.fields.forms import (
     ANSWERS,
@@ -19,6 +18,7 @@ from orchestrator.data.fields.forms import (
     find_form,
     find_prompt_form,
 )
+from orchestrator.data.fields.text import check_text
 from orchestrator.data.fields.turns import Turn, read_turns
 from orchestrator.data.messages import NUM_SHOWN, show_names, show_some, show_value
 from orchestrator.errors import Problem
@@ -53,7 +53,7 @@ class Sample:
 
 
 def read_samples(examples: Examples, form: Form | None) -> list[Sample]:
-    """The examples of a split, in its order; those of each file in its own form where none is named.
+    """Return the examples of a split, in its order; those of each file in its own form where none is named.
 
     They have passed `check_samples`.
     """
@@ -61,7 +61,7 @@ def read_samples(examples: Examples, form: Form | None) -> list[Sample]:
 
 
 def read_prompts(examples: Examples, form: Form | None) -> list[Sample]:
-    """The examples as far as they are given; those of conversations end before the last answer."""
+    """Return the given part of each example; conversations end before the last answer."""
     return _read(examples, form, find_prompt_form, _read_prompts)
 
 
@@ -127,7 +127,7 @@ def _from_alpaca(instruction: str, context: str | None, output: str, system: str
 
 
 def sample_of_pair(prompt: str | list[str], completion: str | list[str]) -> Sample:
-    """A prompt and what is to follow it, each as text or as turns."""
+    """Return a prompt and what is to follow it, each as text or as turns."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return Sample(prompt=prompt, completion=completion)
     given = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _turns(prompt)
@@ -136,13 +136,13 @@ def sample_of_pair(prompt: str | list[str], completion: str | list[str]) -> Samp
 
 
 def check_samples(splits: Mapping[str, Examples], form: Form | None) -> list[Problem]:
-    """Everything that is wrong with the examples: files of no form, texts missing or blank, turns that are none."""
+    """Return everything that is wrong with the examples: no known form, missing or blank texts, broken turns."""
     problems = (problem for split in splits.values() for problem in _check_split(split, form))
     return list(dict.fromkeys(problems))  # Splits that are cut from one file share its problem.
 
 
 def check_prompts(examples: Examples, form: Form | None) -> list[Problem]:
-    """The same for examples that a model is to answer."""
+    """Return everything that is wrong with examples that a model is to answer."""
     return _check_split(examples, form, find_prompt_form, needs_answers=False)
 
 
@@ -175,7 +175,7 @@ def _check_form(examples: Examples, form: Form, needs_answers: bool) -> list[Pro
 
 
 def check_turns(examples: Examples, column: str, form: Form, needs_answer: bool) -> list[Problem]:
-    """What is wrong with conversations, each kind of mistake with up to three of its rows."""
+    """Return what is wrong with conversations, each kind of mistake with up to three of its rows."""
     found: dict[str, list[tuple[int, str]]] = {}
     for row, turns in enumerate(examples.values(column)):
         for kind, detail in _mistakes(turns, form, needs_answer):
@@ -204,7 +204,7 @@ _REMEDIES = {
 
 
 def _mistakes(turns: list[str | None] | None, form: Form, needs_answer: bool) -> list[tuple[str, str]]:
-    """Kinds of mistakes in a conversation, the first of each, with what was found."""
+    """Return the kinds of mistakes in a conversation, each with the first value found."""
     if turns is None:
         return [(_MISSING, "")]
     if not turns:

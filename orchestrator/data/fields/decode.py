@@ -99,7 +99,7 @@ def decode(data: bytes, small: bool = False) -> Picture:
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """None of Pillow's warnings inside; for the thread that starts others, since warnings are the process's."""
+    """Suppress Pillow's warnings; for the thread that starts others, since warnings are the process's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

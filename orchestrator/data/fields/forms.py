@@ -11,6 +11,8 @@ import numpy as np
 
 from orchestrator.data.examples import Examples, Indices, SourceFile
 from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.text import TextField
+from orchestrator.data.fields.turns import TurnsField
 from orchestrator.data.messages import show_names
 from orchestrator.errors import Problem
 
@@ -19,38 +21,38 @@ Find: TypeAlias = Callable[[Sequence[str]], Form | None]
 """Tells the form from the names of columns."""
 
 COLUMNS: dict[Form, tuple[Column, ...]] = {
-    "messages": (Column("messages", "turns", aliases=("conversation", "chat", "dialogue")),),
-    "sharegpt": (Column("conversations", "turns"),),
+    "messages": (Column("messages", TurnsField(), aliases=("conversation", "chat", "dialogue")),),
+    "sharegpt": (Column("conversations", TurnsField()),),
     "prompt-completion": (
-        Column("prompt", "turns", aliases=("question", "query")),
-        Column("completion", "turns", aliases=("response", "answer")),
+        Column("prompt", TurnsField(), aliases=("question", "query")),
+        Column("completion", TurnsField(), aliases=("response", "answer")),
     ),
     "alpaca": (
-        Column("instruction", "text"),
-        Column("input", "text", required=False, aliases=("context",), may_vary=True),
-        Column("output", "text", aliases=("response",)),
-        Column("system", "text", required=False, may_vary=True),
+        Column("instruction", TextField()),
+        Column("input", TextField(), required=False, aliases=("context",), may_vary=True),
+        Column("output", TextField(), aliases=("response",)),
+        Column("system", TextField(), required=False, may_vary=True),
     ),
-    "text": (Column("text", "text", aliases=("content",)),),
+    "text": (Column("text", TextField(), aliases=("content",)),),
 }
 """What each form reads. Where a file has the columns of several, the first one is taken."""
 ANSWERS = ("completion", "output")
 
 
 def columns_of(form: Form | None) -> tuple[Column, ...]:
-    """The columns of a form; of all forms, none of them required, where the data decide."""
+    """Return the columns of a form; of all forms, none of them required, where the data decide."""
     if form is not None:
         return COLUMNS[form]
     every: dict[str, Column] = {}
     for columns in COLUMNS.values():
         for column in columns:
             # Other names lead astray where several forms are looked for: an alias of one is the column of another.
-            every.setdefault(column.name, Column(column.name, column.kind, required=False, may_vary=True))
+            every.setdefault(column.name, Column(column.name, column.field, required=False, may_vary=True))
     return tuple(every.values())
 
 
 def find_form(names: Sequence[str]) -> Form | None:
-    """The form whose columns these are."""
+    """Return the form that has these columns; None where none has."""
     for form, columns in COLUMNS.items():
         if all(column.name in names for column in columns if column.required):
             return form
@@ -58,12 +60,12 @@ def find_form(names: Sequence[str]) -> Form | None:
 
 
 def prompt_columns(form: Form | None) -> tuple[Column, ...]:
-    """The columns without those that hold answers: all that a model needs to write some."""
+    """Return the columns without those that hold answers: all that a model needs to write some."""
     return tuple(column for column in columns_of(form) if column.name not in ANSWERS)
 
 
 def find_prompt_form(names: Sequence[str]) -> Form | None:
-    """As `find_form`, without answers."""
+    """Return the form that has these columns, without answers; None where none has."""
     for form in COLUMNS:
         if all(column.name in names for column in prompt_columns(form) if column.required):
             return form
@@ -71,19 +73,19 @@ def find_prompt_form(names: Sequence[str]) -> Form | None:
 
 
 def forms_of(examples: Examples, form: Form | None, find: Find = find_form) -> list[Form | None]:
-    """The form of each file: the one that is named, or the one that its columns tell; None where there is none."""
+    """Return the form of each file: the one that is named, or that of its columns; None where there is none."""
     table = examples.table.column_names
     return [form or find(table if file.columns is None else file.columns) for file in examples.files]
 
 
 def check_forms(examples: Examples, form: Form | None, find: Find = find_form) -> list[Problem]:
-    """Files that are of no form."""
+    """Return problems of files that are of no form."""
     forms = zip(examples.files, forms_of(examples, form, find), strict=True)
     return [_no_form(file, examples.table.column_names) for file, found in forms if found is None]
 
 
 def by_form(examples: Examples, form: Form | None, find: Find) -> Iterator[tuple[Form, Indices, Examples]]:
-    """The examples of each form, and their positions. All files are of one."""
+    """Return the examples of each form, and their positions. All files are of one."""
     forms = forms_of(examples, form, find)
     numbers = examples.file_numbers()
     for each in dict.fromkeys(forms):

@@ -1,4 +1,4 @@
-"""What can be wrong with pictures. Each is decoded once to find out; what was found is kept by content."""
+"""Checks of pictures. Each is decoded once; what is found is cached by content."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.cache import cached_table, content_key
-from orchestrator.data.checks import group_rows
 from orchestrator.data.examples import Examples
+from orchestrator.data.fields.base import group_rows
 from orchestrator.data.fields.decode import EMPTY, TOO_LARGE, BrokenPicture, decode, quiet_decoding
-from orchestrator.data.fields.images import CLOSED, Fault, digests_of, find_fault, read_picture
+from orchestrator.data.fields.images import CLOSED, Fault, digests_of, find_fault, read_picture, show_picture
 from orchestrator.data.messages import show_name
 from orchestrator.data.threads import map_in_threads
 from orchestrator.errors import Problem
@@ -25,7 +25,7 @@ _SURVEY = pa.schema({"why": pa.string(), "detail": pa.string(), "kind": pa.strin
 
 
 def check_images(splits: Mapping[str, Examples], column: str) -> list[Problem]:
-    """Pictures that are missing, empty, damaged or too large (fatal); and how many are changed to RGB (warnings).
+    """Return problems of pictures that are missing, empty, damaged or too large, and warnings of those changed to RGB.
 
     Raises:
         DataError: a picture's file was changed since the data were opened.
@@ -54,20 +54,20 @@ def check_images(splits: Mapping[str, Examples], column: str) -> list[Problem]:
 def _find_broken(examples: Examples, column: str, found: pa.Table) -> list[Problem]:
     values = examples.table.column(column)
     remedy = "remove these rows, or name their pictures"
-    problems = [group_rows(examples, column, values.is_null(), "is missing (null)", remedy)]
+    problems = [group_rows(examples, column, values.is_null(), "is missing (null)", remedy, show_picture)]
     for fault, rows in _find_lost(examples, column).items():
         mask = pa.chunked_array([np.isin(np.arange(len(examples)), rows)])
-        problems.append(group_rows(examples, column, mask, fault.what, fault.remedy))
+        problems.append(group_rows(examples, column, mask, fault.what, fault.remedy, show_picture))
     for why in pc.unique(found["why"]).drop_null().to_pylist():
         mask = pc.equal(found["why"], why)
         first = found["detail"][pc.index(mask, True).as_py()].as_py()
         text = f"{why} ({show_name(first)})" if first else why
-        problems.append(group_rows(examples, column, mask, text, _remedy(why)))
+        problems.append(group_rows(examples, column, mask, text, _remedy(why), show_picture))
     return [problem for problem in problems if problem]
 
 
 def _find_lost(examples: Examples, column: str) -> dict[Fault, list[int]]:
-    """Rows whose path leads to no picture, by what is wrong with it."""
+    """Return rows whose path leads to no picture, by what is wrong with it."""
     values = examples.table.column(column)
     lost: dict[Fault, list[int]] = {}
     for row in np.flatnonzero(pc.and_(values.is_valid(), digests_of(examples, column).is_null()).to_numpy()).tolist():
@@ -85,7 +85,7 @@ def _remedy(why: str) -> str:
 
 
 def _survey(examples: Examples, column: str) -> pa.Table:
-    """What each picture is, or why it is none; one row an example. Null where there is no picture."""
+    """Return the kind of each picture, or why it cannot be read; one row an example. Null where there is no picture."""
     digests = digests_of(examples, column).to_pylist()
     key = content_key("pictures", _SURVEY_VERSION, PIL.__version__, digests)
     return cached_table(key, lambda: _look_at_all(examples, column))

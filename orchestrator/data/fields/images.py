@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,7 +39,7 @@ _TOO_LARGE = Fault(f"names a file of more than {LARGEST_FILE // 2**20:,} MiB", "
 
 
 def convert_images(values: pa.ChunkedArray, name: str, source: str, file: SourceFile) -> pa.ChunkedArray:
-    """A column of the type IMAGE, from bytes, from paths, or from what `datasets` stores of its `Image` features.
+    """Return a column of the type IMAGE, from bytes, from paths, or from the `Image` features of `datasets`.
 
     Paths are relative to the folder of the file that holds them, and may not lead out of it. One that leads to no
     picture is kept as it is, without a hash; `find_fault` says why.
@@ -68,7 +68,7 @@ def convert_images(values: pa.ChunkedArray, name: str, source: str, file: Source
 
 
 def read_picture(value: dict[str, Any], where: str) -> bytes:
-    """The bytes of one value of an IMAGE column.
+    """Return the bytes of one value of an IMAGE column.
 
     Raises:
         DataError: its file is not the one that was there when the data were opened.
@@ -85,21 +85,12 @@ def read_picture(value: dict[str, Any], where: str) -> bytes:
 
 
 def digests_of(examples: Examples, column: str) -> pa.ChunkedArray:
-    """The hash of each picture's content, null where there is none."""
+    """Return the hash of each picture's content, null where there is none."""
     return pc.struct_field(examples.table.column(column), "digest")
 
 
-def name_pictures(examples: Examples) -> Examples:
-    """The same examples with words in the place of pictures: small, and fit to be shown."""
-    table = examples.table
-    for position, field in enumerate(table.schema):
-        if field.type == IMAGE:
-            table = table.set_column(position, field.name, without_bytes(table.column(position)))
-    return replace(examples, table=table)
-
-
 def without_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as it is where it holds no bytes; else text: each one's path, or how many bytes there were."""
+    """Return the column as it is where it holds no bytes; else text: each one's path, or how many bytes there were."""
     kind = values.type
     if _is_bytes(kind):
         return pa.chunked_array([pa.array(map(_count_bytes, pc.binary_length(values).to_pylist()), pa.string())])
@@ -109,7 +100,7 @@ def without_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def show_picture(value: dict[str, Any]) -> str:
-    """One value of an IMAGE column in a few words."""
+    """Return one value of an IMAGE column in a few words."""
     if value["path"] is None:
         return f"a picture of {_count_bytes(len(value['bytes']))}"
     is_file = value["bytes"] is None and value["digest"] is not None
@@ -142,7 +133,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _split(values: pa.ChunkedArray, name: str, source: str, place: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """The bytes and the paths of a column, in whichever of the known forms it is."""
+    """Return the bytes and the paths of a column, in whichever of the known forms it is."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     kind = values.type
@@ -168,7 +159,7 @@ def _nothing(size: int, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _look_up(text: str, folder: Path | None) -> tuple[str, str | None]:
-    """Full path and hash of the picture that a path names; the path as it is and None, where it names none."""
+    """Return full path and hash of the picture that a path names; the path as it is and None, where it names none."""
     if folder is None or find_fault(text, folder) is not None:
         return text, None
     try:
@@ -179,7 +170,7 @@ def _look_up(text: str, folder: Path | None) -> tuple[str, str | None]:
 
 
 def find_fault(text: str, folder: Path | None) -> Fault | None:
-    """Why a path of a picture, as it is written in data of this folder, is not followed; None where it is."""
+    """Return why a path of a picture in data of this folder is not followed; None where it is."""
     path = PurePosixPath(text)
     if "://" in text:
         return _ADDRESS

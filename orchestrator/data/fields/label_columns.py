@@ -28,7 +28,7 @@ _WITHHELD = -1  # The Hub's mark for a label that is kept secret.
 
 
 def unify_numbers(values: pa.ChunkedArray, numbers: Numbers) -> pa.ChunkedArray:
-    """Numbers in the type that their values ask for: int64 where all are whole, else float64.
+    """Return numbers in the type that their values ask for: int64 where all are whole, else float64.
 
     Files of one kind hold 1, of another 1.0, "1" or "1.0". NaN among whole numbers is a missing label. A column that
     holds anything but numbers is returned as it is.
@@ -43,7 +43,7 @@ def unify_numbers(values: pa.ChunkedArray, numbers: Numbers) -> pa.ChunkedArray:
 
 
 def text_to_float(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text as float64, null where it is no number."""
+    """Return text as float64, null where it is no number."""
     plain = pc.if_else(pc.match_substring_regex(values, NUMBER), pc.utf8_trim_whitespace(values), None)
     # Arrow's parser takes no plus sign.
     return pc.replace_substring_regex(plain, r"^\+", "").cast(pa.float64())
@@ -70,7 +70,7 @@ def repeats_items(values: pa.ChunkedArray) -> bool:
 
 
 def name_places(values: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
-    """Multi-hot lists as lists of the names of their places."""
+    """Return multi-hot lists as lists of the names of their places."""
     rows = values.combine_chunks()
     hot = pc.list_flatten(rows).cast(pa.int64()).to_numpy().reshape(-1, len(names)) == 1
     lengths = np.zeros(len(rows), np.int64)
@@ -81,7 +81,7 @@ def name_places(values: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArra
 def declared_labels(
     values: pa.ChunkedArray, names: Sequence[str], where: Callable[[int], str]
 ) -> pa.ChunkedArray | None:
-    """The labels of a file that declares names. Whole numbers are positions among these, and become the names.
+    """Return the labels of a file that declares names. Whole numbers are positions among these, and become names.
 
     Text is left as it is where any of it is a name. None where the names are about something else: numbers with
     fractions, or text of which nothing is a name.
@@ -113,7 +113,7 @@ def declared_labels(
 
 
 def name_codes(values: pa.ChunkedArray, names: Sequence[str], where: Callable[[int], str]) -> pa.ChunkedArray:
-    """Positions (int64, or lists of them) as the names at those.
+    """Return positions (int64, or lists of them) as the names at those.
 
     Raises:
         DataError: positions that have no name; lists that repeat 0 and 1 as only multi-hot ones do, but that have
@@ -152,19 +152,19 @@ def refuse_ambiguous(texts: set[str], names: Sequence[str], where: str | None, r
 
 
 def flat_labels(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """All labels in a row; lists are taken apart."""
+    """Return all labels in a row; lists are taken apart."""
     return pc.list_flatten(values) if pa.types.is_list(values.type) else values
 
 
 def owners(values: pa.ChunkedArray) -> Indices:
-    """The row of each label of `flat_labels`."""
+    """Return the row of each label of `flat_labels`."""
     if not pa.types.is_list(values.type):
         return np.arange(len(values))
     return np.repeat(np.arange(len(values)), pc.fill_null(pc.list_value_length(values), 0).to_numpy())
 
 
 def with_items(values: pa.ChunkedArray, flat: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column with other labels, given as by `flat_labels`."""
+    """Return the column with other labels, given as by `flat_labels`."""
     if not pa.types.is_list(values.type):
         return flat
     lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
@@ -182,7 +182,7 @@ def _unify_lists(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_texts(values: pa.ChunkedArray, numbers: Numbers) -> pa.ChunkedArray:
-    """Text as numbers, where all of it is numbers of the wanted sort; else as it is."""
+    """Return text as numbers, where all of it is numbers of the wanted sort; else as it is."""
     known = pc.if_else(pc.match_substring_regex(values, _NOT_A_NUMBER), pa.scalar(None, pa.string()), values)
     distinct = pc.unique(known).drop_null()
     if numbers == "text" or not len(distinct):

@@ -34,7 +34,7 @@ _INTEGER = re.compile(r"-?\d+")
 
 
 def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The class names, in the order of the model's outputs; for single labels and for lists of labels.
+    """Return the class names, in the order of the model's outputs; for single labels and for lists of labels.
 
     They are those `given` in the recipe; else those that the data declare; else the numbers of the places of multi-hot
     lists; else the distinct labels of all splits, sorted as text, or as numbers where all are whole numbers.
@@ -48,7 +48,7 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
         if twice:
             raise DataError(Problem(f"label names stand twice: {show_names(twice)}", remedy="name each class once"))
         return tuple(given)
-    lists = list(dict.fromkeys(split.label_names for split in splits.values() if split.label_names is not None))
+    lists = list(dict.fromkeys(split.names[column] for split in splits.values() if column in split.names))
     if not lists and (places := count_places(splits, column)):
         return tuple(map(str, range(places)))
     texts: set[str] = set()
@@ -67,16 +67,16 @@ def find_label_names(splits: Mapping[str, Examples], column: str, given: Sequenc
     return tuple(sorted(sorted(texts), key=int if all(map(_INTEGER.fullmatch, texts)) else None))
 
 
-def declares_names(splits: Mapping[str, Examples], given: Sequence[str] | None) -> bool:
+def declares_names(splits: Mapping[str, Examples], column: str, given: Sequence[str] | None) -> bool:
     """Whether the recipe (`given`) or the data name the classes, so that whole numbers are positions among the names.
 
     Where they do not, a class is named after its number: 2 is "2", whether or not there is a 0 and a 1.
     """
-    return given is not None or any(examples.label_names is not None for examples in splits.values())
+    return given is not None or any(column in examples.names for examples in splits.values())
 
 
 def count_places(splits: Mapping[str, Examples], column: str) -> int | None:
-    """The number of labels where each row is multi-hot: a list with a 0 or 1 for every label; None where it is not.
+    """Return the number of labels where each row is multi-hot: a list with a 0 or 1 for every label; else None.
 
     Raises:
         DataError: the lists of *train* can be nothing else, but those of another split are something else.
@@ -98,7 +98,7 @@ def count_places(splits: Mapping[str, Examples], column: str) -> int | None:
 
 
 def name_labels(examples: Examples, column: str, names: Sequence[str], are_codes: bool) -> Examples:
-    """The same examples with the names of classes as their labels: text, or lists of text.
+    """Return the same examples with the names of classes as their labels: text, or lists of text.
 
     Text that is no name stays as it is. Numbers become the name of the same value, so that 1 and 1.0 are "1".
 
@@ -121,7 +121,7 @@ def name_labels(examples: Examples, column: str, names: Sequence[str], are_codes
 
 
 def label_texts(examples: Examples, column: str, names: Collection[str] = ()) -> list[str]:
-    """The distinct labels of a split as text, without nulls; list columns are taken apart.
+    """Return the distinct labels of a split as text, without nulls; list columns are taken apart.
 
     Args:
         names: numbers become the name of the same value where there is one.
@@ -137,7 +137,7 @@ def label_texts(examples: Examples, column: str, names: Collection[str] = ()) ->
 def encode_labels(
     examples: Examples, column: str, names: Sequence[str], are_codes: bool = False
 ) -> npt.NDArray[np.int64 | np.float32]:
-    """Labels as class numbers (int64, shape [n]); lists of labels as multi-hot rows (float32, [n, num_labels]).
+    """Return labels as class numbers (int64, shape [n]); lists of labels as multi-hot rows (float32, [n, num_labels]).
 
     Args:
         are_codes: as for `name_labels`.
@@ -163,7 +163,7 @@ def encode_labels(
 
 
 def encode_targets(examples: Examples, column: str) -> npt.NDArray[np.float32]:
-    """Regression targets, float32, shape [n]. Text is read as a number, since CSV has no others.
+    """Return regression targets, float32, shape [n]. Text is read as a number, since CSV has no others.
 
     Null, NaN, infinity and what is no number become NaN; `check_regression_targets` finds them beforehand.
     """
@@ -197,7 +197,7 @@ def _with_labels(examples: Examples, column: str, values: pa.ChunkedArray) -> Ex
 
 
 def _match(flat: pa.ChunkedArray, names: Collection[str], examples: Examples, column: str) -> pa.ChunkedArray:
-    """Labels as text; numbers, also whole ones stored as text, as the name of the same value where there is one."""
+    """Return labels as text; numbers, also whole ones stored as text, as the name of the same value, if any."""
     flat = unify_numbers(flat, "classes") if pa.types.is_floating(flat.type) else flat
     by_value: dict[float, list[str]] = {}
     for name in names:
@@ -228,7 +228,7 @@ def _refuse_fractions(flat: pa.ChunkedArray, examples: Examples, column: str) ->
 def _label_problems(
     examples: Examples, faults: Sequence[tuple[int, str | None]], names: Sequence[str]
 ) -> list[Problem]:
-    """One problem for the missing labels, and one for each unknown label (the three most frequent).
+    """Return one problem for the missing labels, and one for each unknown label (the three most frequent).
 
     Each fault is a row and its label, None for a missing one.
     """

@@ -21,7 +21,7 @@ class Pixels:
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Pixels:
-        """From an Arrow column of fixed-shape tensors."""
+        """Build from an Arrow column of fixed-shape tensors."""
         chunks = tuple(chunk.to_numpy_ndarray() for chunk in column.chunks)
         return cls(chunks, np.cumsum([0, *map(len, chunks)]))
 
@@ -29,7 +29,7 @@ class Pixels:
         return int(self.starts[-1])
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """The pictures of these rows; shape [len(rows), height, width, 3]."""
+        """Return the pictures of these rows; shape [len(rows), height, width, 3]."""
         taken = np.empty((len(rows), *self.chunks[0].shape[1:]), dtype=np.uint8)
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         for place, (owner, row) in enumerate(zip(owners, rows, strict=True)):
@@ -38,16 +38,16 @@ class Pixels:
 
 
 def pixel_type(height: int, width: int) -> pa.DataType:
-    """The Arrow type of a column of pictures of this size."""
+    """Return the Arrow type of a column of pictures of this size."""
     return pa.fixed_shape_tensor(pa.uint8(), (height, width, 3))
 
 
 def pixel_array(pictures: npt.NDArray[np.uint8]) -> pa.Array:
-    """Pictures, [num_pictures, height, width, 3], as a column."""
+    """Return pictures, [num_pictures, height, width, 3], as a column."""
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(pictures))
 
 
 def shards(num_rows: int, bytes_per_row: int) -> list[range]:
-    """The rows of each part of a table that is written part by part."""
+    """Return the rows of each part of a table that is written part by part."""
     step = max(1, BYTES_TOGETHER // bytes_per_row)
     return [range(start, end) for start, end in pairwise([*range(0, num_rows, step), num_rows])]

@@ -7,10 +7,11 @@ from itertools import takewhile
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.checks import check_text, group_rows
+from orchestrator.data.column_types import describe_type
 from orchestrator.data.examples import Examples
-from orchestrator.data.fields.columns import describe_type
+from orchestrator.data.fields.base import group_rows
 from orchestrator.data.fields.conversations import Sample, check_turns, sample_of_pair
+from orchestrator.data.fields.text import check_text
 from orchestrator.errors import Problem
 
 SIDES = ("chosen", "rejected")
@@ -18,7 +19,7 @@ Answer = str | list[str]  # Text, or turns as `data.turns` keeps them.
 
 
 def read_pairs(examples: Examples) -> tuple[list[Sample], list[Sample]]:
-    """Each example with its chosen answer, and each with its rejected one. They have passed `check_pairs`.
+    """Return each example with its chosen answer, and each with its rejected one. They have passed `check_pairs`.
 
     What two conversations, or without a prompt two texts, begin with in common is given.
     """
@@ -44,7 +45,7 @@ def _split(prompt: Answer | None, chosen: Answer, rejected: Answer) -> tuple[Sam
 
 
 def _common_beginning(chosen: str, rejected: str) -> str:
-    """Up to the space before the first word that differs."""
+    """Return the common text, up to the space before the first word that differs."""
     differing = next(
         (place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
         min(len(chosen), len(rejected)),
@@ -57,7 +58,7 @@ def _common_beginning(chosen: str, rejected: str) -> str:
 
 
 def check_pairs(examples: Examples) -> list[Problem]:
-    """Everything that is wrong with prompts and their two answers; a warning where both are the same."""
+    """Return everything that is wrong with prompts and their two answers; a warning where both are the same."""
     types = [examples.table.column(side).type for side in SIDES]
     if pa.types.is_list(types[0]) != pa.types.is_list(types[1]):
         what = f"chosen holds {describe_type(types[0])}, rejected holds {describe_type(types[1])}"

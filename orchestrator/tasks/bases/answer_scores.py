@@ -1,10 +1,9 @@
-"""Scores of what a language model writes, beside the answers in the data."""
+"""Scores of generated answers against those of the data."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,39 +18,39 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 
 Metric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "chrf"]
-EXTRA = "pip install 'transfer-orchestrator[scores]'"
+EXTRA = "scores"
 _PACKAGES = {"rouge1": "rouge_score", "rouge2": "rouge_score", "rougeL": "rouge_score", "chrf": "sacrebleu"}
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 class Generation(Section):
-    """How answers are scored that the model writes itself, before the first step and after the last."""
+    """How generated answers are scored, before the first step and after the last."""
 
     examples: Annotated[int, Field(gt=0)] = 64
-    """Of each reported split, so many examples are drawn."""
+    """The number of examples drawn from each reported split."""
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(default=["exact_match"])
     """`exact_match`: the share of answers that are the data's; `rouge1`, `rouge2`, `rougeL` (Lin 2004), F-measures from
     0 to 1; `chrf` (Popovic 2015), 0 to 100. All but the first need the extra `scores`."""
     answer: str | None = None
-    """A regular expression for what counts of an answer, in both texts: its last match, or the one group in it
+    """A regular expression for the part of an answer that counts, in both texts: its last match, or the one group in it
     (`#### (-?[0-9.,]+)`). null: the whole text."""
 
 
 def check_generation(
     chosen: Generation, splits: Mapping[str, Examples], form: Form | None, recipe: Recipe
 ) -> list[Problem]:
-    """What keeps answers from being scored."""
+    """Return what keeps answers from being scored."""
     place = recipe.origin.where("target.options.generate")
     if any("text" in forms_of(examples, form) for examples in splits.values()):
         return [Problem("plain texts have no answers to score", place, "set target.options.generate to null")]
-    problems = check_packages(chosen, place)
+    problems: list[Problem] = []
     if chosen.answer is None:
         return problems
     where = recipe.origin.where("target.options.generate.answer")
     try:
         pattern = re.compile(chosen.answer)
     except re.error as error:
-        return [*problems, Problem(f"{chosen.answer!r} is no regular expression: {error}", where, "mend it")]
+        return [*problems, Problem(f"{chosen.answer!r} is not a regular expression: {error}", where, "correct it")]
     if pattern.groups > 1:
         what = f"{chosen.answer!r} has {pattern.groups} groups, so it is not clear which one is the answer"
         return [*problems, Problem(what, where, "keep one group; write the others as (?:...)")]
@@ -62,32 +61,30 @@ def check_generation(
             if without:
                 places = show_some([splits[name].where(row) for row in without[:NUM_SHOWN]], len(without))
                 what = f"{len(without)} answers of {name} hold nothing that {chosen.answer!r} matches: {places}"
-                problems.append(Problem(what, where, "mend the expression, or those answers"))
+                problems.append(Problem(what, where, "correct the expression, or those answers"))
     return problems
 
 
-def check_packages(chosen: Generation, place: str | None = None) -> list[Problem]:
-    """Packages that the metrics need and that are not there."""
-    needed = sorted({_PACKAGES[name] for name in chosen.metrics if name in _PACKAGES})
-    missing = [package for package in needed if find_spec(package) is None]
-    return [Problem(f"the package {package} is not installed", place, EXTRA) for package in missing]
+def packages(chosen: Generation) -> dict[str, str]:
+    """Return the packages that the metrics need, each with the extra that installs it."""
+    return {_PACKAGES[name]: EXTRA for name in chosen.metrics if name in _PACKAGES}
 
 
 def expected_answers(examples: Examples, form: Form | None) -> list[str]:
-    """The last answer of each example."""
+    """Return the last answer of each example."""
     samples = read_samples(examples, form)
     return [_text(sample.turns[-1]["content"]) if sample.turns else sample.completion.strip() for sample in samples]
 
 
 def score_answers(chosen: Generation, expected: Sequence[str], written: Sequence[str]) -> dict[str, float]:
-    """Means over the examples; of `chrf` the score of all texts together, as is usual."""
+    """Return means over the examples; for `chrf` the score of all texts together, as is usual."""
     pattern = None if chosen.answer is None else re.compile(chosen.answer)
     wanted, found = ([find_answer(text, pattern) for text in texts] for texts in (expected, written))
     return {name: _METRICS.get(name, _rouge(name))(wanted, found) for name in chosen.metrics}
 
 
 def find_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
-    """What counts of a text; None where there is nothing. Thousands are written without commas."""
+    """Return the part of a text that counts; None where there is none. Thousands are written without commas."""
     if pattern is not None:
         matches = list(pattern.finditer(text))
         if not matches:

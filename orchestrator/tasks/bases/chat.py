@@ -69,7 +69,7 @@ class Template:
         return min(found)[2] if found else None
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text, and what the template marks in it as generated; raises what Jinja raises."""
+        """Return the text, and the spans that the template marks as generated; raises what Jinja raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, marked = render_jinja_template(
@@ -83,7 +83,7 @@ class Template:
 
 
 def read_template(name: str) -> str | None:
-    """The text of a template: one that ships, or a file's; None where there is neither."""
+    """Return the text of a template: one that ships, or a file's; None where there is neither."""
     if name in SHIPPED:
         return SHIPPED[name]
     path = Path(name)
@@ -91,7 +91,7 @@ def read_template(name: str) -> str | None:
 
 
 def render_sample(sample: Sample, template: Template, train_on: TrainOn) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the stretches of it that are learned, in their order."""
+    """Return the text of a conversation, and the spans of it that are learned, in their order."""
     text, marked = template.render(sample.turns)
     if train_on == "all":
         return text, [(0, len(text))]
@@ -145,7 +145,7 @@ def lacks_end(turns: Sequence[Turn], text: str, template: Template) -> bool:
 
 
 def _differing(turns: Sequence[Turn], number: int, text: str, template: Template) -> Span:
-    """Where a turn's content, with its tool calls, stands: what is not the same with something else in its place."""
+    """Return where a turn's content, with its tool calls, stands: the part that changes with other content."""
     changed = {key: value for key, value in turns[number].items() if key != "tool_calls"} | {"content": _STAND_IN}
     other, _ = template.render([*turns[:number], changed, *turns[number + 1 :]])
     if _STAND_IN not in other:
@@ -171,7 +171,7 @@ def _close(turns: Sequence[Turn], number: int, text: str, answer: Span, template
 
 
 def _common_length(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return how many characters two texts begin with in common."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -18,7 +18,7 @@ _ANSWERED = ({"role": "user", "content": "a"}, {"role": "assistant", "content": 
 
 
 def as_prompt(sample: Sample, template: Template) -> str:
-    """The text that the model goes on from: a conversation up to its last answer, or the beginning of a text."""
+    """Return the text that the model continues: a conversation up to its last answer, or the beginning of a text."""
     if not sample.turns:
         return sample.prompt + sample.completion
     turns = list(sample.turns)
@@ -73,7 +73,7 @@ def end_tokens(model: Any, tokenizer: Any, template: Template) -> list[int]:
 
 
 def set_ends(model: Any, tokenizer: Any, template: Template) -> None:
-    """Have `generate` stop at the same tokens when nothing is said of them, also when the model was saved and loaded.
+    """Make `generate` stop at the same tokens by default, also after the model was saved and loaded.
 
     transformers saves no generation config that was changed and holds values that its other values leave without
     effect, such as a temperature without sampling. Of such a config only the tokens are kept.
@@ -102,7 +102,7 @@ def write_answers(
     in_step: bool = False,
     closing: str = "",
 ) -> list[str]:
-    """What the model writes after each prompt.
+    """Return the text that the model generates after each prompt.
 
     Args:
         are_chats: which prompts are conversations, with the special tokens that belong there in them.

@@ -1,4 +1,4 @@
-"""What tasks of language models share: options, tokens with what is learned of them, prompts, the model's losses."""
+"""Tasks of language models: options, tokens and which of them are learned, prompts, the model's losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.data.ragged import Ragged
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section, Text
-from orchestrator.tasks.base import Arrays, Batch, Encoded, Task
+from orchestrator.tasks.base import Arrays, Batch, Encoded
 from orchestrator.tasks.bases.chat import SHIPPED, Template, TrainOn, read_template
 from orchestrator.tasks.bases.generation import (
     as_prompt,
@@ -33,7 +33,7 @@ from orchestrator.tasks.bases.generation import (
     write_answers,
 )
 from orchestrator.tasks.bases.loss_mask import CannotEncode, encode_samples
-from orchestrator.tasks.bases.text import check_length, tokenizer_state
+from orchestrator.tasks.bases.text import TokenizerTask, tokenizer_state
 
 if TYPE_CHECKING:
     from orchestrator.models import SourceModel
@@ -48,8 +48,8 @@ class LanguageOptions(Section):
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Examples are cut at this many tokens."""
     chat_template: str | None = None
-    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own. What it
-    writes after an answer is learned; where that holds no special token, the end-of-text token follows the last one."""
+    """`plain` or `chatml`, or a file with a Jinja template (relative to the recipe); null: the tokenizer's own. Its
+    text after an answer is learned; where that holds no special token, the end-of-text token follows the last one."""
     system: str | None = None
     """A system prompt for conversations that have none."""
     add_tokens: list[Text] = Field(default_factory=list)
@@ -57,7 +57,7 @@ class LanguageOptions(Section):
     must be trained: without a frozen stem, or as `modules_to_save` of an adapter. Those that the chat template writes
     around turns are special tokens."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
-    """How much `predict` and `chat` write at most."""
+    """The most tokens that `predict` and `chat` generate."""
 
 
 Options = TypeVar("Options", bound=LanguageOptions)
@@ -106,16 +106,18 @@ class EncodedTokens(Encoded):
         return {"num_targets": self.counts["targets"]}
 
 
-class LanguageTask(Task):
+class LanguageTask(TokenizerTask):
     """A task of `AutoModelForCausalLM`, whose output layer is the source's."""
 
-    hub_tag = "text-generation"
+    pipeline_tag = "text-generation"
     auto_class = "AutoModelForCausalLM"
-    processor_class = "AutoTokenizer"
-    has_new_head = False
+    head = "kept"
+    is_language_model = True
+    tunes_adapters = True
+    noun = "example"
     label_names = ()
     forms: tuple[Form, ...]
-    """What the data hold; nothing where they are not known."""
+    """The forms of the data; empty where they are not known."""
 
     @classmethod
     def locate(cls, options: LanguageOptions, folder: Path) -> LanguageOptions:
@@ -126,7 +128,7 @@ class LanguageTask(Task):
 
     @staticmethod
     def without_template(options: Options) -> Options:
-        """The options of a trained model: the template was saved with its tokenizer, and its file may be gone."""
+        """Return the options of a trained model: its template was saved with its tokenizer."""
         return options.model_copy(update={"chat_template": None})
 
     @classmethod
@@ -139,7 +141,7 @@ class LanguageTask(Task):
 
     @property
     def _form(self) -> Form | None:
-        """That of all files, where they have one."""
+        """Return the form of all files, where they have one in common."""
         return self.forms[0] if len(self.forms) == 1 else None
 
     def check_prompts(self, examples: Examples) -> list[Problem]:
@@ -149,9 +151,8 @@ class LanguageTask(Task):
         return {}
 
     def load_processor(self, source: SourceModel) -> tuple[Any, list[Problem]]:
-        from orchestrator import models
 
-        tokenizer, problems = models.load_tokenizer(source)
+        tokenizer, problems = super().load_processor(source)
         if self.options.chat_template is not None:
             tokenizer.chat_template = read_template(self.options.chat_template)
         elif not tokenizer.chat_template:
@@ -160,7 +161,7 @@ class LanguageTask(Task):
                 what = f"{source.name!r} has no chat template; `plain` is used, and saved with the model"
                 remedy = "set target.options.chat_template to another one (chatml, a file)"
                 problems = [*problems, Problem(what, source.where, remedy, fatal=False)]
-        # Nothing where the recipe names a file that is not there, which is told later.
+        # Nothing where the recipe names a file that is missing, which `check_model` reports.
         marks = turn_marks(self.options.add_tokens, Template.of(tokenizer, tokenizer.chat_template or ""))
         for token in self.options.add_tokens:
             tokenizer.add_tokens([token], special_tokens=token in marks)
@@ -171,7 +172,7 @@ class LanguageTask(Task):
 
         if self.options.add_tokens:
             models.add_embeddings(model, processor)
-        models.set_padding_token(model, processor, source)
+        super().configure_model(model, processor, source)
         if processor.chat_template is not None:  # As it is for plans that know the model's config alone.
             set_ends(model, processor, Template.of(processor, processor.chat_template))
         models.return_token_losses(model)
@@ -203,13 +204,13 @@ class LanguageTask(Task):
             what = "a language model keeps its output layer, so it takes no extra head layers"
             problems.append(Problem(what, where, "set transfer.head.layers to []"))
         if not processor.is_fast:
-            what = f"the tokenizer of {recipe.source.model} does not tell which characters its tokens come from"
+            what = f"the tokenizer of {recipe.source.model} does not say which characters its tokens come from"
             remedy = "use a source model with a tokenizer.json"
             problems.append(Problem(what, recipe.origin.where("source.model"), remedy))
-        return problems + check_length(self.options.max_length, processor, config, self.auto_class, recipe)
+        return problems + super().check_model(processor, config, recipe)
 
     def _check_ends(self, processor: Any, recipe: Recipe) -> list[Problem]:
-        """Warn where no token of the chat template ends an answer."""
+        """Return a warning where no token of the chat template ends an answer."""
         template = Template.of(processor, processor.chat_template)
         found = closings(template)
         has_chats = self.options.chat_template is not None or CHAT_FORMS.intersection(self.forms)
@@ -235,13 +236,13 @@ class LanguageTask(Task):
     def encode_texts(
         self, samples: list[Sample], examples: Examples, processor: Any, train_on: TrainOn
     ) -> pa.RecordBatch:
-        """Token ids, and which are learned; raises DataError where the template fails on an example."""
+        """Return token ids, and which are learned; raises DataError where the template fails on an example."""
         template = Template.of(processor, processor.chat_template)
         given = [self._with_system(sample) for sample in samples]
         try:
             return encode_samples(given, processor, template, train_on, self.options.max_length)
         except CannotEncode as error:
-            remedy = "set target.options.chat_template to a template that suits the data, or mend the data"
+            remedy = "set target.options.chat_template to a template that fits the data, or correct the data"
             raise DataError(Problem(str(error), examples.where(error.row), remedy)) from error
 
     def _with_system(self, sample: Sample) -> Sample:
@@ -255,18 +256,13 @@ class LanguageTask(Task):
         return EncodedTokens(ids, learned, processor.pad_token_id, packs)
 
     def check_encoded(self, split: str, encoded: Encoded, recipe: Recipe) -> list[Problem]:
-        where = recipe.origin.where("target.options.max_length")
-        cut = int((encoded.lengths >= self.options.max_length).sum())
+        """Return a warning of examples that are cut, and a problem of those that have nothing left to learn."""
+        problems = super().check_encoded(split, encoded, recipe)
         empty = int((encoded.counts["targets"] == 0).sum())
-        problems = []
-        if cut:
-            what = (
-                f"{cut} of {len(encoded)} examples of {split} reach {self.options.max_length} tokens and are cut there"
-            )
-            problems.append(Problem(what, where, "raise target.options.max_length if their ends matter", fatal=False))
         if empty:
+            where = recipe.origin.where("target.options.max_length")
             what = f"{empty} of {len(encoded)} examples of {split} have no token left to learn"
-            remedy = "raise target.options.max_length, or remove them: they teach and score nothing"
+            remedy = "raise target.options.max_length, or remove them: they add nothing to training and scores"
             problems.append(Problem(what, where, remedy, fatal=empty == len(encoded)))
         return problems
 
@@ -287,8 +283,3 @@ class LanguageTask(Task):
         length = self.options.max_new_tokens
         written = write_answers(model, processor, prompts, are_chats, ends, batch_size, length, in_step, closing)
         return {"prediction": written}
-
-    def example_inputs(self, processor: Any) -> dict[str, Any]:
-        import torch
-
-        return {"input_ids": torch.tensor([[1, 2, 3, 1]])}

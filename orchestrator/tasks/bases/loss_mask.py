@@ -28,7 +28,7 @@ class CannotEncode(ValueError):
 def encode_in_batches(
     examples: Examples, schema: pa.Schema, encode: Callable[[Examples], pa.RecordBatch]
 ) -> pa.RecordBatchReader:
-    """What `encode` makes of a thousand examples after the other, so that few are Python objects at a time."""
+    """Return `encode` of a thousand examples after the other, so that few are Python objects at a time."""
 
     def make_batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(examples), TEXTS_TOGETHER):
@@ -40,7 +40,7 @@ def encode_in_batches(
 def encode_samples(
     samples: Sequence[Sample], tokenizer: Any, template: Template, train_on: TrainOn, max_length: int
 ) -> pa.RecordBatch:
-    """`input_ids` and `learned` (1 or 0 for each token, never 1 for the first), both lists of uneven length.
+    """Return `input_ids` and `learned` (1 or 0 for each token, never 1 for the first), both lists of uneven length.
 
     Texts get the tokenizer's special tokens and an end-of-text token; conversations what their template says, and an
     end-of-text token after a last answer that no special token ends.
@@ -66,7 +66,7 @@ def encode_samples(
 def tokenize(
     texts: Sequence[str], are_chats: Sequence[bool], tokenizer: Any
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Of each text its token ids, and of each of them the first character and the one after its last.
+    """Return the token ids of each text, and for each token its first character and the one after its last.
 
     Args:
         are_chats: which texts are conversations, with the special tokens that belong there in them.
@@ -89,7 +89,7 @@ def tokenize(
 
 
 def longest_tokens(number: int, length: int) -> pa.RecordBatch:
-    """So many made-up texts of that length, of which all is learned that can be."""
+    """Return made-up texts of this length, all of which is learned but the first token."""
     ids, learned = [np.ones(length, np.int32)] * number, [np.arange(length).clip(max=1).astype(np.int8)] * number
     return pa.record_batch([as_lists(ids, pa.int32()), as_lists(learned, pa.int8())], schema=TOKENS)
 
@@ -109,8 +109,10 @@ def write(sample: Sample, template: Template, train_on: TrainOn, row: int) -> tu
 
 
 def learned_tokens(text: str, spans: Sequence[Span], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-    """1 for each token inside a span. One that begins before it is inside where only spaces are before the span, which
-    many tokenizers put at the beginning of a word.
+    """Return 1 for each token inside a span, 0 for others.
+
+    A token that begins before a span is inside where only spaces come before the span: many tokenizers put them at the
+    beginning of a word.
 
     Args:
         offsets: first character of each token and the one after its last; shape [num_tokens, 2].
@@ -128,7 +130,7 @@ def learned_tokens(text: str, spans: Sequence[Span], offsets: npt.NDArray[np.int
 def end_text(
     ids: npt.NDArray[np.int32], learned: npt.NDArray[np.int8], end: int | None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
-    """With the end-of-text token, learned, unless it is there or the tokenizer has none."""
+    """Append the end-of-text token, learned, unless it is there or the tokenizer has none."""
     if end is None:
         return ids, learned
     if len(ids) and ids[-1] == end:

@@ -156,7 +156,7 @@ def test_a_mapping_holds_for_the_files_that_have_its_column(open_mixture: Open) 
 def test_the_same_conversation_is_found_in_another_split_of_other_forms(open_mixture: Open) -> None:
     (chats, _), (sums, _) = FORMS["messages"], FORMS["alpaca"]
     train, test = open_mixture({"chats.jsonl": chats, "sums.jsonl": sums}), open_mixture({"test.jsonl": chats})
-    (problem,) = check_overlap({"train": train, "test": test}, [column.name for column in columns_of(None)])
+    (problem,) = check_overlap({"train": train, "test": test}, columns_of(None))
     assert "1 of 1 examples of test (100.0%) are also in train" in problem.what
 
 

@@ -23,26 +23,28 @@ from orchestrator.data import (
     Examples,
     encode_labels,
     find_label_names,
-    name_pictures,
     open_file,
     open_files,
-    open_pictures,
     open_splits,
+    open_values,
     rename_columns,
     without_bytes,
 )
 from orchestrator.data.checks import check_class_labels
 from orchestrator.data.fields import image_checks
+from orchestrator.data.fields.image import ImageField
 from orchestrator.data.fields.image_checks import check_images
 from orchestrator.data.fields.images import digests_of, read_picture
+from orchestrator.data.fields.label import LabelField
 from orchestrator.data.fields.labels import declares_names
 from orchestrator.data.formats import hub
 from orchestrator.data.overlap import check_overlap
 from orchestrator.data.splits import cut_missing_splits
 from orchestrator.errors import DataError, Problem
 from orchestrator.recipe.schema import Split
+from orchestrator.training.prepare import without_content
 
-COLUMNS = (Column("image", "image", aliases=("file_name",)), Column("label", "label", numbers="classes"))
+COLUMNS = (Column("image", ImageField(), aliases=("file_name",)), Column("label", LabelField("classes")))
 
 
 def picture_bytes(seed: int, mode: str = "RGB", format_: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
@@ -127,7 +129,7 @@ def test_names_of_class_folders_stay_as_written_also_where_they_are_numbers(
     found = find_label_names(splits, "label", None)
     assert sorted(found) == sorted(names)
     for examples in splits.values():
-        codes = encode_labels(examples, "label", found, declares_names(splits, None))
+        codes = encode_labels(examples, "label", found, declares_names(splits, "label", None))
         assert [found[code] for code in codes] == examples.table["label"].to_pylist()
     assert check_class_labels(splits, "label") == []
 
@@ -311,7 +313,7 @@ def test_the_same_picture_in_two_splits_or_with_two_labels_is_noticed(
     write("test/dog/copy.png", copied)
     write("train/dog/copy.png", copied)
     splits = open_splits(make_recipe(classes), COLUMNS)
-    across, conflict = check_overlap(splits, ["image"], "label")
+    across, conflict = check_overlap(splits, COLUMNS[:1], "label")
     assert across.what.startswith("1 of 3 examples of test (33.3%) are also in train")
     assert "copy.png" in across.what
     assert conflict.what.startswith("1 pictures stand in train with two labels")
@@ -321,7 +323,7 @@ def test_the_same_picture_in_two_splits_or_with_two_labels_is_noticed(
 def test_copies_stay_on_one_side_when_splits_are_cut(write: Any, tmp_path: Path) -> None:
     for number in range(40):
         write(f"train/{'ab'[number % 2]}/{number}.png", picture_bytes(number // 4))
-    parts = cut_missing_splits({"train": read(tmp_path / "train")}, Split(select=0.3, test=0.3), "label", ["image"])
+    parts = cut_missing_splits({"train": read(tmp_path / "train")}, Split(select=0.3, test=0.3), "label", COLUMNS[:1])
     seen = [set(digests_of(part, "image").to_pylist()) for part in parts.values()]
     assert sum(map(len, seen)) == len(set.union(*seen)) == 10
     assert all(seen)
@@ -341,22 +343,22 @@ def test_examples_in_words_hold_no_bytes(write: Any, tmp_path: Path) -> None:
     column = pa.array([{"bytes": data, "path": "a.png"}, {"bytes": data, "path": None}, None])
     pq.write_table(pa.table({"image": column, "label": [0, 1, 1]}), tmp_path / "train.parquet")
     train = read(tmp_path / "train.parquet")
-    named = name_pictures(train)
+    named = without_content(train, COLUMNS)
     assert named.table["image"].to_pylist() == ["a.png", f"{len(data):,} bytes", None]
     assert named.where(1) == train.where(1)
     assert len(pickle.dumps(named)) < 3000
 
 
 def test_pictures_alone_are_a_column_of_paths(classes: Path) -> None:
-    found = open_pictures(classes / "train")
+    found = open_values(classes / "train", COLUMNS)
     assert found.table["image"].to_pylist() == ["cat/1.png", "cat/deep/2.JPG", "dog/1.png"]
     images = rename_columns(found, COLUMNS[:1], {})
     assert contents(images)[0] == (classes / "train/cat/1.png").read_bytes()
-    (alone,) = open_pictures(classes / "train/cat/1.png").table["image"].to_pylist()
+    (alone,) = open_values(classes / "train/cat/1.png", COLUMNS).table["image"].to_pylist()
     assert alone == "1.png"
     (classes / "nothing").mkdir()
     with pytest.raises(DataError, match="the folder holds no pictures"):
-        open_pictures(classes / "nothing")
+        open_values(classes / "nothing", COLUMNS)
 
 
 def test_bytes_are_left_out_of_what_is_written_back(write: Any, tmp_path: Path) -> None:
@@ -382,4 +384,4 @@ def test_pictures_of_the_hub_are_read_as_bytes_and_never_decoded_there(
         recipe = make_recipe("owner/pictures", columns={"image": "img"})
         train = open_splits(recipe, COLUMNS)["train"]
         assert contents(train) == [Path(path).read_bytes() for path in paths]
-        assert train.label_names == ("no", "yes")
+        assert train.names.get("label") == ("no", "yes")

@@ -17,7 +17,8 @@ def label(make_examples: Any) -> Any:
     """Examples with these labels, and the class names that the data bring along."""
 
     def make(labels: list[Any], names: tuple[str, ...] | None = None) -> Any:
-        return replace(make_examples([(f"text {n}", label) for n, label in enumerate(labels)]), label_names=names)
+        examples = make_examples([(f"text {n}", label) for n, label in enumerate(labels)])
+        return examples if names is None else replace(examples, names={"label": names})
 
     return make
 

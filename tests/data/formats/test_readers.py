@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from orchestrator.data import open_file, open_files
 from orchestrator.data.fields.columns import Column
+from orchestrator.data.fields.label import LabelField
+from orchestrator.data.fields.text import TextField
 from orchestrator.data.formats.readers import read_file
 from orchestrator.errors import DataError
 
-TEXT = Column("text", "text")
-LABEL = Column("label", "label")
+TEXT = Column("text", TextField())
+LABEL = Column("label", LabelField())
 ROWS = [
     {"text": "a, b", "label": "yes"},
     {"text": 'two\nlines and a "quote"', "label": "no"},
@@ -97,7 +99,7 @@ def test_rows_know_their_line_or_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
     jsonl, table = (open_files([tmp_path / name], [TEXT, LABEL], {}) for name in ("a.jsonl", "a.csv"))
     assert [jsonl.where(0), jsonl.where(1)] == ["a.jsonl:1", "a.jsonl:3"]
     assert [table.where(0), table.where(1)] == ["a.csv:2", "a.csv:5"]
-    both = open_files([tmp_path / "a.jsonl", tmp_path / "a.csv"], [TEXT, Column("label", "label", False)][:1], {})
+    both = open_files([tmp_path / "a.jsonl", tmp_path / "a.csv"], [TEXT, Column("label", LabelField(), False)][:1], {})
     assert both.take([3, 0]).where(0) == "a.csv:5"
     assert open_files([tmp_path / "a.parquet"], [TEXT], {}).where(2) == "a.parquet row 2"
 
@@ -248,7 +250,7 @@ def test_any_text_survives_json_lines(tmp_path: Path, rows: list[tuple[str, str]
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text, "extra": extra}, ensure_ascii=False) for text, extra in rows]
     path.write_bytes("\n".join(lines).encode())
-    examples = open_files([path], [TEXT, Column("extra", "text")], {})
+    examples = open_files([path], [TEXT, Column("extra", TextField())], {})
     assert list(zip(*(examples.table[name].to_pylist() for name in ("text", "extra")), strict=True)) == rows
 
 
@@ -259,7 +261,7 @@ def test_any_text_survives_csv_and_tsv(tmp_path: Path, rows: list[tuple[str, str
     buffer = io.StringIO(newline="")
     csv.writer(buffer, delimiter=separator).writerows([("text", "extra"), *rows])
     path.write_bytes(buffer.getvalue().encode())
-    examples = open_files([path], [TEXT, Column("extra", "text")], {})
+    examples = open_files([path], [TEXT, Column("extra", TextField())], {})
     assert list(zip(*(examples.table[name].to_pylist() for name in ("text", "extra")), strict=True)) == rows
 
 

@@ -1,0 +1,54 @@
+"""The sample on which the contract of tasks is checked, which each task's module in tests/tasks/samples provides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SPLITS = {"train": 24, "select": 10, "test": 10}
+"""Examples of each split of a sample, as a rule: few, so that the whole contract takes seconds."""
+
+
+def run_plain(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return the outputs of a model that transformers has loaded, as the task's `predict` takes them."""
+    return model(**inputs)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Data of a few rows and a tiny model for one task."""
+
+    model: Path
+    """A folder with a tiny model of two layers or more, and its tokenizer or image processor."""
+    data: Path
+    """A folder with the splits train, select and test."""
+    bad: Sequence[tuple[Path, str]]
+    """Folders of data that are to be refused, each with words of the message."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe's `target.options`."""
+    freeze: int = 1
+    """The freeze depth of the runs; at least one layer must be left to train."""
+    shown: str = ""
+    """Words that the preview of the first example shows."""
+    run_plain: Callable[[Any, dict[str, Any]], Any] = run_plain
+    """Calls an exported model without this package."""
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as JSON Lines; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_splits(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write different rows as the three splits of `SPLITS`; returns the folder."""
+    assert len(rows) >= sum(SPLITS.values())
+    start = 0
+    for split, size in SPLITS.items():
+        write_rows(folder / f"{split}.jsonl", rows[start : start + size])
+        start += size
+    return folder
