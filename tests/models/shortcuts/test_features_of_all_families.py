@@ -173,7 +173,7 @@ def test_losses_are_the_same_with_stored_features(
 def test_heads_that_are_trained_together_have_them_too(
     name: str, prepare_family: Callable[..., Prepared], tmp_path: Path
 ) -> None:
-    every_step = ["train.epochs=null", f"train.steps={NUM_STEPS}", "train.evaluate_every=1"]
+    every_step = ["train.epochs=null", f"train.steps={NUM_STEPS}", "train.log_every=1"]
     prepared = prepare_family(name, "transfer.freeze=all", "train.group_by_length=false", *every_step)
     cached, uncached = sessions(prepared, tmp_path)
     together = BatchedHeads(cached, [prepared.recipe, prepared.recipe]).train()
