@@ -44,11 +44,12 @@ class FreezeDepth:
             return cls(stem=True, percent=100, tail=True)
         if written == "stem":
             return cls(stem=True)
-        if isinstance(written, str) and written.endswith("%"):
-            percent = int(written.removesuffix("%"))
+        if isinstance(written, str) and written.endswith("%") and written[:-1].isdigit():
+            percent = int(written[:-1])
             return cls(stem=percent > 0, percent=percent)
-        layers = int(written)
-        return cls(stem=layers > 0, layers=layers)
+        if isinstance(written, bool) or not isinstance(written, int) or written < 0:
+            raise ValueError(f"{written!r} is not a freeze depth")
+        return cls(stem=written > 0, layers=written)
 
     @property
     def freezes_nothing(self) -> bool:

@@ -11,6 +11,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from orchestrator.recipe import FreezeDepth
+from orchestrator.report.numbers import number
 
 # A score is drawn at the edge of a chart, not to scale, if it is this many times further from the best one than the
 # median, and among the worst tenth.
@@ -73,7 +74,7 @@ def depth_order(freeze: Any, num_layers: int | None) -> float:
     """
     try:
         depth = FreezeDepth.parse(freeze)
-    except (ValueError, TypeError, OverflowError):
+    except ValueError:
         return -1.0
     if depth.freezes_body:
         return math.inf
@@ -81,7 +82,10 @@ def depth_order(freeze: Any, num_layers: int | None) -> float:
         layers = depth.layers if depth.percent is None else depth.percent
     else:
         layers = depth.resolve(num_layers).num_layers
-    return max(0.5, float(layers)) if depth.stem else float(layers)
+    rank = number(layers)
+    if rank is None:
+        return -1.0
+    return max(0.5, rank) if depth.stem else rank
 
 
 def standard_deviation(values: Sequence[float]) -> float:

@@ -11,9 +11,9 @@ from orchestrator.report.markup import clean, element, escape, join
 
 def test_text_is_escaped_wherever_it_is_put() -> None:
     hostile = "<script>\"'&"
-    assert element("p", hostile) == "<p>&lt;script&gt;&quot;&#x27;&amp;</p>"
-    assert element("p", title=hostile) == '<p title="&lt;script&gt;&quot;&#x27;&amp;"></p>'
-    assert join([hostile, Markup("<b>")]) == escape(hostile) + "<b>"
+    assert element("p", hostile) == "<p>&lt;script&gt;&#34;&#39;&amp;</p>"
+    assert element("p", title=hostile) == '<p title="&lt;script&gt;&#34;&#39;&amp;"></p>'
+    assert join([hostile, Markup("<b>")]) == escape(hostile) + Markup("<b>")
 
 
 def test_markup_is_kept_and_escaped_once() -> None:

@@ -164,7 +164,7 @@ def test_a_model_that_asks_what_its_attention_is_called_computes_as_before(famil
             found.append(model(input_ids=texts()[2][None]).logits)
     assert torch.equal(*found)
     if takes_packed_sequences(model):
-        with pytest.raises(ValueError, match="chooses the tokens that it attends to"):
+        with pytest.raises(ValueError, match="selects the tokens that it attends to"):
             model(**row())
 
 
