@@ -210,7 +210,7 @@ def test_columns_with_other_names_are_found_or_named(trainer: Trainer, tmp_path:
     assert same["scores"] == pytest.approx(row["scores"])
     columns = ["target.columns.text=body", "target.columns.label=kind"]
     assert evaluate(model, str(unknown), "test", overrides=columns)["examples"] == 1
-    with pytest.raises(InputError, match=r"train.seed=1 changes nothing"):
+    with pytest.raises(InputError, match=r"train.seed=1 has no effect"):
         predict_lines(model, unknown, overrides=["train.seed=1"])
 
 

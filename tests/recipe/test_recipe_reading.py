@@ -109,7 +109,7 @@ def test_tags_that_make_objects_are_refused(written: str) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "what"),
     [
-        ("a:\n\tb: 1", "mine.yaml:2", "a tab stands"),
+        ("a:\n\tb: 1", "mine.yaml:2", "there is a tab"),
         ("a: b: c", "mine.yaml:1", "a `:` is not allowed here"),
         ("a: 1\n  b: 2", "mine.yaml:2", "a `:` is not allowed here"),
         ("b: 1\na: [1, 2", "mine.yaml:2", "bracket or brace is not closed"),

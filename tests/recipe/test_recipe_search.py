@@ -83,8 +83,8 @@ def test_the_defaults_stand_in_the_schema() -> None:
 @pytest.mark.parametrize(
     ("line", "place", "what", "remedy"),
     [
-        ("transfer.freez: {choice: [0]}", "transfer.freez", "`transfer.freez` is no place", "mean `transfer.freeze`?"),
-        ("learning_rate: {loguniform: [1e-5, 1]}", "learning_rate", "is no place", "mean `train.learning_rate`?"),
+        ("transfer.freez: {choice: [0]}", "transfer.freez", "`transfer.freez` is not a key", "mean `transfer.freeze`?"),
+        ("learning_rate: {loguniform: [1e-5, 1]}", "learning_rate", "is not a key", "mean `train.learning_rate`?"),
         ("zzz: {choice: [0]}", "zzz", "`zzz` is not a key of a recipe", "write one as `train.learning_rate`"),
         ("train.epochs.x: {choice: [0]}", "train.epochs.x", "is not a key of a recipe", "mean `train.epochs`?"),
         ("transfer: {freeze: {choice: [0]}}", "transfer.freeze", "unknown key `freeze`", "with dots: `transfer.freeze"),

@@ -29,7 +29,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_was(
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"not those of a \w+: thesis.txt[\s\S]*--output") as refused:
+    with pytest.raises(InputError, match=r"do not belong to a \w+: thesis.txt[\s\S]*--output") as refused:
         start(load_recipe(write_recipe()), folder, fresh=fresh)
     assert refused.value.exit_code == 2
     assert contents(folder) == {"thesis.txt": b"mine"}
