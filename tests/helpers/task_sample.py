@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SPLITS = {"train": 24, "select": 10, "test": 10}
@@ -15,6 +16,19 @@ SPLITS = {"train": 24, "select": 10, "test": 10}
 def run_plain(model: Any, inputs: dict[str, Any]) -> Any:
     """Return the outputs of a model that transformers has loaded, as the task's `predict` takes them."""
     return model(**inputs)
+
+
+def compute_token_losses(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return the loss of each target, and whether it is the most probable token, of a plain language model."""
+    import torch
+    from torch.nn import functional
+
+    targets = inputs["target_ids"]
+    given = {name: value for name, value in inputs.items() if name != "target_ids"}
+    logits = model(**given, use_cache=False).logits.float()
+    losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    hits = (logits.argmax(-1) == targets).float()
+    return SimpleNamespace(token_losses=torch.stack([losses, hits], -1))
 
 
 @dataclass(frozen=True)

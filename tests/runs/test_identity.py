@@ -187,7 +187,9 @@ def test_a_damaged_end_of_a_run_is_written_again_from_its_last_checkpoint(
     whole = (tmp_path / "run" / name).read_bytes()
     damage(tmp_path / "run" / name, "torn")
     if name.startswith("model"):
-        with pytest.raises(InputError, match=r"transfer.json: the file is damaged[\s\S]*run the training command again"):
+        with pytest.raises(
+            InputError, match=r"transfer.json: the file is damaged[\s\S]*run the training command again"
+        ):
             evaluate(tmp_path / "run", None, "test")
     run = train(recipe_of(project), tmp_path / "run")
     again = json.loads((tmp_path / "run" / name).read_text())

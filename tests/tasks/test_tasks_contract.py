@@ -230,7 +230,7 @@ def test_loss_and_gradient_of_a_global_batch_do_not_depend_on_how_it_is_cut(runs
             batch = batch_of(prepared, rows)
             share = prepared.task.loss(module(**batch.inputs), batch, totals)
             share.backward()
-            loss += float(share)
+            loss += float(share.detach())
         gradients = [value.grad for value in module.parameters() if value.grad is not None]
         found[tuple(cut)] = (loss, torch.cat([gradient.flatten() for gradient in gradients]))
     loss, gradient = found[(8,)]

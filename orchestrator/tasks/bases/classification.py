@@ -86,9 +86,9 @@ class ClassificationTask(InputTask):
     label_aliases: ClassVar[tuple[str, ...]] = ("labels", "target", "category", "class")
     """Names of the column in common data sets."""
     shown_by_type: ClassVar[Mapping[ProblemType, tuple[str, ...]]] = {
-        "single_label_classification": ("accuracy", "f1_macro"),
-        "multi_label_classification": ("f1_micro", "f1_macro"),
-        "regression": ("pearson", "spearman"),
+        SINGLE: ("accuracy", "f1_macro"),
+        MULTI: ("f1_micro", "f1_macro"),
+        REGRESSION: ("pearson", "spearman"),
     }
 
     def __init__(

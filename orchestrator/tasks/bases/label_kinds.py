@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 
@@ -15,7 +15,9 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Section
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SINGLE: Final = "single_label_classification"
+MULTI: Final = "multi_label_classification"
+REGRESSION: Final = "regression"
 MANY_ROWS = 10
 """Rows of each class, as a rule."""
 NUM_LABELS_SHOWN = 12
@@ -50,7 +52,8 @@ def may_be_numbers(options: LabelOptions) -> bool:
 
 def numbers_of(options: LabelOptions) -> Numbers:
     """Return how numbers in a column of labels are read."""
-    if options.problem_type == REGRESSION:
+    wanted: Literal["auto"] | ProblemType = options.problem_type
+    if wanted == REGRESSION:
         return "targets"
     if options.label_names is not None:
         return "text"
@@ -66,10 +69,10 @@ def find_problem_type(options: LabelOptions, train: Examples) -> ProblemType:
         return options.problem_type
     kind = train.table["label"].type
     if pa.types.is_list(kind):
-        return "multi_label_classification"
+        return MULTI
     is_named = options.label_names is not None or "label" in train.names
     is_number = pa.types.is_floating(kind) and not is_named and may_be_numbers(options)
-    return "regression" if is_number else "single_label_classification"
+    return REGRESSION if is_number else SINGLE
 
 
 def describe_decision(options: LabelOptions, train: Examples) -> str:
@@ -107,7 +110,7 @@ def doubt_problem_type(options: LabelOptions, train: Examples, recipe: Recipe) -
 def check_label_kind(problem_type: ProblemType, examples: Examples, noun: str) -> list[Problem]:
     """Return a problem of lists of labels where one is needed for each example, or the other way round."""
     values = examples.table["label"]
-    wants_lists = problem_type == "multi_label_classification"
+    wants_lists = problem_type == MULTI
     if pa.types.is_list(values.type) == wants_lists or values.null_count == len(values):
         return []
     what = f"label holds {describe_type(values.type)}, but {problem_type} needs "
