@@ -52,7 +52,7 @@ def write_changes(folder: Path, changed: dict[str, Tensor]) -> None:
         save_file({name: value.contiguous() for name, value in changed.items()}, folder / FILE)
 
 
-def read_lora_deltas(folder: Path) -> dict[str, Tensor]:
+def read_changes(folder: Path) -> dict[str, Tensor]:
     """Read back what `write_changes` wrote."""
     if not (folder / FILE).exists():
         return {}

@@ -142,12 +142,7 @@ def training_steps(
             batches = schedule.order.epoch(epoch)
         frozen.set_train_mode(engine.model)
         loss, terms, norm = take_step(engine, task, loader, schedule, index, batches[position], methods)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
-            raise RunFailed(
-                f"the {what} at step {index + 1}, so training was stopped; earlier checkpoints are kept\n"
-                "    -> lower train.learning_rate, or set train.precision to fp32 and look for odd examples"
-            )
+        check_finite(loss, norm, index + 1)
         yield Step(
             number=index + 1,
             epoch=(index + 1) / schedule.order.steps_per_epoch,
@@ -238,7 +233,7 @@ def add_to_gradients(engine: Engine, methods: Sequence[Method], index: int) -> d
 def cut(
     engine: Engine, loader: SplitLoader, schedule: Schedule, rows: npt.NDArray[np.int64]
 ) -> list[list[npt.NDArray[np.int64]]]:
-    """The passes of a step, each with the rows of every worker."""
+    """Return the passes of a step, each with the rows of every worker."""
     return cut_into_passes(
         rows,
         loader.encoded.lengths,

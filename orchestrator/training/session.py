@@ -24,7 +24,7 @@ from orchestrator.runs.progress import ProgressFile
 from orchestrator.runs.remote_checkpoints import open_store
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assembling import ModelParts
-from orchestrator.training.changed_weights import put_changes, read_lora_deltas, write_changes
+from orchestrator.training.changed_weights import put_changes, read_changes, write_changes
 from orchestrator.training.engine.base import DtypeOf, Engine, in_fp32, on_cpu
 from orchestrator.training.engine.build import build_engine
 from orchestrator.training.engine.deepspeed_config import deepspeed_config, restoring_linear
@@ -141,7 +141,7 @@ class Session:
     def read_state(self, folder: Path, state: TrainingState) -> None:
         """Read back what `write_state` wrote, into the phase that `state` is in; all workers call it."""
         if state.phase != self.phase_index or state.phase_start != self.schedule.start:
-            changed = read_lora_deltas(folder) if self.exchange.rank == 0 else {}
+            changed = read_changes(folder) if self.exchange.rank == 0 else {}
             self.begin_phase(state.phase, state.phase_start, changed)
         self.engine.read_state(folder)
 

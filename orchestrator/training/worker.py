@@ -33,7 +33,7 @@ def run_worker(
 
     Args:
         notice: says when machines will be taken away; None where nobody takes any.
-        wish: says when the run is to end; None where nobody can ask for it.
+        stop_request: says when the run is to end; None where nobody can ask for it.
 
     Raises:
         Interrupted: the run is to end; the last step is saved.
