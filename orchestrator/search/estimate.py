@@ -119,7 +119,7 @@ def trial_seconds(plan: Plan, parameters: dict[str, Any], throughput: Throughput
     """Return the seconds of one trial by itself, its features stored where there can be any."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     begin = SECONDS_OF_A_HEAD if throughput.sizes and trains_only_the_head(recipe) else SECONDS_OF_A_TRIAL
-    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    phases = find_phases(replace(plan.prepared, recipe=recipe), plan.num_layers)
     return begin + sum(phase_seconds(plan, phase.recipe, throughput) for phase in phases)
 
 
@@ -140,7 +140,7 @@ def phase_seconds(plan: Plan, recipe: Recipe, throughput: Throughput) -> float:
 def share_trained(plan: Plan, parameters: dict[str, Any]) -> float:
     """Return the share of the model's layers that a trial trains, in the phase that trains most."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
-    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    phases = find_phases(replace(plan.prepared, recipe=recipe), plan.num_layers)
     return max(share_of_recipe(plan, phase.recipe) for phase in phases)
 
 

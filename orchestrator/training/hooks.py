@@ -23,13 +23,13 @@ from orchestrator.training.engine.base import Engine
 from orchestrator.training.evaluation import score
 from orchestrator.training.loop import Schedule, Step
 from orchestrator.training.memory_use import peak_bytes
-from orchestrator.training.phases import ONLY_PHASE
 from orchestrator.training.split_loader import SplitLoader
 
 if TYPE_CHECKING:  # Sessions know the state.
     from orchestrator.training.session import Session
 
-PHASE = ONLY_PHASE
+PHASE = "tune"
+"""The name of a run's phase where it has one."""
 
 
 @dataclass
