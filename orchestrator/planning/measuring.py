@@ -27,7 +27,7 @@ from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, may
 from orchestrator.training.features.build import can_pack
 from orchestrator.training.loop import NEVER, make_schedule
 from orchestrator.training.split_loader import SplitLoader
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 Rows = npt.NDArray[np.int64]
 BATCHES_LOOKED_AT = 200
@@ -178,7 +178,7 @@ def measure_model(parts: Parts, recipe: Recipe) -> ModelSize:
         narrow = [value for value in _products(parts) if not value.requires_grad]
         held -= int(sum(value.numel() * (value.element_size() - BYTES_OF_4_BITS) for value in narrow))
     total = sum(value.numel() for value in parts.module.parameters())
-    added = sum(method.plan().bytes_per_number for method in read_methods(recipe))
+    added = sum(method.plan().bytes_per_number for method in methods_of(recipe))
     return ModelSize(trained, total - trained, held, len(parts.blocks.layers), round(added * trained))
 
 

@@ -17,6 +17,7 @@ from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.precision import Precision, has_bf16
 from orchestrator.training.engine.settings import micro_batch_size, uses_deepspeed
 from orchestrator.training.engine.sizes import BF16, FP32
+from orchestrator.transfer import methods_of
 
 SPARE = 0.05
 """Of a device's memory, left for what no plan knows: pieces that fit nowhere."""
@@ -169,7 +170,12 @@ def possible(recipe: Recipe) -> list[tuple[int, str]]:
     """Stages and offload that may be written into the recipe."""
     adapter = recipe.transfer.adapter
     in_4_bits = adapter is not None and adapter.quantize is not None
-    return [(stage, offload) for stage, offload in ALTERNATIVES if not (in_4_bits and stage == 3)]
+    adds_to_gradients = any(method.changes_gradients() for method in methods_of(recipe))
+    return [
+        (stage, offload)
+        for stage, offload in ALTERNATIVES
+        if not (stage == 3 and (in_4_bits or adds_to_gradients)) and not (offload != "none" and adds_to_gradients)
+    ]
 
 
 def advise(planner: Planner, recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 NUMBERS_MOVED = 2**23
 
@@ -48,7 +48,7 @@ def compute_cost_of(
 
 def operations_of_step(planner: Planner, recipe: Recipe, load: Load, found: Measured, cached: bool) -> float:
     passes = (found.whole.of(load) - (found.frozen.of(load) if cached else 0.0)) / load.steps
-    methods = sum(method.plan().operations_per_number for method in read_methods(recipe))
+    methods = sum(method.plan().operations_per_number for method in methods_of(recipe))
     return passes + (planner.balance * BYTES_MOVED_BY_ADAM + methods) * found.size.trained
 
 

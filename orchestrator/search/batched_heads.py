@@ -30,7 +30,7 @@ from orchestrator.training.hooks import PHASE, TrainingState, is_due, judge
 from orchestrator.training.loop import cut, rate_schedule, seed_dropout
 from orchestrator.training.parameter_groups import parameter_groups, rate_multipliers
 from orchestrator.training.session import Session
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 STACKING = "training several heads together"
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # As in torch.optim.AdamW.
@@ -76,7 +76,7 @@ class Heads:
             name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in self.stacked.items()
         }
         # With a rate and a decay of 1 the groups tell what each parameter's are multiplied with.
-        groups = parameter_groups(trained, rate_multipliers(session.parts, read_methods(recipes[0])), 1.0, 1.0)
+        groups = parameter_groups(trained, rate_multipliers(session.parts, methods_of(recipes[0])), 1.0, 1.0)
         names = {id(value): name for name, value in trained.items()}
         self.multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]

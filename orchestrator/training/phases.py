@@ -12,7 +12,7 @@ from orchestrator.training.assembling import assemble, assemble_outline
 from orchestrator.training.hooks import PHASE
 from orchestrator.training.loop import count_steps
 from orchestrator.training.prepare import Prepared
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 _OF_TRANSFER, _OF_TRAIN = ("freeze",), ("learning_rate", "schedule", "warmup_ratio")
 
@@ -38,7 +38,7 @@ def find_phases(prepared: Prepared, num_layers: int | None = None) -> list[Train
     recipe = prepared.recipe
     written, place = recipe.transfer.phases, "transfer.phases"
     if written is None:
-        for method in read_methods(recipe):
+        for method in methods_of(recipe):
             if method.decides_phases():
                 written, place = method.phases(recipe, num_layers or count_layers(prepared)), method.place
     if written is None:

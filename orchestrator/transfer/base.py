@@ -7,15 +7,17 @@ loop, nor the engine, nor the task.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from orchestrator.errors import Problem
-from orchestrator.models import Blocks
 from orchestrator.recipe import Phase, Recipe, Transfer
 from orchestrator.recipe.sections import Section
 from orchestrator.tasks.base import Batch, Totals
+
+if TYPE_CHECKING:  # Options are checked before torch is imported.
+    from torch import Tensor, nn
+
+    from orchestrator.models import Blocks
 
 
 class Model(Protocol):
