@@ -18,7 +18,7 @@ from orchestrator.training.prepare import Prepared
 
 @dataclass
 class Parts:
-    """What an engine and the loop work with: the model, its blocks, and which of its parameters are trained."""
+    """The parts that an engine and the loop work with: the model, its blocks, and which of its parameters are trained."""
 
     module: Any
     """The model, with head and adapter."""
@@ -33,7 +33,7 @@ class Parts:
     new_parameters: frozenset[str]
     """Parameters that the source did not have, by their names before an adapter."""
     taken: models.Changes = field(default_factory=dict)
-    """What the adapter began with, which was taken out of the weights that it lies on."""
+    """The initial weights of the adapter, which were taken out of the weights that it lies on."""
     caching: list[tuple[Any, bool]] = field(default_factory=list)
     """Configs whose `use_cache` training has turned off, with the value that they had."""
 

@@ -1,7 +1,7 @@
-"""What happens around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
+"""The hooks around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
 
 A hook is called after each step, in a fixed order, on every worker. Where only worker 0 does something (writing), the
-others wait for it, and learn how it ended. Hooks are built anew for each phase.
+others wait for it, and learn how it ended. Hooks are built again for each phase.
 What has to outlive a kill or a phase is in `TrainingState`, which every checkpoint holds.
 """
 
@@ -34,7 +34,7 @@ PHASE = "tune"
 
 @dataclass
 class TrainingState:
-    """What the hooks remember from step to step, and from phase to phase."""
+    """The state of the hooks, kept from step to step and from phase to phase."""
 
     step: int = 0
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Everything that one worker's run needs, built from a prepared recipe: once for the run, and anew for each phase."""
+"""Everything that one worker's run needs, built from a prepared recipe: once for the run, and again for each phase."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CHANGED_EARLIER = "the weights of the frozen blocks were changed in an earlier p
 
 @dataclass
 class Session:
-    """What the stages of one worker's run share.
+    """The state that the stages of one worker's run share.
 
     What a phase is trained with is replaced when the next one begins, so nobody else may keep it.
     """
