@@ -23,7 +23,7 @@ from orchestrator.training.engine.weight_formats import cast_frozen_to_bf16, is_
 from orchestrator.training.features.build import boundary_of, can_pack, is_wanted, why_not_replaceable
 from orchestrator.training.loop import Schedule
 from orchestrator.training.split_loader import SplitLoader
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 LAYERS_SIMULATED = 16
 """Larger outlines are extrapolated from a few layers, because each layer takes as much."""
@@ -143,7 +143,7 @@ def measure_model(parts: ModelParts, recipe: Recipe) -> ModelSize:
         quantized = [value for value in _linear_weights(parts) if not value.requires_grad]
         held -= int(sum(value.numel() * (value.element_size() - BYTES_OF_4_BITS) for value in quantized))
     total = sum(value.numel() for value in parts.module.parameters())
-    added = sum(method.plan().bytes_per_number for method in read_methods(recipe))
+    added = sum(method.plan().bytes_per_number for method in methods_of(recipe))
     return ModelSize(trained, total - trained, held, len(parts.blocks.layers), round(added * trained))
 
 

@@ -22,6 +22,7 @@ from orchestrator.tasks import read_options
 from orchestrator.training.assembling import ModelParts, assemble, assemble_outline
 from orchestrator.training.features.build import examples_to_try, use_token_pooling
 from orchestrator.training.prepare import Prepared, check_source, encode_inputs, read_examples, read_inputs
+from orchestrator.transfer import read_methods
 
 CONFIG_FILE = "config.json"
 LARGEST_TO_LOAD = 2 * 2**30
@@ -89,6 +90,7 @@ def open_plan_input(recipe: Recipe, num_examples: int | None = None) -> PlanInpu
     if recipe.source.config is None and not (_source_is_far(recipe) or _data_are_far(recipe)):
         prepared = encode_inputs(read_inputs(recipe))
         return PlanInput(prepared, len(prepared.encoded("train")))
+    read_methods(recipe)
     source = _open_config(recipe) if recipe.source.config is not None else _find_source(recipe)
     config = models.load_config(source)
     task_class, options = read_options(recipe)

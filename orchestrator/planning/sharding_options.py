@@ -27,6 +27,7 @@ from orchestrator.training.engine.devices import uses_gpu
 from orchestrator.training.engine.precision import Precision, has_bf16, resolve_precision
 from orchestrator.training.engine.settings import autocasts, micro_batch_size, uses_deepspeed
 from orchestrator.training.engine.sizes import BF16, FP32
+from orchestrator.transfer import methods_of
 
 SPARE = 0.05
 """Share of a device's memory that is left free for what a plan does not know, such as fragmentation."""
@@ -172,7 +173,12 @@ def valid_options(recipe: Recipe) -> list[tuple[int, str]]:
     """Return the ZeRO stages and offload settings that the recipe may have."""
     adapter = recipe.transfer.adapter
     in_4_bits = adapter is not None and adapter.quantize is not None
-    return [(stage, offload) for stage, offload in ALTERNATIVES if not (in_4_bits and stage == 3)]
+    adds_to_gradients = any(method.changes_gradients() for method in methods_of(recipe))
+    return [
+        (stage, offload)
+        for stage, offload in ALTERNATIVES
+        if not (stage == 3 and (in_4_bits or adds_to_gradients)) and not (offload != "none" and adds_to_gradients)
+    ]
 
 
 def advise(planner: Planner, recipe: Recipe) -> dict[str, Any]:

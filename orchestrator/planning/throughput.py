@@ -20,7 +20,7 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.training.engine.precision import Precision, dtype_of
 from orchestrator.training.engine.settings import micro_batch_size
 from orchestrator.training.engine.sizes import BYTES_MOVED_BY_ADAM
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 NUMBERS_MOVED = 2**23
 REPETITIONS = 5
@@ -49,7 +49,7 @@ def operations_of_step(planner: Planner, recipe: Recipe, workload: Workload, fou
     """Return the operations of an average step on the busiest worker."""
     frozen = found.frozen.of(workload.epoch) if found.stores_features else 0.0
     passes = (found.whole.of(workload.epoch) - frozen) / workload.steps
-    methods = sum(method.plan().operations_per_number for method in read_methods(recipe))
+    methods = sum(method.plan().operations_per_number for method in methods_of(recipe))
     return passes + (planner.balance * BYTES_MOVED_BY_ADAM + methods) * found.size.trained
 
 

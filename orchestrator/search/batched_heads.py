@@ -28,13 +28,12 @@ from orchestrator.search.batched_optimizer import BatchedAdamW
 from orchestrator.tasks.base import Batch, Predictions, Totals
 from orchestrator.tasks.bases.padded import as_arrays
 from orchestrator.training.evaluation import in_order, predict_share
-from orchestrator.training.hooks import Evaluator, Recorder, TrainingState, is_due
+from orchestrator.training.hooks import PHASE, Evaluator, Recorder, TrainingState, is_due
 from orchestrator.training.loop import Step, check_finite, cut, rate_schedule, seed_dropout
 from orchestrator.training.parameter_groups import parameter_groups, rate_multipliers
-from orchestrator.training.phases import ONLY_PHASE
 from orchestrator.training.session import Session
 from orchestrator.training.split_loader import SplitLoader
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
 STACKING = "training several heads together"
 
@@ -70,7 +69,7 @@ class HeadState:
         self.recorder = Recorder(session.engine.exchange, self._directory, recipe.train.log_every)
         task, select = session.prepared.task, session.loaders["select"]
         self.evaluator = Evaluator(
-            session.engine, task, select, session.metric, recipe.train, session.schedule, self._directory, ONLY_PHASE
+            session.engine, task, select, session.metric, recipe.train, session.schedule, self._directory, PHASE
         )
 
     @property
@@ -100,7 +99,7 @@ class BatchedHeads:
             for name, value in trained.items()
         }
         # At a rate and a decay of 1 the groups hold the multipliers of each parameter.
-        groups = parameter_groups(trained, rate_multipliers(session.parts, read_methods(recipes[0])), 1.0, 1.0)
+        groups = parameter_groups(trained, rate_multipliers(session.parts, methods_of(recipes[0])), 1.0, 1.0)
         names = {id(value): name for name, value in trained.items()}
         multipliers = {
             names[id(value)]: (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]

@@ -129,7 +129,7 @@ def trial_seconds(plan: SearchPlan, parameters: dict[str, Any], throughput: Thro
     recipe = trial_recipe(plan.prepared.recipe, parameters)
     is_batched = bool(throughput.sizes) and trains_only_the_head(recipe)
     overhead = SECONDS_PER_BATCHED_TRIAL if is_batched else SECONDS_PER_TRIAL
-    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    phases = find_phases(replace(plan.prepared, recipe=recipe), plan.num_layers)
     return overhead + sum(phase_seconds(plan, phase.recipe, throughput) for phase in phases)
 
 
@@ -150,7 +150,7 @@ def phase_seconds(plan: SearchPlan, recipe: Recipe, throughput: Throughput) -> f
 def share_trained(plan: SearchPlan, parameters: dict[str, Any]) -> float:
     """Return the share of the model's layers that a trial trains, in the phase that trains most."""
     recipe = trial_recipe(plan.prepared.recipe, parameters)
-    phases = find_phases(replace(plan.prepared, recipe=recipe))
+    phases = find_phases(replace(plan.prepared, recipe=recipe), plan.num_layers)
     return max(share_of_recipe(plan, phase.recipe) for phase in phases)
 
 

@@ -1,7 +1,7 @@
-"""What happens around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
+"""The hooks around the steps: records, evaluation, the best checkpoint, early stopping, saving, the progress line.
 
 A hook is called after each step, in a fixed order, on every worker. Where only worker 0 does something (writing), the
-others wait for it, and learn how it ended. Hooks are built anew for each phase.
+others wait for it, and learn how it ended. Hooks are built again for each phase.
 What has to outlive a kill or a phase is in `TrainingState`, which every checkpoint holds.
 """
 
@@ -23,16 +23,18 @@ from orchestrator.training.engine.base import Engine
 from orchestrator.training.evaluation import score
 from orchestrator.training.loop import Schedule, Step
 from orchestrator.training.memory_use import peak_bytes
-from orchestrator.training.phases import ONLY_PHASE
 from orchestrator.training.split_loader import SplitLoader
 
 if TYPE_CHECKING:  # Sessions know the state.
     from orchestrator.training.session import Session
 
+PHASE = "tune"
+"""The name of a run's phase where it has one."""
+
 
 @dataclass
 class TrainingState:
-    """What the hooks remember from step to step, and from phase to phase."""
+    """The state of the hooks, kept from step to step and from phase to phase."""
 
     step: int = 0
     seconds: float = 0.0
@@ -129,7 +131,7 @@ class Clock:
 class Recorder:
     """Writes a train row every `log_every` steps: the mean loss since the last one, and the mean of each other term."""
 
-    def __init__(self, exchange: Exchange, directory: RunDirectory, log_every: int, phase: str = ONLY_PHASE) -> None:
+    def __init__(self, exchange: Exchange, directory: RunDirectory, log_every: int, phase: str = PHASE) -> None:
         self.exchange = exchange
         self.directory = directory
         self.log_every = log_every

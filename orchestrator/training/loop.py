@@ -45,7 +45,7 @@ class Step:
     """Peak rate times the schedule; blocks may have a multiple of it."""
     num_examples: int
     terms: dict[str, float] = field(default_factory=dict)
-    """What methods added to the loss, by their names."""
+    """The values of the methods' terms, by the names of the methods."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from orchestrator.recipe import Recipe
-from orchestrator.transfer import Method, Model, read_methods
+from orchestrator.transfer import Method, Model, methods_of
 
 
 def make_groups(model: Model, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the groups of a model's trained parameters, at the recipe's rates and those of its methods."""
     train = recipe.train
-    multipliers = rate_multipliers(model, read_methods(recipe))
+    multipliers = rate_multipliers(model, methods_of(recipe))
     parameters = dict(model.module.named_parameters())
     return parameter_groups(parameters, multipliers, train.learning_rate, train.weight_decay)
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 
 from orchestrator.recipe import Origin, Phase, Recipe
 from orchestrator.training.assembling import assemble, assemble_outline
+from orchestrator.training.hooks import PHASE
 from orchestrator.training.loop import count_steps
 from orchestrator.training.prepare import Prepared
-from orchestrator.transfer import read_methods
+from orchestrator.transfer import methods_of
 
-ONLY_PHASE = "tune"
-"""The name of a run's phase where it has one."""
 _OF_TRANSFER, _OF_TRAIN = ("freeze",), ("learning_rate", "schedule", "warmup_ratio")
 
 
@@ -27,8 +26,11 @@ class TrainingPhase:
     """The run's, with the phase's values under `transfer` and `train`."""
 
 
-def find_phases(prepared: Prepared) -> list[TrainingPhase]:
+def find_phases(prepared: Prepared, num_layers: int | None = None) -> list[TrainingPhase]:
     """Return the phases that the recipe or one of its methods asks for, in their order.
+
+    Args:
+        num_layers: of the source model; None to count them where a method asks.
 
     Raises:
         ModelError: the source model cannot be used as the recipe asks.
@@ -36,11 +38,11 @@ def find_phases(prepared: Prepared) -> list[TrainingPhase]:
     recipe = prepared.recipe
     written, place = recipe.transfer.phases, "transfer.phases"
     if written is None:
-        for method in read_methods(recipe):
+        for method in methods_of(recipe):
             if method.decides_phases():
-                written, place = method.phases(recipe, count_layers(prepared)), method.place
+                written, place = method.phases(recipe, num_layers or count_layers(prepared)), method.place
     if written is None:
-        return [TrainingPhase(ONLY_PHASE, recipe)]
+        return [TrainingPhase(PHASE, recipe)]
     return [TrainingPhase(phase.name, recipe_of(recipe, phase, f"{place}.{i}")) for i, phase in enumerate(written)]
 
 

@@ -1,4 +1,4 @@
-"""Everything that one worker's run needs, built from a prepared recipe: once for the run, and anew for each phase."""
+"""Everything that one worker's run needs, built from a prepared recipe: once for the run, and again for each phase."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from orchestrator.training.loop import Schedule, make_schedule
 from orchestrator.training.phases import TrainingPhase, find_phases, steps_of
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.split_loader import SplitLoader
-from orchestrator.transfer import Method, read_methods
+from orchestrator.transfer import Method, methods_of
 
 CHANGED_EARLIER = "the weights of the frozen blocks were changed in an earlier phase"
 
 
 @dataclass
 class Session:
-    """What the stages of one worker's run share.
+    """The state that the stages of one worker's run share.
 
     What a phase is trained with is replaced when the next one begins, so nobody else may keep it.
     """
@@ -200,7 +200,7 @@ def _build_phase(session: Session, stack: contextlib.ExitStack, start: int, chan
     session.schedule = schedule = schedule_of(session, prepared, start)
     stack.enter_context(restoring_linear())
     parts = session.parts = assemble_for_sharding(prepared, exchange, may_load_as_stored(recipe, precision))
-    session.methods = read_methods(recipe)
+    session.methods = methods_of(recipe)
     for method in session.methods:
         method.build(parts)
     names, session.changed_earlier = put_changes(parts.module, changed, exchange, is_sharded(recipe))

@@ -20,6 +20,7 @@ __all__ = [
     "TrainedPart",
     "find_method",
     "method_names",
+    "methods_of",
     "read_methods",
 ]
 
@@ -54,32 +55,48 @@ def find_method(name: str, where: str | None = None) -> type[Method]:
 
 
 def read_methods(recipe: Recipe) -> list[Method]:
-    """Return the recipe's methods with their options: those that keys of `transfer` imply, then the listed ones.
+    """Return the recipe's methods, checked against each other and against the rest of the recipe.
 
     Raises:
         RecipeError: with everything that is wrong with them.
     """
-    origin, transfer = recipe.origin, recipe.transfer
-    methods: list[Method] = []
-    problems: list[Problem] = []
-    for name in sorted(_own_names()):  # Other packages have no keys of their own in a recipe.
-        cls = find_method(name)
-        options = cls.implied(transfer)
-        if options is not None:
-            methods.append(cls(options, "transfer"))
-    for number, settings in enumerate(transfer.methods):
-        place = f"transfer.methods.{number}"
-        try:
-            cls = find_method(settings.name, origin.where(f"{place}.name"))
-            methods.append(cls(check_section(cls.Options, settings.options, place, origin), place))
-        except RecipeError as error:
-            problems.extend(error.problems)
+    methods, problems = _open_methods(recipe)
     for method in methods:
         problems += method.check(recipe)
     problems += [*_find_repeated(recipe, methods), *_find_unreachable(recipe, methods)]
     if problems:
         raise RecipeError(problems)
     return methods
+
+
+def methods_of(recipe: Recipe) -> list[Method]:
+    """Return the methods of a recipe that was checked before, or of one of its phases.
+
+    Those that keys of `transfer` imply come first, then the listed ones in their order.
+    """
+    methods, problems = _open_methods(recipe)
+    if problems:
+        raise RecipeError(problems)
+    return methods
+
+
+def _open_methods(recipe: Recipe) -> tuple[list[Method], list[Problem]]:
+    """Return the methods whose options are right, and what is wrong with the options of others."""
+    methods: list[Method] = []
+    problems: list[Problem] = []
+    for name in sorted(_own_names()):  # Other packages have no keys of their own in a recipe.
+        cls = find_method(name)
+        options = cls.implied(recipe.transfer)
+        if options is not None:
+            methods.append(cls(options, "transfer"))
+    for number, settings in enumerate(recipe.transfer.methods):
+        place = f"transfer.methods.{number}"
+        try:
+            cls = find_method(settings.name, recipe.origin.where(f"{place}.name"))
+            methods.append(cls(check_section(cls.Options, settings.options, place, recipe.origin), place))
+        except RecipeError as error:
+            problems.extend(error.problems)
+    return methods, problems
 
 
 def _find_repeated(recipe: Recipe, methods: list[Method]) -> list[Problem]:

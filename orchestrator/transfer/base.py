@@ -1,4 +1,4 @@
-"""What a method is: one way to move knowledge from source to target, with its options and its places to act.
+"""The base class of methods: one way to move knowledge from source to target, with options and places to act.
 
 Each place has a default that does nothing. The loop calls a method where the places say; the method knows neither the
 loop, nor the engine, nor the task.
@@ -7,15 +7,17 @@ loop, nor the engine, nor the task.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from orchestrator.errors import Problem
-from orchestrator.models import Blocks
 from orchestrator.recipe import Phase, Recipe, Transfer
 from orchestrator.recipe.sections import Section
 from orchestrator.tasks.base import Batch, Totals
+
+if TYPE_CHECKING:  # Options are checked before torch is imported.
+    from torch import Tensor, nn
+
+    from orchestrator.models import Blocks
 
 
 class Model(Protocol):
@@ -45,7 +47,7 @@ class TrainedPart:
     value: Tensor
     """In fp32."""
     gradient: Tensor
-    """Of the loss of the global batch, not clipped yet; what is added to it in place is added to the gradient."""
+    """The gradient of the loss of the global batch, before clipping. A method adds to it in place."""
     start: int = 0
     """Index of the part's first number in the flattened parameter."""
 
@@ -61,7 +63,7 @@ class LossContext:
     """One forward pass of this worker in a step."""
 
     outputs: Any
-    """Of the model."""
+    """The output of the model."""
     batch: Batch
     totals: Totals
     """Sums of the declared counts over the global batch, which a term is divided by."""
@@ -71,7 +73,7 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Added:
-    """What a method adds to the training on each worker."""
+    """The cost of a method on each worker."""
 
     bytes_per_number: float = 0.0
     """Memory for each trained number that the worker holds an optimizer state of."""

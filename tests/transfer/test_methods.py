@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from orchestrator.transfer import TrainedPart, find_method, method_names, read_m
 
 Write = Callable[..., Recipe]
 RECIPE = "name: x\nsource: {model: some/model}\ntarget: {task: text-classification, data: x.jsonl}\n"
+LISTED = [name for name in method_names() if name != "layer-rates"]
 ENTROPY = '''
 from orchestrator.recipe.sections import NotNegative, Section
 from orchestrator.transfer import Added, Method
@@ -127,6 +129,18 @@ def test_a_part_of_a_parameter_is_cut_out_of_other_tensors_alike() -> None:
     assert part.of(whole).tolist() == [4.0, 5.0, 6.0, 7.0, 8.0]
     same = TrainedPart("weight", torch.zeros(3, 4), torch.zeros(3, 4))
     assert same.of(whole) is whole
+
+
+def test_methods_are_read_and_checked_without_torch() -> None:
+    transfer = "{layer_decay: 0.5, methods: [" + ", ".join(f"{{name: {name}}}" for name in LISTED) + "]}"
+    script = f"""
+import sys
+from orchestrator.recipe import parse_recipe
+from orchestrator.transfer import read_methods
+print(len(read_methods(parse_recipe({RECIPE + f"transfer: {transfer}"!r}))), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == [str(len(LISTED) + 1), "False"]
 
 
 def test_a_recipe_without_methods_has_none(write_recipe: Callable[..., Path]) -> None:
