@@ -50,7 +50,7 @@ def may_be_numbers(options: LabelOptions) -> bool:
     return isinstance(options, LabelOrNumberOptions)
 
 
-def numbers_of(options: LabelOptions) -> Numbers:
+def numbers_of(options: LabelOptions | LabelOrNumberOptions) -> Numbers:
     """Return how numbers in a column of labels are read."""
     wanted: Literal["auto"] | ProblemType = options.problem_type
     if wanted == REGRESSION:
