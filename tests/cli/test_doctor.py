@@ -27,7 +27,7 @@ def test_versions_cores_and_memory_are_those_of_this_machine() -> None:
     for package in doctor.PACKAGES:
         assert found[package] == Finding(package, version(package))
     assert int(found["cores"].value) >= 1
-    assert float(found["memory"].value.split()[0]) == pytest.approx(psutil.virtual_memory().total / (1 << 30), abs=0.1)
+    assert float(found["memory"].value.split()[0]) == pytest.approx(psutil.virtual_memory().total / 1e9, abs=0.1)
 
 
 def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,7 @@ def hub_info(files):
 
 
 def test_all_names_of_the_room_are_found_and_no_others() -> None:
-    assert {name for names in models._HOMES.values() for name in names} == set(models.__all__)
+    assert set(models._MODULES) == set(models.__all__)
     assert all(getattr(models, name) is not None for name in models.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         models.nothing  # noqa: B018

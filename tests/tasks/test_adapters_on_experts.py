@@ -119,7 +119,7 @@ def recipe_of(write: WriteRecipe, source: Path, adapter: dict[str, Any], **secti
     return orchestrator.load_recipe(recipe)
 
 
-def find_token_losses(run: Any) -> list[float]:
+def losses_of(run: Any) -> list[float]:
     rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["split"] == "train"]
 
@@ -149,8 +149,8 @@ def test_experts_learn_and_what_is_saved_says_the_same_in_plain_peft_and_merged(
 def test_other_engines_learn_experts_as_pytorch_does(
     scale: dict[str, Any], write: WriteRecipe, tiny_mixture: Path, tmp_path: Path
 ) -> None:
-    plain = find_token_losses(orchestrator.train(recipe_of(write, tiny_mixture, {}), tmp_path / "plain"))
-    other = find_token_losses(orchestrator.train(recipe_of(write, tiny_mixture, {}, scale=scale), tmp_path / "other"))
+    plain = losses_of(orchestrator.train(recipe_of(write, tiny_mixture, {}), tmp_path / "plain"))
+    other = losses_of(orchestrator.train(recipe_of(write, tiny_mixture, {}, scale=scale), tmp_path / "other"))
     assert other == pytest.approx(plain, rel=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_stored_features_and_checkpointing_leave_the_losses_of_experts_as_they_a
     write: WriteRecipe, tiny_mixture: Path, tmp_path: Path
 ) -> None:
     found = [
-        find_token_losses(orchestrator.train(recipe_of(write, tiny_mixture, {}, train=train), tmp_path / str(number)))
+        losses_of(orchestrator.train(recipe_of(write, tiny_mixture, {}, train=train), tmp_path / str(number)))
         for number, train in enumerate(
             [{"cache_prefix": False}, {"cache_prefix": True}, {"cache_prefix": False, "gradient_checkpointing": True}]
         )

@@ -333,7 +333,7 @@ def streamed(write: WriteRecipe, chats: Path, tmp_path: Path) -> Path:
     return path
 
 
-def find_token_losses(folder: Path) -> list[float]:
+def losses_of(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["split"] == "train"]
 
@@ -341,15 +341,15 @@ def find_token_losses(folder: Path) -> list[float]:
 def test_a_streamed_run_is_repeated_and_resumed_with_the_same_losses(streamed: Path, tmp_path: Path) -> None:
     recipe = orchestrator.load_recipe(streamed)
     first, second = (orchestrator.train(recipe, tmp_path / name) for name in ("first", "second"))
-    losses = find_token_losses(first.directory)
+    losses = losses_of(first.directory)
     assert len(losses) == 6
-    assert find_token_losses(second.directory) == losses
+    assert losses_of(second.directory) == losses
     (second.directory / "result.json").unlink()
     for folder in sorted((second.directory / "checkpoints").iterdir())[1:]:
         shutil.rmtree(folder)
     again = orchestrator.train(recipe, second.directory)
     assert again.resumed
-    assert find_token_losses(again.directory) == losses
+    assert losses_of(again.directory) == losses
     assert again.result["metrics"] == first.result["metrics"]
 
 

@@ -31,7 +31,7 @@ from orchestrator.data import Column, Examples
 from orchestrator.data.cache import as_table
 from orchestrator.errors import InputError, RecipeError
 from orchestrator.inference.predict import evaluate, predict_examples
-from orchestrator.inference.trained_model import load_trained
+from orchestrator.inference.trained_model import load_trained_model
 from orchestrator.planning.plan import plan
 from orchestrator.planning.simulation import fake_weights, simulate
 from orchestrator.recipe import Recipe, parse_recipe
@@ -291,7 +291,7 @@ def test_predictions_without_targets_are_those_that_are_scored_and_depend_on_no_
     directory = runs.run("whole", *runs.frozen)
     scored = evaluate(directory, None, "test")["metrics"]
     assert scored == pytest.approx(result_of(directory)["metrics"]["test"], rel=1e-4, abs=1e-6)
-    trained = load_trained(directory)
+    trained = load_trained_model(directory)
     examples = split_to_test(runs, trained.task)
     targets = [column.name for column in trained.task.columns(trained.task.options) if column.field.is_target]
     without = Examples(examples.table.drop_columns(targets), examples.rows, examples.files)
@@ -317,7 +317,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_the_exported_folder_predicts_the_same_without_this_package(runs: Runs) -> None:
     model = runs.run("whole", *runs.frozen) / "model"
-    trained = load_trained(model)
+    trained = load_trained_model(model)
     examples = split_to_test(runs, trained.task)
     plain = getattr(transformers, trained.task.auto_class).from_pretrained(model).eval()
     encoded = trained.task.wrap(as_table(trained.task.encode(examples, trained.processor)), trained.processor)

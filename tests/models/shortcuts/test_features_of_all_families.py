@@ -143,7 +143,7 @@ def sessions(prepared: Prepared, root: Path) -> Iterator[Session]:
             yield session
 
 
-def find_token_losses(session: Session) -> list[float]:
+def losses_of(session: Session) -> list[float]:
     steps = training_steps(
         session.engine, session.prepared.task, session.loaders["train"], session.parts.frozen, session.schedule
     )
@@ -161,7 +161,7 @@ def test_losses_are_the_same_with_stored_features(
         is_fed = session.loaders["train"].features is not None
         notes = session.directory.read_record().get("notes", [])
         why = [note for note in notes if not note.startswith("tuned batch norms")]
-        found.append((is_fed, find_token_losses(session), why))
+        found.append((is_fed, losses_of(session), why))
     (is_fed, losses, notes), (is_fed_too, expected, _) = found
     assert not is_fed_too
     assert is_fed == (not notes), notes
@@ -175,9 +175,9 @@ def test_heads_that_are_trained_together_have_them_too(
 ) -> None:
     every_step = ["train.epochs=null", f"train.steps={NUM_STEPS}", "train.log_every=1"]
     prepared = prepare_family(name, "transfer.freeze=all", "train.group_by_length=false", *every_step)
-    cached, uncached = sessions(prepared, tmp_path)
-    together = BatchedHeads(cached, [prepared.recipe, prepared.recipe]).train()
-    expected = find_token_losses(uncached)
+    opened = sessions(prepared, tmp_path)  # One after the other: a session that is left holds nothing any more.
+    together = BatchedHeads(next(opened), [prepared.recipe, prepared.recipe]).train()
+    expected = losses_of(next(opened))
     for head in together:
         losses = [row["loss"] for row in head.rows if row["split"] == "train"]
         assert losses == pytest.approx(expected, rel=1e-6)
