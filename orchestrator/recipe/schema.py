@@ -156,28 +156,28 @@ class Train(Section):
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers."""
     micro_batch_size: Literal["auto"] | PositiveInt = "auto"
-    """Examples per forward pass on one worker; `auto` takes a worker's whole share of the global batch, up to 32, and
-    half as many tokens in a pass each time that memory runs out. The losses stay the same, but for what dropout draws.
-    """
+    """Examples per forward pass on one worker. `auto` is the worker's whole share of the global batch, up to 32, and
+    halves the tokens of a pass each time memory runs out. Losses stay the same, except that dropout draws other
+    numbers."""
     group_by_length: bool = True
-    """Put examples of similar length into a batch (in shuffled order), so that little is spent on padding."""
+    """Form batches of examples of similar length (in shuffled order), so that there is little padding."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 with fp32 master weights where the hardware has it (GPU, AMX or AVX512-BF16), else fp32."""
+    """`auto` is bf16 with fp32 master weights if the hardware supports it (GPU, AMX or AVX512-BF16), otherwise fp32."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are clipped to this norm; null for no clipping."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache_prefix: Literal["auto"] | bool = "auto"
-    """Compute the outputs of the frozen blocks once, store them and start later epochs (and trials of a search) from
-    them; the losses stay the same. `auto`: where that pays; `true`: wherever it can be done."""
+    """Compute the outputs of the frozen blocks once, store them, and start later epochs (and trials of a search) from
+    them; losses stay the same. `auto`: if it saves time; `true`: whenever it is possible."""
     early_stopping: EarlyStopping | None = None
     """Stop when *select* has not improved for a while; null to train to the end."""
     evaluate_every: Every = "epoch"
-    """Score *select* every epoch or every so many steps."""
+    """Score *select* every epoch, or every this many steps."""
     log_every: PositiveInt = 10
     """Steps between train rows in metrics.jsonl."""
     save_every: Every = "epoch"
-    """Checkpoint every epoch or every so many steps."""
+    """Save a checkpoint every epoch, or every this many steps."""
     keep: PositiveInt = 2
     """Checkpoints kept besides the best one."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -185,44 +185,45 @@ class Train(Section):
 
 
 class Scale(Section):
-    """On what it runs."""
+    """The workers that it runs on."""
 
     workers: PositiveInt = 1
-    """Ray Train workers; one runs in the calling process. `[2, 8]` is short for 8 here and 2 in `min_workers`."""
+    """Ray Train workers; a single one runs in the calling process. `[2, 8]` is short for 8 here and 2 in
+    `min_workers`."""
     min_workers: PositiveInt | None = None
-    """Go on with fewer workers, down to so many, while the cluster has no room for all; the global batch stays as it
-    is. null: always all. For trainings without DeepSpeed; the trials of searches have `workers`."""
+    """Continue with fewer workers, but at least this many, while the cluster has no room for all; the global batch
+    stays the same. null: always all. Only without DeepSpeed; trials of searches always have `workers`."""
     wait_for_nodes: bool = False
-    """Where the cluster has no room yet, wait for nodes that its autoscaler brings, instead of refusing."""
+    """If the cluster has no room, wait for nodes from its autoscaler instead of refusing to start."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
-    """GPUs of a worker; `auto` takes one where the cluster has them, 0 none wherever it runs."""
+    """GPUs of each worker; `auto` is one if the cluster has GPUs, 0 uses none."""
     cpus_per_worker: Literal["auto"] | PositiveInt = "auto"
-    """Cores of a worker, which is placed whole on one machine; `auto` shares the cores of the machines that workers fit
-    on."""
+    """Cores of each worker, all on one machine; `auto` divides each machine's cores among the workers on it."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
-    """`torch` is plain PyTorch or DDP; `auto` takes DeepSpeed when `zero_stage` is above 0."""
+    """`torch` is plain PyTorch or DDP; `auto` is DeepSpeed if `zero_stage` is above 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020). `auto`
     is short for 0 with `fit`."""
     fit: bool = False
-    """Where the training would not fit into memory, have a plan choose stage, offload, smaller passes and gradient
-    checkpointing before it starts. Searches leave all of it as it is written."""
+    """If the training does not fit into memory, let a plan choose ZeRO stage, offload, smaller passes and gradient
+    checkpointing before it starts. Searches do not use it."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep the optimizer (`all`: and the weights, with ZeRO-3) in main memory."""
+    """Keep the optimizer state (`all`: also the weights, with ZeRO-3) in main memory."""
     deepspeed: dict[Text, Any] | None = None
-    """More of DeepSpeed's own configuration (its "Configuration JSON"), for experts: `{zero_optimization:
-    {offload_optimizer: {device: nvme, nvme_path: /local}}}`. What the recipe says elsewhere is not said again here."""
+    """Further keys of DeepSpeed's configuration JSON, for experts: `{zero_optimization: {offload_optimizer: {device:
+    nvme, nvme_path: /local}}}`. Settings that the recipe has keys for are refused here."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Times a run goes on from its last checkpoint after a worker died; -1 without end."""
+    """Restarts from the last checkpoint after a worker died; -1 for no limit."""
     storage: Text = "runs"
-    """Folder in which runs are kept, which every worker must see; or one of an object store: `s3://bucket/folder`,
+    """Folder for runs, which all workers must be able to access, or one of an object store: `s3://bucket/folder`,
     `gs://...`, `abfs://...` (searches need a folder)."""
     cache_gigabytes: Literal["auto"] | Positive = "auto"
-    """Disk for stored outputs of frozen blocks; `auto` takes half of what is free. The least used go first."""
+    """Disk space for stored outputs of frozen blocks; `auto` is half of the free space. Those used longest ago are
+    deleted first."""
 
 
 class Case(Section):
-    """The values that one place of the recipe may take in a search: exactly one of the kinds below."""
+    """The values of one place of the recipe in a search: exactly one of the kinds below."""
 
     when: dict[Text, Any] | None = None
     """Places of the recipe, each with the value (or a list of the values) it must have for this case to apply; a
@@ -239,13 +240,13 @@ class Case(Section):
 
     @model_serializer(mode="wrap")
     def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Four nulls beside every choice would bury it."""
+        """Leave out the kinds that are not used."""
         return {key: value for key, value in write(self).items() if value is not None}
 
 
 class Search(Section):
-    """Trials of this recipe with other values: which, how many, and how the winner is found. Only `orchestrator search`
-    reads it."""
+    """Trials of this recipe with other values: which values, how many trials, and how the winner is chosen. Only
+    `orchestrator search` uses it."""
 
     space: dict[Text, Case | Annotated[list[Case], Field(min_length=1, title="a list of such cases")]] | None = None
     """What varies: dotted places of the recipe with their values, or with a list of cases, of which the first that
@@ -256,9 +257,9 @@ class Search(Section):
     mode: Literal["max", "min"] | None = None
     """Whether high or low is good; null as the metric says."""
     trials: PositiveInt = 16
-    """At most this many trials."""
+    """The largest number of trials."""
     seconds: Positive | None = None
-    """After this long no trial begins and running ones are stopped; null for no limit."""
+    """Time after which no trial starts and running ones are stopped; null for no limit."""
     algorithm: Literal["grid", "random", "tpe"] = "grid"
     """`grid` crosses all choices, with as many points of each range as `trials` allows; `random` draws; `tpe` learns
     from earlier trials where good values lie (Bergstra et al. 2011), which pays from some twenty trials on."""
@@ -269,15 +270,15 @@ class Search(Section):
     """`asha`: evaluations that every trial gets before it may be left; it is judged at `grace`, `grace * reduction`,
     `grace * reduction^2`, ... evaluations. `pbt`: evaluations between two exchanges."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """`asha`: one of so many trials goes on each time it is judged."""
+    """`asha`: one in this many trials continues each time trials are judged."""
     concurrent: Literal["auto"] | PositiveInt = "auto"
-    """Trials at a time; `auto` as many as the machine has cores or GPUs for."""
+    """Trials at the same time; `auto`: as many as the machine has cores or GPUs for."""
     reseed_top: Annotated[int, Field(ge=0)] = 0
-    """Train so many of the best again with other seeds before a winner is named; the best mean wins."""
+    """Train this many of the best trials again with other seeds before a winner is chosen; the best mean wins."""
     reseeds: PositiveInt = 2
     """Other seeds for each of `reseed_top`."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of the search. Every trial keeps `train.seed`, so that trials differ in what is searched alone."""
+    """Seed of the search. All trials have `train.seed`, so that they differ only in what is searched."""
 
 
 class Recipe(Section):
@@ -294,9 +295,9 @@ class Recipe(Section):
     train: Train = Train()
     """How it is trained."""
     scale: Scale = Scale()
-    """On what it runs."""
+    """The workers that it runs on."""
     search: Search | None = None
-    """What `orchestrator search` tries; null for its defaults."""
+    """The values that `orchestrator search` tries; null for its defaults."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

@@ -18,7 +18,7 @@ from orchestrator.training.prepare import Prepared
 
 @dataclass
 class ModelParts:
-    """What an engine and the loop work with: the model, its blocks, and which of its parameters are trained."""
+    """The parts that an engine and the loop work with: the model, its blocks, and which parameters are trained."""
 
     module: Any
     """The model, with head and adapter."""

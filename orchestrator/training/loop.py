@@ -213,7 +213,7 @@ def _terms(methods: Sequence[Method], context: LossContext) -> Iterator[tuple[st
 
 
 def add_to_gradients(engine: Engine, methods: Sequence[Method], index: int) -> dict[str, Tensor]:
-    """Have methods add to the gradients of a step.
+    """Let methods add to the gradients of a step.
 
     Returns:
         The values of the terms that the additions are the gradients of, by the methods' names.

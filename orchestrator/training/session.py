@@ -244,7 +244,7 @@ def _build_phase(session: Session, stack: contextlib.ExitStack, start: int, chan
 
 
 def ask_source(session: Session, prepared: Prepared) -> None:
-    """Have each split hold what the source predicts of its examples, before anything is trained."""
+    """Store in each split what the source predicts for its examples, before anything is trained."""
     if session.references:  # Of the first phase: the model of a later one is not the source any more.
         for name, loader in session.loaders.items():
             loader.encoded.reference = session.references[name]

@@ -1,4 +1,4 @@
-"""What a split feeds the model with: its examples, or stored features of the frozen blocks in their place."""
+"""The batches of a split: its examples, or stored features of the frozen blocks in their place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SplitLoader:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """What padding costs in: positions of each example, or 1 where features are even and none is padded."""
+        """The padded positions of each example; 1 where features are even and none is padded."""
         return np.ones(len(self), np.int64) if self.is_even else self.encoded.lengths
 
     def batch(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...] | None = None) -> Batch:
@@ -66,7 +66,7 @@ class SplitLoader:
         return max(1, most // int(self.encoded.lengths.max()))
 
     def extra_inputs(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Return what goes along with features of these rows: masks, targets."""
+        """Return what the model needs of these rows besides features: masks, targets."""
         return self._to_device(self.encoded.extra_inputs(rows))
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -80,12 +80,12 @@ class SplitLoader:
 
 
 def as_array(values: Tensor) -> tuple[npt.NDArray[np.generic], str]:
-    """A tensor as NumPy knows it, and the name of its number format: NumPy has no bf16."""
+    """Return a tensor as a NumPy array, and the name of its dtype: NumPy has no bf16."""
     name = str(values.dtype).removeprefix("torch.")
     values = values.contiguous()
     return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).cpu().numpy(), name
 
 
 def as_tensor(values: npt.NDArray[np.generic], name: str) -> Tensor:
-    """The reverse of `as_array`."""
+    """Return the tensor of an array; the reverse of `as_array`."""
     return torch.from_numpy(values).view(getattr(torch, name))

@@ -67,7 +67,7 @@ class Field(ABC):
             return values.cast(wanted)
         except pa.ArrowInvalid as error:
             what = f"the values of column {show_name(source)} cannot be read: {show_name(str(error))}"
-            raise DataError(Problem(what, file.place, "write this column anew")) from error
+            raise DataError(Problem(what, file.place, "write this column again")) from error
 
     def read(self, raw: RawFile, name: str, source: str) -> Part:
         """Return the column of one file; raises DataError as `convert` does."""

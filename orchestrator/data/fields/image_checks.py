@@ -81,7 +81,7 @@ def _remedy(why: str) -> str:
         return "copy these files again, or remove the rows"
     if why == TOO_LARGE:
         return "make these pictures smaller; the model reads far fewer pixels"
-    return "save these pictures anew (as PNG or JPEG), or remove the rows"
+    return "save these pictures again (as PNG or JPEG), or remove the rows"
 
 
 def _survey(examples: Examples, column: str) -> pa.Table:

@@ -35,7 +35,7 @@ class BoundaryNotReached(Exception):
 
 @dataclass
 class _ForwardPass:
-    """What to do in one forward pass."""
+    """The task of one forward pass: where features enter, and which ones are captured."""
 
     start: int | None = None
     """The boundary at which features are inserted; None where the pass starts at the inputs."""

@@ -70,7 +70,7 @@ def why_not_replaceable(recipe: Recipe, encoded: Encoded) -> str | None:
 
 
 def examples_to_try(encoded: Encoded, parts: ModelParts) -> tuple[SplitLoader, npt.NDArray[np.int64]]:
-    """A split on the model's device, and some of its rows."""
+    """Return a split on the model's device, and some of its rows."""
     order = np.argsort(encoded.lengths, kind="stable")
     some = np.unique(order[[int(share * (len(order) - 1)) for share in TRIED]])
     return SplitLoader(encoded, torch.device(parts.body.device)), some
