@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from orchestrator.recipe import FreezeDepth
@@ -62,8 +62,10 @@ def readable_range(scores: Sequence[float], higher_is_better: bool, furthest: fl
     middle = median(scores)
     if len(scores) < _FEWEST_FOR_A_CUT or middle == best:
         return low, high
-    far, tenths = best + furthest * (middle - best), quantiles(scores, n=10, method="inclusive")
-    return (max(low, min(far, tenths[0])), high) if higher_is_better else (low, min(high, max(far, tenths[-1])))
+    far, ordered, tenth = best + furthest * (middle - best), sorted(scores), len(scores) // 10
+    if higher_is_better:
+        return max(low, min(far, ordered[tenth])), high
+    return low, min(high, max(far, ordered[-1 - tenth]))
 
 
 def depth_order(freeze: Any, num_layers: int | None) -> float:

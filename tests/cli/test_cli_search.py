@@ -181,7 +181,7 @@ def test_a_search_that_was_ended_goes_on_with_the_same_command(end: signal.Signa
     command = [sys.executable, "-m", "orchestrator.cli", "search", recipe, "--output", "out", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rows = Path("out/trials.jsonl")
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not rows.exists() or not rows.read_text():
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.01)
@@ -213,7 +213,7 @@ def test_a_killed_population_goes_on_with_the_rates_that_its_trials_had_and_tell
     ]
     command = [sys.executable, "-m", "orchestrator.cli", "search", recipe, "--output", "out", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not any((path.parent / "checkpoints").glob("step-*/COMMITTED") for path in Path("out").rglob(CHANGES)):
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.01)

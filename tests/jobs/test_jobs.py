@@ -274,7 +274,7 @@ def test_local_files_travel_and_the_recipe_finds_them(
     upload = pack(orchestrator.load_recipe(path), folder, [], ["SOME_SECRET"])
     assert json.loads((folder / ENVIRONMENT_FILE).read_text()) == {"SOME_SECRET": CANARY}
     assert (folder / ENVIRONMENT_FILE).stat().st_mode & 0o077 == 0
-    assert (folder / "orchestrator" / "cli.py").exists()
+    assert (folder / "orchestrator" / "cli" / "main.py").exists()
     sent = orchestrator.load_recipe(folder / "recipe.yaml")
     assert sent.target.data.train.startswith("./files/")  # type: ignore[union-attr]
     from orchestrator.training.prepare import prepare
@@ -334,7 +334,7 @@ def test_what_cannot_travel_is_told_all_at_once(
     for words in (
         "nowhere.jsonl does not exist",
         "NO_SUCH_VARIABLE is not set",
-        "and a job may have 1.00 MB",
+        "and a job may have 1.00 kB",
         "--shared",
     ):
         assert words in told

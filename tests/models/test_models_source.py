@@ -280,7 +280,6 @@ def hub_info(files):
 
 
 def test_all_names_of_the_room_are_found_and_no_others() -> None:
-    assert set(models._MODULES) == set(models.__all__)
-    assert all(getattr(models, name) is not None for name in models.__all__)
+    assert all(getattr(models, name) is not None for name in models._MODULES)
     with pytest.raises(AttributeError, match="nothing"):
         models.nothing  # noqa: B018

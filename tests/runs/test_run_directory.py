@@ -21,7 +21,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from orchestrator.runs.directory import RunDirectory
-with RunDirectory(Path(sys.argv[1])).locked():
+with RunDirectory(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
 """

@@ -197,7 +197,7 @@ def test_many_pictures_are_predicted_a_part_at_a_time(
 ) -> None:
     directory = run_pictures("plain", "vit")
     whole = evaluate(directory, None, "test")
-    monkeypatch.setattr("orchestrator.inference.predict.EXAMPLES_TOGETHER", 7)
+    monkeypatch.setattr("orchestrator.inference.predict.EXAMPLES_ENCODED_AT_ONCE", 7)
     in_parts = evaluate(directory, None, "test")
     assert in_parts["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
     assert in_parts["details"] == whole["details"]

@@ -151,7 +151,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
 def test_workers_that_take_steps_are_waited_for(store: dict[str, bytes], takes_signals: None) -> None:
     handler, sender = InterruptHandler(), StopRequestSender()
     receiver, other = StopRequestReceiver(sender.key, listens=True), StopRequestReceiver(sender.key, listens=False)
-    with handler.installed(), sender.waiting(), handler.forwarding_to(sender.ask), receiver.during_steps():
+    with handler.installed(), sender.waiting(), handler.forwarding_to(sender.send), receiver.during_steps():
         os.kill(os.getpid(), signal.SIGINT)
         assert receiver._is_set.wait(10)
         for thread in threading.enumerate():
@@ -168,7 +168,7 @@ def test_workers_that_have_nothing_to_save_are_not(
     monkeypatch.setattr(stop_request, "SECONDS_FOR_REPLY", 60.0 if listens else 0.01)
     handler, sender = InterruptHandler(), StopRequestSender()
     StopRequestReceiver(sender.key, listens)
-    waiting = sender.waiting(), handler.forwarding_to(sender.ask)
+    waiting = sender.waiting(), handler.forwarding_to(sender.send)
     with handler.installed(), pytest.raises(KeyboardInterrupt), waiting[0], waiting[1]:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(30)

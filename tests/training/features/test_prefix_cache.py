@@ -381,7 +381,7 @@ def test_what_an_example_gives_beside_others_only_is_not_stored(runs: Runs, monk
     monkeypatch.setattr(BertEmbeddings, "forward", forward)
     directory = runs.train("run", CASES["bert"])
     (note,) = notes_of(directory)
-    assert note.endswith("what they make of an example depends on the other examples of its batch")
+    assert note.endswith("their output for an example depends on the other examples of its batch")
     assert runs.entries == set()
 
 
