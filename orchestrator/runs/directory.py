@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import InputError, Problem
-from orchestrator.json_lines import append_json_line, finite, format_json_lines, parse_object
+from orchestrator.json_lines import append_json_line, finite, format_json_lines, parse_object, read_json_lines
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -159,10 +159,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without damaged ones."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().split(b"\n")
-        return [row for line in lines if (row := parse_object(line))]
+        return read_json_lines(self.metrics)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         append_json_line(self.metrics, row)

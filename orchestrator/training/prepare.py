@@ -21,6 +21,7 @@ from orchestrator.models.folder import MERGE
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.schema import Data
 from orchestrator.tasks import Encoded, Task, check_packages, read_options
+from orchestrator.transfer import read_methods
 
 T = TypeVar("T")
 ENCODING_VERSION = 3
@@ -74,6 +75,7 @@ def read_inputs(recipe: Recipe, strict: bool = False) -> Inputs:
     problems: list[Problem] = []
     source = _collect(problems, lambda: models.find_source(recipe))
     chosen = _collect(problems, lambda: read_options(recipe))
+    _collect(problems, lambda: read_methods(recipe))
     if chosen is not None:
         problems += check_packages(*chosen, recipe.origin.where("target.options"))
         problems += check_source(source, chosen[0]) if source is not None else []

@@ -90,6 +90,18 @@ def test_everything_that_is_wrong_with_methods_is_said_at_once_with_its_line(ent
     assert "the method 'entropy' is used twice" in said
 
 
+def test_what_a_method_cannot_be_combined_with_is_refused_before_a_run_starts(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transfer = {"methods": [{"name": "l2-sp"}], "adapter": {"type": "lora"}}
+    path, run = write_recipe(transfer=transfer), tmp_path / "run"
+    for verb in ("validate", "train", "search"):
+        given = [verb, str(path)] if verb == "validate" else [verb, str(path), "--output", str(run)]
+        assert main(given) == 2
+        assert "`l2-sp` holds weights near the source's, but `transfer.adapter`" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def test_options_can_be_set_on_the_command_line_and_searched(entropy: str) -> None:
     space = "search: {space: {transfer.methods.0.weight: {choice: [0.1, 0.2]}}}\n"
     text = f"{RECIPE}transfer: {{methods: [{{name: entropy}}]}}\n{space}"
