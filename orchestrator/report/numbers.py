@@ -6,6 +6,8 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+from orchestrator.formatting import format_duration
+
 MISSING = "\N{EN DASH}"
 _LARGEST = 1e100
 _LATEST_MOMENT = 1e11
@@ -55,14 +57,7 @@ def difference(value: float) -> str:
 
 def duration(seconds: float | None) -> str:
     """Return seconds as `0.42 s`, `8.3 s`, `2 min 5 s`, `3 h 20 min`."""
-    if seconds is None:
-        return MISSING
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+    return MISSING if seconds is None else format_duration(seconds)
 
 
 def moment(seconds: float | None) -> str | None:
@@ -75,21 +70,6 @@ def moment(seconds: float | None) -> str | None:
 def tenths(seconds: float) -> str:
     """Return seconds for a column: `9.7`, `1,204.0`."""
     return f"{seconds:,.1f}"
-
-
-def file_size(num_bytes: float) -> str:
-    """Return `512 bytes`, `1.2 GB`; in powers of 1000."""
-    size, unit = num_bytes, "bytes"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:,.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
-
-
-def count(amount: int, noun: str) -> str:
-    """Return `1 trial`, `2,000 trials`."""
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def plain(value: Any) -> str:
