@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import Problem
 from orchestrator.formatting import format_bytes, format_count, format_duration
-from orchestrator.recipe import Recipe
+from orchestrator.recipe import Recipe, show_path
 from orchestrator.storage import is_url, join
 
 if TYPE_CHECKING:
@@ -43,12 +42,6 @@ def table(rows: Sequence[Sequence[str]], out: TextIO) -> None:
         out.write(clean("  ".join([*cells, row[-1]])).rstrip() + "\n")
 
 
-def short_path(path: Path) -> str:
-    """Return the path relative to the current folder if it is inside, otherwise the whole path."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
 def validated(prepared: Prepared, out: TextIO) -> None:
     recipe = prepared.recipe
     counts = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
@@ -69,9 +62,9 @@ def previewed(found: Preview, out: TextIO) -> None:
     begin, end = ("\033[32m", "\033[0m") if out.isatty() else ("[[", "]]")
     for example in found.examples:
         out.write(f"{clean(example.where)}: {example.length:,} tokens, {example.num_targets:,} learned\n")
-        for text, is_learned in example.pieces:
+        for text, is_learned in example.segments:
             out.write(f"{begin}{clean(text)}{end}" if is_learned else clean(text))
-        out.write("\n\n" if example.pieces else "")
+        out.write("\n\n" if example.segments else "")
     rows = [
         (
             name,
@@ -100,7 +93,7 @@ def trained(recipe: Recipe, run: Run, out: TextIO) -> None:
         ("best", f"step {result['best_step']} by {result['metric']} on select"),
     ]
     rows += scores_of(result)
-    place = run.place if is_url(run.place) else short_path(run.directory)
+    place = run.place if is_url(run.place) else show_path(run.directory)
     rows += [("model", join(place, "model")), ("everything else", place)]
     if run.resumed:
         rows.insert(0, ("resumed", "from an earlier run in this directory; --fresh starts over"))
@@ -121,7 +114,7 @@ def searched(recipe: Recipe, found: SearchRun, out: TextIO) -> None:
         scores = "  ".join(f"{seed['score']:.4f}" for seed in winner["seeds"])
         rows.append(("its seeds", f"{record['metric']} {scores} on select"))
     rows += scores_of(found.result)
-    here = short_path(found.directory)
+    here = show_path(found.directory)
     rows += [("model", f"{here}/model"), ("recipe", f"{here}/best.yaml"), ("report", f"{here}/report.html")]
     table(rows, out)
 

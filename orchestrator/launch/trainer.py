@@ -30,7 +30,7 @@ class ControllerDied(RunFailed):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How Ray Train runs its workers."""
+    """Settings of a Ray Train run."""
 
     recipe: Recipe
     scaling: Any

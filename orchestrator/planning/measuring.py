@@ -46,7 +46,7 @@ class OperationCount:
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How passes compute."""
+    """Settings of the passes that are simulated."""
 
     packs: bool
     """Several examples share a row."""

@@ -49,7 +49,7 @@ class PassMemory:
 
 @dataclass(frozen=True)
 class ShardingSetup:
-    """How a training is distributed over its workers."""
+    """The distribution of a training over its workers."""
 
     workers: int
     deepspeed: bool

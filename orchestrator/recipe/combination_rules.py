@@ -15,13 +15,13 @@ from orchestrator.recipe.conditions import (
     Combinations,
     Parameters,
     boundaries,
-    is_within,
     place_of,
     put_all,
     write_boundaries,
 )
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import value_at
+from orchestrator.recipe.origin import is_within
 from orchestrator.recipe.rules import find_broken_rules, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search, Train
 from orchestrator.recipe.wording import write_value

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.recipe.mistakes import value_at
+from orchestrator.recipe.origin import is_within
 from orchestrator.recipe.schema import Case, Recipe, Search
 
 Parameters = dict[str, Any]
@@ -46,11 +47,6 @@ def write_boundaries(space: Cases, depths: Sequence[int | str]) -> dict[str, tup
         return case.model_copy(update={"choice": list(depths)}) if case.choice == "every" else case
 
     return {path: tuple(map(write, cases)) for path, cases in space.items()}
-
-
-def is_within(path: str, other: str) -> bool:
-    """Whether a dotted path is the other one, or below it."""
-    return path == other or path.startswith(f"{other}.")
 
 
 def put(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from yaml.nodes import ScalarNode
 from orchestrator.errors import Problem, RecipeError
 from orchestrator.recipe.catalog import find_recipe
 from orchestrator.recipe.mistakes import Mistake, find_mistakes, leave_out
-from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.origin import Origin, is_within
 from orchestrator.recipe.overrides import apply_overrides
 from orchestrator.recipe.paths import path_exists, resolve_path, split_count
 from orchestrator.recipe.reading import read_text, read_yaml, resolve_scalar
@@ -130,7 +130,7 @@ def _settle_overridden_paths(recipe: Recipe) -> Recipe:
     """Make paths of the command line absolute if they exist in the working folder, where shells complete them."""
 
     def absolute(place: str, text: str) -> str:
-        path = resolve_path(text, Origin()) if any(_is_within(place, key) for key in recipe.origin.overrides) else None
+        path = resolve_path(text, Origin()) if any(is_within(place, key) for key in recipe.origin.overrides) else None
         return str(path) if path is not None and path_exists(split_count(path)[0]) else text
 
     return map_paths(recipe, absolute)
@@ -163,11 +163,7 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
 
 def _written_lines(lines: dict[str, int], overrides: dict[str, str]) -> dict[str, int]:
     """Return the lines of the values in the file that no override replaces."""
-    return {path: line for path, line in lines.items() if not any(_is_within(path, other) for other in overrides)}
-
-
-def _is_within(path: str, other: str) -> bool:
-    return path == other or path.startswith(f"{other}.")
+    return {path: line for path, line in lines.items() if not any(is_within(path, other) for other in overrides)}
 
 
 class _Dumper(yaml.SafeDumper):

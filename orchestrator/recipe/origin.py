@@ -51,3 +51,8 @@ class Origin:
 
     def _override_within(self, path: str) -> str | None:
         return next((text for key, text in self.overrides.items() if key.startswith(f"{path}.")), None)
+
+
+def is_within(path: str, other: str) -> bool:
+    """Whether a dotted path is the other one, or below it."""
+    return path == other or path.startswith(f"{other}.")

@@ -89,7 +89,7 @@ class Data(Section):
 
 
 class Split(Section):
-    """How missing splits are cut from *train*: stratified by label, and the same for every `train.seed`."""
+    """The cutting of missing splits from *train*: stratified by label, and the same for every `train.seed`."""
 
     select: Fraction = 0.1
     """Share of *train* that becomes *select* where the data has none."""
@@ -139,7 +139,7 @@ class EarlyStopping(Section):
 
 
 class Train(Section):
-    """How it is trained."""
+    """Length, rates, batches and precision of the training."""
 
     epochs: Positive | None = 3
     """Passes over the training data, in each phase that does not give its own length; null when `steps` is given."""
@@ -293,7 +293,7 @@ class Recipe(Section):
     transfer: Transfer = Transfer()
     """What is frozen, adapted and added."""
     train: Train = Train()
-    """How it is trained."""
+    """Length, rates, batches and precision of the training."""
     scale: Scale = Scale()
     """The workers that it runs on."""
     search: Search | None = None

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Problem, nearest
 from orchestrator.recipe.combination_rules import find_in_combinations
-from orchestrator.recipe.conditions import Cases, cases_of, depends_on, is_within, paths_in, place_of, put, put_in_order
+from orchestrator.recipe.conditions import Cases, cases_of, depends_on, paths_in, place_of, put, put_in_order
 from orchestrator.recipe.finding import Finding
 from orchestrator.recipe.mistakes import dotted, find_mistakes, value_at
+from orchestrator.recipe.origin import is_within
 from orchestrator.recipe.reference import shape_of
 from orchestrator.recipe.rules import as_problems, overlap
 from orchestrator.recipe.schema import Case, Recipe, Search

@@ -81,7 +81,7 @@ class MethodSettings(Section):
 
 
 class Transfer(Section):
-    """How knowledge moves from the source to the target."""
+    """The transfer of knowledge from the source to the target."""
 
     from_scratch: bool = False
     """Random weights in the same architecture: the control that a transfer is held against."""

@@ -104,7 +104,7 @@ def _spread_by_magnitude(values: Sequence[float]) -> bool:
     return abs(by_magnitude - 0.5) < abs((middle - low) / (high - low) - 0.5)
 
 
-def widen(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
+def add_margin(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
     """Return the range with some room at both ends, so that nothing touches the frame."""
     largest = max(abs(low), abs(high))
     room = (high - low) * share if high - low > _SAME * largest else largest * 0.05 or 0.5

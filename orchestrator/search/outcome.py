@@ -40,7 +40,7 @@ class Spec:
 
 @dataclass
 class Outcome:
-    """How a trial ended; the content of outcome.json. Its scores are in metrics.jsonl."""
+    """The end of a trial; the content of outcome.json. Its scores are in metrics.jsonl."""
 
     status: str = "finished"
     """finished, stopped (by the scheduler or the time limit) or failed."""

@@ -22,13 +22,12 @@ from orchestrator.recipe.conditions import (
     Parameters,
     boundaries,
     cases_of,
-    is_within,
     place_of,
     put_all,
     write_boundaries,
 )
 from orchestrator.recipe.load import build_recipe
-from orchestrator.recipe.origin import Origin
+from orchestrator.recipe.origin import Origin, is_within
 from orchestrator.recipe.rules import as_problems
 from orchestrator.recipe.schema import Case
 from orchestrator.recipe.wording import write_value

@@ -276,7 +276,7 @@ class Task(ABC):
     def example_inputs(self, processor: Any) -> dict[str, Any]:
         """Return inputs (tensors) of one example that pass through every block, to find the order of the blocks."""
 
-    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+    def segments(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         """Return an example as the model reads it, for people: parts of text, each with whether it is learned."""
         return []
 

@@ -56,7 +56,7 @@ class EncodedPairs(Encoded):
         width = max(batch["input_ids"].shape[1] for batch in batches)
         fill = {"input_ids": self.sides[0].pad_token_id, "attention_mask": 0, "target_ids": IGNORED}
         joined: Arrays = {
-            name: np.concatenate([widen(batch[name], width, value) for batch in batches])
+            name: np.concatenate([pad_to(batch[name], width, value) for batch in batches])
             for name, value in fill.items()
         }
         return Batch(joined, {} if self.reference is None else {"reference": self.reference[rows]})
@@ -136,11 +136,11 @@ class PreferenceTuning(LanguageTask):
             for problem in problems
         ]
 
-    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+    def segments(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         assert isinstance(encoded, EncodedPairs)
         shown: list[tuple[str, bool]] = []
         for side, each in zip(SIDES, encoded.sides, strict=True):
-            shown += [(f"\n{side}: ", False), *super().pieces(each, row, processor)]
+            shown += [(f"\n{side}: ", False), *super().segments(each, row, processor)]
         return shown
 
     def loss(self, outputs: Any, batch: Batch, totals: Totals) -> Any:
@@ -179,5 +179,5 @@ def _beside(sides: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.record_batch([column for side in sides for column in side.columns], schema=PAIRS)
 
 
-def widen(values: npt.NDArray[Any], width: int, fill: int) -> npt.NDArray[Any]:
+def pad_to(values: npt.NDArray[Any], width: int, fill: int) -> npt.NDArray[Any]:
     return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)

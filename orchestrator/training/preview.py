@@ -16,7 +16,7 @@ from orchestrator.training.loop import make_schedule
 from orchestrator.training.micro_batches import cut_into_passes
 from orchestrator.training.prepare import Prepared, prepare
 
-Pieces = list[tuple[str, bool]]
+Segments = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ShownExample:
     """Its place in the data."""
     length: int
     num_targets: int
-    pieces: Pieces
+    segments: Segments
     """Parts of its text, each with whether it is learned."""
 
 
@@ -70,7 +70,7 @@ def preview(recipe: Recipe, count: int = 3, strict: bool = False) -> Preview:
             prepared.examples["train"].where(row),
             int(train.lengths[row]),
             int(train.counts["targets"][row]),
-            prepared.task.pieces(train, row, prepared.processor),
+            prepared.task.segments(train, row, prepared.processor),
         )
         for row in first_of_each_file(prepared.examples["train"].file_numbers(), count)
     ]

@@ -51,8 +51,8 @@ def test_text_in_any_language_is_printed_as_it_is() -> None:
 
 def test_paths_below_here_are_shown_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert show.short_path(tmp_path / "runs" / "x") == "runs/x"
-    assert show.short_path(Path("/elsewhere")) == "/elsewhere"
+    assert show.show_path(tmp_path / "runs" / "x") == "runs/x"
+    assert show.show_path(Path("/elsewhere")) == "/elsewhere"
 
 
 def test_scores_stand_beside_those_before_the_first_step() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.report.numbers import MISSING, compact, difference, duration, metric, moment, number, plain
-from orchestrator.report.scales import Linear, Log, fit_scale, widen
+from orchestrator.report.scales import Linear, Log, add_margin, fit_scale
 
 NUMBERS = st.floats(-1e99, 1e99, allow_subnormal=False)
 
@@ -46,9 +46,9 @@ def test_what_is_spread_by_magnitude_gets_a_logarithmic_axis() -> None:
 
 
 def test_room_is_made_around_a_single_value() -> None:
-    low, high = widen(0.5, 0.5)
+    low, high = add_margin(0.5, 0.5)
     assert low < 0.5 < high
-    assert widen(0.0, 0.0) == (-0.5, 0.5)
+    assert add_margin(0.0, 0.0) == (-0.5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_the_loss_is_that_of_the_paper() -> None:
 
 def test_only_answers_count_each_with_its_end(recipe_of: Callable[..., Path]) -> None:
     prepared = prepare(orchestrator.load_recipe(recipe_of()))
-    pieces = prepared.task.pieces(prepared.encoded("train"), 0, prepared.processor)
-    learned = [text for text, is_learned in pieces if is_learned]
+    segments = prepared.task.segments(prepared.encoded("train"), 0, prepared.processor)
+    learned = [text for text, is_learned in segments if is_learned]
     assert learned[0].startswith(" yes")
     assert learned == [learned[0], " no, never<|endoftext|>"]
     assert learned[0].endswith("<|endoftext|>")

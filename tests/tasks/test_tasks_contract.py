@@ -358,9 +358,9 @@ def test_a_plan_has_the_sizes_and_the_memory_of_the_run(runs: Runs) -> None:
 
 def test_preview_and_report_show_what_is_learned_and_how_well(runs: Runs) -> None:
     found = preview(runs.recipe(), count=1)
-    text = "".join(piece for piece, _ in found.examples[0].pieces)
+    text = "".join(piece for piece, _ in found.examples[0].segments)
     assert runs.sample.shown in text
-    assert any(is_learned for _, is_learned in found.examples[0].pieces)
+    assert any(is_learned for _, is_learned in found.examples[0].segments)
     directory = runs.run("whole", *runs.frozen)
     page = (directory / "report.html").read_text(encoding="utf-8")
     task = found.prepared.task

@@ -47,7 +47,7 @@ class _ForwardPass:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What a module returns besides hidden states, so that the same can be returned with other hidden states."""
+    """The rest of a module's output besides hidden states, to return it with other hidden states."""
 
     others: tuple[Any, ...] | None
     """None where it returns a single tensor."""

@@ -12,7 +12,7 @@ from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, steps, text
 from orchestrator.report.numbers import metric, tenths
 from orchestrator.report.records import Trial
-from orchestrator.report.scales import Linear, Scale, fit_scale, widen
+from orchestrator.report.scales import Linear, Scale, add_margin, fit_scale
 from orchestrator.report.tables import TableColumn, table, unbroken
 
 _MOST_LISTED = 12
@@ -72,7 +72,7 @@ def plot(view: View, trials: list[Trial], front: list[Trial]) -> Plot:
         view.score_title,
         f"{view.score_title} against core-seconds; {len(front)} trials on the Pareto front",
         scale_of_cost,
-        lambda start, end: Linear(*widen(view.low, view.high, 0.1), start, end),
+        lambda start, end: Linear(*add_margin(view.low, view.high, 0.1), start, end),
         marks,
     )
 

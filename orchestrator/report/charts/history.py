@@ -11,7 +11,7 @@ from orchestrator.report.charts.base import Chart, View, lines_words, trial_line
 from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, path, steps
 from orchestrator.report.records import Trial
-from orchestrator.report.scales import Linear, fit_scale, widen
+from orchestrator.report.scales import Linear, add_margin, fit_scale
 
 # Possible units of time, the best one first, with their titles.
 _CLOCKS = (("seconds", "seconds since the trial began to train"), ("epoch", "epochs"), ("step", "steps"))
@@ -75,7 +75,7 @@ def plot(view: View, curves: dict[str, Curve], words: str) -> Plot:
         view.score_title,
         f"{view.score_title} of each trial over {words}",
         lambda start, end: fit_scale([0.0, latest], start, end, log=False),
-        lambda start, end: Linear(*widen(low, high), start, end),
+        lambda start, end: Linear(*add_margin(low, high), start, end),
         marks,
         is_clipped=True,
     )

@@ -13,7 +13,7 @@ from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, steps, text
 from orchestrator.report.numbers import plain
 from orchestrator.report.records import Search
-from orchestrator.report.scales import Linear, fit_scale, widen
+from orchestrator.report.scales import Linear, add_margin, fit_scale
 
 _SECONDS_OF_LARGE_SEARCH = 20_000
 
@@ -65,6 +65,6 @@ def plot(view: View) -> Plot:
         view.score_title,
         f"Best {view.score_title} so far over {unit}",
         lambda start, end: fit_scale([0.0, totals[-1]], start, end, log=False),
-        lambda start, end: Linear(*widen(view.low, view.high), start, end),
+        lambda start, end: Linear(*add_margin(view.low, view.high), start, end),
         marks,
     )

@@ -10,7 +10,7 @@ from orchestrator.report.charts.base import Chart, View
 from orchestrator.report.charts.parallel import Axis, find_varied, parameter_axis
 from orchestrator.report.charts.plot import Plot, Position
 from orchestrator.report.drawing import Frame, circle, curve, line, path, shortened, text, text_width
-from orchestrator.report.scales import Linear, Scale, widen
+from orchestrator.report.scales import Linear, Scale, add_margin
 
 
 def single(view: View) -> Chart | None:
@@ -56,7 +56,7 @@ def plot(view: View, axis: Axis) -> Plot:
         view.score_title,
         f"{view.score_title} over {axis.name}",
         lambda start, end: Linear(0.0, 1.0, start + 12, end - 12),
-        lambda start, end: Linear(*widen(view.low, view.high), start, end),
+        lambda start, end: Linear(*add_margin(view.low, view.high), start, end),
         marks,
         right=16.0,
         axis_x=axis_x,

@@ -15,7 +15,7 @@ from orchestrator.report.drawing import Frame, circle, curve, line, path, text, 
 from orchestrator.report.numbers import metric as show_metric
 from orchestrator.report.numbers import number
 from orchestrator.report.records import MetricRows, Run
-from orchestrator.report.scales import Linear, Log, Scale, fit_scale, widen
+from orchestrator.report.scales import Linear, Log, Scale, add_margin, fit_scale
 
 _MOST_POINTS = 500
 _MOST_DOTS = 40
@@ -111,7 +111,7 @@ def plot(curves: Curves, series: Sequence[Series], ends: tuple[float, float]) ->
     is_log = ends[0] > 0 and ends[1] / ends[0] >= _RATIO_BY_MAGNITUDE
 
     def scale_of_value(start: float, end: float) -> Scale:
-        return Log(ends[0] / 1.1, ends[1] * 1.1, start, end) if is_log else Linear(*widen(*ends), start, end)
+        return Log(ends[0] / 1.1, ends[1] * 1.1, start, end) if is_log else Linear(*add_margin(*ends), start, end)
 
     def marks(frame: Frame, position: Position) -> Iterator[Markup]:
         for item in series:

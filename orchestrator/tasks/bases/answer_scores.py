@@ -24,7 +24,7 @@ _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 class Generation(Section):
-    """How generated answers are scored, before the first step and after the last."""
+    """Generation of answers that are scored, before the first step and after the last."""
 
     examples: Annotated[int, Field(gt=0)] = 64
     """The number of examples drawn from each reported split."""

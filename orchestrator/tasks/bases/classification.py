@@ -203,7 +203,7 @@ class ClassificationTask(InputTask):
         values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
         return values
 
-    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+    def segments(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         text = self.show_inputs(encoded, row, processor)
         targets = encoded.extra_inputs(np.array([row])).targets
         if not targets:

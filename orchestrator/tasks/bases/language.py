@@ -266,7 +266,7 @@ class LanguageTask(TokenizerTask):
             problems.append(Problem(what, where, remedy, fatal=empty == len(encoded)))
         return problems
 
-    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+    def segments(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         inputs = encoded.batch(np.array([row])).inputs
         ids, learned = inputs["input_ids"][0], np.concatenate([[False], inputs["target_ids"][0][:-1] != IGNORED])
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]

@@ -105,7 +105,7 @@ class WordsTask(TextTask):
             found.append(Problem(what, recipe.origin.where("target.options.max_length"), remedy, fatal=False))
         return found
 
-    def pieces(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
+    def segments(self, encoded: Encoded, row: int, processor: Any) -> list[tuple[str, bool]]:
         batch = encoded.batch(np.array([row]))
         ids, positions = batch.inputs["input_ids"][0], batch.targets["positions"][0]
         shown: list[tuple[str, bool]] = []

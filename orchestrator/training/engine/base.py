@@ -79,9 +79,9 @@ class Engine(ABC):
             # An adapter is saved without the weights below it.
             self.rounds_weights = cast_frozen_to_bf16(self.module) and recipe.transfer.adapter is None
 
-    @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the model's forward pass, for calls of its modules alone."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
 
     @abstractmethod
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -55,9 +55,6 @@ class DeepSpeedEngine(Engine):
         self.keeps_gradients = recipe.scale.zero_stage == 0
         self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else None
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
-
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         # Stages 2 and 3 sum gradients in every pass, because no worker keeps all of them.
         self.model.set_gradient_accumulation_boundary(is_boundary=last)

@@ -49,9 +49,6 @@ class TorchEngine(Engine):
             find_unused_parameters=True,
         )
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else contextlib.nullcontext()
-
     def _run_under_autocast(self, _: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the model's forward function; return its output with bf16 tensors in fp32, which losses need."""
         with self.autocast():
