@@ -69,7 +69,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def start_quietly(with_ray: bool) -> None:
-    """Have transformers say nothing; and start one Ray cluster for all runs: its start is not what is compared."""
+    """Silence transformers, and start one Ray cluster for all runs, so that its start is not measured."""
     import ray
     import transformers
 

@@ -70,7 +70,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Stretch:
-    """Which steps are timed: those after `first`, up to and with `last`."""
+    """The steps that are timed: those after `first`, up to and including `last`."""
 
     first: int
     last: int

@@ -169,7 +169,7 @@ def write_recipe(folder: Path, given: Case) -> Path:
 
 
 def ask(verb: str, recipe: Path, *options: str) -> dict[str, Any]:
-    """What the command answers with `--json`."""
+    """Return the object that a command prints with `--json`."""
     command = [sys.executable, "-m", "orchestrator.cli", verb, str(recipe), *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

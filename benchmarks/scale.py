@@ -204,7 +204,7 @@ COSTS: dict[str, tuple[Sequence[int], dict[str, Prepare]]] = {
 
 @dataclass
 class Growth:
-    """How one cost grows."""
+    """The growth of one cost."""
 
     of: str
     cost: str
@@ -237,7 +237,7 @@ class Growth:
 
 
 def slope(sizes: Sequence[int], amounts: Sequence[float]) -> float:
-    """Of the line of least squares through the largest sizes on logarithmic scales."""
+    """Return the slope of the least-squares line through the largest sizes on logarithmic scales."""
     x = [math.log(size) for size in sizes[-NUM_SIZES_FITTED:]]
     y = [math.log(amount) for amount in amounts[-NUM_SIZES_FITTED:]]
     middle, level = sum(x) / len(x), sum(y) / len(y)

@@ -64,7 +64,7 @@ def parameters_of(size: int) -> list[dict[str, Any]]:
 
 
 def plan() -> Any:
-    """Of a search's plan, what the choice of the winner asks for."""
+    """Return a search plan with the attributes that the choice of the winner reads."""
     return SimpleNamespace(metric=ACCURACY, prepared=SimpleNamespace(recipe=search_recipe()), weights_kept=1)
 
 
@@ -78,7 +78,7 @@ def search_directory(folder: Path) -> SearchDirectory:
 
 
 def evaluations_of(number: int) -> list[dict[str, Any]]:
-    """What a trial tells; its curve rises to a height of its own."""
+    """Return the evaluations of a trial, a curve that rises to its own height."""
     height = Random(number).uniform(0.3, 0.9)
     return [select_row(index, height * (1 - 2.0**-index)) for index in range(1, 4)]
 
@@ -171,7 +171,7 @@ def prepare_search_page(size: int, folder: Path) -> Callable[[], object]:
 
 @dataclass(eq=False)
 class StandIn:
-    """What the scheduler sees of a trial of Ray Tune's."""
+    """Stands in for Ray Tune's trial, with the attributes that the scheduler reads."""
 
     trial_id: str
     height: float

@@ -87,7 +87,7 @@ WORKLOADS = {
 
 @dataclass
 class Claim:
-    """What is measured: one of our runs against one of theirs."""
+    """One measurement: one of our runs against one of theirs."""
 
     text: str
     target: float
@@ -292,7 +292,7 @@ class Bench:
         return seconds, json.loads(done.stdout.strip().splitlines()[-1])
 
     def differing(self, name: str) -> tuple[int, float, float]:
-        """How many trials ran on both sides, and by how much their accuracies and their losses differ at most."""
+        """Return the number of trials that ran on both sides, and the largest differences of their accuracies and losses."""
         ours, peer = self.scores.get(f"{name} ours fp32", {}), self.scores.get(f"{name} peer", {})
         both = ours.keys() & peer.keys()
         accuracy, loss = (

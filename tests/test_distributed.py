@@ -67,7 +67,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two workers has heard."""
+    """Return the values that each of two workers received."""
     folder = tmp_path_factory.mktemp("exchange")
     multiprocessing.spawn(work, (folder,), nprocs=WORKERS)  # type: ignore[no-untyped-call]
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(WORKERS)]

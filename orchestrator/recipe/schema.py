@@ -303,5 +303,5 @@ class Recipe(Section):
 
     @property
     def origin(self) -> Origin:
-        """Where each value was written, for messages about it."""
+        """The place of each value in its file, for messages."""
         return self._origin

@@ -46,7 +46,7 @@ def locked(name: str) -> dict[str, str]:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """What the Dockerfile says, each with the lines that go on it."""
+    """Return the Dockerfile's instructions, each with its continued lines."""
     lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if line and not line.startswith("#")).replace("\\\n", " ")
     pairs = (line.split(maxsplit=1) for line in text.splitlines())

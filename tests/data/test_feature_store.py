@@ -39,7 +39,7 @@ MEGABYTE = Layout((250_000,), "float32", 1)
 
 
 def row_of(layout: Layout, row: int) -> npt.NDArray[Any]:
-    """What a test's row holds: a function of its number."""
+    """Return the content of a test's row, a function of its number."""
     shape = layout.shape if layout.lengths is None else (layout.lengths[row], *layout.shape)
     return np.random.default_rng(row).integers(1, 1000, shape).astype(layout.dtype)
 

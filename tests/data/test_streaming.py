@@ -334,7 +334,7 @@ FEATURES = datasets.Features(
 
 @pytest.fixture
 def stream_hub(monkeypatch: pytest.MonkeyPatch, columns: Any) -> Callable[..., dict[str, Examples]]:
-    """What the recipe has of a Hub data set that streams these splits."""
+    """Return the target section of a Hub data set that streams these splits."""
 
     def stream_hub(splits: dict[str, Any], limit: int, **data: Any) -> dict[str, Examples]:
         def load(**options: Any) -> Any:

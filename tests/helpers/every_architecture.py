@@ -82,7 +82,7 @@ def save_source(folder: Path, model_type: str, auto_class: str, with_weights: bo
 
 
 def image_processor(model_type: str) -> Any:
-    """What prepares pictures for this type; one like ViT's for most."""
+    """Return the image processor of this type; one like ViT's for most."""
     size = {"height": PICTURE, "width": PICTURE}
     if model_type == "siglip2":
         return transformers.Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)

@@ -117,7 +117,7 @@ def make_texts(lengths: tuple[int, ...], end: int | None = None) -> dict[str, Te
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """So that training mode computes what evaluation mode does, but for batch norms."""
+    """Make training mode compute as evaluation mode does, except for batch norms."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -357,7 +357,7 @@ def test_numbers_stay_inside_their_range(ends: list[float], logarithmic: bool, c
 
 
 class TestDefaultSpace:
-    """What is searched when the recipe names no space."""
+    """The default space, where the recipe names none."""
 
     def test_it_fits_any_model_and_any_number_of_trials(self) -> None:
         transfers: list[dict[str, Any]] = [{}, {"adapter": {"type": "lora"}}, {"layer_decay": 0.9}, {"freeze": "all"}]

@@ -77,7 +77,7 @@ def saving_at_every_step() -> Iterator[None]:
 
 
 def kill(trial: Trial) -> None:
-    """What a killed process leaves: nothing is written any more."""
+    """Leave a trial as a killed process does: nothing is written any more."""
     trial._stack.close()
 
 

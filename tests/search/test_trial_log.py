@@ -54,7 +54,7 @@ def evaluation(step: int, accuracy: float | None, loss: float | None = 0.5) -> d
 
 
 def write_history(directory: SearchDirectory, id: str, *rows: dict[str, Any], **outcome: Any) -> None:
-    """What a trial that ended leaves."""
+    """Write the files of a trial that ended."""
     run = directory.trial(id)
     run.create()
     for row in rows:

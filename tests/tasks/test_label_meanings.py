@@ -55,7 +55,7 @@ def write_pandas(path: Path, labels: list[Any]) -> Path:
 
 
 def write_datasets(folder: Path, labels: list[Any], feature: Any) -> Path:
-    """What `save_to_disk` leaves, the labels by their codes."""
+    """Write a data set with `save_to_disk`, the labels as codes."""
     features = datasets.Features({"text": datasets.Value("string"), "label": feature})
     texts = [f"text {number}" for number in range(len(labels))]
     datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features).save_to_disk(str(folder))
@@ -93,7 +93,7 @@ def problems_of(examples: Examples, **options: Any) -> list[Problem]:
 
 
 def come_back(examples: Examples, task_class: Any = TEXT, **options: Any) -> list[Any]:
-    """What a model that has learned the labels by heart predicts, and again after its config was saved."""
+    """Return the predictions of a model that has memorised the labels, before and after its config was saved."""
     given_options = task_class.Options(**options)
     task = task_class.prepare(given_options, {"train": examples})
     restored = task_class.restore(given_options, SimpleNamespace(**task.config_changes()))

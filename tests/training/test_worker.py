@@ -17,7 +17,7 @@ from orchestrator.training.prepare import prepare
 
 
 class TriedOut(Exception):
-    """So far the test goes."""
+    """Raised where the test ends."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

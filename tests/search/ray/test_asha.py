@@ -18,7 +18,7 @@ WORST = -1e30
 
 @dataclass(eq=False)
 class Trial:
-    """What the scheduler sees of Ray Tune's."""
+    """Stands in for Ray Tune's trial, with the attributes that the scheduler reads."""
 
     trial_id: str
     status: str = "PENDING"

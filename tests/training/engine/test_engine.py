@@ -67,7 +67,7 @@ def linear_stays() -> Iterator[None]:
 
 @pytest.fixture
 def files_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have files of optimizers hold tensors without values, which come back on the device that is asked for."""
+    """Make optimizer files hold tensors without values, which are loaded on the requested device."""
     written: dict[Path, dict[str, Tensor]] = {}
 
     def save(tensors: dict[str, Tensor], path: Path) -> None:

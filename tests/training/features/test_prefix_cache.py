@@ -137,7 +137,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def notes_of(directory: Path) -> list[str]:
-    """What the run says of stored features."""
+    """Return the run's notes about stored features."""
     notes = json.loads((directory / "run.json").read_text()).get("notes", [])
     return [note for note in notes if not note.startswith("tuned batch norms")]
 
