@@ -292,7 +292,7 @@ class Bench:
         return seconds, json.loads(done.stdout.strip().splitlines()[-1])
 
     def differing(self, name: str) -> tuple[int, float, float]:
-        """Return the number of trials that ran on both sides, and the largest differences of their accuracies and losses."""
+        """Return the number of trials on both sides, and the largest differences of accuracy and loss."""
         ours, peer = self.scores.get(f"{name} ours fp32", {}), self.scores.get(f"{name} peer", {})
         both = ours.keys() & peer.keys()
         accuracy, loss = (

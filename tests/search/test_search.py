@@ -55,7 +55,7 @@ def unfinish(directory: Path) -> None:
 
 
 def keep_rows(directory: Path, *ids: str) -> None:
-    """Write these rows to trials.jsonl."""
+    """Keep only these trials in trials.jsonl."""
     rows = [row for row in read_json_lines(directory / "trials.jsonl") if row["id"] in ids]
     (directory / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
