@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,8 @@ class EncodedWords(Encoded):
 
     def __post_init__(self) -> None:
         self.lengths = self.texts.lengths
-        rows = np.arange(len(self.lengths))
-        present = (self.positions.pad(rows, -1) >= 0).sum(1) if len(rows) else rows
-        self.counts = {"targets": present}
+        has_token = replace(self.positions, chunks=tuple(each >= 0 for each in self.positions.chunks))
+        self.counts = {"targets": has_token.sums()}
 
     @property
     def is_labelled(self) -> bool:
