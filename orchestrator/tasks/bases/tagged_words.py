@@ -36,7 +36,9 @@ class EncodedWords(Encoded):
 
     def __post_init__(self) -> None:
         self.lengths = self.texts.lengths
-        has_token = replace(self.positions, chunks=tuple(each >= 0 for each in self.positions.chunks))
+        has_token = replace(
+            self.positions, chunks=tuple(np.asarray(each, np.int32) >= 0 for each in self.positions.chunks)
+        )
         self.counts = {"targets": has_token.sums()}
 
     @property
