@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import models
 from orchestrator.errors import Problem, RecipeError, nearest
+from orchestrator.recipe import Recipe
+from orchestrator.recipe.conditions import Parameters
 from orchestrator.recipe.schema import Search
 from orchestrator.search.distributions import Distribution
 from orchestrator.search.records import BUDGET
-from orchestrator.search.space import FREEZE, Space
+from orchestrator.search.space import FREEZE, Space, trial_recipe
+from orchestrator.tasks import read_options
 from orchestrator.tasks.base import MainMetric
 from orchestrator.training.assembling import assemble, check_structure
 from orchestrator.training.prepare import Prepared
 from orchestrator.training.session import choose_metric
+from orchestrator.transfer import read_methods
+
+CHECKED = ("target.options", "transfer")
+"""Sections whose values tasks and methods check themselves."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,31 @@ def plan_search(prepared: Prepared) -> SearchPlan:
         known = space.grid(options.trials)
     elif options.algorithm == "random":
         known = space.random(options.trials, options.seed)
+    check_trials(recipe, known or [])
     return SearchPlan(prepared, options, space, metric, num_layers, num_parameters, known)
+
+
+def check_trials(recipe: Recipe, known: Sequence[Parameters]) -> None:
+    """Check what tasks and methods say of the trials' options, once for trials that differ elsewhere alone.
+
+    Raises:
+        RecipeError: with all problems of all trials.
+    """
+    different = {
+        json.dumps(some, sort_keys=True): some
+        for each in known
+        if (some := {path: value for path, value in each.items() if path.startswith(CHECKED)})
+    }
+    problems: dict[Problem, None] = {}
+    for parameters in different.values():
+        trial = trial_recipe(recipe, parameters)
+        for check in (read_options, read_methods):
+            try:
+                check(trial)
+            except RecipeError as error:
+                problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise RecipeError(problems)
 
 
 def choose_search_metric(prepared: Prepared, options: Search) -> MainMetric:

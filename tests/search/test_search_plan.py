@@ -68,6 +68,22 @@ def test_a_depth_that_the_model_does_not_have_is_refused_before_anything_starts(
         plan_of({"space": {RATE: {"choice": [1e-3]}}}, transfer={"freeze": 3})
 
 
+def test_what_tasks_and_methods_refuse_in_any_trial_is_refused_before_the_first_one(plan_of: MakePlan) -> None:
+    space = {
+        "transfer.methods.0.weight": {"choice": [0.1, -1]},
+        "transfer.adapter": {"choice": [None, {"type": "lora"}]},
+        "target.options.max_length": {"choice": [32, -3]},
+        RATE: {"choice": [1.0e-3, 2.0e-3]},
+    }
+    with pytest.raises(RecipeError) as caught:
+        plan_of({"space": space}, transfer={"methods": [{"name": "l2-sp"}]})
+    said = str(caught.value)
+    assert "is -1, must be a number at least 0" in said
+    assert "is -3, must be" in said
+    assert "`l2-sp` holds weights near the source's, but `transfer.adapter`" in said
+    assert len(caught.value.problems) == 3
+
+
 def test_a_grid_and_random_draws_are_known_beforehand_and_suggestions_are_not(plan_of: MakePlan) -> None:
     space = {FREEZE: {"choice": "every"}, RATE: {"loguniform": [1.0e-4, 1.0e-2]}}
     grid = plan_of({"space": space, "trials": 15})
